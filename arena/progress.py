@@ -1,0 +1,59 @@
+"""Progress of long work: a rich bar on a terminal, a plain line now and then anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+
+PLAIN_INTERVAL = 10.0  # seconds between two plain lines
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def progress(title: str, total: int | None, unit: str = "rows") -> Iterator[Advance]:
+    """Shows how far some work is. Gives `advance(count, note="")`, to be called as `count` more units are done.
+
+    `total` is the number of units, or None when it is not known beforehand.
+    """
+    with _bar(title, total) if console.is_terminal else _lines(title, total, unit) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(title: str, total: int | None) -> Iterator[Advance]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def advance(count: int = 1, note: str = "") -> None:
+            bar.update(task, advance=count, note=note)
+
+        yield advance
+
+
+@contextmanager
+def _lines(title: str, total: int | None, unit: str) -> Iterator[Advance]:
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL and done != total:
+            last = now
+            console.print(f"{title}: {done:,}{of} {unit}, {now - start:.0f} s {note}".rstrip())
+
+    of = "" if total is None else f" of {total:,}"
+    yield advance
+    console.print(f"{title}: {done:,} {unit} in {time.monotonic() - start:.1f} s")
