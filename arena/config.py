@@ -1,0 +1,215 @@
+"""Recipes: every setting of a run as one validated tree, read from YAML, with overrides such as `train.epochs=2`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Settings(BaseModel):
+    """Base of every settings group: unknown keys are refused, values do not change once validated."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Template(Settings):
+    """The words of the judge prompt. None of them may hold a control token; chat markers come from `PromptSettings.chat`."""
+
+    instruction: str
+    opening: str = Field("", description="stands between the instruction and the first turn")
+    user: str = Field("### User:\n", description="heads each user prompt")
+    answer_a: str = Field("### Assistant A:\n", description="heads each answer of A")
+    answer_b: str = Field("### Assistant B:\n", description="heads each answer of B")
+    separator: str = Field("\n\n", description="ends each prompt and answer")
+    closing: str = Field("", description="stands after the last turn")
+    verdict: str = Field("verdict is: [[", min_length=1, description="the last tokens of every example")
+    missing: str = Field("[no text]", description="stands for a null prompt or answer")
+    cut: str = Field(" [...] ", min_length=1, description="marks the place where a text was cut")
+    cut_turns: str = Field("[earlier turns left out]\n\n", min_length=1, description="marks left-out turns")
+
+
+class PromptSettings(Settings):
+    template: Template
+    chat: Literal["auto", "gemma", "chatml", "llama3", "plain"] = "auto"
+    max_length: int = Field(4096, ge=16, description="tokens an example may have")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_template(cls, values: Any) -> Any:
+        """A template may be given by name (shipped with the package), by path, or written out."""
+        if isinstance(values, dict) and isinstance(values.get("template"), str):
+            return {**values, "template": _read_yaml(_find(values["template"], RECIPES / "templates", "template"))}
+        return values
+
+
+class DataSettings(Settings):
+    path: str = Field(description="folder with train and test files, or one training file")
+    extra: tuple[str, ...] = Field((), description="files of labelled rows that are only ever trained on")
+    folds: int = Field(5, ge=2)
+    fold_seed: int = 0
+    cache: str = Field("data/cache", description="where rows and tokens are kept between runs")
+    synthetic_rows: tuple[int, int] | None = Field(
+        None, description="(train, test) rows of demo data to write to `path` when nothing stands there"
+    )
+
+
+class LoraSettings(Settings):
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class ModelSettings(Settings):
+    base: str = Field(description="folder or hub name of the base model; `demo_base` ships with the package")
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute and frozen weights")
+    quantization: Literal["nf4", "none"] = "nf4"
+    lora: LoraSettings | None = LoraSettings()
+    attention: Literal["auto", "reference"] = "auto"
+    gradient_checkpointing: bool = True
+
+
+class PackingSettings(Settings):
+    budget: int = Field(16384, ge=16, description="tokens in a micro-batch at most")
+
+
+class TrainSettings(Settings):
+    batch_size: int = Field(80, ge=1, description="examples in an optimizer step")
+    epochs: float = Field(1.0, gt=0)
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of the adapters")
+    head_lr: float = Field(1e-4, gt=0, description="peak learning rate of `score`")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    swap: Literal["never", "random", "both"] = Field("random", description="train on A and B exchanged")
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+
+
+class JudgeSettings(Settings):
+    swap: bool = Field(True, description="average the probabilities of both orders")
+
+
+class Recipe(Settings):
+    """Everything that decides what a run computes. `name` is also the run's folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    data: DataSettings
+    prompt: PromptSettings
+    model: ModelSettings
+    packing: PackingSettings = PackingSettings()
+    train: TrainSettings = TrainSettings()
+    judge: JudgeSettings = JudgeSettings()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.prompt.max_length > self.packing.budget:
+            raise ValueError(
+                f"prompt.max_length ({self.prompt.max_length}) is larger than packing.budget ({self.packing.budget}): "
+                "an example could not be placed in any micro-batch; raise the budget or lower max_length"
+            )
+        return self
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads the recipe called `name` (shipped with the package) or standing at the path `name`.
+
+    Args:
+        overrides: `key=value` texts, the key dotted (`train.batch_size=32`), the value YAML.
+
+    Raises:
+        ValueError: no such recipe, unknown key, or a value that does not fit; says which and what would.
+    """
+    tree = _read_yaml(_find(name, RECIPES, "recipe"))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"recipe {name}: " + "; ".join(_explain(each) for each in error.errors())) from None
+
+
+def save_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML text, every default written out; `load_recipe` reads it back equal."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def recipe_names() -> list[str]:
+    """The recipes shipped with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _find(name: str, folder: Path, kind: str) -> Path:
+    """A shipped file by its name, or any file by its path."""
+    shipped = folder / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    if Path(name).is_file():
+        return Path(name)
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ValueError(f"there is no {kind} {name!r}: name one of {names}, or give the path of a YAML file")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds {type(tree).__name__}, not settings: write `key: value` lines")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Sets one dotted key of a nested dictionary, making the groups on its way."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"override {override!r} is not `key=value`, for example train.batch_size=32")
+    *groups, last = key.strip().split(".")
+    for group in groups:
+        below = tree.setdefault(group, {})
+        if below is None:
+            below = tree[group] = {}
+        if not isinstance(below, dict):
+            raise ValueError(f"override {override!r}: {group!r} is a single value, it has no settings below it")
+        tree = below
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is not YAML; quote it if it holds special characters") from None
+
+
+def _explain(error: Any) -> str:
+    """One validation error in words, with the nearest known key when a key is unknown."""
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path) or "the recipe"
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    known = list(_group(path[:-1]).model_fields)
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    return f"{where}: unknown key; {hint}"
+
+
+def _group(path: Sequence[str]) -> type[BaseModel]:
+    """The settings class that stands at a dotted path of the recipe."""
+    group: type[BaseModel] = Recipe
+    for name in path:
+        field = group.model_fields.get(name)
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if below:
+            group = below[0]
+    return group

@@ -1,0 +1,126 @@
+"""Folds for cross-validation: stratified by label, and all rows with the same first prompt in one fold."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedGroupKFold
+
+from arena.data.labels import excerpt
+from arena.files import fingerprint, written_whole
+
+FORMAT = 1  # part of the stored file's name: raise it when keys or folds would come out differently
+ROWS_AT_ONCE = 1_000
+
+Folds = NDArray[np.int8]
+
+
+def prompt_key(prompt: list[str | None]) -> str:
+    """What makes two prompts the same: the first turn that is not blank, whatever its case and white space.
+
+    Compatibility forms are made equal too (NFKC). The key of a prompt without any text is "".
+    """
+    first = next((turn for turn in prompt if turn and turn.strip()), "")
+    folded = unicodedata.normalize("NFKC", first).casefold()
+    return " ".join(unicodedata.normalize("NFKC", folded).split())  # casefold can undo the composed form
+
+
+def assign_folds(rows: Dataset, n_folds: int, seed: int) -> Folds:
+    """The fold of each row, int8 (len(rows),), from 0 to n_folds - 1.
+
+    Rows with the same prompt key share a fold, and each fold gets its share of every label (the largest of
+    the three probabilities). The fold of a prompt does not depend on the order of the rows. Raises
+    `ValueError` for a row without a label, or when there are too few prompts to fill the folds.
+    """
+    if not 2 <= n_folds <= np.iinfo(np.int8).max:
+        raise ValueError(f"n_folds is {n_folds}; it must be from 2 to {np.iinfo(np.int8).max}")
+    groups, keys = pd.factorize(
+        np.array(list(_each_key(rows)), dtype=object), sort=True
+    )  # sorted: free of row order
+    if len(keys) < n_folds:
+        raise ValueError(
+            f"{len(keys)} different prompts cannot fill {n_folds} folds; use fewer folds or more data"
+        )
+    classes = _labels(rows).argmax(axis=1)
+    if np.bincount(classes).max() < n_folds:
+        raise ValueError(f"no label has {n_folds} rows, one for each fold; use fewer folds or more data")
+    folds = np.full(len(rows), -1, dtype=np.int8)
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    for fold, (_, held_out) in enumerate(splitter.split(classes, classes, groups)):
+        folds[held_out] = fold
+    _check_filled(folds, n_folds)
+    return folds
+
+
+def load_or_assign_folds(rows: Dataset, n_folds: int, seed: int, cache_dir: Path) -> Folds:
+    """The folds kept for the same ids, prompts, labels, `n_folds` and `seed`; else assigned, then kept.
+
+    int8 (len(rows),), kept in `cache_dir` as parquet (`id` string, `fold` int8) in the order of the rows.
+    Raises `ValueError` as `assign_folds` does, and when the kept file does not fit the rows.
+    """
+    ids = [identity for batch in rows.select_columns("id").iter(ROWS_AT_ONCE) for identity in batch["id"]]
+    content = fingerprint(FORMAT, n_folds, seed, ids, list(_each_key(rows)), _labels(rows).tobytes())
+    stored = cache_dir / f"folds-{content}.parquet"
+    if not stored.exists():
+        assigned = assign_folds(rows, n_folds, seed)
+        with written_whole(stored) as draft:
+            pq.write_table(pa.table({"id": ids, "fold": assigned}), draft)
+    table = pq.read_table(stored)
+    if table["id"].to_pylist() != ids:
+        raise ValueError(f"{stored} does not hold the ids of these rows; delete it to assign the folds again")
+    folds = np.array(table["fold"].to_pylist(), dtype=np.int8)
+    _check_filled(folds, n_folds)
+    check_no_leak(rows, folds)
+    return folds
+
+
+def check_no_leak(rows: Dataset, folds: Folds) -> None:
+    """Raises `ValueError`, naming the first, when rows with the same prompt key stand in different folds."""
+    if len(folds) != len(rows):
+        raise ValueError(f"{len(folds)} folds were given for {len(rows)} rows; give one a row")
+    fold_of: dict[str, int] = {}
+    for index, (key, fold) in enumerate(zip(_each_key(rows), folds.tolist(), strict=True)):
+        if fold_of.setdefault(key, fold) != fold:
+            raise ValueError(
+                f"the prompt {excerpt(key)} stands in folds {fold_of[key]} and {fold} (row with id "
+                f"{rows[index]['id']}): a judge would be evaluated on what it has seen; group by prompt"
+            )
+
+
+def without_leaks(extra: Dataset, held_out: Dataset) -> tuple[Dataset, int]:
+    """`extra` without the rows whose prompt key stands in `held_out`; and how many these are."""
+    unseen = set(_each_key(held_out))
+    kept = [index for index, key in enumerate(_each_key(extra)) if key not in unseen]
+    return extra.select(kept), len(extra) - len(kept)
+
+
+def _each_key(rows: Dataset) -> Iterator[str]:
+    for batch in rows.select_columns("prompt").iter(ROWS_AT_ONCE):
+        yield from map(prompt_key, batch["prompt"])
+
+
+def _labels(rows: Dataset) -> NDArray[np.float32]:
+    """float32 (len(rows), 3)."""
+    labels = [label for batch in rows.select_columns("label").iter(ROWS_AT_ONCE) for label in batch["label"]]
+    if None in labels:
+        first = rows[labels.index(None)]["id"]
+        raise ValueError(
+            f"{labels.count(None)} rows have no label, the first with id {first}; folds need labelled rows"
+        )
+    return np.array(labels, dtype=np.float32)
+
+
+def _check_filled(folds: Folds, n_folds: int) -> None:
+    counts = np.bincount(folds[folds >= 0], minlength=n_folds)
+    if folds.min() < 0 or len(counts) > n_folds or not counts.all():
+        raise ValueError(
+            f"the rows per fold are {counts.tolist()}, not {n_folds} filled folds; use fewer folds"
+        )

@@ -1,0 +1,172 @@
+"""What the cells of a row mean: its id, its turns and its label [A, B, tie]. Errors name the field."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+Labels = Literal["required", "optional", "ignored"]
+
+NUMBERS = ("winner_model_a", "winner_model_b", "winner_tie")
+WORD = "winner"
+WORDS = {
+    "model_a": [1.0, 0.0, 0.0],
+    "model_b": [0.0, 1.0, 0.0],
+    "tie": [0.0, 0.0, 1.0],
+    "tie (bothbad)": [0.0, 0.0, 1.0],
+}
+TOLERANCE = 1e-3  # how far from 1 the three numbers may sum: soft labels are often written with three digits
+LARGEST_EXACT_FLOAT = 2**53
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class FieldError(ValueError):
+    """A field that cannot be used. `field` names it; `what` says what is wrong and what to do."""
+
+    def __init__(self, field: str, what: str) -> None:
+        super().__init__(f"{field}: {what}")
+        self.field = field
+        self.what = what
+
+
+def read_id(value: Any) -> str:
+    """The id as text: a text as it is, a whole number in plain decimals."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT_FLOAT:
+        value = int(value)  # pandas makes a column of whole numbers float as soon as one is missing
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise FieldError("id", "is blank or missing; give every row its own")
+    if not isinstance(value, str):
+        raise FieldError("id", f"is {excerpt(value)}; write a text or a whole number")
+    return whole_characters(value)
+
+
+def read_turns(cells: Mapping[str, Any], field: str) -> list[str | None]:
+    """One text or None for each turn, from a list or from the JSON of a list."""
+    cell = cells.get(field)
+    if cell is None or cell == "":
+        raise FieldError(field, 'is empty or missing; write one text or null a turn, as in ["Hello", null]')
+    value = read_json(cell, field) if isinstance(cell, str) else cell
+    if not isinstance(value, list):
+        raise FieldError(
+            field, f'is {excerpt(value)}, not a list; write one text or null a turn, as in ["Hello", null]'
+        )
+    for turn, text in enumerate(value, 1):
+        if not (text is None or isinstance(text, str)):
+            raise FieldError(field, f"has {excerpt(text)} as turn {turn}; write a text or null")
+    return [text if text is None else whole_characters(text) for text in value]
+
+
+def label_columns(names: Collection[str], labels: Labels) -> tuple[str, ...]:
+    """The columns among `names` which hold the label: the three numbers, the one word, or none.
+
+    Raises `FieldError` when only some of the three are there, when numbers and word are both there, and when
+    there is no label although `labels` is "required".
+    """
+    if labels == "ignored":
+        return ()
+    numbers = tuple(name for name in NUMBERS if name in names)
+    if numbers and WORD in names:
+        raise FieldError(
+            WORD, f"stands beside {', '.join(numbers)}; keep one of the two spellings of the label"
+        )
+    if numbers and numbers != NUMBERS:
+        missing = [name for name in NUMBERS if name not in names]
+        raise FieldError(missing[0], f"is missing, but {', '.join(numbers)} is there; give all three or none")
+    if labels == "required" and not numbers and WORD not in names:
+        raise FieldError(NUMBERS[0], f"is missing; labelled rows need {', '.join(NUMBERS)}, or `{WORD}`")
+    return numbers or ((WORD,) if WORD in names else ())
+
+
+def read_label(record: Mapping[str, Any], labels: Labels) -> list[float] | None:
+    """The probabilities [A, B, tie] of one row, which sum to 1; None where it has no label.
+
+    Raises `FieldError` for a label that is neither one-hot nor a distribution, and for none at all where
+    `labels` is "required".
+    """
+    columns = label_columns(record, labels)
+    cells = [record[name] for name in columns]
+    if all(_is_blank(cell) for cell in cells):
+        if labels == "required":
+            raise FieldError(columns[0], "is blank; label the row or leave it out")
+        return None
+    if columns == (WORD,):
+        return _from_word(cells[0])
+    return _from_numbers([_number(cell, name) for cell, name in zip(cells, columns, strict=True)])
+
+
+def _is_blank(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, str) and not cell.strip())
+
+
+def _from_word(cell: Any) -> list[float]:
+    word = cell.strip().casefold() if isinstance(cell, str) else None
+    if word not in WORDS:
+        raise FieldError(WORD, f"is {excerpt(cell)}; write one of {', '.join(WORDS)}")
+    return list(WORDS[word])
+
+
+def _number(cell: Any, field: str) -> float:
+    try:
+        value = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        raise FieldError(field, f"is {excerpt(cell)}; write a number from 0 to 1") from None
+    if not math.isfinite(value) or value < 0:
+        raise FieldError(field, f"is {value}; write a number from 0 to 1")
+    return value
+
+
+def _from_numbers(values: list[float]) -> list[float]:
+    total = math.fsum(values)
+    if abs(total - 1) > TOLERANCE:
+        raise FieldError(
+            ", ".join(NUMBERS),
+            f"are {values}, which sum to {total:g}; write one 1 and two 0, or three that sum to 1",
+        )
+    return [value / total for value in values]
+
+
+def excerpt(cell: Any, width: int = 60) -> str:
+    """A cell as an error message shows it: short, on one line, and printable anywhere."""
+    if cell is None:
+        return "null"
+    if not isinstance(cell, str | int | float):
+        return f"a {type(cell).__name__}"
+    if isinstance(cell, str) and len(cell) > width:
+        return f"{json.dumps(cell[:width])} and so on"
+    return json.dumps(cell)
+
+
+def whole_characters(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can spell but no tokenizer and no file takes, become U+FFFD."""
+    return text if is_utf8(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether every character can be written as UTF-8. False also for bytes read with `surrogateescape`."""
+    return text.isascii() or not SURROGATE.search(text)
+
+
+def read_json(text: str, field: str) -> Any:
+    """The value that `text` spells; raises `FieldError` when it is not JSON or repeats a key of an object."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise FieldError(
+            field, f"is {excerpt(text)}, which is not JSON: {why}; write it again as JSON"
+        ) from None
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object as a dict. Python alone would keep the last of two equal keys and say nothing."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"{excerpt(next(name for name in names if names.count(name) > 1))} stands twice in an object"
+        )
+    return dict(pairs)

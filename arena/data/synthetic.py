@@ -1,0 +1,180 @@
+"""Competition-shaped demo data whose labels are drawn from a stated model, so the best possible log-loss is known.
+
+The model reads three visible features of the two answers, all turns together:
+
+- tone: the mean tone of A's claims minus that of B's (see `synthetic_text`; an answer without claims has tone 0);
+- length: (words of A - words of B) / (words of A + words of B);
+- refusal: whether A refuses minus whether B does.
+
+Their weighted sum `d` gives the probabilities after Davidson (1970): A, B, tie ~ exp(d / 2), exp(-d / 2), TIE.
+The mean entropy of these probabilities is the floor: no judge can expect a lower log-loss.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from arena.data import synthetic_text as text
+from arena.files import written_whole
+
+TONE, LENGTH, REFUSAL, TIE = 2.0, 2.0, 2.0, 1.0
+
+LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
+TEST_COLUMNS = ("id", "prompt", "response_a", "response_b")
+TRAIN_COLUMNS = ("id", "model_a", "model_b", *TEST_COLUMNS[1:], *LABELS)
+MODELS = ("alder-7b", "birch-13b", "cedar-2b", "dogwood-chat", "elm-large", "fir-mini")
+
+Answers = Sequence[str | None]
+
+
+class Features(NamedTuple):
+    """What the label model sees, as differences between A and B."""
+
+    tone: float
+    length: float
+    refusal: float
+
+
+class Row(NamedTuple):
+    """One conversation: the user's prompts and both models' answers, turn by turn."""
+
+    prompt: list[str]
+    response_a: list[str | None]
+    response_b: list[str | None]
+
+
+def features(response_a: Answers, response_b: Answers) -> Features:
+    """The features, from the visible text alone."""
+    a, b = (" ".join(turn for turn in answers if turn) for answers in (response_a, response_b))
+    words_a, words_b = len(a.split()), len(b.split())
+    length = (words_a - words_b) / max(words_a + words_b, 1)
+    return Features(_mean_tone(a) - _mean_tone(b), length, float(text.REFUSAL in a) - float(text.REFUSAL in b))
+
+
+def _mean_tone(answer: str) -> float:
+    tones = text.tones(answer)
+    return sum(tones) / len(tones) if tones else 0.0
+
+
+def preference(response_a: Answers, response_b: Answers) -> tuple[float, float, float]:
+    """The true probabilities that A is preferred, that B is, and of a tie."""
+    seen = features(response_a, response_b)
+    d = TONE * seen.tone + LENGTH * seen.length - REFUSAL * seen.refusal
+    weights = (math.exp(d / 2), math.exp(-d / 2), TIE)
+    total = sum(weights)
+    return weights[0] / total, weights[1] / total, weights[2] / total
+
+
+def entropy(probabilities: Sequence[float]) -> float:
+    """The log-loss, in nats, that remains when these probabilities are known; its mean over rows is the floor."""
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def make_row(rng: Random, said: Sequence[str] = ()) -> Row:
+    """One conversation. Its first prompt may repeat one of `said`; oddities of real data come in now and then."""
+    topic = rng.choice(list(text.TOPICS))
+    turns = rng.choices((1, 2, 3, 4), (0.78, 0.13, 0.06, 0.03))[0]
+    scripts = rng.random() < 0.12
+    prompts = [_prompt(rng, topic, scripts and rng.random() < 0.5) for _ in range(turns)]
+    if said and rng.random() < 0.08:
+        prompts[0] = rng.choice(said)
+    size = min(max(rng.lognormvariate(1.5, 0.60), 1.2), 14) / math.sqrt(turns)  # sentences in an answer, before either side's own taste
+    answers = [_answers(rng, topic, turns, size, scripts) for _ in "ab"]
+    return Row(prompts, *_odd(rng, *answers))
+
+
+def _prompt(rng: Random, topic: str, scripts: bool) -> str:
+    """A question, now and then after a long introduction."""
+    introduction = [text.talk(rng, topic) for _ in range(rng.randint(4, 9))] if rng.random() < 0.06 else []
+    return " ".join([*introduction, text.question(rng, topic, scripts)])
+
+
+def _answers(rng: Random, topic: str, turns: int, size: float, scripts: bool) -> list[str | None]:
+    """One side's answers: one leaning of tone and one taste for length through all turns."""
+    leaning, taste = rng.uniform(-1, 1), rng.lognormvariate(0, 0.35)
+    answers: list[str | None] = [_answer(rng, topic, max(1, round(size * taste)), leaning, scripts) for _ in range(turns)]
+    if rng.random() < 0.06:
+        answers[-1] = " ".join([text.REFUSAL, *[text.talk(rng, topic) for _ in range(rng.randint(0, 2))]])
+    return answers
+
+
+def _answer(rng: Random, topic: str, sentences: int, leaning: float, scripts: bool) -> str:
+    """Claims that lean to one tone among talk without any."""
+    said = [
+        text.claim(rng, 1 if rng.random() < (1 + leaning) / 2 else -1) if rng.random() < 0.6 else text.talk(rng, topic)
+        for _ in range(sentences)
+    ]
+    if scripts:
+        said.insert(rng.randint(0, len(said)), rng.choice(text.OTHER_SCRIPTS))
+    joint = "\n" if rng.random() < 0.1 else " "
+    return joint.join(said)
+
+
+def _odd(rng: Random, a: list[str | None], b: list[str | None]) -> tuple[list[str | None], list[str | None]]:
+    """Real data's oddities, each in about one row of a hundred: nulls, blanks, equal answers, a missing turn."""
+    luck, side, turn = rng.random(), rng.choice((a, b)), rng.randrange(len(a))
+    if luck < 0.012:
+        side[turn] = None
+    elif luck < 0.018:
+        a, b = [None] * len(a), [None] * len(b)
+    elif luck < 0.030:
+        b = list(a)
+    elif luck < 0.038:
+        side[turn] = rng.choice(("", " ", "null"))
+    elif luck < 0.050 and len(a) > 1:
+        side.pop()
+    elif luck < 0.056:
+        side[turn] = f"{side[turn]} \ud83d"  # half of an emoji, as a cut at 16-bit units leaves it
+    return a, b
+
+
+def make_rows(rng: Random, count: int) -> list[Row]:
+    """`count` conversations, some of which repeat an earlier one's first prompt."""
+    rows: list[Row] = []
+    said: list[str] = []
+    for _ in range(count):
+        rows.append(make_row(rng, said))
+        said.append(rows[-1].prompt[0])
+    return rows
+
+
+def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
+    """Writes `train.csv`, `test.csv`, `sample_submission.csv` and, for both parts, `truth.csv` into `folder`."""
+    rng = Random(seed)
+    rows = make_rows(rng, n_train + n_test)
+    ids = [str(number) for number in sorted(rng.sample(range(10_000, 10_000 + 40 * max(len(rows), 1)), len(rows)))]
+    truth = [preference(row.response_a, row.response_b) for row in rows]
+    cells = [[_cell(row.prompt), _cell(row.response_a), _cell(row.response_b)] for row in rows]
+    train = [
+        [ids[i], *rng.sample(MODELS, 2), *cells[i], *_draw(rng, truth[i])]
+        for i in range(n_train)
+    ]  # fmt: skip
+    test = [[ids[i], *cells[i]] for i in range(n_train, len(rows))]
+    _write(folder / "train.csv", TRAIN_COLUMNS, train)
+    _write(folder / "test.csv", TEST_COLUMNS, test)
+    _write(folder / "sample_submission.csv", ("id", *LABELS), [[row[0], *["0.333333"] * 3] for row in test])
+    _write(folder / "truth.csv", ("id", *LABELS), [[i, *map(repr, p)] for i, p in zip(ids, truth, strict=True)])
+
+
+def _draw(rng: Random, probabilities: Sequence[float]) -> list[str]:
+    """A label drawn from `probabilities`, as the competition writes it: three cells, one of them 1."""
+    winner = rng.choices(range(3), probabilities)[0]
+    return ["1" if index == winner else "0" for index in range(3)]
+
+
+def _cell(turns: Sequence[str | None]) -> str:
+    """A JSON list as the competition escapes it: no spaces, ASCII only, `/` as `\\/`."""
+    return json.dumps(list(turns), separators=(",", ":")).replace("/", "\\/")
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    with written_whole(path) as draft, draft.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)

@@ -1,0 +1,140 @@
+"""Judge prompts tokenised once and kept as memory-mapped Arrow, found again by what they were made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+
+from arena.config import PromptSettings
+from arena.data.prompt import Example, PromptEncoder
+from arena.files import fingerprint, written_whole
+from arena.progress import progress
+
+FORMAT = 1  # raise it when the layout of the file or of the prompt changes
+ROWS_AT_ONCE = 512
+
+_SCHEMA = pa.schema(
+    {"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int32(), "tokens_cut": pa.int32()}
+)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Token ids of many examples, read in place from memory-mapped files.
+
+    Example `row * orders + order` is conversation `row`, as it stands (order 0) or with A and B exchanged (order 1).
+
+    Attributes:
+        orders: 1 or 2 examples per conversation.
+        lengths: int64 (n,), tokens of each example.
+        turns_dropped: int32 (n,), turns that were left out of each example.
+        tokens_cut: int32 (n,), tokens that were left out of each example.
+    """
+
+    orders: int
+    lengths: np.ndarray
+    turns_dropped: np.ndarray
+    tokens_cut: np.ndarray
+    _flat: tuple[np.ndarray, ...]
+    _offsets: tuple[np.ndarray, ...]
+    _starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Token ids of one example: a read-only int32 view of shape (lengths[index],)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
+        offsets = self._offsets[chunk]
+        place = index - int(self._starts[chunk])
+        return self._flat[chunk][offsets[place] : offsets[place + 1]]
+
+
+def tokenise(
+    rows: Dataset, source: str, tokenizer: Any, settings: PromptSettings, cache: Path, *, both_orders: bool
+) -> TokenStore:
+    """Encodes conversations into a file under `cache`, or finds the file of an earlier call.
+
+    Args:
+        rows: conversations (`read_conversations`).
+        source: fingerprint of the rows.
+        both_orders: keep each conversation in both orders.
+
+    An interrupted call leaves nothing behind: the file appears under its name only when it is complete.
+    """
+    encoder = PromptEncoder(tokenizer, settings)
+    made_from = [FORMAT, source, settings.model_dump(), both_orders, tokenizer.backend_tokenizer.to_str()]
+    path = cache / f"tokens-{fingerprint(*made_from)}.arrow"
+    if not path.is_file():
+        with written_whole(path) as draft:
+            _write(draft, rows, encoder, both_orders)
+    return open_tokens([path], orders=2 if both_orders else 1)
+
+
+def open_tokens(paths: Sequence[Path], orders: int) -> TokenStore:
+    """Opens token files one after another as a single store."""
+    tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths]
+    table = pa.concat_tables(tables)
+    chunks = [chunk for chunk in table["input_ids"].chunks if len(chunk)]
+    offsets = tuple(chunk.offsets.to_numpy() for chunk in chunks)
+    lengths = [np.diff(each) for each in offsets]
+    starts = np.cumsum([0, *map(len, lengths)])[:-1] if chunks else np.zeros(0, dtype=np.int64)
+    return TokenStore(
+        orders=orders,
+        lengths=np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64),
+        turns_dropped=table["turns_dropped"].to_numpy(),
+        tokens_cut=table["tokens_cut"].to_numpy(),
+        _flat=tuple(chunk.values.to_numpy() for chunk in chunks),
+        _offsets=offsets,
+        _starts=starts,
+    )
+
+
+def join(stores: Sequence[TokenStore]) -> TokenStore:
+    """Several stores one after another as one."""
+    assert len({store.orders for store in stores}) == 1, "stores with one and with two orders cannot be joined"
+    shifts = np.cumsum([0, *(len(store) for store in stores)])
+    return TokenStore(
+        orders=stores[0].orders,
+        lengths=np.concatenate([store.lengths for store in stores]),
+        turns_dropped=np.concatenate([store.turns_dropped for store in stores]),
+        tokens_cut=np.concatenate([store.tokens_cut for store in stores]),
+        _flat=tuple(flat for store in stores for flat in store._flat),
+        _offsets=tuple(offsets for store in stores for offsets in store._offsets),
+        _starts=np.concatenate([store._starts + shift for store, shift in zip(stores, shifts, strict=False)]),
+    )
+
+
+def _write(path: Path, rows: Dataset, encoder: PromptEncoder, both_orders: bool) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        for examples in _batches(rows, encoder, both_orders):
+            writer.write_batch(_record_batch(examples))
+
+
+def _batches(rows: Dataset, encoder: PromptEncoder, both_orders: bool) -> Iterator[list[Example]]:
+    columns = rows.select_columns(["prompt", "response_a", "response_b"])
+    with progress("tokenising", len(rows), "conversations") as advance:
+        for batch in columns.iter(batch_size=ROWS_AT_ONCE):
+            yield list(encoder.encode(batch, both_orders=both_orders))
+            advance(len(batch["prompt"]))
+
+
+def _record_batch(examples: list[Example]) -> pa.RecordBatch:
+    offsets = np.cumsum([0, *(len(each.input_ids) for each in examples)], dtype=np.int32)
+    flat = np.concatenate([each.input_ids for each in examples])
+    return pa.record_batch(
+        [
+            pa.ListArray.from_arrays(offsets, flat),
+            pa.array([each.turns_dropped for each in examples], pa.int32()),
+            pa.array([each.tokens_cut for each in examples], pa.int32()),
+        ],
+        schema=_SCHEMA,
+    )

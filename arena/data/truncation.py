@@ -1,0 +1,79 @@
+"""Which tokens of an over-long conversation are kept: lengths in, lengths out, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Lengths = tuple[int, int, int]  # tokens of a turn's prompt, answer A, answer B
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is kept of a conversation.
+
+    Attributes:
+        first_turn: index of the first turn kept; the turns before it are left out.
+        caps: per kept turn, the tokens that its prompt and its two answers may take, cut marks included.
+    """
+
+    first_turn: int
+    caps: tuple[Lengths, ...]
+
+
+def least_room(overhead: int, mark: int, turns_mark: int) -> int:
+    """The fewest tokens in which any conversation can be shown: one turn, all three fields cut to almost nothing."""
+    return turns_mark + overhead + 3 * _least(mark)
+
+
+def choose_cut(turns: Sequence[Lengths], room: int, overhead: int, mark: int, turns_mark: int) -> Cut:
+    """Chooses what to keep so that it fits in `room` tokens.
+
+    The latest turns are kept whole as long as they fit. The turn before them is shown cut where the room left shows at
+    least an eighth of it, else it is left out with all before it; the last turn is always shown. In a cut turn, the prompt
+    and both answers share the room evenly, and what one does not need goes to the others, so A and B are treated alike.
+
+    Args:
+        turns: lengths in tokens of each turn's fields.
+        room: tokens for all turns together, at least `least_room`.
+        overhead: tokens around the fields of one turn (headings, separators).
+        mark: tokens of the mark where a text is cut.
+        turns_mark: tokens of the mark for turns left out.
+    """
+    first, left = len(turns), room
+    while first > 0:
+        rest = left - overhead - sum(turns[first - 1])
+        if rest < (turns_mark if first > 1 else 0):
+            break
+        first, left = first - 1, rest
+    if first == 0:
+        return Cut(0, tuple(turns))
+    partial = _partial(turns[first - 1], left - overhead - (turns_mark if first > 1 else 0), mark, first == len(turns))
+    if partial is None:
+        return Cut(first, tuple(turns[first:]))
+    return Cut(first - 1, (partial, *turns[first:]))
+
+
+def _partial(turn: Lengths, room: int, mark: int, must: bool) -> Lengths | None:
+    """The turn's fields cut to `room` tokens together, or None where that would show too little to be of use."""
+    if not must and (room < 3 * _least(mark) or 8 * room < sum(turn)):
+        return None
+    cap = even_cap(turn, room)
+    return min(turn[0], cap), min(turn[1], cap), min(turn[2], cap)
+
+
+def _least(mark: int) -> int:
+    """Tokens of the shortest cut field: one before the mark, one after."""
+    return mark + 2
+
+
+def even_cap(lengths: Sequence[int], room: int) -> int:
+    """The largest cap with `sum(min(length, cap)) <= room`: what a short field leaves over goes to the longer ones."""
+    cap, left = 0, room
+    ordered = sorted(lengths)
+    for done, length in enumerate(ordered):
+        share = left // (len(ordered) - done)
+        if length > share:
+            return share
+        cap, left = length, left - length
+    return cap

@@ -1,0 +1,68 @@
+"""The process a run lives in: device, rank, sums over ranks, threads and random seeds. One process or several, same code."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+
+def start(seed: int, track: str = "none", folder: str | None = None) -> Accelerator:
+    """Fixes threads and seeds, and finds the device and the other ranks (`accelerate launch` sets those up).
+
+    Args:
+        track: `none`, or the experiment tracker to report to.
+        folder: where a tracker that writes files puts them.
+    """
+    fix_threads()
+    set_seed(seed)
+    return Accelerator(log_with=None if track == "none" else track, project_dir=folder)
+
+
+def fix_threads() -> None:
+    """One pool of as many threads as this process may use: two pools that fight over cores cost ten times the time."""
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", free)))
+
+
+def sum_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
+    """Adds up the gradients of all ranks. Ranks may have had different numbers of micro-batches, or none."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
+
+
+def total(accelerator: Accelerator, value: float) -> float:
+    """The sum of a number over all ranks."""
+    if accelerator.num_processes == 1:
+        return value
+    # float32 is the widest that every device can add up
+    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="sum"))
+
+
+def compute_in(device: torch.device, dtype: str) -> AbstractContextManager[None]:
+    """Autocast to the compute dtype of a recipe; float32 computes as it is."""
+    return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes ever held: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def device_name(device: torch.device) -> str:
+    """What a table of results calls this device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,53 @@
+"""How good probabilities are: log-loss, accuracy, calibration error. Classes are always in the order A, B, tie."""
+
+from __future__ import annotations
+
+import numpy as np
+
+CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
+SMALLEST = 1e-15  # probabilities are kept this far from 0, as the competition's scorer does
+
+
+def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean cross entropy in nats.
+
+    Args:
+        labels: (n, 3), one-hot or probabilities.
+        probabilities: (n, 3), rows that sum to 1.
+
+    Raises:
+        ValueError: no rows, shapes that differ, or a number that is not finite.
+    """
+    _check(labels, probabilities)
+    return float(-(labels * np.log(np.clip(probabilities, SMALLEST, 1.0))).sum(axis=1).mean())
+
+
+def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Share of rows where the most probable class is the most probable label."""
+    _check(labels, probabilities)
+    return float((labels.argmax(axis=1) == probabilities.argmax(axis=1)).mean())
+
+
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error of the most probable class, in equal-width bins (Guo et al., 2017, arXiv:1706.04599)."""
+    _check(labels, probabilities)
+    confidence = probabilities.max(axis=1)
+    right = labels[np.arange(len(labels)), probabilities.argmax(axis=1)]
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(place, weights=right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Float64 probabilities of float logits, along the last axis."""
+    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+def _check(labels: np.ndarray, probabilities: np.ndarray) -> None:
+    if labels.shape != probabilities.shape or labels.ndim != 2 or len(labels) == 0:
+        raise ValueError(f"labels {labels.shape} and probabilities {probabilities.shape} cannot be compared")
+    for name, values in (("labels", labels), ("probabilities", probabilities)):
+        bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if len(bad):
+            raise ValueError(f"{len(bad)} rows of {name} are not finite, first row {bad[0]}: {values[bad[0]].tolist()}")

@@ -1,0 +1,187 @@
+"""Loads a base model, 4-bit or not, reads it through packed attention, and adds LoRA adapters and the head."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+
+from arena.config import RECIPES, LoraSettings, ModelSettings
+from arena.model.attention import NAME, choose_backend
+
+LABELS = ("A", "B", "tie")  # the order of classes everywhere
+HEAD = "score"  # as in transformers' sequence classifiers, so that a merged model loads as one of them
+
+
+def load_tokenizer(base: str, revision: str | None = None) -> Any:
+    """The tokenizer of a base model.
+
+    Raises:
+        ValueError: there is none at that place; says how to get it.
+    """
+    with _found(base):
+        return AutoTokenizer.from_pretrained(base_path(base), revision=revision)
+
+
+def load_base(settings: ModelSettings) -> nn.Module:
+    """The sequence classifier over a base model: frozen weights in 4 bits or `dtype`, `score` fresh (zeros) in float32.
+
+    Raises:
+        ValueError: the base is missing, gated, or no decoder that takes an attention function; says what to do.
+    """
+    with _found(settings.base):
+        config = AutoConfig.from_pretrained(base_path(settings.base), revision=settings.revision)
+    config.num_labels = len(LABELS)
+    config.id2label = dict(enumerate(LABELS))
+    config.label2id = {label: index for index, label in enumerate(LABELS)}
+    config.use_cache = False
+    _keep_head(config)
+    options = {"quantization_config": _nf4(settings)} if settings.quantization == "nf4" else {}
+    with _found(settings.base):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base_path(settings.base),
+            revision=settings.revision,
+            config=config,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation=NAME,
+            **options,
+        )
+    model.config.arena_backend = choose_backend(settings.attention)
+    score = nn.Linear(model.score.in_features, len(LABELS), bias=False, dtype=torch.float32)
+    nn.init.zeros_(score.weight)  # the first probabilities are even, whatever the scale of the hidden states
+    model.score = score.to(next(model.parameters()).device)
+    _keep_layout(model)
+    backbone(model).register_forward_pre_hook(_refuse_mask_and_cache, with_kwargs=True)
+    return model
+
+
+def adapt(model: nn.Module, settings: ModelSettings) -> nn.Module:
+    """Adds LoRA adapters, and makes them and the head trainable, in float32; without LoRA all weights train."""
+    if settings.lora is not None:
+        model = get_peft_model(model, _lora(settings.lora))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if settings.gradient_checkpointing:
+        underlying(model).gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def save_model(model: nn.Module, folder: Path) -> None:
+    """Writes what training changed, as safetensors and JSON: adapter and head, or the whole model where there is no LoRA."""
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def load_trained(folder: Path, settings: ModelSettings) -> nn.Module:
+    """The model that `save_model` wrote, ready for inference."""
+    if (folder / "adapter_config.json").is_file():
+        return PeftModel.from_pretrained(load_base(settings), str(folder)).eval()
+    whole = settings.model_copy(update={"base": str(folder), "revision": None})
+    model = load_base(whole)
+    _load_head(model, folder)
+    return model.eval()
+
+
+def underlying(model: nn.Module) -> nn.Module:
+    """The transformers model inside a peft model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The decoder below the head."""
+    inner = underlying(model)
+    return getattr(inner, inner.base_model_prefix)  # type: ignore[no-any-return]
+
+
+def base_path(base: str) -> str:
+    """Where a base stands: `demo_base` ships with the package, anything else is a folder or a hub name."""
+    return str(RECIPES / "demo_base") if base == "demo_base" else base
+
+
+def _nf4(settings: ModelSettings) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation (Dettmers et al., 2023, arXiv:2305.14314)."""
+    # No list of modules to skip is given: only without one does the library leave the head alone.
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+    )
+
+
+def _keep_head(config: Any) -> None:
+    """Names the head among the modules that a checkpoint stored in 4 bits leaves unquantised."""
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("llm_int8_skip_modules"):
+        stored["llm_int8_skip_modules"] = sorted({*stored["llm_int8_skip_modules"], HEAD})
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights in place.
+
+    On CPUs with bf16 instructions an evaluation forward does so, and what reads the weights by another way afterwards
+    (a merge, a backward) gets garbage; the repacked product also depends on the batch's shape.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _lora(settings: LoraSettings) -> LoraConfig:
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,  # without it the head stays frozen
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        modules_to_save=[HEAD],
+    )
+
+
+def _load_head(model: nn.Module, folder: Path) -> None:
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    name = f"{HEAD}.weight"
+    file = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
+    with safe_open(folder / file, framework="pt") as tensors, torch.no_grad():
+        model.score.weight.copy_(tensors.get_tensor(name))
+
+
+def _refuse_mask_and_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A mask or a cache would be ignored by packed attention, or mix examples: an error, not a wrong number."""
+    for name in ("attention_mask", "past_key_values"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"a packed model takes no {name}: give cu_seq_lens_q, cu_seq_lens_k and position_ids")
+    if kwargs.get("use_cache") or len(args) > 1:
+        raise ValueError("a packed model takes input_ids alone by position, and use_cache=False")
+    if kwargs.get("position_ids") is None:
+        raise ValueError("a packed model needs position_ids that start at 0 with each example")
+
+
+class _found:
+    """Turns the many errors of a missing or gated base into one message that says how to get it."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base
+
+    def __enter__(self) -> None:
+        if os.sep in self.base and self.base.count("/") != 1 and not Path(self.base).is_dir():
+            raise ValueError(f"model.base: there is no folder {self.base}")
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, KeyError)) or (kind is ValueError and "Unrecognized" in str(error)):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(
+                f"model.base: {self.base!r} could not be loaded ({reason}). If it is a gated model, accept its licence on "
+                "its Hugging Face page and run `hf auth login`; on a machine without internet, download it elsewhere "
+                f"(`hf download {self.base} --local-dir FOLDER`) and pass model.base=FOLDER"
+            ) from error

@@ -1,0 +1,48 @@
+"""Packed examples to logits and to the loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arena.model.backbone import backbone, underlying
+from arena.packing.batch import PackedBatch
+
+
+class PackedClassifier(nn.Module):
+    """Reads a `PackedBatch` and gives one row of logits per example.
+
+    Args:
+        model: what `backbone.load_base`, `adapt` or `load_trained` gave.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Float32 (n, 3), the classes A, B, tie, from the hidden state of each example's last token."""
+        hidden = backbone(self.model)(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seq_len,
+            max_length_k=batch.max_seq_len,
+        ).last_hidden_state
+        last = hidden[0, batch.cu_seqlens[1:].long() - 1]
+        with torch.autocast(last.device.type, enabled=False):
+            logits: Tensor = underlying(self.model).score(last.float())
+        return logits
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Soft-label cross entropy, summed over examples: divide by the number of examples in the whole step.
+
+    Args:
+        logits: float32 (n, 3).
+        labels: (n, 3), probabilities that sum to 1 in each row.
+    """
+    return F.cross_entropy(logits, labels, reduction="sum")

@@ -1,0 +1,1 @@
+"""Packing: which examples share a micro-batch, and the tensors of it."""
