@@ -10,9 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
+from numpy.typing import NDArray
 
 from arena.data.labels import (
     FieldError,
@@ -89,15 +91,14 @@ def judgeable(row: Mapping[str, Any]) -> bool:
     return any(text and text.strip() for text in [*row["response_a"], *row["response_b"]])
 
 
-def drop_repeats(extra: Dataset, against: Dataset) -> tuple[Dataset, int]:
-    """`extra` without the rows whose prompt and answers stand in `against` or earlier in it; and how many."""
+def repeated(extra: Dataset, against: Dataset) -> NDArray[np.bool_]:
+    """bool (len(extra),): rows whose prompt and answers stand in `against`, or earlier in `extra`."""
     seen = set(_content_digests(against))
-    kept = []
+    flags = np.zeros(len(extra), dtype=np.bool_)
     for index, digest in enumerate(_content_digests(extra)):
-        if digest not in seen:
-            seen.add(digest)
-            kept.append(index)
-    return extra.select(kept), len(extra) - len(kept)
+        flags[index] = digest in seen
+        seen.add(digest)
+    return flags
 
 
 def _content_digests(rows: Dataset) -> Iterator[bytes]:
@@ -114,18 +115,14 @@ def _contents(paths: Sequence[Path]) -> list[list[str]]:
     contents = []
     for path in paths:
         if path.suffix.lower() not in READERS:
-            bad.add(
-                path,
-                "the file",
-                FieldError("its name", f"must end in one of {', '.join(READERS)}; convert it"),
-            )
+            problem = FieldError("its name", f"must end in one of {', '.join(READERS)}; convert it")
+            bad.add(path, "the file", problem)
             continue
         try:
             contents.append([path.suffix.lower(), file_digest(path)])
         except OSError as error:
-            bad.add(
-                path, "the file", FieldError("any row", f"cannot be read ({error.strerror}); check the path")
-            )
+            problem = FieldError("any row", f"cannot be read ({error.strerror}); check the path")
+            bad.add(path, "the file", problem)
     if bad.count:
         raise bad
     return contents
@@ -208,11 +205,10 @@ def _csv_rows(path: Path, labels: Labels) -> Iterator[Row]:
                 if len(fields) == len(names):
                     yield f"line {start}", _checked({name: fields[at] for name, at in positions.items()})
                 elif fields:  # a blank line has none
-                    found = f"has {len(fields)} fields, but the header has {len(names)}"
-                    yield (
-                        f"line {start}",
-                        FieldError("the row", f"{found}; quote commas and line breaks in a field"),
+                    what = (
+                        f"has {len(fields)} fields, but the header has {len(names)}; quote commas in a field"
                     )
+                    yield f"line {start}", FieldError("the row", what)
                 start = reader.line_num + 1
         except csv.Error as error:
             what = f"is broken CSV ({error}), so nothing below it was read; quote it rightly"
@@ -253,11 +249,9 @@ def _json_row(line: str) -> Cells | FieldError:
         cells = read_json(line, "the row")
     except FieldError as problem:
         return problem
-    return (
-        cells
-        if isinstance(cells, dict)
-        else FieldError("the row", "is not an object; write one JSON object a line")
-    )
+    if not isinstance(cells, dict):
+        return FieldError("the row", "is not an object; write one JSON object a line")
+    return cells
 
 
 def _columns(names: Sequence[str], labels: Labels) -> list[str]:

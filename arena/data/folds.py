@@ -42,9 +42,8 @@ def assign_folds(rows: Dataset, n_folds: int, seed: int) -> Folds:
     """
     if not 2 <= n_folds <= np.iinfo(np.int8).max:
         raise ValueError(f"n_folds is {n_folds}; it must be from 2 to {np.iinfo(np.int8).max}")
-    groups, keys = pd.factorize(
-        np.array(list(_each_key(rows)), dtype=object), sort=True
-    )  # sorted: free of row order
+    every_key = np.array(list(_each_key(rows)), dtype=object)
+    groups, keys = pd.factorize(every_key, sort=True)  # sorted, so that the order of the rows does not matter
     if len(keys) < n_folds:
         raise ValueError(
             f"{len(keys)} different prompts cannot fill {n_folds} folds; use fewer folds or more data"
@@ -95,11 +94,10 @@ def check_no_leak(rows: Dataset, folds: Folds) -> None:
             )
 
 
-def without_leaks(extra: Dataset, held_out: Dataset) -> tuple[Dataset, int]:
-    """`extra` without the rows whose prompt key stands in `held_out`; and how many these are."""
-    unseen = set(_each_key(held_out))
-    kept = [index for index, key in enumerate(_each_key(extra)) if key not in unseen]
-    return extra.select(kept), len(extra) - len(kept)
+def leaking(extra: Dataset, held_out: Dataset) -> NDArray[np.bool_]:
+    """bool (len(extra),): rows whose prompt key stands in `held_out`."""
+    held_out_keys = set(_each_key(held_out))
+    return np.fromiter((key in held_out_keys for key in _each_key(extra)), dtype=np.bool_, count=len(extra))
 
 
 def _each_key(rows: Dataset) -> Iterator[str]:

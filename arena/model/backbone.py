@@ -100,6 +100,13 @@ def backbone(model: nn.Module) -> nn.Module:
     return getattr(inner, inner.base_model_prefix)  # type: ignore[no-any-return]
 
 
+def sliding_window(settings: ModelSettings) -> int | None:
+    """The keys that a query of the base's sliding-window layers sees, or None where it has no such layers."""
+    with _found(settings.base):
+        config = AutoConfig.from_pretrained(base_path(settings.base), revision=settings.revision)
+    return getattr(config, "sliding_window", None)
+
+
 def base_path(base: str) -> str:
     """Where a base stands: `demo_base` ships with the package, anything else is a folder or a hub name."""
     return str(RECIPES / "demo_base") if base == "demo_base" else base

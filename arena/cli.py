@@ -1,0 +1,181 @@
+"""The command line: `arena SUBCOMMAND --help`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from arena.config import Recipe, load_recipe
+from arena.progress import console
+
+Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
+Data = Annotated[
+    str | None,
+    arg(help="Folder with train and test files (csv, parquet or jsonl), or one file; default: the recipe's data.path."),
+]
+Overrides = Positional[
+    Annotated[tuple[str, ...], arg(metavar="KEY=VALUE", help="Settings to change, such as train.batch_size=32.")]
+]
+
+
+@dataclass
+class Train:
+    """Train one fold, score it on its held-out rows, and write runs/RECIPE/foldK."""
+
+    overrides: Overrides = ()
+    fold: Annotated[int, arg(help="The fold to hold out.")] = 0
+    recipe: Name = "demo"
+    data: Data = None
+    runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
+    fresh: Annotated[bool, arg(help="Set an earlier run of this fold aside and train anew.")] = False
+
+    def run(self) -> None:
+        from arena.reporting.report import draw_report, print_report
+        from arena.training.run import run_fold
+
+        recipe = _recipe(self.recipe, self.data, self.overrides)
+        _write_demo(recipe)
+        print_report(run_fold(recipe, self.fold, self.runs, fresh=self.fresh))
+        folder = self.runs / recipe.name / f"fold{self.fold}"
+        console.print(f"written: {folder} (metrics.json, oof.csv, log.jsonl, model/, {draw_report(folder).name})")
+
+
+@dataclass
+class Infer:
+    """Judge a test file with every finished fold of a run, averaged, and write a checked submission."""
+
+    overrides: Overrides = ()
+    recipe: Name = "demo"
+    data: Data = None
+    runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
+    out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
+
+    def run(self) -> None:
+        from arena.data.conversations import read_conversations
+        from arena.data.prepare import data_file
+        from arena.distributed import fix_threads
+        from arena.judging.ensemble import average, fold_models
+        from arena.judging.judge import judgeable_rows
+        from arena.judging.submission import write_submission
+
+        recipe = _recipe(self.recipe, self.data, self.overrides)
+        _write_demo(recipe)
+        fix_threads()
+        models = fold_models(self.runs / recipe.name)
+        cache = Path(recipe.data.cache)
+        test = data_file(recipe.data.path, "test")
+        rows = read_conversations([test], cache, labels="ignored")
+        probabilities = average(models, rows, cache)
+        sample = test.parent / "sample_submission.csv"
+        write_submission(self.out, rows["id"], probabilities, sample if sample.is_file() else None)
+        console.print(
+            f"written: {self.out}, {len(rows):,} rows from {len(models)} fold{'s' if len(models) > 1 else ''}; "
+            f"{int((~judgeable_rows(rows)).sum()):,} rows have nothing to judge and got the training prior"
+        )
+        if not sample.is_file():
+            console.print(f"there is no {sample} to check it against: columns and ids were checked against the test file")
+
+
+@dataclass
+class Inspect:
+    """Show one real micro-batch: examples decoded, what was cut, boundaries; and draw who attends to whom."""
+
+    overrides: Overrides = ()
+    fold: Annotated[int, arg(help="The fold held out.")] = 0
+    recipe: Name = "demo"
+    data: Data = None
+    step: Annotated[int, arg(help="The optimizer step to look at.")] = 0
+    out: Annotated[Path, arg(help="The picture to write.")] = Path("runs/attention.png")
+
+    def run(self) -> None:
+        from arena.data.prepare import prepare_fold
+        from arena.model.backbone import load_tokenizer, sliding_window
+        from arena.packing.loader import PackedLoader
+        from arena.reporting.inspect import draw_attention, print_batch
+        from arena.training.trainer import plan_fold
+
+        recipe = _recipe(self.recipe, self.data, self.overrides)
+        _write_demo(recipe)
+        tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+        data = prepare_fold(recipe, self.fold, tokenizer)
+        plan = plan_fold(recipe, data)
+        if not 0 <= self.step < plan.n_steps:
+            raise ValueError(f"there is no step {self.step}: the plan has steps 0 to {plan.n_steps - 1}")
+        batch = next(iter(PackedLoader(data.store, None, plan, start=self.step)))[0]
+        print_batch(batch, data.store, tokenizer, plan.budget)
+        window = sliding_window(recipe.model)
+        console.print(f"written: {draw_attention(batch, window, self.out)}")
+
+
+@dataclass
+class DemoBase:
+    """Make the tiny Gemma-2 that the demo recipe adapts: tokenizer and weights, trained from nothing."""
+
+    out: Annotated[Path, arg(help="The folder to write.")]
+    minutes: Annotated[float, arg(help="How long to train.")] = 50.0
+    seed: int = 0
+    threads: Annotated[int, arg(help="Cores to use.")] = 2
+
+    def run(self) -> None:
+        from arena.training.demo_base import make_demo_base
+
+        make_demo_base(self.out, self.minutes * 60, self.seed, self.threads)
+
+
+@dataclass
+class Arena:
+    """Train and run judges of pairwise preference on packed, padding-free batches."""
+
+    command: Train | Infer | Inspect | DemoBase = field(default_factory=Train)
+
+
+def main() -> None:
+    """Runs a subcommand. What the user can mend is said in one message, with exit status 2."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"train": Train, "infer": Infer, "inspect": Inspect, "demo-base": DemoBase}, description=Arena.__doc__
+    )
+    _quiet()
+    try:
+        command.run()
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.print(f"arena: {error}", style="red", markup=False)
+        sys.exit(2)
+
+
+def _quiet() -> None:
+    """Keeps the libraries' own notices off the screen; what matters of them is said by this package."""
+    import logging as python_logging
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
+    logging.set_verbosity_error()
+    if not console.is_terminal:
+        logging.disable_progress_bar()
+
+
+def _recipe(name: str, data: str | None, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe; rows of one's own are never replaced by demo rows."""
+    own = [] if data is None else [f"data.path={data}", "data.synthetic_rows=null"]
+    return load_recipe(name, [*own, *overrides])
+
+
+def _write_demo(recipe: Recipe) -> None:
+    """Writes the demo's rows on first use."""
+    folder, rows = Path(recipe.data.path), recipe.data.synthetic_rows
+    if rows is not None and not folder.exists():
+        from arena.data.synthetic import write_demo
+
+        write_demo(folder, rows[0], rows[1], recipe.seed)
+        console.print(f"demo data written to {folder}: {rows[0]:,} labelled rows, {rows[1]:,} to judge")
+
+
+if __name__ == "__main__":
+    main()

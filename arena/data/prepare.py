@@ -1,0 +1,132 @@
+"""From a folder of files to what one fold trains on and is scored on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from arena.config import Recipe
+from arena.data.conversations import judgeable, read_conversations, repeated
+from arena.data.folds import check_no_leak, leaking, load_or_assign_folds
+from arena.data.tokens import TokenStore, join, tokenise
+from arena.files import fingerprint
+
+ENDINGS = (".csv", ".parquet", ".jsonl")
+
+
+@dataclass(frozen=True)
+class FoldData:
+    """Rows, labels and tokens of one fold. Row numbers count the training file's rows first, then the extra files'.
+
+    Attributes:
+        ids: id of each row of the training file.
+        labels: float64 (rows, 3), in the order A, B, tie.
+        store: tokens of all rows.
+        train_rows: rows to train on, those that cannot be judged left out.
+        eval_rows: rows of the held-out fold, all of them.
+        judgeable: bool (rows,), whether a row has anything to judge.
+        prior: (3,), mean label of `train_rows`.
+        fingerprint: changes when the rows, the fold or the prompt's settings do.
+        notes: what was left out, and why, for people.
+    """
+
+    ids: list[str]
+    labels: np.ndarray
+    store: TokenStore
+    train_rows: np.ndarray
+    eval_rows: np.ndarray
+    judgeable: np.ndarray
+    prior: np.ndarray
+    fingerprint: str
+    notes: list[str]
+
+
+def data_file(path: str | Path, kind: str) -> Path:
+    """The file of a data folder that is called `kind` (train, test), or `path` itself when it is a file.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    place = Path(path)
+    if place.is_file():
+        return place
+    if not place.is_dir():
+        raise ValueError(f"data.path: there is no folder or file {place}; give one with DATA= or --data")
+    found = [file for ending in ENDINGS if (file := place / f"{kind}{ending}").is_file()]
+    if len(found) != 1:
+        names = ", ".join(f"{kind}{ending}" for ending in ENDINGS)
+        have = f"it has {', '.join(file.name for file in found)}" if found else "it has none of them"
+        raise ValueError(f"{place} must hold exactly one of {names}; {have}")
+    return found[0]
+
+
+def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
+    """Reads, splits and tokenises what fold `fold` of a recipe needs.
+
+    Raises:
+        ValueError: a file that cannot be used, or a fold that does not exist; nothing is left half-written.
+    """
+    settings = recipe.data
+    if not 0 <= fold < settings.folds:
+        raise ValueError(f"there is no fold {fold}: the recipe has folds 0 to {settings.folds - 1}")
+    cache = Path(settings.cache)
+    rows = read_conversations([data_file(settings.path, "train")], cache, labels="required")
+    folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, cache)
+    check_no_leak(rows, folds)
+    held_out = np.flatnonzero(folds == fold)
+    stores = [_tokens(rows, recipe, tokenizer)]
+    labels, usable, kept = [_labels(rows)], [_judgeable(rows)], [folds != fold]
+    notes, sources = [], [source(rows)]
+    if settings.extra:
+        extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required")
+        again, leaks = repeated(extra, rows), leaking(extra, rows.select(held_out))
+        notes.append(
+            f"extra rows: {len(extra):,}, of which {again.sum():,} repeat a row and {(leaks & ~again).sum():,} have a prompt "
+            f"of the held-out fold; both are left out"
+        )
+        stores.append(_tokens(extra, recipe, tokenizer))
+        labels.append(_labels(extra))
+        usable.append(_judgeable(extra))
+        kept.append(~again & ~leaks)
+        sources.append(source(extra))
+    can, keep = np.concatenate(usable), np.concatenate(kept)
+    every_label = np.concatenate(labels)
+    train_rows = np.flatnonzero(keep & can)
+    if not len(train_rows) or not len(held_out):
+        raise ValueError(f"fold {fold} has {len(train_rows)} rows to train on and {len(held_out)} to score: add rows")
+    if unusable := int((keep & ~can).sum()):
+        notes.append(f"{unusable:,} training rows have nothing to judge (no turn, or no answer) and are left out")
+    made_from = [sources, fold, settings.folds, settings.fold_seed, recipe.prompt.model_dump()]
+    return FoldData(
+        ids=list(rows["id"]),
+        labels=every_label,
+        store=join(stores) if len(stores) > 1 else stores[0],
+        train_rows=train_rows,
+        eval_rows=held_out,
+        judgeable=can,
+        prior=every_label[train_rows].mean(axis=0),
+        fingerprint=fingerprint(made_from),
+        notes=notes,
+    )
+
+
+def source(rows: Dataset) -> str:
+    """The fingerprint of rows that came from `read_conversations`: the name of their file, which is made from it."""
+    return Path(rows.cache_files[0]["filename"]).stem
+
+
+def _tokens(rows: Dataset, recipe: Recipe, tokenizer: Any) -> TokenStore:
+    both = recipe.train.swap != "never" or recipe.judge.swap
+    return tokenise(rows, source(rows), tokenizer, recipe.prompt, Path(recipe.data.cache), both_orders=both)
+
+
+def _labels(rows: Dataset) -> np.ndarray:
+    return np.asarray(rows.with_format("numpy")["label"][:], dtype=np.float64).reshape(-1, 3)
+
+
+def _judgeable(rows: Dataset) -> np.ndarray:
+    return np.fromiter((judgeable(row) for row in rows), dtype=bool, count=len(rows))

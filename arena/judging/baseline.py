@@ -1,0 +1,60 @@
+"""A plain judge to compare with: TF-IDF and lengths with logistic regression."""
+
+from __future__ import annotations
+
+import numpy as np
+from datasets import Dataset
+from scipy.sparse import csr_matrix, hstack, vstack
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from arena.data.prepare import FoldData
+
+WORDS = 20_000  # most frequent words and pairs of words
+FITTED = 20_000  # rows at most; more change little and take minutes
+
+
+def baseline_probabilities(rows: Dataset, data: FoldData, seed: int = 0) -> np.ndarray:
+    """Trains on the fold's training rows (at most `FITTED` of them, drawn by the seed) and judges its held-out rows.
+
+    Features: TF-IDF of words and pairs of words, A's minus B's, and the logarithms of both lengths and their difference.
+    Each training row is also shown with A and B exchanged. A soft label counts as rows of each class in its proportion.
+
+    Args:
+        rows: the training file's rows.
+
+    Returns:
+        float64 (len(data.eval_rows), 3).
+    """
+    train = data.train_rows[data.train_rows < len(rows)]
+    if len(train) > FITTED:
+        train = np.sort(np.random.default_rng(seed).choice(train, FITTED, replace=False))
+    a, b = _answers(rows, train)
+    words = TfidfVectorizer(ngram_range=(1, 2), max_features=WORDS, sublinear_tf=True, dtype=np.float64)
+    words.fit(a + b)
+    lengths = StandardScaler().fit(np.vstack([_lengths(a, b), _lengths(b, a)]))
+    features = vstack([_features(words, lengths, a, b), _features(words, lengths, b, a)])
+    labels = data.labels[train]
+    weights = np.vstack([labels, labels[:, [1, 0, 2]]])
+    n = features.shape[0]
+    model = LogisticRegression(C=1.0, max_iter=500)
+    model.fit(vstack([features] * 3), np.repeat([0, 1, 2], n), sample_weight=weights.T.reshape(-1))
+    a, b = _answers(rows, data.eval_rows)
+    return np.asarray(model.predict_proba(_features(words, lengths, a, b)))
+
+
+def _answers(rows: Dataset, indices: np.ndarray) -> tuple[list[str], list[str]]:
+    chosen = rows.select(indices)
+    joined = [[" \n ".join(text or "" for text in turns) for turns in chosen[name]] for name in ("response_a", "response_b")]
+    return joined[0], joined[1]
+
+
+def _lengths(a: list[str], b: list[str]) -> np.ndarray:
+    sizes = np.log1p(np.array([[len(x.split()), len(y.split())] for x, y in zip(a, b, strict=True)]))
+    gap = sizes[:, 0] - sizes[:, 1]
+    return np.column_stack([sizes, gap, np.abs(gap)])
+
+
+def _features(words: TfidfVectorizer, lengths: StandardScaler, a: list[str], b: list[str]) -> csr_matrix:
+    return hstack([words.transform(a) - words.transform(b), csr_matrix(lengths.transform(_lengths(a, b)))]).tocsr()

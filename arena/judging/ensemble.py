@@ -1,0 +1,40 @@
+"""Several folds as one judge: each fold's probabilities, averaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from arena.judging.judge import Judge, read_card
+from arena.progress import console
+
+
+def fold_models(run: Path) -> list[Path]:
+    """The models of the finished folds of a run, in the order of the folds.
+
+    Raises:
+        ValueError: there is none, or they were trained on different data.
+    """
+    finished = sorted(run.glob("fold*/model/judge.json"), key=lambda path: (len(path.parts[-3]), path.parts[-3]))
+    models = [path.parent for path in finished]
+    if not models:
+        raise ValueError(f"there is no finished fold under {run}: run `make train FOLD=0` first, or name the run's recipe")
+    cards = [read_card(model) for model in models]
+    odd = [model for model, card in zip(models, cards, strict=True) if card["trained_on"] != cards[0]["trained_on"]]
+    if odd:
+        raise ValueError(
+            f"{models[0].parent} and {odd[0].parent} were trained on different data or splits: train them alike, or move one away"
+        )
+    return models
+
+
+def average(models: list[Path], rows: Dataset, cache: Path) -> np.ndarray:
+    """Mean probabilities over the models, float64 (len(rows), 3), in the order of the rows."""
+    total = np.zeros((len(rows), 3))
+    for model in models:
+        console.print(f"{model.parent.name}: judging {len(rows):,} rows")
+        total += Judge(model).probabilities(rows, cache)
+    return total / len(models)
+

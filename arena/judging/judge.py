@@ -1,0 +1,100 @@
+"""A trained judge: saved with all it needs, loaded from its folder, asked about rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+
+from arena.config import Recipe
+from arena.data.conversations import judgeable
+from arena.data.prepare import source
+from arena.data.tokens import tokenise
+from arena.files import write_json, written_whole
+from arena.judging.inference import predict
+from arena.model.backbone import load_tokenizer, load_trained, save_model
+from arena.model.classifier import PackedClassifier
+
+FORMAT = 1
+
+
+class Judge:
+    """Probabilities that A is preferred, that B is, and of a tie.
+
+    Args:
+        folder: what `save_judge` wrote.
+        device: where to run; the GPU if there is one.
+
+    Raises:
+        ValueError: the folder holds no judge, or one of another version.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str | None = None) -> None:
+        card = read_card(folder)
+        self.recipe = Recipe.model_validate(card["recipe"])
+        self.prior = np.asarray(card["prior"])
+        self.tokenizer = load_tokenizer(str(folder))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.classifier = PackedClassifier(load_trained(folder, self.recipe.model)).to(self.device).eval()
+
+    def probabilities(self, rows: Dataset, cache: Path) -> np.ndarray:
+        """Judges conversations from `read_conversations`.
+
+        Args:
+            cache: where tokens are kept between calls.
+
+        Returns:
+            float64 (len(rows), 3) in the order of the rows: A, B, tie. A row with nothing to judge gets the prior, the mean
+            label of the training rows.
+        """
+        swap = self.recipe.judge.swap
+        store = tokenise(rows, source(rows), self.tokenizer, self.recipe.prompt, cache, both_orders=swap)
+        can = judgeable_rows(rows)
+        result = np.tile(self.prior, (len(rows), 1))
+        if can.any():
+            result[can] = predict(
+                self.classifier, store, np.flatnonzero(can),
+                budget=self.recipe.packing.budget, swap=swap, dtype=self.recipe.model.dtype,
+            )  # fmt: skip
+        return result
+
+
+def judgeable_rows(rows: Dataset) -> np.ndarray:
+    """bool (len(rows),): which rows have anything to judge."""
+    columns = rows.select_columns(["response_a", "response_b"])
+    return np.fromiter((judgeable(row) for row in columns), dtype=bool, count=len(rows))
+
+
+def save_judge(
+    folder: Path, model: nn.Module, tokenizer: Any, recipe: Recipe, prior: np.ndarray, trained_on: str
+) -> None:
+    """Writes adapter, head, tokenizer and settings into `folder`, all or nothing.
+
+    Args:
+        trained_on: fingerprint of the training data without the fold, by which folds that belong together are known.
+    """
+    card = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "prior": prior.tolist(), "trained_on": trained_on}
+    with written_whole(folder) as draft:
+        save_model(model, draft)
+        tokenizer.save_pretrained(str(draft))
+        write_json(draft / "judge.json", card)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The settings of a saved judge.
+
+    Raises:
+        ValueError: the folder holds no judge, or one of another version.
+    """
+    path = folder / "judge.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no judge (no judge.json): train one first")
+    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if card.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {card.get('format')}, this version reads {FORMAT}: train the fold again")
+    return card

@@ -1,0 +1,59 @@
+"""The submission: one finite row of probabilities for every test id, checked, then written whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from arena.files import written_whole
+from arena.metrics import CLASSES
+
+TOLERANCE = 1e-6  # how far from 1 a row may sum
+
+
+def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray, sample: Path | None) -> None:
+    """Writes `id` and the three probabilities, in the order given.
+
+    Args:
+        sample: the competition's sample submission, whose columns and ids must be met; None where there is none.
+
+    Raises:
+        ValueError: the submission would not be accepted; says why, and nothing is written.
+    """
+    table = pd.DataFrame({"id": list(ids), **{name: probabilities[:, at] for at, name in enumerate(CLASSES)}})
+    with written_whole(path) as draft:
+        table.to_csv(draft, index=False, float_format="%.9f", lineterminator="\n")
+        check_submission(draft, ids, sample)
+
+
+def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> None:
+    """Reads a submission back as a scorer would.
+
+    Raises:
+        ValueError: a column, an id or a number is not as it must be; says which.
+    """
+    table = _read(path)
+    expected = list(_read(sample).columns) if sample else ["id", *CLASSES]
+    if list(table.columns) != expected:
+        raise ValueError(f"the submission has the columns {list(table.columns)}, it must have {expected}")
+    if repeated := table["id"][table["id"].duplicated()].tolist():
+        raise ValueError(f"the submission has {len(repeated)} ids more than once, such as {repeated[0]!r}")
+    wanted = set(map(str, _read(sample)["id"])) if sample else set(map(str, ids))
+    for name, odd in (("lacks", wanted - set(table["id"])), ("should not have", set(table["id"]) - wanted)):
+        if odd:
+            raise ValueError(f"the submission {name} {len(odd)} ids, such as {min(odd)!r}; is the sample of another test file?")
+    values = table[list(CLASSES)].astype(float).to_numpy()
+    bad = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | (values > 1).any(axis=1)
+    bad |= np.abs(values.sum(axis=1) - 1) > TOLERANCE
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        raise ValueError(
+            f"{bad.sum()} rows are no probabilities, the first has id {table['id'].iloc[first]!r}: {values[first].tolist()}"
+        )
+
+
+def _read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -1,0 +1,62 @@
+"""The result of a fold: a table on the terminal and a picture in its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from arena.progress import console
+
+REFERENCES = (
+    ("bayes_log_loss", "best possible (the probabilities the labels were drawn from)"),
+    ("baseline_log_loss", "plain baseline (TF-IDF and lengths, logistic regression)"),
+    ("prior_log_loss", "predicting the training prior"),
+)
+
+
+def print_report(metrics: dict[str, Any]) -> None:
+    """Prints log-loss beside what it is to be compared with, then what the run took."""
+    table = Table(title=f"{metrics['recipe']}, fold {metrics['fold']}: {metrics['n_eval']:,} held-out rows", title_justify="left")
+    table.add_column("log-loss", justify="right")
+    table.add_column("ours is", justify="right")
+    table.add_column("")
+    ours = metrics["log_loss"]
+    table.add_row(f"{ours:.4f}", "", "[bold]this judge[/bold]")
+    for key, words in REFERENCES:
+        if metrics.get(key) is not None:
+            table.add_row(f"{metrics[key]:.4f}", f"{ours - metrics[key]:+.4f}", words)
+    console.print(table)
+    console.print(
+        f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f}; {metrics['tokens']:,} tokens in "
+        f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} a second), fill rate "
+        f"{metrics['fill_rate']:.1%}, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB"
+    )
+
+
+def draw_report(folder: Path) -> Path:
+    """Draws the course of training into `report.png` of a run's folder: loss by step, held-out log-loss, what to compare with."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    steps = [line for line in lines if "loss" in line]
+    scores = [line for line in lines if "eval_log_loss" in line]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training, each step")
+    axes.plot([s["step"] for s in scores], [s["eval_log_loss"] for s in scores], "o-", label="held out, one order")
+    axes.axhline(metrics["log_loss"], color="C0", label=f"held out, final: {metrics['log_loss']:.4f}")
+    for colour, (key, words) in zip(("C2", "C1", "C3"), REFERENCES, strict=True):
+        if metrics.get(key) is not None:
+            axes.axhline(metrics[key], color=colour, linestyle="--", label=f"{words.split(' (')[0]}: {metrics[key]:.4f}")
+    axes.set(xlabel="step", ylabel="log-loss", title=f"{metrics['recipe']}, fold {metrics['fold']}")
+    axes.legend(fontsize="small")
+    path = folder / "report.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,1 @@
+"""Training: packed micro-batches to adapters and head, evaluated on the held-out fold, resumable."""

@@ -1,0 +1,44 @@
+"""Which examples training sees, and in which order: decided by the seed before the first step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from arena.data.tokens import TokenStore
+from arena.packing.plan import epoch_order
+
+SWAP_STREAM = 1  # keeps the draws of swaps apart from the draws of shuffles
+
+
+def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, seed: int) -> np.ndarray:
+    """Example indices, epoch after epoch, each row once an epoch (twice with `swap="both"`).
+
+    Args:
+        rows: conversations to train on.
+        orders: examples per conversation in the store.
+        epochs: may be a fraction; the last epoch is then cut short.
+        swap: `never`; `random`, each row in an order drawn anew each epoch; `both`, both orders as two examples.
+    """
+    assert swap == "never" or orders == 2, "the store holds one order only"
+    parts = []
+    for epoch in range(math.ceil(epochs)):
+        if swap == "both":
+            examples = np.concatenate([rows * orders, rows * orders + 1])
+        elif swap == "random":
+            drawn = np.random.default_rng([seed, epoch, SWAP_STREAM]).integers(0, 2, len(rows))
+            examples = rows * orders + drawn
+        else:
+            examples = rows * orders
+        parts.append(examples[epoch_order(len(examples), seed, epoch)])
+    whole = np.concatenate(parts)
+    return whole[: max(1, round(len(parts[0]) * epochs))]
+
+
+def example_labels(labels: np.ndarray, store: TokenStore) -> np.ndarray:
+    """Labels (rows, 3) of conversations as labels (len(store), 3) of examples: the swapped ones have A and B exchanged."""
+    expanded = np.repeat(labels, store.orders, axis=0)
+    if store.orders == 2:
+        expanded[1::2] = expanded[1::2][:, [1, 0, 2]]
+    return expanded

@@ -1,0 +1,198 @@
+"""One fold from files to a saved judge: prepare, train, score on the held-out rows, write everything down."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from accelerate import Accelerator
+from torch import nn
+
+from arena.config import Recipe, load_recipe, save_recipe
+from arena.data.conversations import read_conversations
+from arena.data.prepare import FoldData, data_file, prepare_fold
+from arena.distributed import device_name, peak_memory, start
+from arena.files import fingerprint, write_json, write_text, written_whole
+from arena.judging.baseline import baseline_probabilities
+from arena.judging.inference import predict
+from arena.judging.judge import save_judge
+from arena.metrics import CLASSES, accuracy, calibration_error, log_loss
+from arena.model.attention import choose_backend
+from arena.model.backbone import adapt, load_base, load_tokenizer
+from arena.progress import console
+from arena.training.optim import trainable
+from arena.training.trainer import Trainer, plan_fold
+
+
+def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Trains fold `fold` into `runs/<recipe>/fold<k>` and gives its metrics; an interrupted run is gone on with.
+
+    A finished run of the same recipe and data is not trained again; one of others is set aside first.
+
+    Args:
+        fresh: set aside whatever stands there and train anew.
+
+    Raises:
+        ValueError: settings or files that cannot be used, or an interrupted run of another recipe.
+    """
+    folder = runs / recipe.name / f"fold{fold}"
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    data = prepare_fold(recipe, fold, tokenizer)
+    for note in data.notes:
+        console.print(note)
+    if (done := _claim(folder, recipe, data.fingerprint, fresh)) is not None:
+        return done
+    track = recipe.train.track
+    accelerator = start(recipe.seed, track, str(folder))
+    if track != "none":
+        accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
+    model = adapt(load_base(recipe.model), recipe.model)
+    _say(recipe, data, model, accelerator)
+    trainer = Trainer(recipe, data, model, folder, accelerator)
+    done_training = trainer.run()
+    probabilities = _held_out(recipe, data, trainer)
+    metrics = {
+        "recipe": recipe.name,
+        "fold": fold,
+        **_scores(recipe, data, probabilities),
+        "n_eval": len(data.eval_rows),
+        "n_train": len(data.train_rows),
+        "steps": done_training.step,
+        "best_step": done_training.best_step,
+        "micro_batches": done_training.micro_batches,
+        "fill_rate": trainer.plan.fill_rate,
+        "tokens": done_training.tokens,
+        "unique_tokens": done_training.tokens,
+        "tokens_per_second": done_training.tokens / max(done_training.seconds, 1e-9),
+        "train_seconds": done_training.seconds,
+        "peak_memory_bytes": peak_memory(accelerator.device),
+        "trainable_parameters": sum(parameter.numel() for parameter in trainable(model).values()),
+        "device": device_name(accelerator.device),
+        "attention_backend": choose_backend(recipe.model.attention),
+    }
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        save_judge(folder / "model", model, tokenizer, recipe, data.prior, _whole_data(recipe))
+        write_oof(folder / "oof.csv", data, probabilities)
+        write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
+    return metrics
+
+
+def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
+    """Out-of-fold predictions: `id`, three probabilities, and the label as three more columns, in the file's order."""
+    labels = data.labels[data.eval_rows]
+    table = pd.DataFrame(
+        {
+            "id": [data.ids[row] for row in data.eval_rows],
+            **{name: probabilities[:, at] for at, name in enumerate(CLASSES)},
+            **{f"label_{name}": labels[:, at] for at, name in enumerate(CLASSES)},
+        }
+    )
+    with written_whole(path) as draft:
+        table.to_csv(draft, index=False, lineterminator="\n")
+
+
+def _claim(folder: Path, recipe: Recipe, data: str, fresh: bool) -> dict[str, Any] | None:
+    """Makes the folder this run's own. Gives the metrics of a finished run of the same recipe and data."""
+    identity = {"recipe": _trained_by(recipe), "data": data}
+    card = folder / "run.json"
+    metrics = folder / "metrics.json"
+    if card.is_file() and not fresh:
+        same = json.loads(card.read_text(encoding="utf-8")) == identity
+        if same and metrics.is_file():
+            console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
+            return dict(json.loads(metrics.read_text(encoding="utf-8")))
+        if same:
+            return None
+        if not metrics.is_file():
+            raise ValueError(
+                f"{folder} holds an unfinished run of another recipe or other data: run that one to its end, or set it "
+                "aside and train this one with --fresh (ARGS=--fresh)"
+            )
+    if folder.exists():
+        _set_aside(folder)
+    write_json(card, identity)
+    write_text(folder / "recipe.yaml", save_recipe(recipe))
+    return None
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves a folder to `earlier/` beside it: nothing that was trained is deleted."""
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")
+    target = folder.parent / "earlier" / f"{folder.name}-{stamp}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    console.print(f"the run that stood in {folder} is now in {target}")
+
+
+def _trained_by(recipe: Recipe) -> str:
+    """The recipe's fingerprint without what does not change the result."""
+    tree = recipe.model_dump(mode="json")
+    del tree["train"]["track"], tree["train"]["checkpoint_every"], tree["data"]["cache"], tree["data"]["path"]
+    return fingerprint(tree)
+
+
+def _whole_data(recipe: Recipe) -> str:
+    """Fingerprint of the training files and of the split, the same for all folds of one data set."""
+    settings = recipe.data
+    files = [data_file(settings.path, "train"), *map(Path, settings.extra)]
+    names = [read_conversations([file], Path(settings.cache), labels="required").cache_files[0]["filename"] for file in files]
+    return fingerprint([Path(name).stem for name in names], settings.folds, settings.fold_seed)
+
+
+def _say(recipe: Recipe, data: FoldData, model: nn.Module, accelerator: Accelerator) -> None:
+    plan = plan_fold(recipe, data, accelerator.num_processes)
+    count = sum(parameter.numel() for parameter in trainable(model).values())
+    console.print(
+        f"{recipe.name}: {len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held out; "
+        f"{plan.n_steps:,} steps, {plan.n_micro_batches:,} micro-batches of at most {plan.budget:,} tokens, "
+        f"fill rate {plan.fill_rate:.1%}; {count:,} trainable parameters; {device_name(accelerator.device)}"
+    )
+    cut = int((data.store.tokens_cut > 0).sum())
+    if cut:
+        console.print(f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens")
+
+
+def _held_out(recipe: Recipe, data: FoldData, trainer: Trainer) -> np.ndarray:
+    """Probabilities of every held-out row, in order; rows with nothing to judge get the prior."""
+    can = data.judgeable[data.eval_rows]
+    result = np.tile(data.prior, (len(data.eval_rows), 1))
+    result[can] = predict(
+        trainer.classifier, data.store, data.eval_rows[can],
+        budget=recipe.packing.budget, swap=recipe.judge.swap, dtype=recipe.model.dtype, title="scoring held-out rows",
+    )  # fmt: skip
+    return result
+
+
+def _scores(recipe: Recipe, data: FoldData, probabilities: np.ndarray) -> dict[str, float | None]:
+    """Ours, and what makes the number mean something: the prior, a plain baseline, and the floor where it is known."""
+    rows = read_conversations([data_file(recipe.data.path, "train")], Path(recipe.data.cache), labels="required")
+    labels = data.labels[data.eval_rows]
+    truth = _truth(Path(recipe.data.path), [data.ids[row] for row in data.eval_rows])
+    return {
+        "log_loss": log_loss(labels, probabilities),
+        "accuracy": accuracy(labels, probabilities),
+        "ece": calibration_error(labels, probabilities),
+        "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1))),
+        "baseline_log_loss": log_loss(labels, baseline_probabilities(rows, data, recipe.seed)),
+        "bayes_log_loss": None if truth is None else log_loss(labels, truth),
+        "bayes_log_loss_expected": None if truth is None else log_loss(truth, truth),
+    }
+
+
+def _truth(folder: Path, ids: list[str]) -> np.ndarray | None:
+    """The probabilities from which synthetic labels were drawn; None for real data."""
+    path = folder / "truth.csv"
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path, dtype={"id": str}).set_index("id")
+    return table.loc[ids, list(CLASSES)].to_numpy(dtype=np.float64)
+
+
+def load_run_recipe(folder: Path) -> Recipe:
+    """The recipe with which a run was started."""
+    return load_recipe(str(folder / "recipe.yaml"))

@@ -1,0 +1,239 @@
+"""The training loop: packed steps to an adapter, the best on the held-out fold kept, resumable at any checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from arena.config import Recipe
+from arena.data.prepare import FoldData
+from arena.distributed import compute_in, sum_gradients, total
+from arena.judging.inference import predict
+from arena.metrics import log_loss
+from arena.model.classifier import PackedClassifier, loss_sum
+from arena.packing.batch import PackedBatch
+from arena.packing.loader import PackedLoader
+from arena.packing.plan import PackPlan, plan_training
+from arena.progress import progress
+from arena.training.checkpoint import checkpoints, load_checkpoint, load_weights, read_state, save_checkpoint, save_weights
+from arena.training.optim import make_optimizer, make_schedule, trainable
+from arena.training.order import example_labels, training_order
+
+
+@dataclass
+class Done:
+    """How far a run is; kept in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    micro_batches: int = 0
+    seconds: float = 0.0
+    best_step: int = -1
+    best_log_loss: float | None = None
+
+
+class Trainer:
+    """One fold's training.
+
+    Args:
+        model: what `backbone.adapt` gave.
+        folder: the run's folder; the log and the checkpoints go there.
+    """
+
+    def __init__(self, recipe: Recipe, data: FoldData, model: nn.Module, folder: Path, accelerator: Accelerator) -> None:
+        self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
+        self.model = model
+        self.classifier = PackedClassifier(model).to(accelerator.device)
+        self.plan = plan_fold(recipe, data, accelerator.num_processes)
+        self.optimizer = make_optimizer(model, recipe.train)
+        self.schedule = make_schedule(self.optimizer, recipe.train, self.plan.n_steps)
+        self.done = Done()
+        self.pledge = {"data": data.fingerprint, "plan": self.plan.fingerprint}
+
+    def run(self) -> Done:
+        """Trains from the latest checkpoint, or the beginning, to the end; leaves the best weights in the model."""
+        self.resume()
+        self._start_log()
+        settings = self.recipe.train
+        loader = self._loader()
+        self.classifier.train()
+        with progress("training", self.plan.n_steps, "steps") as advance:
+            advance(self.done.step)
+            for batch in loader:
+                facts = self._step(batch)
+                advance(1, note=f"loss {facts['loss']:.4f}")
+                last = self.done.step == self.plan.n_steps
+                if last or (settings.evaluate_every and self.done.step % settings.evaluate_every == 0):
+                    self._evaluate()
+                    self._save()
+                elif self.done.step % settings.checkpoint_every == 0:
+                    self._save()
+        load_weights(self.best_folder, self.model)
+        return self.done
+
+    def resume(self) -> None:
+        """Goes on from the latest checkpoint, if there is one.
+
+        Raises:
+            ValueError: it belongs to other data or another plan.
+        """
+        found = checkpoints(self.folder / "checkpoints")
+        if not found:
+            return
+        state = read_state(found[-1])
+        changed = [name for name, value in self.pledge.items() if state["pledge"][name] != value]
+        if changed:
+            raise ValueError(
+                f"{found[-1]} was made with another {' and '.join(changed)}: give the settings and files of that run "
+                "to go on with it, or --fresh to set it aside and train anew"
+            )
+        load_checkpoint(found[-1], self.model, self.optimizer, self.schedule)
+        self.done = Done(**state["done"])
+
+    @property
+    def best_folder(self) -> Path:
+        return self.folder / "checkpoints" / "best"
+
+    def _loader(self) -> PackedLoader:
+        labels = example_labels(self.data.labels, self.data.store)
+        rank = self.accelerator.process_index
+        return PackedLoader(self.data.store, labels, self.plan, rank=rank, start=self.done.step)
+
+    def _step(self, batch: list[PackedBatch]) -> dict[str, Any]:
+        """One optimizer step. Raises `FloatingPointError` before it changes a weight if a number is not finite."""
+        start = time.monotonic()
+        size = self.plan.step_size(self.done.step)
+        loss = accumulate(self.classifier, batch, size, self.accelerator.device, self.recipe.model.dtype)
+        parameters = list(trainable(self.model).values())
+        sum_gradients(self.accelerator, parameters)
+        loss = total(self.accelerator, loss)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            rows = sorted({int(index) // self.data.store.orders for each in batch for index in each.index})
+            raise FloatingPointError(
+                f"step {self.done.step + 1}: loss {loss}, gradient norm {norm}; the step was not taken. Rows of the step: "
+                f"{rows[:20]}. The last checkpoint is intact: lower the learning rate, or use float32, and go on from it"
+            )
+        rate = self.schedule.get_last_lr()[-1]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.monotonic() - start
+        return self._count(size, loss, norm, rate, seconds)
+
+    def _count(self, size: int, loss: float, norm: float, rate: float, seconds: float) -> dict[str, Any]:
+        """Books a step and logs it."""
+        ends = self.plan.step_ends
+        micro = slice(int(ends[self.done.step - 1]) if self.done.step else 0, int(ends[self.done.step]))
+        tokens = self.plan.tokens[micro]
+        self.done.step += 1
+        self.done.tokens += int(tokens.sum())
+        self.done.micro_batches += int((tokens > 0).sum())
+        self.done.seconds += seconds
+        facts = {
+            "step": self.done.step, "loss": loss, "grad_norm": norm, "lr": rate, "examples": size,
+            "micro_batches": int((tokens > 0).sum()), "tokens": int(tokens.sum()),
+            "fill_rate": float(tokens.sum() / (len(tokens) * self.plan.budget)),
+            "seconds": round(seconds, 4), "tokens_per_second": round(float(tokens.sum()) / seconds, 1),
+        }  # fmt: skip
+        self._log(facts)
+        return facts
+
+    def _evaluate(self) -> None:
+        """Scores the held-out rows in their given order and keeps the weights if they are the best so far."""
+        rows = self.data.eval_rows[self.data.judgeable[self.data.eval_rows]]
+        if not len(rows):
+            raise ValueError("no row of the held-out fold has anything to judge: use other data or fewer folds")
+        found = self._predict(rows)
+        loss = log_loss(self.data.labels[rows], found)
+        better = self.done.best_log_loss is None or loss < self.done.best_log_loss
+        if better:
+            self.done.best_log_loss, self.done.best_step = loss, self.done.step
+            self._on_main(lambda: save_weights(self.best_folder, self.model, {"step": self.done.step, "log_loss": loss}))
+        self._log({"step": self.done.step, "eval_log_loss": loss, "eval_rows": len(rows), "best": better})
+
+    def _predict(self, rows: np.ndarray) -> np.ndarray:
+        recipe = self.recipe
+        return predict(
+            self.classifier, self.data.store, rows,
+            budget=recipe.packing.budget, swap=False, dtype=recipe.model.dtype, title="evaluating",
+        )  # fmt: skip
+
+    def _save(self) -> None:
+        state = {"done": asdict(self.done), "pledge": self.pledge}
+        self._on_main(
+            lambda: save_checkpoint(
+                self.folder / "checkpoints", self.done.step, self.model, self.optimizer, self.schedule, state
+            )
+        )
+
+    def _on_main(self, work: Callable[[], None]) -> None:
+        if self.accelerator.is_main_process:
+            work()
+        self.accelerator.wait_for_everyone()
+
+    def _start_log(self) -> None:
+        """Drops the lines that an interrupted run wrote after its last checkpoint: those steps are done again."""
+        path = self.folder / "log.jsonl"
+        kept = []
+        if path.is_file() and self.done.step:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= self.done.step]
+        self._on_main(lambda: _rewrite(path, kept))
+
+    def _log(self, facts: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts) + "\n")
+        self.accelerator.log({key: value for key, value in facts.items() if key != "step"}, step=facts["step"])
+
+
+def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1) -> PackPlan:
+    """The plan of a whole training: the same for the same recipe and data."""
+    settings = recipe.train
+    order = training_order(
+        data.train_rows, data.store.orders, epochs=settings.epochs, swap=settings.swap, seed=recipe.seed
+    )
+    return plan_training(
+        data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks
+    )
+
+
+def accumulate(
+    classifier: nn.Module, batch: list[PackedBatch], size: int, device: torch.device, dtype: str
+) -> float:
+    """Adds the gradient of the step's mean loss, a micro-batch at a time, and gives this rank's share of that loss.
+
+    Each micro-batch's summed loss is divided by `size`, the examples of the whole step over all micro-batches and ranks, so
+    that the gradient does not depend on how the step was cut.
+    """
+    sums: list[Tensor] = []
+    for micro_batch in batch:
+        placed = micro_batch.to(device)
+        with compute_in(device, dtype):
+            logits = classifier(placed)
+        loss = loss_sum(logits, placed.label) / size
+        loss.backward()
+        sums.append(loss.detach())
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def _whole(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _rewrite(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,18 @@
+"""Fixtures that several tests share: made once, never changed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in tests
+
+from tests.helpers import make_base  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma-2 with soft cap, sliding window and grouped queries, and its tokenizer."""
+    return make_base(tmp_path_factory.mktemp("gemma2"))

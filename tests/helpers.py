@@ -1,0 +1,155 @@
+"""Small real things for tests: tokenizers, models of several families, conversations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers import AutoModelForCausalLM
+
+from arena.config import ModelSettings, PromptSettings, Recipe, load_recipe
+from arena.model.backbone import adapt, load_base
+from arena.model.classifier import PackedClassifier
+from arena.packing.batch import PackedBatch, VarlenCollator
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data and tokenizer are not at {SHARED}")
+
+WINDOW = 8
+CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "gemma2": Gemma2Config,
+    "gemma": GemmaConfig,
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+}
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """A byte-fallback BPE tokenizer in Gemma's manner, with special, non-special and markup added tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*CONTROL, *every_byte], show_progress=False)
+    words = "the judge user assistant answer better tie hello world which is not very clear good bad verdict [[ ]]: ### \n"
+    tokenizer.train_from_iterator([words * 3, "User Assistant A B abcdefghijklmnopqrstuvwxyz 0123456789 .,!?<>_"], trainer)
+    # the byte tokens are ordinary vocabulary, not added tokens
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in CONTROL]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+    )  # fmt: skip
+    fast.add_tokens(["<unused0>", "[@BOS@]", "<table>", "\n\n"])
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_base(folder: Path, family: str = "gemma2", seed: int = 0, **changes: Any) -> Path:
+    """A tiny random causal language model of a family, with a tokenizer beside it."""
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
+        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1,
+    }  # fmt: skip
+    if family == "gemma2":
+        settings |= {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0}
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](**settings | changes))
+    with torch.no_grad():  # weights large enough for the soft cap and the window to matter
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.mul_(6)
+    model.save_pretrained(folder)
+    return folder
+
+
+def exact(base: Path, **changes: Any) -> ModelSettings:
+    """Settings for parity tests: float32, unquantised."""
+    return ModelSettings(
+        **{"base": str(base), "dtype": "float32", "quantization": "none", "gradient_checkpointing": False, **changes}
+    )
+
+
+def classifier(settings: ModelSettings, seed: int = 0) -> PackedClassifier:
+    """An adapted model whose adapters and head are not zero."""
+    torch.manual_seed(seed)
+    model = adapt(load_base(settings), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * (0.3 if "score" in name else 0.05))
+    return PackedClassifier(model)
+
+
+def pack(lengths: list[int], vocabulary: int = 600, seed: int = 0) -> PackedBatch:
+    """A batch of random examples of the given lengths."""
+    rng = np.random.default_rng(seed)
+    labels = rng.dirichlet([1, 1, 1], len(lengths))
+    items = [
+        {"input_ids": rng.integers(10, vocabulary, n), "label": label, "index": at}
+        for at, (n, label) in enumerate(zip(lengths, labels, strict=True))
+    ]
+    return VarlenCollator()(items)  # type: ignore[arg-type]
+
+
+def prompt_settings(template: str = "compact", **changes: Any) -> PromptSettings:
+    return PromptSettings.model_validate({"template": template, "max_length": 256, **changes})
+
+
+def write_rows(folder: Path, n: int = 60, n_test: int = 12, seed: int = 0) -> Path:
+    """Competition files whose label is told by a word, in a folder."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def rows(count: int, first: int) -> pd.DataFrame:
+        kinds = rng.integers(0, 3, count)
+        texts = [("good answer", "bad"), ("bad", "good answer"), ("hello", "hello")]
+        return pd.DataFrame(
+            {
+                "id": [str(first + at) for at in range(count)],
+                "prompt": [json.dumps([f"which is better {at}?"]) for at in range(count)],
+                "response_a": [json.dumps([texts[kind][0] * int(rng.integers(1, 8))]) for kind in kinds],
+                "response_b": [json.dumps([texts[kind][1] * int(rng.integers(1, 8))]) for kind in kinds],
+                "winner_model_a": (kinds == 0).astype(int),
+                "winner_model_b": (kinds == 1).astype(int),
+                "winner_tie": (kinds == 2).astype(int),
+            }
+        )
+
+    rows(n, 0).to_csv(folder / "train.csv", index=False)
+    test = rows(n_test, 10_000).drop(columns=["winner_model_a", "winner_model_b", "winner_tie"])
+    test.to_csv(folder / "test.csv", index=False)
+    sample = test[["id"]].assign(winner_model_a=1 / 3, winner_model_b=1 / 3, winner_tie=1 / 3)
+    sample.to_csv(folder / "sample_submission.csv", index=False)
+    return folder
+
+
+def tiny_recipe(folder: Path, base: Path, *overrides: str) -> Recipe:
+    """The demo recipe on a tiny base and the rows of `write_rows`, with everything under `folder`."""
+    return load_recipe(
+        "demo",
+        [
+            f"model.base={base}", f"data.path={write_rows(folder / 'rows')}", f"data.cache={folder / 'cache'}",
+            "data.synthetic_rows=null", "prompt.max_length=128", "packing.budget=512", "train.batch_size=8",
+            "data.folds=3", "train.evaluate_every=3", "train.checkpoint_every=2", *overrides,
+        ],
+    )  # fmt: skip
