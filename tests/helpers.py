@@ -100,7 +100,7 @@ def classifier(settings: ModelSettings, seed: int = 0) -> PackedClassifier:
     return PackedClassifier(model)
 
 
-def pack(lengths: list[int], vocabulary: int = 600, seed: int = 0) -> PackedBatch:
+def pack(lengths: list[int], vocabulary: int = 300, seed: int = 0) -> PackedBatch:
     """A batch of random examples of the given lengths."""
     rng = np.random.default_rng(seed)
     labels = rng.dirichlet([1, 1, 1], len(lengths))

@@ -1,0 +1,61 @@
+# Each target sets up .venv on first use; a second call installs nothing. `make help` lists them.
+PYTHON ?= python3
+RECIPE ?= demo
+FOLD   ?= 0
+DATA   ?=
+ARGS   ?=
+
+BIN   := .venv/bin
+FLAGS  = --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train infer inspect notebook test check format demo-base clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  variables: FOLD=0 RECIPE=demo DATA=folder ARGS='--fresh train.batch_size=80'"
+
+setup: .venv/ready  ## create .venv and install the pinned versions
+
+train: .venv/ready  ## train a fold and score it
+	$(BIN)/arena train --fold $(FOLD) $(FLAGS)
+
+infer: .venv/ready  ## judge the test file with the trained folds, write submission.csv
+	$(BIN)/arena infer $(FLAGS)
+
+inspect: .venv/ready  ## look at one real batch
+	$(BIN)/arena inspect --fold $(FOLD) $(FLAGS)
+
+notebook: .venv/dev  ## run notebooks/collated_batches and write it as HTML
+	$(BIN)/jupytext --to ipynb --execute --output runs/collated_batches.ipynb notebooks/collated_batches.py
+
+test: .venv/dev  ## run the tests
+	$(BIN)/python -m pytest
+
+check: .venv/dev  ## ruff, mypy and the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: .venv/dev  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo-base: .venv/ready  ## make the demo's tiny Gemma-2 again (takes an hour)
+	$(BIN)/arena demo-base --out arena/recipes/demo_base $(ARGS)
+
+clean:  ## remove what the commands above made, but not .venv and not runs
+	rm -rf data/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build
+
+# torch comes first and by itself: a plain `pip install torch==2.13.0` takes the build that pip is set up for.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)) and "arena needs Python 3.11 to 3.13: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/dev: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,159 @@
+"""Loading, 4-bit weights, adapters, head: what is in which precision, what trains, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from arena.config import ModelSettings, load_recipe, recipe_names
+from arena.model.backbone import backbone, load_base, load_tokenizer, load_trained, save_model, underlying
+from arena.model.classifier import PackedClassifier, loss_sum
+from arena.training.optim import trainable
+from tests.helpers import classifier, exact, make_base, pack
+
+LENGTHS = [20, 3, 11]
+
+
+def recipe_model(name: str, base: Path) -> ModelSettings:
+    return load_recipe(name).model.model_copy(update={"base": str(base)})
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_precision_of_every_recipe(name: str, gemma2: Path) -> None:
+    settings = recipe_model(name, gemma2)
+    model = classifier(settings).model
+    assert backbone(model).rotary_emb.inv_freq.dtype == torch.float32
+    named = trainable(model)
+    assert {parameter.dtype for parameter in named.values()} == {torch.float32}
+    assert any("score" in key for key in named) and any("lora_A" in key for key in named)
+    assert all("score" in key or "lora_" in key for key in named)
+    score = underlying(model).score
+    assert not any(isinstance(module, bnb.nn.Linear4bit) for module in score.modules())
+    linear = backbone(model).layers[0].mlp.up_proj.base_layer
+    assert isinstance(linear, bnb.nn.Linear4bit)
+    assert linear.weight.quant_state.nested and linear.weight.quant_type == "nf4"
+    frozen = backbone(model).embed_tokens.weight
+    assert frozen.dtype == getattr(torch, settings.dtype) and not frozen.requires_grad
+
+
+def test_every_decoder_linear_layer_is_quantised_and_adapted(gemma2: Path) -> None:
+    model = classifier(recipe_model("demo", gemma2)).model
+    plain = [
+        name
+        for name, module in backbone(model).named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and not isinstance(module, bnb.nn.Linear4bit)
+    ]
+    assert plain == []
+    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in trainable(model) if "lora_A" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_fresh_head_gives_even_probabilities(gemma2: Path) -> None:
+    model = PackedClassifier(load_base(exact(gemma2)))
+    assert torch.equal(model(pack(LENGTHS)), torch.zeros(3, 3))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_adapter_saved_and_loaded_gives_the_same_logits(gemma2: Path, quantization: str, tmp_path: Path) -> None:
+    settings = exact(gemma2, quantization=quantization)
+    model = classifier(settings).eval()
+    save_model(model.model, tmp_path)
+    names = {path.suffix for path in tmp_path.iterdir()}
+    assert names == {".safetensors", ".json"}
+    loaded = PackedClassifier(load_trained(tmp_path, settings))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pack(LENGTHS)), model(pack(LENGTHS)), atol=1e-6, rtol=1e-6)
+
+
+def test_fully_trained_model_saved_and_loaded_gives_the_same_logits(gemma2: Path, tmp_path: Path) -> None:
+    settings = exact(gemma2, lora=None)
+    model = classifier(settings).eval()
+    save_model(model.model, tmp_path)
+    loaded = PackedClassifier(load_trained(tmp_path, settings))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pack(LENGTHS)), model(pack(LENGTHS)), atol=1e-6, rtol=1e-6)
+
+
+def test_four_bit_weights_survive_an_evaluation(gemma2: Path) -> None:
+    """An evaluation must not repack the weights: what is dequantised, merged or trained after it would be garbage."""
+    settings = exact(gemma2, quantization="nf4")
+    model = classifier(settings)
+    linear = backbone(model.model).layers[0].mlp.up_proj.base_layer
+    before = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).clone()
+    batch = pack([64, 64])
+    gradients = []
+    for evaluated in (False, True):
+        if evaluated:
+            with torch.inference_mode():
+                model.eval()(batch)
+        model.train().zero_grad()
+        loss_sum(model(batch), batch.label).backward()
+        gradients.append(torch.cat([parameter.grad.reshape(-1) for parameter in trainable(model).values()]))
+    after = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    assert torch.equal(before, after)
+    assert torch.equal(*gradients)
+
+
+def test_packed_four_bit_is_as_near_to_padded_as_two_paddings_are(gemma2: Path) -> None:
+    """With 4-bit weights, two layouts of the same rows may differ only by rounding."""
+    model = classifier(exact(gemma2, quantization="nf4")).eval()
+    batch = pack([30, 30, 30])
+    rows = batch.input_ids[0].split(batch.seq_lens)
+    from arena.packing.batch import VarlenCollator
+
+    with torch.no_grad():
+        together = model(batch)
+        alone = torch.cat([model(VarlenCollator()([{"input_ids": row.numpy()}])) for row in rows])
+    assert (together - alone).abs().max() <= 1e-4
+
+
+def test_checkpoint_stored_in_four_bits(gemma2: Path, tmp_path: Path) -> None:
+    """A prequantised base, also one that lists modules to skip, keeps its head in float32."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
+    stored = AutoModelForCausalLM.from_pretrained(gemma2, quantization_config=config, dtype=torch.float32)
+    stored.save_pretrained(tmp_path)
+    model = PackedClassifier(load_base(exact(tmp_path)))
+    assert isinstance(backbone(model.model).layers[0].mlp.up_proj, bnb.nn.Linear4bit)
+    assert type(model.model.score) is torch.nn.Linear
+    assert torch.isfinite(model(pack(LENGTHS))).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"attention_mask": torch.ones(1, 4, dtype=torch.long)}, "no attention_mask"),
+        ({"use_cache": True}, "use_cache=False"),
+        ({"position_ids": None}, "needs position_ids"),
+    ],
+)
+def test_mask_and_cache_are_refused(gemma2: Path, call: dict[str, object], message: str) -> None:
+    model = backbone(load_base(exact(gemma2)))
+    ends = torch.tensor([0, 4], dtype=torch.int32)
+    good = {
+        "input_ids": torch.arange(10, 14)[None], "position_ids": torch.arange(4)[None], "use_cache": False,
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 4, "max_length_k": 4,
+    }  # fmt: skip
+    assert model(**good).last_hidden_state.shape == (1, 4, 64)
+    with pytest.raises(ValueError, match=message):
+        model(**{**good, **call})
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(**{**{key: value for key, value in good.items() if "len" not in key}, "cu_seqlens": ends})
+
+
+def test_missing_base_says_how_to_get_it(tmp_path: Path) -> None:
+    for base in ("google/no-such-model", str(tmp_path / "nothing")):
+        with pytest.raises(ValueError, match=r"model\.base"):
+            load_base(exact(Path(base)))
+        with pytest.raises(ValueError, match=r"model\.base"):
+            load_tokenizer(base)
+    with pytest.raises(ValueError, match="hf auth login"):
+        load_tokenizer("google/no-such-model")
+
+
+def test_other_head_dim_and_single_kv_head(tmp_path: Path) -> None:
+    base = make_base(tmp_path, head_dim=16, num_key_value_heads=1, query_pre_attn_scalar=16)
+    assert torch.isfinite(PackedClassifier(load_base(exact(base)))(pack(LENGTHS))).all()

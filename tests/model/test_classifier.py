@@ -1,0 +1,130 @@
+"""Packed examples against the same examples one by one through plain transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from arena.config import LoraSettings
+from arena.model.backbone import _lora, backbone
+from arena.model.classifier import PackedClassifier, loss_sum
+from arena.packing.batch import PackedBatch
+from arena.training.optim import trainable
+from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack
+
+LENGTHS = [4 * WINDOW, 1, WINDOW, WINDOW + 1, 3, WINDOW - 1, 2 * WINDOW + 5]
+
+
+def plain_model(base: Path, packed: PackedClassifier, lora: bool) -> nn.Module:
+    """The untouched transformers classifier with eager attention and the packed model's weights."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, attn_implementation="eager")
+    if lora:
+        model = get_peft_model(model, _lora(LoraSettings()))
+    model.load_state_dict(packed.model.state_dict())
+    return model
+
+
+def one_by_one(model: nn.Module, batch: PackedBatch) -> Tensor:
+    rows = batch.input_ids[0].split(batch.seq_lens)
+    return torch.cat([model(input_ids=row[None], use_cache=False).logits.float() for row in rows])
+
+
+def logits_and_gradients(model: nn.Module, logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    parameters = list(trainable(model).values())
+    grads = torch.autograd.grad(loss_sum(logits, batch.label), parameters, allow_unused=True)
+    return logits.detach(), torch.cat([grad.reshape(-1) for grad in grads if grad is not None])
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def compare(base: Path, lengths: list[int], lora: bool, change: Callable[[nn.Module], None] | None = None) -> list[float]:
+    """Relative differences of logits and of gradients between packed and one by one."""
+    packed = classifier(exact(base, **({} if lora else {"lora": None})))
+    batch = pack(lengths)
+    expected = plain_model(base, packed, lora)
+    right = logits_and_gradients(expected, one_by_one(expected, batch), batch)
+    if change is not None:
+        change(packed.model)
+    ours = logits_and_gradients(packed.model, packed(batch), batch)
+    return [relative(mine, other) for mine, other in zip(ours, right, strict=True)]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("lora", [True, False])
+def test_packed_equals_one_by_one(family: str, lora: bool, tmp_path: Path) -> None:
+    assert max(compare(make_base(tmp_path, family), LENGTHS, lora)) <= 1e-5
+
+
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [WINDOW + 1] * 3, [5 * WINDOW, 2], LENGTHS[::-1]])
+def test_any_lengths_in_any_order(gemma2: Path, lengths: list[int]) -> None:
+    assert max(compare(gemma2, lengths, True)) <= 1e-5
+
+
+def set_window(window: int) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        for layer in backbone(model).layers:
+            if layer.self_attn.sliding_window is not None:
+                layer.self_attn.sliding_window = window
+
+    return change
+
+
+def no_softcap(model: nn.Module) -> None:
+    for layer in backbone(model).layers:
+        layer.self_attn.attn_logit_softcapping = None
+
+
+def one_document(model: nn.Module) -> None:
+    def join(module: nn.Module, args: tuple[()], kwargs: dict[str, Tensor]) -> tuple[tuple[()], dict[str, object]]:
+        ends = kwargs["cu_seq_lens_q"][[0, -1]]
+        return args, {**kwargs, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+
+    backbone(model).register_forward_pre_hook(join, with_kwargs=True)
+
+
+@pytest.mark.parametrize(
+    "change", [set_window(WINDOW + 1), set_window(WINDOW - 1), no_softcap, one_document], ids=["W+1", "W-1", "cap", "one"]
+)
+def test_controls_fail_the_comparison(gemma2: Path, change: Callable[[nn.Module], None]) -> None:
+    """Each mistake must be seen, in the logits and in the gradients: otherwise the comparison proves nothing."""
+    assert min(compare(gemma2, LENGTHS, True, change)) > 1e-3
+
+
+def test_one_row_of_logits_per_example_in_its_place(gemma2: Path) -> None:
+    model = classifier(exact(gemma2)).eval()
+    batch = pack(LENGTHS)
+    order = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = batch.input_ids[0].split(batch.seq_lens)
+    from arena.packing.batch import VarlenCollator
+
+    shuffled = VarlenCollator()([{"input_ids": rows[at].numpy()} for at in order])
+    with torch.no_grad():
+        straight, permuted = model(batch), model(shuffled)
+    assert straight.shape == (len(LENGTHS), 3)
+    assert straight.dtype == torch.float32
+    torch.testing.assert_close(permuted, straight[order], atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(gemma2: Path) -> None:
+    batch = pack(LENGTHS)
+    results = []
+    for checkpointing in (False, True):
+        model = classifier(exact(gemma2, gradient_checkpointing=checkpointing)).train()
+        results.append(logits_and_gradients(model.model, model(batch), batch))
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-5)
+
+
+def test_loss_is_a_sum_of_soft_label_cross_entropies() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    labels = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+    expected = torch.tensor(3.0).log() + (torch.tensor(1.0).exp() + 2).log()
+    torch.testing.assert_close(loss_sum(logits, labels), expected)
