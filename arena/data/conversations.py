@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
-from arena.data.labels import (
+from arena.data.cells import (
     FieldError,
     Labels,
     excerpt,

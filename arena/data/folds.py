@@ -14,7 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
-from arena.data.labels import excerpt
+from arena.data.cells import excerpt
 from arena.files import fingerprint, written_whole
 
 FORMAT = 1  # part of the stored file's name: raise it when keys or folds would come out differently

@@ -1,13 +1,13 @@
-"""Competition-shaped demo data whose labels are drawn from a stated model, so the best possible log-loss is known.
+"""Competition-shaped demo data; its labels are drawn from a stated model, so the best log-loss is known.
 
 The model reads three visible features of the two answers, all turns together:
 
-- tone: the mean tone of A's claims minus that of B's (see `synthetic_text`; an answer without claims has tone 0);
+- tone: the mean tone of A's claims minus that of B's (see `synthetic_text`; no claims: tone 0);
 - length: (words of A - words of B) / (words of A + words of B);
 - refusal: whether A refuses minus whether B does.
 
-Their weighted sum `d` gives the probabilities after Davidson (1970): A, B, tie ~ exp(d / 2), exp(-d / 2), TIE.
-The mean entropy of these probabilities is the floor: no judge can expect a lower log-loss.
+Their weighted sum `d` gives the probabilities after Davidson (1970): A, B and tie are as exp(d / 2),
+exp(-d / 2) and TIE. The mean entropy of these probabilities is the floor: no judge can expect a lower log-loss.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ def features(response_a: Answers, response_b: Answers) -> Features:
     a, b = (" ".join(turn for turn in answers if turn) for answers in (response_a, response_b))
     words_a, words_b = len(a.split()), len(b.split())
     length = (words_a - words_b) / max(words_a + words_b, 1)
-    return Features(_mean_tone(a) - _mean_tone(b), length, float(text.REFUSAL in a) - float(text.REFUSAL in b))
+    refusal = float(text.REFUSAL in a) - float(text.REFUSAL in b)
+    return Features(mean_tone(a) - mean_tone(b), length, refusal)
 
 
-def _mean_tone(answer: str) -> float:
+def mean_tone(answer: str) -> float:
+    """The mean tone of an answer's claims, in [-1, 1]; 0 where it makes none."""
     tones = text.tones(answer)
     return sum(tones) / len(tones) if tones else 0.0
 
@@ -72,19 +74,19 @@ def preference(response_a: Answers, response_b: Answers) -> tuple[float, float, 
 
 
 def entropy(probabilities: Sequence[float]) -> float:
-    """The log-loss, in nats, that remains when these probabilities are known; its mean over rows is the floor."""
+    """The expected log-loss, in nats, of stating these probabilities when they are the true ones."""
     return -sum(p * math.log(p) for p in probabilities if p > 0)
 
 
 def make_row(rng: Random, said: Sequence[str] = ()) -> Row:
-    """One conversation. Its first prompt may repeat one of `said`; oddities of real data come in now and then."""
+    """One conversation, now and then with an oddity of real data; its first prompt may repeat one of `said`."""
     topic = rng.choice(list(text.TOPICS))
     turns = rng.choices((1, 2, 3, 4), (0.78, 0.13, 0.06, 0.03))[0]
     scripts = rng.random() < 0.12
     prompts = [_prompt(rng, topic, scripts and rng.random() < 0.5) for _ in range(turns)]
     if said and rng.random() < 0.08:
         prompts[0] = rng.choice(said)
-    size = min(max(rng.lognormvariate(1.5, 0.60), 1.2), 14) / math.sqrt(turns)  # sentences in an answer, before either side's own taste
+    size = min(max(rng.lognormvariate(1.5, 0.60), 1.2), 14) / math.sqrt(turns)  # sentences in an answer
     answers = [_answers(rng, topic, turns, size, scripts) for _ in "ab"]
     return Row(prompts, *_odd(rng, *answers))
 
@@ -98,7 +100,8 @@ def _prompt(rng: Random, topic: str, scripts: bool) -> str:
 def _answers(rng: Random, topic: str, turns: int, size: float, scripts: bool) -> list[str | None]:
     """One side's answers: one leaning of tone and one taste for length through all turns."""
     leaning, taste = rng.uniform(-1, 1), rng.lognormvariate(0, 0.35)
-    answers: list[str | None] = [_answer(rng, topic, max(1, round(size * taste)), leaning, scripts) for _ in range(turns)]
+    sentences = max(1, round(size * taste))
+    answers: list[str | None] = [_answer(rng, topic, sentences, leaning, scripts) for _ in range(turns)]
     if rng.random() < 0.06:
         answers[-1] = " ".join([text.REFUSAL, *[text.talk(rng, topic) for _ in range(rng.randint(0, 2))]])
     return answers
@@ -106,10 +109,10 @@ def _answers(rng: Random, topic: str, turns: int, size: float, scripts: bool) ->
 
 def _answer(rng: Random, topic: str, sentences: int, leaning: float, scripts: bool) -> str:
     """Claims that lean to one tone among talk without any."""
-    said = [
-        text.claim(rng, 1 if rng.random() < (1 + leaning) / 2 else -1) if rng.random() < 0.6 else text.talk(rng, topic)
-        for _ in range(sentences)
-    ]
+    said = []
+    for _ in range(sentences):
+        tone = 1 if rng.random() < (1 + leaning) / 2 else -1
+        said.append(text.claim(rng, tone) if rng.random() < 0.6 else text.talk(rng, topic))
     if scripts:
         said.insert(rng.randint(0, len(said)), rng.choice(text.OTHER_SCRIPTS))
     joint = "\n" if rng.random() < 0.1 else " "
@@ -117,7 +120,7 @@ def _answer(rng: Random, topic: str, sentences: int, leaning: float, scripts: bo
 
 
 def _odd(rng: Random, a: list[str | None], b: list[str | None]) -> tuple[list[str | None], list[str | None]]:
-    """Real data's oddities, each in about one row of a hundred: nulls, blanks, equal answers, a missing turn."""
+    """Real data's oddities, each in about one row of a hundred: nulls, blanks, equal answers, a turn missing."""
     luck, side, turn = rng.random(), rng.choice((a, b)), rng.randrange(len(a))
     if luck < 0.012:
         side[turn] = None
@@ -145,21 +148,22 @@ def make_rows(rng: Random, count: int) -> list[Row]:
 
 
 def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
-    """Writes `train.csv`, `test.csv`, `sample_submission.csv` and, for both parts, `truth.csv` into `folder`."""
+    """Writes `train.csv`, `test.csv`, `sample_submission.csv` and, for all their rows, `truth.csv`.
+
+    `truth.csv` holds the probabilities that the labels were drawn from; the mean of their `entropy` is the floor.
+    """
     rng = Random(seed)
     rows = make_rows(rng, n_train + n_test)
-    ids = [str(number) for number in sorted(rng.sample(range(10_000, 10_000 + 40 * max(len(rows), 1)), len(rows)))]
+    ids = [str(10_000 + 37 * number) for number in range(len(rows))]
     truth = [preference(row.response_a, row.response_b) for row in rows]
     cells = [[_cell(row.prompt), _cell(row.response_a), _cell(row.response_b)] for row in rows]
-    train = [
-        [ids[i], *rng.sample(MODELS, 2), *cells[i], *_draw(rng, truth[i])]
-        for i in range(n_train)
-    ]  # fmt: skip
+    train = [[ids[i], *rng.sample(MODELS, 2), *cells[i], *_draw(rng, truth[i])] for i in range(n_train)]
     test = [[ids[i], *cells[i]] for i in range(n_train, len(rows))]
     _write(folder / "train.csv", TRAIN_COLUMNS, train)
     _write(folder / "test.csv", TEST_COLUMNS, test)
     _write(folder / "sample_submission.csv", ("id", *LABELS), [[row[0], *["0.333333"] * 3] for row in test])
-    _write(folder / "truth.csv", ("id", *LABELS), [[i, *map(repr, p)] for i, p in zip(ids, truth, strict=True)])
+    answers = [[name, *map(repr, chances)] for name, chances in zip(ids, truth, strict=True)]
+    _write(folder / "truth.csv", ("id", *LABELS), answers)
 
 
 def _draw(rng: Random, probabilities: Sequence[float]) -> list[str]:

@@ -1,8 +1,8 @@
-"""The sentences of the demo data: claims whose tone is a mark and its negation, and plain talk that says nothing.
+"""The sentences of the demo data: claims, whose tone is a mark and its negation, and plain talk without a tone.
 
-A claim is a sentence with one evaluative word, a *mark*. Before the mark stands either a negator or a plain adverb, with
-1 to 4 filler words between, so the tone is `mark XOR negator` and neither single words nor neighbouring pairs tell it.
-Plain talk never holds a mark, but may hold a negator.
+A claim is a sentence with one evaluative word, a *mark*. Before the mark stands either a negator or a plain
+adverb, with 1 to 4 filler words between, so the tone is `mark XOR negator`, and neither single words nor
+neighbouring pairs tell it. Plain talk never holds a mark, but may hold a negator.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ import re
 from random import Random
 
 GOOD = (
-    "clear", "helpful", "accurate", "careful", "useful", "correct", "friendly", "solid", "complete", "honest", "neat", "wise",
+    "clear", "helpful", "accurate", "careful", "useful", "correct", "friendly", "solid", "complete",
+    "honest", "neat", "wise",
 )  # fmt: skip
 BAD = (
-    "vague", "useless", "wrong", "careless", "confusing", "false", "rude", "weak", "shallow", "sloppy", "dull", "risky",
+    "vague", "useless", "wrong", "careless", "confusing", "false", "rude", "weak", "shallow", "sloppy",
+    "dull", "risky",
 )  # fmt: skip
 NEGATORS = ("not", "never", "hardly", "scarcely", "rarely", "barely")
 PLAIN = ("indeed", "always", "also", "still", "often", "mostly")
 FILLERS = (
-    " really", " very", " that", " quite", " at all", " in fact", " by now", " even so", ", in my view,", ", to be fair,",
-    ", I would say,", ", on the whole,", ", in my view, really", ", as it stands, very", ", to be fair, quite", ", all in all, that",
+    " really", " very", " that", " quite", " at all", " in fact", " by now", " even so", ", in my view,",
+    ", to be fair,", ", I would say,", ", on the whole,", ", in my view, really", ", as it stands, very",
+    ", to be fair, quite", ", all in all, that",
 )  # fmt: skip
 SUBJECTS = (
-    "It", "This", "The answer", "The first part", "The second part", "The advice", "The tone", "The summary", "The last step",
-    "The example", "The reasoning", "The plan", "The list", "The explanation", "The opening", "The wording",
+    "It", "This", "The answer", "The first part", "The second part", "The advice", "The tone",
+    "The summary", "The last step", "The example", "The reasoning", "The plan", "The list",
+    "The explanation", "The opening", "The wording",
 )  # fmt: skip
 VERBS = ("is", "was", "seems", "looks", "sounds", "feels")
 TAILS = ("", "", "", " to me", " here", " in the end", " for a beginner", " as a whole")
@@ -33,7 +37,15 @@ REFUSAL = "I am sorry, but I cannot help with that."
 TOPICS: dict[str, tuple[str, ...]] = {
     "soup": ("onions", "carrots", "a pan", "butter", "the stock", "fresh herbs", "lentils"),
     "gardens": ("tomatoes", "the soil", "seeds", "a small pot", "roses", "the compost", "apple trees"),
-    "trains": ("a ticket", "the station", "the night train", "a window seat", "the timetable", "luggage", "the platform"),
+    "trains": (
+        "a ticket",
+        "the station",
+        "the night train",
+        "a window seat",
+        "the timetable",
+        "luggage",
+        "the platform",
+    ),
     "code": ("a loop", "the list", "a function", "the test", "an index", "two files", "the parser"),
     "music": ("a scale", "the chorus", "three chords", "the left hand", "a slow tempo", "the piano", "a melody"),
     "history": ("the treaty", "a king", "the old harbour", "the winter of 1709", "trade", "the long war", "two cities"),
@@ -41,27 +53,38 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "weather": ("rain", "a warm front", "the wind", "low clouds", "the coast", "a cold night", "the forecast"),
 }
 PROMPTS = (
-    "How do I begin with {topic}?", "What should I know about {topic} and {thing}?", "Explain {thing} to a child.",
-    "Write a short note on {topic}.", "My friend asked about {thing}. What would you say?", "Compare {thing} with {other}.",
-    "Give me {number} tips about {topic}.", "Why does {thing} matter so much in {topic}?", "Tell me more about {other}.",
-    "I have {number} days to learn about {topic}. Where do I start, and what about {thing}?", "Is {thing} needed for {topic}?",
+    "How do I begin with {topic}?", "What should I know about {topic} and {thing}?",
+    "Explain {thing} to a child.", "Write a short note on {topic}.",
+    "My friend asked about {thing}. What would you say?", "Compare {thing} with {other}.",
+    "Give me {number} tips about {topic}.", "Why does {thing} matter so much in {topic}?",
+    "Tell me more about {other}.",
+    "I have {number} days to learn about {topic}. Where do I start, and what about {thing}?",
+    "Is {thing} needed for {topic}?",
 )  # fmt: skip
 TALK = (
-    "Many people start with {thing} and then turn to {other}.", "Take {thing} first.", "It takes about {number} minutes.",
-    "After that comes {thing}, and later {other}.", "My neighbour spoke of {thing} for {number} years.", "Put {thing} beside {other}.",
-    "There are {number} ways to think about {topic}.", "You will not need {other} at this point.", "Some never look at {thing}.",
-    "With {thing} in place, we can move on to {other}.", "In the north they use {thing} instead of {other}.", "Step {number}: {thing}.",
-    "Books on {topic} usually open with {thing}.", "This hardly ever involves {other}.", "Ask somebody who knows {topic}.",
-    "Between {thing} and {other} there is a gap of {number} days.", "Let me say a few words about {thing}.",
-    "When {thing} is ready, wait for {number} hours, then look at {other} again.", "Nobody here has barely touched {thing}.",
-    "First, write down what you know about {topic}, about {thing} and about {other}.", "That is where {topic} begins.",
+    "Many people start with {thing} and then turn to {other}.", "Take {thing} first.",
+    "It takes about {number} minutes.", "After that comes {thing}, and later {other}.",
+    "My neighbour spoke of {thing} for {number} years.", "Put {thing} beside {other}.",
+    "There are {number} ways to think about {topic}.", "You will not need {other} at this point.",
+    "Some never look at {thing}.", "With {thing} in place, we can move on to {other}.",
+    "In the north they use {thing} instead of {other}.", "Step {number}: {thing}.",
+    "Books on {topic} usually open with {thing}.", "This hardly ever involves {other}.",
+    "Ask somebody who knows {topic}.", "Between {thing} and {other} there is a gap of {number} days.",
+    "Let me say a few words about {thing}.",
+    "When {thing} is ready, wait for {number} hours, then look at {other} again.",
+    "Nobody here has barely touched {thing}.",
+    "First, write down what you know about {topic}, about {thing} and about {other}.",
+    "That is where {topic} begins.",
 )  # fmt: skip
 OTHER_SCRIPTS = (
-    "Сначала возьмите воду и соль.", "Потом подождите десять минут.", "Αυτό είναι το πρώτο βήμα.", "Μετά έρχεται το νερό.",
-    "首先准备好水和盐。", "然后等十分钟。", "أولا خذ الماء والملح.", "ثم انتظر عشر دقائق.", "最初に水を用意します。", "Let us go 🙂🚀.",
-    "Voilà, c’est déjà l’été à Besançon.", "👍 👍 🎉.",
+    "Сначала возьмите воду и соль.", "Потом подождите десять минут.", "Αυτό είναι το πρώτο βήμα.",
+    "Μετά έρχεται το νερό.", "首先准备好水和盐。", "然后等十分钟。", "أولا خذ الماء والملح.", "ثم انتظر عشر دقائق.",
+    "最初に水を用意します。", "Let us go 🙂🚀.", "Voilà, c’est déjà l’été à Besançon.", "👍 👍 🎉.",
 )  # fmt: skip
-SCRIPT_PROMPTS = ("Как начать?", "Πώς αρχίζω με {topic};", "怎么开始？", "كيف أبدأ؟", "🙂 {topic}?", "¿Cómo empiezo con {topic}?")
+SCRIPT_PROMPTS = (
+    "Как начать?", "Πώς αρχίζω με {topic};", "怎么开始？", "كيف أبدأ؟", "🙂 {topic}?",
+    "¿Cómo empiezo con {topic}?",
+)  # fmt: skip
 
 _SENTENCE = re.compile(r"[^.?!。]+[.?!。]")
 _WORD = re.compile(r"[a-z]+")
@@ -73,7 +96,8 @@ def claim(rng: Random, tone: int) -> str:
     negated = rng.random() < 0.5
     mark = rng.choice(GOOD if (tone > 0) != negated else BAD)
     adverb = rng.choice(NEGATORS if negated else PLAIN)
-    return f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {adverb}{rng.choice(FILLERS)} {mark}{rng.choice(TAILS)}."
+    opening = f"{rng.choice(SUBJECTS)} {rng.choice(VERBS)} {adverb}{rng.choice(FILLERS)}"
+    return f"{opening} {mark}{rng.choice(TAILS)}."
 
 
 def talk(rng: Random, topic: str) -> str:

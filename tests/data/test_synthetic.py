@@ -1,4 +1,4 @@
-"""The demo data: its labels follow the stated model, and everything the model reads is in the written text."""
+"""The demo data: labels follow the stated model, and everything that model reads is in the written text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def rows(train: list[dict[str, str]]) -> list[synthetic.Row]:
 
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> dict[str, list[float]]:
-    return {row["id"]: [float(row[label]) for label in synthetic.LABELS] for row in _read(folder / "truth.csv")}
+    rows = _read(folder / "truth.csv")
+    return {row["id"]: [float(row[label]) for label in synthetic.LABELS] for row in rows}
 
 
 def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_truth_is_what_the_written_text_says(
 
 
 def _chi_square(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Pearson's statistic per degree of freedom over rows sorted into twenty groups of like P(A); near 1 if they agree."""
+    """Pearson's statistic per degree of freedom, over twenty groups of rows with like P(A); near 1 if they agree."""
     groups = np.array_split(np.argsort(probabilities[:, 0]), 20)
     seen = np.array([labels[group].sum(axis=0) for group in groups])
     expected = np.array([probabilities[group].sum(axis=0) for group in groups])
@@ -152,7 +153,7 @@ def test_every_oddity_is_there(rows: list[synthetic.Row]) -> None:
     assert len({row.prompt[0] for row in rows}) < len(rows) - 100
     assert any(synthetic_text.REFUSAL in (answer or "") for answer in answers)
     text = " ".join(answer or "" for answer in answers)
-    assert all(script in text for script in "воδιά水ل🙂") and "\ud83d " in text + " "
+    assert all(script in text for script in "вή水ل🙂") and any("\ud83d" in (answer or "") for answer in answers)
 
 
 def test_lengths_spread_twentyfold(rows: list[synthetic.Row]) -> None:
