@@ -1,0 +1,69 @@
+"""The collator's contract: keys, shapes, dtypes, boundaries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arena.packing.batch import VarlenCollator
+from tests.helpers import make_tokenizer
+
+
+def test_by_hand() -> None:
+    items = [
+        {"input_ids": [5, 6, 7], "label": [1, 0, 0], "index": 40},
+        {"input_ids": np.array([8], dtype=np.int32), "label": [0.25, 0.25, 0.5], "index": 3},
+        {"input_ids": [9, 10], "label": [0, 1, 0], "index": 7},
+    ]
+    batch = VarlenCollator()(items)  # type: ignore[arg-type]
+    assert batch["batch_size"] == 3
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch["seq_lens"] == [3, 1, 2]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 4, 6]
+    assert batch["max_seq_len"] == 3
+    assert batch["label"].tolist() == [[1, 0, 0], [0.25, 0.25, 0.5], [0, 1, 0]]
+    assert batch["index"].tolist() == [40, 3, 7]
+    assert batch["input_text"] == []
+    dtypes = {key: batch[key].dtype for key in ("input_ids", "position_ids", "cu_seqlens", "label")}
+    assert dtypes == {
+        "input_ids": torch.int64, "position_ids": torch.int64, "cu_seqlens": torch.int32, "label": torch.float32,
+    }  # fmt: skip
+    assert set(batch) == set(batch.keys()) >= {"batch_size", "input_text", "label"}
+    assert dict(batch)["max_seq_len"] == 3
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20))
+def test_every_token_in_its_place(lengths: list[int]) -> None:
+    ids = [np.arange(n) + 100 * at for at, n in enumerate(lengths)]
+    batch = VarlenCollator()([{"input_ids": each} for each in ids])
+    ends = batch.cu_seqlens.tolist()
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, sum(lengths))
+    for at, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        assert batch.input_ids[0, start:end].tolist() == ids[at].tolist()
+        assert batch.position_ids[0, start:end].tolist() == list(range(lengths[at]))
+    assert torch.isnan(batch.label).all()
+
+
+def test_texts_where_asked_for(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path)
+    ids = tokenizer("hello world", add_special_tokens=False)["input_ids"]
+    assert VarlenCollator(tokenizer)([{"input_ids": ids}])["input_text"] == ["hello world"]
+
+
+def test_refusals() -> None:
+    collate = VarlenCollator(budget=4)
+    with pytest.raises(ValueError, match="at least one example"):
+        collate([])
+    with pytest.raises(ValueError, match="at least one token"):
+        collate([{"input_ids": []}])
+    with pytest.raises(ValueError, match=r"5 tokens do not fit the budget of 4"):
+        collate([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
+    with pytest.raises(KeyError, match="cu_seqlens"):
+        collate([{"input_ids": [1]}])["cu_seqlens_q"]
+    assert collate([{"input_ids": [1]}]).to("cpu").batch_size == 1

@@ -1,0 +1,73 @@
+"""Recipes: what is accepted, what is refused and how that is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arena.config import load_recipe, recipe_names, save_recipe
+
+
+def test_shipped_recipes_are_valid() -> None:
+    assert recipe_names() == ["demo", "gemma-2-2b", "gemma-2-9b"]
+    for name in recipe_names():
+        assert load_recipe(name).name == name
+    large = load_recipe("gemma-2-9b")
+    assert (large.packing.budget, large.train.batch_size, large.prompt.max_length) == (16384, 80, 4096)
+    assert large.model.quantization == "nf4" and large.model.lora is not None
+    assert large.model.lora.targets == "all-linear"
+
+
+def test_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = load_recipe("demo", ["train.lr=0.5"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(save_recipe(recipe), encoding="utf-8")
+    assert load_recipe(str(path)) == recipe
+
+
+def test_overrides() -> None:
+    recipe = load_recipe("demo", ["train.batch_size=7", "model.lora=null", "data.extra=[a.csv, b.csv]", "name=mine"])
+    assert recipe.train.batch_size == 7 and recipe.model.lora is None
+    assert recipe.data.extra == ("a.csv", "b.csv") and recipe.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batchsize=3", "train.batchsize: unknown key; did you mean 'batch_size'"),
+        ("trian.lr=3", "trian: unknown key; did you mean 'train'"),
+        ("model.lora.rank=3", "model.lora.rank: unknown key; known here: r, alpha"),
+        ("train.lr=-1", "train.lr: Input should be greater than 0"),
+        ("train.epochs=[]", "train.epochs"),
+        ("model.quantization=int3", "model.quantization: Input should be 'nf4'"),
+        ("name=../x", "name"),
+        ("train.lr", "is not `key=value`"),
+        ("train.lr.x=1", "'lr' is a single value"),
+        ("train.lr={", "not YAML"),
+        ("packing.budget=512", "max_length .* is larger than packing.budget"),
+        ("prompt.template=nope", "no template 'nope': name one of compact, judge"),
+    ],
+)
+def test_refusals_name_the_key_and_the_remedy(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_recipe("demo", [override])
+
+
+def test_unknown_recipe_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no recipe 'nope': name one of demo, gemma-2-2b"):
+        load_recipe("nope")
+    path = tmp_path / "broken.yaml"
+    for text in ("a: [", "- 1", ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"broken\.yaml"):
+            load_recipe(str(path))
+
+
+def test_own_template_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("instruction: Which is better?\nverdict: 'Answer: '\n")
+    assert load_recipe("demo", [f"prompt.template={path}"]).prompt.template.verdict == "Answer: "
+    path.write_text("instruction: x\nuserr: y\n")
+    with pytest.raises(ValueError, match="did you mean 'user'"):
+        load_recipe("demo", [f"prompt.template={path}"])

@@ -1,0 +1,43 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arena.files import file_digest, fingerprint, write_json, write_text, written_whole
+
+
+def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError), written_whole(path) as draft:
+        draft.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_replace_folders(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder"
+    for text in ("one", "two"):
+        with written_whole(target) as draft:
+            draft.mkdir()
+            (draft / text).write_text(text)
+    assert [path.name for path in target.iterdir()] == ["two"]
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_json_refuses_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fingerprints_tell_parts_apart(tmp_path: Path) -> None:
+    prints = [fingerprint("ab", "c"), fingerprint("a", "bc"), fingerprint(b"ab", "c"), fingerprint({"a": 1, "b": 2})]
+    assert len(set(prints)) == 4
+    assert fingerprint({"b": 2, "a": 1}) == prints[3]
+    write_text(tmp_path / "x", "hello")
+    assert file_digest(tmp_path / "x") == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
