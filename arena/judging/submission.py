@@ -45,7 +45,7 @@ def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> Non
     for name, odd in (("lacks", wanted - set(table["id"])), ("should not have", set(table["id"]) - wanted)):
         if odd:
             raise ValueError(f"the submission {name} {len(odd)} ids, such as {min(odd)!r}; is the sample of another test file?")
-    values = table[list(CLASSES)].astype(float).to_numpy()
+    values = table[list(CLASSES)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
     bad = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | (values > 1).any(axis=1)
     bad |= np.abs(values.sum(axis=1) - 1) > TOLERANCE
     if bad.any():

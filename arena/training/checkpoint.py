@@ -15,6 +15,7 @@ from arena.files import write_json, written_whole
 from arena.training.optim import trainable
 
 FORMAT = 1
+TENSOR = "@tensor"  # stands in plain JSON for a tensor that is kept beside it
 KEPT = 2  # checkpoints that stay, the latest ones; the best weights stay besides
 
 
@@ -41,7 +42,8 @@ def save_checkpoint(
     Args:
         state: what else the run must know to go on; plain JSON values.
     """
-    tensors, plain = _split(optimizer.state_dict())
+    tensors: dict[str, Tensor] = {}
+    plain = _split(optimizer.state_dict(), "", tensors)
     with written_whole(folder / f"step-{step:08d}") as draft:
         draft.mkdir()
         save_file(_contiguous(trainable(model)), draft / "weights.safetensors")
@@ -74,8 +76,9 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     """Puts weights, optimizer, schedule and random states back as they were."""
     state = read_state(checkpoint)
     _restore(load_file(checkpoint / "weights.safetensors"), trainable(model))
-    optimizer.load_state_dict(_join(load_file(checkpoint / "optimizer.safetensors"), state["optimizer"]))
-    schedule.load_state_dict(state["schedule"])
+    saved = _join(state["optimizer"], load_file(checkpoint / "optimizer.safetensors"))
+    optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in saved["state"].items()}})
+    schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
     random = load_file(checkpoint / "random.safetensors")
     torch.set_rng_state(random["cpu"])
     if torch.cuda.is_available() and "cuda" in random:
@@ -102,30 +105,29 @@ def _contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by `parameter/key` and the rest as plain JSON."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, values in state["state"].items():
-        plain[str(index)] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-        tensors |= {f"{index}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
-    return tensors, {"state": plain, "groups": [_plain(group) for group in state["param_groups"]]}
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """An optimizer's state as plain JSON in which each tensor is replaced by its name; the tensors go to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {TENSOR: path}
+    if isinstance(value, dict):
+        return {str(key): _split(each, f"{path}/{key}", tensors) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_split(each, f"{path}/{index}", tensors) for index, each in enumerate(value)]
+    return value
 
 
-def _join(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in plain["state"].items()}
-    for name, tensor in tensors.items():
-        index, key = name.split("/", 1)
-        state[int(index)][key] = tensor
-    return {"state": state, "param_groups": plain["groups"]}
+def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The state that `_split` took apart."""
+    if isinstance(value, dict):
+        if set(value) == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return {key: _join(each, tensors) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_join(each, tensors) for each in value]
+    return value
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """The values that JSON can hold; functions and the like are rebuilt from the recipe."""
-    return json.loads(json.dumps({key: value for key, value in values.items() if _is_plain(value)}))  # type: ignore[no-any-return]
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    """What of a schedule's state JSON can hold; its functions are rebuilt from the recipe."""
+    return {key: value for key, value in values.items() if not isinstance(value, list) or not any(map(callable, value))}

@@ -1,0 +1,77 @@
+"""The structure that the README draws: rooms import downwards only, modules stay small, nothing is left without words."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "arena").rglob("*.py"))
+# each room imports only from itself and from those before it
+ROOMS = ["files", "progress", "config", "metrics", "distributed", "data", "packing", "model", "judging", "training", "reporting", "cli"]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "arena").parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("arena."):
+            names |= {node.module} | {f"{node.module}.{each.name}" for each in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {each.name for each in node.names if each.name.startswith("arena.")}
+    return {name for name in names if (ROOT / Path(*name.split("."))).with_suffix(".py").is_file()}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards_only(path: Path) -> None:
+    if path == ROOT / "arena/__init__.py":
+        return
+    here = ROOMS.index(room(path))
+    above = {name for name in imported(path) if ROOMS.index(name.split(".")[1]) > here}
+    assert above == set()
+
+
+def test_no_cycles() -> None:
+    graph = {".".join(path.relative_to(ROOT).with_suffix("").parts): imported(path) for path in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"import cycle: {' -> '.join([*trail, name])}"
+        if name not in done:
+            for below in graph.get(name, ()):
+                visit(below, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_are_small_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    assert text.count("\n") <= 300
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None and node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("module", ["arena.data.prepare", "arena.data.prompt", "arena.packing.plan", "arena.data.synthetic"])
+def test_data_and_plans_need_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_pickle_and_no_remote_code() -> None:
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        assert "pickle" not in text and "torch.load" not in text and "trust_remote_code=True" not in text, path
