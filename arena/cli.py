@@ -78,7 +78,9 @@ class Infer:
             f"{int((~judgeable_rows(rows)).sum()):,} rows have nothing to judge and got the training prior"
         )
         if not sample.is_file():
-            console.print(f"there is no {sample} to check it against: columns and ids were checked against the test file")
+            console.print(
+                f"there is no {sample} to check it against: columns and ids were checked against the test file"
+            )
 
 
 @dataclass

@@ -20,7 +20,7 @@ class Settings(BaseModel):
 
 
 class Template(Settings):
-    """The words of the judge prompt. None of them may hold a control token; chat markers come from `PromptSettings.chat`."""
+    """The words of the judge prompt; all are taken as plain text. Chat markers come from `PromptSettings.chat`."""
 
     instruction: str
     opening: str = Field("", description="stands between the instruction and the first turn")
@@ -188,7 +188,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         tree[last] = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ValueError(f"override {override!r}: the value is not YAML; quote it if it holds special characters") from None
+        raise ValueError(
+            f"override {override!r}: the value is not YAML; quote it if it holds special characters"
+        ) from None
 
 
 def _explain(error: Any) -> str:

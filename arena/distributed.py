@@ -1,4 +1,4 @@
-"""The process a run lives in: device, rank, sums over ranks, threads and random seeds. One process or several, same code."""
+"""The process a run lives in: device, rank, sums over ranks, threads, random seeds; one process or several."""
 
 from __future__ import annotations
 

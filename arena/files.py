@@ -27,8 +27,8 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield draft
         _sync(draft)
         if target.is_dir() and not target.is_symlink():
-            os.replace(target, scratch / "replaced")
-        os.replace(draft, target)
+            target.replace(scratch / "replaced")
+        draft.replace(target)
         _sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -29,7 +29,7 @@ def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error of the most probable class, in equal-width bins (Guo et al., 2017, arXiv:1706.04599)."""
+    """Expected calibration error of the top class, in equal-width bins (Guo et al., 2017, arXiv:1706.04599)."""
     _check(labels, probabilities)
     confidence = probabilities.max(axis=1)
     right = labels[np.arange(len(labels)), probabilities.argmax(axis=1)]

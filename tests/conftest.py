@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in tests
 
-from tests.helpers import make_base  # noqa: E402
+from tests.helpers import make_base
 
 
 @pytest.fixture(scope="session")

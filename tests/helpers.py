@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     GemmaConfig,
     LlamaConfig,
@@ -19,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
-from transformers import AutoModelForCausalLM
 
 from arena.config import ModelSettings, PromptSettings, Recipe, load_recipe
 from arena.model.backbone import adapt, load_base
@@ -47,8 +47,12 @@ def make_tokenizer(folder: Path) -> Any:
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=[*CONTROL, *every_byte], show_progress=False)
-    words = "the judge user assistant answer better tie hello world which is not very clear good bad verdict [[ ]]: ### \n"
-    tokenizer.train_from_iterator([words * 3, "User Assistant A B abcdefghijklmnopqrstuvwxyz 0123456789 .,!?<>_"], trainer)
+    words = (
+        "the judge user assistant answer better tie hello world which is not very clear good bad verdict [[ ]]: ### \n"
+    )
+    tokenizer.train_from_iterator(
+        [words * 3, "User Assistant A B abcdefghijklmnopqrstuvwxyz 0123456789 .,!?<>_"], trainer
+    )
     # the byte tokens are ordinary vocabulary, not added tokens
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in CONTROL]

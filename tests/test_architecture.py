@@ -1,4 +1,4 @@
-"""The structure that the README draws: rooms import downwards only, modules stay small, nothing is left without words."""
+"""The structure that the README draws: rooms import downwards only, modules stay small and say what they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "arena").rglob("*.py"))
 # each room imports only from itself and from those before it
-ROOMS = ["files", "progress", "config", "metrics", "distributed", "data", "packing", "model", "judging", "training", "reporting", "cli"]
+ROOMS = [
+    "files",
+    "progress",
+    "config",
+    "metrics",
+    "distributed",
+    "data",
+    "packing",
+    "model",
+    "judging",
+    "training",
+    "reporting",
+    "cli",
+]
 
 
 def room(path: Path) -> str:
@@ -65,7 +78,9 @@ def test_modules_are_small_and_say_what_they_are(path: Path) -> None:
             assert node.end_lineno is not None and node.end_lineno - node.lineno < 60, node.name
 
 
-@pytest.mark.parametrize("module", ["arena.data.prepare", "arena.data.prompt", "arena.packing.plan", "arena.data.synthetic"])
+@pytest.mark.parametrize(
+    "module", ["arena.data.prepare", "arena.data.prompt", "arena.packing.plan", "arena.data.synthetic"]
+)
 def test_data_and_plans_need_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

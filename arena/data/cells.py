@@ -71,9 +71,7 @@ def label_columns(names: Collection[str], labels: Labels) -> tuple[str, ...]:
         return ()
     numbers = tuple(name for name in NUMBERS if name in names)
     if numbers and WORD in names:
-        raise FieldError(
-            WORD, f"stands beside {', '.join(numbers)}; keep one of the two spellings of the label"
-        )
+        raise FieldError(WORD, f"stands beside {', '.join(numbers)}; keep one of the two spellings of the label")
     if numbers and numbers != NUMBERS:
         missing = [name for name in NUMBERS if name not in names]
         raise FieldError(missing[0], f"is missing, but {', '.join(numbers)} is there; give all three or none")
@@ -157,16 +155,12 @@ def read_json(text: str, field: str) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeated_keys)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise FieldError(
-            field, f"is {excerpt(text)}, which is not JSON: {why}; write it again as JSON"
-        ) from None
+        raise FieldError(field, f"is {excerpt(text)}, which is not JSON: {why}; write it again as JSON") from None
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object as a dict. Python alone would keep the last of two equal keys and say nothing."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise ValueError(
-            f"{excerpt(next(name for name in names if names.count(name) > 1))} stands twice in an object"
-        )
+        raise ValueError(f"{excerpt(next(name for name in names if names.count(name) > 1))} stands twice in an object")
     return dict(pairs)

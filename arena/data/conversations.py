@@ -205,9 +205,7 @@ def _csv_rows(path: Path, labels: Labels) -> Iterator[Row]:
                 if len(fields) == len(names):
                     yield f"line {start}", _checked({name: fields[at] for name, at in positions.items()})
                 elif fields:  # a blank line has none
-                    what = (
-                        f"has {len(fields)} fields, but the header has {len(names)}; quote commas in a field"
-                    )
+                    what = f"has {len(fields)} fields, but the header has {len(names)}; quote commas in a field"
                     yield f"line {start}", FieldError("the row", what)
                 start = reader.line_num + 1
         except csv.Error as error:
@@ -264,9 +262,7 @@ def _columns(names: Sequence[str], labels: Labels) -> list[str]:
     wanted = ("id", *TEXTS)
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise FieldError(
-            ", ".join(missing), f"is missing; the columns found are {excerpt(', '.join(names), 200)}"
-        )
+        raise FieldError(", ".join(missing), f"is missing; the columns found are {excerpt(', '.join(names), 200)}")
     return [*wanted, *label_columns(names, labels)]
 
 

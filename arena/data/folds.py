@@ -45,9 +45,7 @@ def assign_folds(rows: Dataset, n_folds: int, seed: int) -> Folds:
     every_key = np.array(list(_each_key(rows)), dtype=object)
     groups, keys = pd.factorize(every_key, sort=True)  # sorted, so that the order of the rows does not matter
     if len(keys) < n_folds:
-        raise ValueError(
-            f"{len(keys)} different prompts cannot fill {n_folds} folds; use fewer folds or more data"
-        )
+        raise ValueError(f"{len(keys)} different prompts cannot fill {n_folds} folds; use fewer folds or more data")
     classes = _labels(rows).argmax(axis=1)
     if np.bincount(classes).max() < n_folds:
         raise ValueError(f"no label has {n_folds} rows, one for each fold; use fewer folds or more data")
@@ -119,6 +117,4 @@ def _labels(rows: Dataset) -> NDArray[np.float32]:
 def _check_filled(folds: Folds, n_folds: int) -> None:
     counts = np.bincount(folds[folds >= 0], minlength=n_folds)
     if folds.min() < 0 or len(counts) > n_folds or not counts.all():
-        raise ValueError(
-            f"the rows per fold are {counts.tolist()}, not {n_folds} filled folds; use fewer folds"
-        )
+        raise ValueError(f"the rows per fold are {counts.tolist()}, not {n_folds} filled folds; use fewer folds")

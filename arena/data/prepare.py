@@ -85,8 +85,8 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
         extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required")
         again, leaks = repeated(extra, rows), leaking(extra, rows.select(held_out))
         notes.append(
-            f"extra rows: {len(extra):,}, of which {again.sum():,} repeat a row and {(leaks & ~again).sum():,} have a prompt "
-            f"of the held-out fold; both are left out"
+            f"extra rows: {len(extra):,}, of which {again.sum():,} repeat a row and {(leaks & ~again).sum():,} "
+            "have a prompt of the held-out fold; both are left out"
         )
         stores.append(_tokens(extra, recipe, tokenizer))
         labels.append(_labels(extra))

@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,7 @@ class PromptEncoder:
     def _without_control(self, text: str) -> list[int]:
         """Encodes a text that spells control tokens: it is split inside each of them, so that none is recognised."""
         breaks = [0, *(match.start() + 1 for match in self._control_text.finditer(text)), len(text)]
-        pieces = [text[start:end] for start, end in zip(breaks[:-1], breaks[1:], strict=True) if start < end]
+        pieces = [text[start:end] for start, end in pairwise(breaks) if start < end]
         ids: list[int] = []
         for piece in pieces:
             part = self._encode(piece)

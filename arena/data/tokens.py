@@ -19,9 +19,7 @@ from arena.progress import progress
 FORMAT = 1  # raise it when the layout of the file or of the prompt changes
 ROWS_AT_ONCE = 512
 
-_SCHEMA = pa.schema(
-    {"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int32(), "tokens_cut": pa.int32()}
-)
+_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int32(), "tokens_cut": pa.int32()})
 
 
 @dataclass(frozen=True)

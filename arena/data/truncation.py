@@ -29,9 +29,9 @@ def least_room(overhead: int, mark: int, turns_mark: int) -> int:
 def choose_cut(turns: Sequence[Lengths], room: int, overhead: int, mark: int, turns_mark: int) -> Cut:
     """Chooses what to keep so that it fits in `room` tokens.
 
-    The latest turns are kept whole as long as they fit. The turn before them is shown cut where the room left shows at
-    least an eighth of it, else it is left out with all before it; the last turn is always shown. In a cut turn, the prompt
-    and both answers share the room evenly, and what one does not need goes to the others, so A and B are treated alike.
+    The latest turns are kept whole as long as they fit. The turn before them is shown cut where the room left shows
+    at least an eighth of it, else it is left out with all before it; the last turn is always shown. In a cut turn, the
+    prompt and both answers share the room evenly, and what one does not need goes to the others: A and B alike.
 
     Args:
         turns: lengths in tokens of each turn's fields.

@@ -18,7 +18,7 @@ FITTED = 20_000  # rows at most; more change little and take minutes
 def baseline_probabilities(rows: Dataset, data: FoldData, seed: int = 0) -> np.ndarray:
     """Trains on the fold's training rows (at most `FITTED` of them, drawn by the seed) and judges its held-out rows.
 
-    Features: TF-IDF of words and pairs of words, A's minus B's, and the logarithms of both lengths and their difference.
+    Features: TF-IDF of words and pairs of words, A's minus B's; the logarithms of both lengths and their difference.
     Each training row is also shown with A and B exchanged. A soft label counts as rows of each class in its proportion.
 
     Args:
@@ -46,7 +46,9 @@ def baseline_probabilities(rows: Dataset, data: FoldData, seed: int = 0) -> np.n
 
 def _answers(rows: Dataset, indices: np.ndarray) -> tuple[list[str], list[str]]:
     chosen = rows.select(indices)
-    joined = [[" \n ".join(text or "" for text in turns) for turns in chosen[name]] for name in ("response_a", "response_b")]
+    joined = [
+        [" \n ".join(text or "" for text in turns) for turns in chosen[name]] for name in ("response_a", "response_b")
+    ]
     return joined[0], joined[1]
 
 

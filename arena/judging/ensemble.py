@@ -20,12 +20,15 @@ def fold_models(run: Path) -> list[Path]:
     finished = sorted(run.glob("fold*/model/judge.json"), key=lambda path: (len(path.parts[-3]), path.parts[-3]))
     models = [path.parent for path in finished]
     if not models:
-        raise ValueError(f"there is no finished fold under {run}: run `make train FOLD=0` first, or name the run's recipe")
+        raise ValueError(
+            f"there is no finished fold under {run}: run `make train FOLD=0` first, or name the run's recipe"
+        )
     cards = [read_card(model) for model in models]
     odd = [model for model, card in zip(models, cards, strict=True) if card["trained_on"] != cards[0]["trained_on"]]
     if odd:
         raise ValueError(
-            f"{models[0].parent} and {odd[0].parent} were trained on different data or splits: train them alike, or move one away"
+            f"{models[0].parent} and {odd[0].parent} were trained on different data or splits: "
+            "train them alike, or move one away"
         )
     return models
 
@@ -37,4 +40,3 @@ def average(models: list[Path], rows: Dataset, cache: Path) -> np.ndarray:
         console.print(f"{model.parent.name}: judging {len(rows):,} rows")
         total += Judge(model).probabilities(rows, cache)
     return total / len(models)
-

@@ -49,8 +49,8 @@ class Judge:
             cache: where tokens are kept between calls.
 
         Returns:
-            float64 (len(rows), 3) in the order of the rows: A, B, tie. A row with nothing to judge gets the prior, the mean
-            label of the training rows.
+            float64 (len(rows), 3) in the order of the rows: A, B, tie. A row with nothing to judge gets the prior, the
+            mean label of the training rows.
         """
         swap = self.recipe.judge.swap
         store = tokenise(rows, source(rows), self.tokenizer, self.recipe.prompt, cache, both_orders=swap)
@@ -78,7 +78,12 @@ def save_judge(
     Args:
         trained_on: fingerprint of the training data without the fold, by which folds that belong together are known.
     """
-    card = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "prior": prior.tolist(), "trained_on": trained_on}
+    card = {
+        "format": FORMAT,
+        "recipe": recipe.model_dump(mode="json"),
+        "prior": prior.tolist(),
+        "trained_on": trained_on,
+    }
     with written_whole(folder) as draft:
         save_model(model, draft)
         tokenizer.save_pretrained(str(draft))

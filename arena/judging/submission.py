@@ -44,14 +44,17 @@ def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> Non
     wanted = set(map(str, _read(sample)["id"])) if sample else set(map(str, ids))
     for name, odd in (("lacks", wanted - set(table["id"])), ("should not have", set(table["id"]) - wanted)):
         if odd:
-            raise ValueError(f"the submission {name} {len(odd)} ids, such as {min(odd)!r}; is the sample of another test file?")
+            raise ValueError(
+                f"the submission {name} {len(odd)} ids, such as {min(odd)!r}; is the sample of another test file?"
+            )
     values = table[list(CLASSES)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
     bad = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | (values > 1).any(axis=1)
     bad |= np.abs(values.sum(axis=1) - 1) > TOLERANCE
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            f"{bad.sum()} rows are no probabilities, the first has id {table['id'].iloc[first]!r}: {values[first].tolist()}"
+            f"{bad.sum()} rows are no probabilities, the first has id {table['id'].iloc[first]!r}: "
+            f"{values[first].tolist()}"
         )
 
 

@@ -1,8 +1,8 @@
 """Variable-length attention over packed examples: one signature, several backends, and its place in transformers.
 
 Queries and keys of all segments lie end to end; segment i has queries `cu_seqlens_q[i]:cu_seqlens_q[i+1]` and keys
-`cu_seqlens_k[i]:cu_seqlens_k[i+1]`. Attention is causal, aligned at the bottom right as in flash-attn: the last query of a
-segment sees all of its keys. No mask over the whole row is ever built.
+`cu_seqlens_k[i]:cu_seqlens_k[i+1]`. Attention is causal, aligned at the bottom right as in flash-attn: the last query
+of a segment sees all of its keys. No mask over the whole row is ever built.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def reference(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """The exact backend, for any device: scores and softmax in float32, segment by segment. The others are held to it."""
+    """The exact backend, for any device: float32 scores and softmax, segment by segment. Others are held to it."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     out: list[Tensor] = []
     with torch.autocast(q.device.type, enabled=False):
@@ -95,9 +95,7 @@ def reference(
     return torch.cat(out) if out else torch.empty_like(q)
 
 
-def _segment(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None
-) -> list[Tensor]:
+def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> list[Tensor]:
     """One segment, a chunk of queries at a time, each with just the keys that some of its queries see."""
     n_q, n_k = len(q), len(k)
     offset = n_k - n_q  # the key at the place of the segment's first query
@@ -170,7 +168,9 @@ def transformers_attention(
         ValueError: a mask, dropout, missing or misspelt boundaries, or a model that is not causal.
     """
     if attention_mask is not None:
-        raise ValueError("packed attention takes no attention_mask: boundaries come from cu_seq_lens_q and cu_seq_lens_k")
+        raise ValueError(
+            "packed attention takes no attention_mask: boundaries come from cu_seq_lens_q and cu_seq_lens_k"
+        )
     wrong = [name for name in others if name.startswith(("cu_", "max_seq", "max_len"))]
     if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None or wrong:
         raise ValueError(

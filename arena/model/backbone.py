@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from arena.config import RECIPES, LoraSettings, ModelSettings
 from arena.model.attention import NAME, choose_backend
 
 LABELS = ("A", "B", "tie")  # the order of classes everywhere
+DEMO_BASE = "demo_base"
 HEAD = "score"  # as in transformers' sequence classifiers, so that a merged model loads as one of them
 
 
@@ -29,7 +37,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(base_path(base), revision=revision)
 
 
-def load_base(settings: ModelSettings) -> nn.Module:
+def load_base(settings: ModelSettings) -> PreTrainedModel:
     """The sequence classifier over a base model: frozen weights in 4 bits or `dtype`, `score` fresh (zeros) in float32.
 
     Raises:
@@ -61,7 +69,7 @@ def load_base(settings: ModelSettings) -> nn.Module:
     return model
 
 
-def adapt(model: nn.Module, settings: ModelSettings) -> nn.Module:
+def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
     """Adds LoRA adapters, and makes them and the head trainable, in float32; without LoRA all weights train."""
     if settings.lora is not None:
         model = get_peft_model(model, _lora(settings.lora))
@@ -73,13 +81,13 @@ def adapt(model: nn.Module, settings: ModelSettings) -> nn.Module:
     return model
 
 
-def save_model(model: nn.Module, folder: Path) -> None:
-    """Writes what training changed, as safetensors and JSON: adapter and head, or the whole model where there is no LoRA."""
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Writes what training changed, as safetensors and JSON: adapter and head; the whole model without LoRA."""
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
-def load_trained(folder: Path, settings: ModelSettings) -> nn.Module:
+def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """The model that `save_model` wrote, ready for inference."""
     if (folder / "adapter_config.json").is_file():
         return PeftModel.from_pretrained(load_base(settings), str(folder)).eval()
@@ -89,15 +97,15 @@ def load_trained(folder: Path, settings: ModelSettings) -> nn.Module:
     return model.eval()
 
 
-def underlying(model: nn.Module) -> nn.Module:
+def underlying(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside a peft model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def backbone(model: nn.Module) -> nn.Module:
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder below the head."""
     inner = underlying(model)
-    return getattr(inner, inner.base_model_prefix)  # type: ignore[no-any-return]
+    return getattr(inner, inner.base_model_prefix)
 
 
 def sliding_window(settings: ModelSettings) -> int | None:
@@ -109,7 +117,7 @@ def sliding_window(settings: ModelSettings) -> int | None:
 
 def base_path(base: str) -> str:
     """Where a base stands: `demo_base` ships with the package, anything else is a folder or a hub name."""
-    return str(RECIPES / "demo_base") if base == "demo_base" else base
+    return str(RECIPES / DEMO_BASE) if base == DEMO_BASE else base
 
 
 def _nf4(settings: ModelSettings) -> BitsAndBytesConfig:
@@ -130,7 +138,7 @@ def _keep_head(config: Any) -> None:
         stored["llm_int8_skip_modules"] = sorted({*stored["llm_int8_skip_modules"], HEAD})
 
 
-def _keep_layout(model: nn.Module) -> None:
+def _keep_layout(model: PreTrainedModel) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights in place.
 
     On CPUs with bf16 instructions an evaluation forward does so, and what reads the weights by another way afterwards
@@ -153,7 +161,7 @@ def _lora(settings: LoraSettings) -> LoraConfig:
     )
 
 
-def _load_head(model: nn.Module, folder: Path) -> None:
+def _load_head(model: PreTrainedModel, folder: Path) -> None:
     from safetensors import safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -174,21 +182,21 @@ def _refuse_mask_and_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dic
         raise ValueError("a packed model needs position_ids that start at 0 with each example")
 
 
-class _found:
+@contextmanager
+def _found(base: str) -> Iterator[None]:
     """Turns the many errors of a missing or gated base into one message that says how to get it."""
-
-    def __init__(self, base: str) -> None:
-        self.base = base
-
-    def __enter__(self) -> None:
-        if os.sep in self.base and self.base.count("/") != 1 and not Path(self.base).is_dir():
-            raise ValueError(f"model.base: there is no folder {self.base}")
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, KeyError)) or (kind is ValueError and "Unrecognized" in str(error)):
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(
-                f"model.base: {self.base!r} could not be loaded ({reason}). If it is a gated model, accept its licence on "
-                "its Hugging Face page and run `hf auth login`; on a machine without internet, download it elsewhere "
-                f"(`hf download {self.base} --local-dir FOLDER`) and pass model.base=FOLDER"
-            ) from error
+    if base.count("/") != 1 and base != DEMO_BASE and not Path(base).is_dir():
+        raise ValueError(
+            f"model.base: there is no folder {base}; give a folder, or a hub name such as google/gemma-2-9b-it"
+        )
+    try:
+        yield
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, ValueError) and "nrecognized" not in str(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"model.base: {base!r} could not be loaded ({reason}). If it is a gated model, accept its licence on its "
+            "Hugging Face page and run `hf auth login`; on a machine without internet, download it elsewhere "
+            f"(`hf download {base} --local-dir FOLDER`) and pass model.base=FOLDER"
+        ) from error

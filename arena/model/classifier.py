@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from arena.model.backbone import backbone, underlying
 from arena.packing.batch import PackedBatch
@@ -17,7 +18,7 @@ class PackedClassifier(nn.Module):
         model: what `backbone.load_base`, `adapt` or `load_trained` gave.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 

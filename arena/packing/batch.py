@@ -60,8 +60,11 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        tensors = {key: value for key, value in ((k, self[k]) for k in self.keys()) if isinstance(value, Tensor)}
-        return replace(self, **{key: value.to(device, non_blocking=True) for key, value in tensors.items()})
+        moved: dict[str, Any] = {}
+        for key in self:
+            if isinstance(self[key], Tensor):
+                moved[key] = self[key].to(device, non_blocking=True)
+        return replace(self, **moved)
 
 
 class VarlenCollator:

@@ -1,8 +1,8 @@
 """Which examples share a micro-batch: integers in, plan out.
 
-Training keeps the examples of an optimizer step together and cuts each step into the least number of micro-batches, evenly
-loaded, by longest-processing-time scheduling (Graham, 1969) under a hard cap. Evaluation may put any examples together and
-uses best-fit decreasing over the whole set.
+Training keeps the examples of an optimizer step together and cuts each step into the least number of micro-batches,
+evenly loaded, by longest-processing-time scheduling (Graham, 1969) under a hard cap. Evaluation may put any examples
+together and uses best-fit decreasing over the whole set.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 
 from arena.files import fingerprint
 
-# Cost of an example of n tokens, in units of one token's linear layers: n + n^2 / QUADRATIC. On Gemma-2-9B the attention
-# over n tokens costs as much as the linear layers at about n = 50,000 (4 * 42 layers * 4,096 wide * n / 2 against 2 * 8.3e9).
+# Cost of an example of n tokens, in units of one token's linear layers: n + n^2 / QUADRATIC. On Gemma-2-9B attention
+# costs as much as the linear layers at n = 50,000 or so: 4 * 42 layers * 4,096 wide * n / 2 FLOP a token, against
+# 2 * 8.3e9.
 QUADRATIC = 50_000.0
 
 
@@ -75,14 +76,12 @@ class PackPlan:
         return int(self.micro_ends[self.step_ends[index] - 1] - before)
 
 
-def plan_training(
-    lengths: np.ndarray, order: np.ndarray, *, step_size: int, budget: int, ranks: int = 1
-) -> PackPlan:
+def plan_training(lengths: np.ndarray, order: np.ndarray, *, step_size: int, budget: int, ranks: int = 1) -> PackPlan:
     """Plans training: `order` is cut into steps of `step_size` examples, each step into micro-batches.
 
     Args:
         lengths: tokens of every example.
-        order: example indices in the order in which they are to be seen (an epoch's shuffle). The last step may be short.
+        order: example indices in the order in which they are to be seen. The last step may be short.
 
     Raises:
         ValueError: an example is longer than the budget; its index is named.
@@ -184,7 +183,9 @@ def _best_fit(indices: list[int], sizes: list[int], budget: int) -> list[list[in
     return bins
 
 
-def _build(steps: Iterator[list[list[int]]] | list[list[list[int]]], lengths: np.ndarray, budget: int, ranks: int) -> PackPlan:
+def _build(
+    steps: Iterator[list[list[int]]] | list[list[list[int]]], lengths: np.ndarray, budget: int, ranks: int
+) -> PackPlan:
     examples: list[int] = []
     micro_ends: list[int] = []
     step_ends: list[int] = []
@@ -195,8 +196,7 @@ def _build(steps: Iterator[list[list[int]]] | list[list[list[int]]], lengths: np
             micro_ends.append(len(examples))
             tokens.append(int(lengths[members].sum()) if members else 0)
         step_ends.append(len(micro_ends))
-    plan = PackPlan(
-        *(np.asarray(part, dtype=np.int64) for part in (examples, micro_ends, step_ends, tokens)), budget, ranks
-    )
+    parts = [np.asarray(part, dtype=np.int64) for part in (examples, micro_ends, step_ends, tokens)]
+    plan = PackPlan(parts[0], parts[1], parts[2], parts[3], budget, ranks)
     assert (plan.tokens <= budget).all(), "a micro-batch is over the budget"
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: i
     total = int(batch.cu_seqlens[-1])
     longest = batch.max_seq_len * batch.batch_size
     console.print(
-        f"one micro-batch: {batch.batch_size} examples, {total:,} of {budget:,} tokens, fill rate {total / budget:.1%}; padded to "
-        f"its longest example it would take {longest:,} ({total / longest:.1%} useful)"
+        f"one micro-batch: {batch.batch_size} examples, {total:,} of {budget:,} tokens, "
+        f"fill rate {total / budget:.1%}; padded to its longest example it would take {longest:,} ({total / longest:.1%} useful)"
     )
     console.print(f"cu_seqlens {batch.cu_seqlens.tolist()}")
     table = Table(show_lines=False)
@@ -47,15 +48,17 @@ def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
 
     ends = batch.cu_seqlens.tolist()
     figure, axes = pyplot.subplots(figsize=(7, 7), layout="constrained")
-    for at, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for at, (start, end) in enumerate(pairwise(ends)):
         axes.add_patch(Polygon([(start, start), (start, end), (end, end)], color=f"C{at % 10}", alpha=0.35, lw=0))
         if window is not None and window < end - start:
             band = [(start, start), (start, start + window), (end - window, end), (end, end)]
             axes.add_patch(Polygon(band, color=f"C{at % 10}", alpha=0.6, lw=0))
     limits = (0, ends[-1])
     axes.set(xlim=limits, ylim=limits[::-1], xlabel="key", ylabel="query", aspect="equal")
-    band = "" if window is None else f"; dark: the sliding window of {window:,}"
-    axes.set_title(f"who sees whom: {batch.batch_size} examples in one row of {ends[-1]:,} tokens{band}", fontsize="medium")
+    note = "" if window is None else f"; dark: the sliding window of {window:,}"
+    axes.set_title(
+        f"who sees whom: {batch.batch_size} examples in one row of {ends[-1]:,} tokens{note}", fontsize="medium"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

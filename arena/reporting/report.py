@@ -19,7 +19,9 @@ REFERENCES = (
 
 def print_report(metrics: dict[str, Any]) -> None:
     """Prints log-loss beside what it is to be compared with, then what the run took."""
-    table = Table(title=f"{metrics['recipe']}, fold {metrics['fold']}: {metrics['n_eval']:,} held-out rows", title_justify="left")
+    table = Table(
+        title=f"{metrics['recipe']}, fold {metrics['fold']}: {metrics['n_eval']:,} held-out rows", title_justify="left"
+    )
     table.add_column("log-loss", justify="right")
     table.add_column("ours is", justify="right")
     table.add_column("")
@@ -37,7 +39,7 @@ def print_report(metrics: dict[str, Any]) -> None:
 
 
 def draw_report(folder: Path) -> Path:
-    """Draws the course of training into `report.png` of a run's folder: loss by step, held-out log-loss, what to compare with."""
+    """Draws the course of training into `report.png` of a run's folder, beside what to compare it with."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,12 +50,16 @@ def draw_report(folder: Path) -> Path:
     steps = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "eval_log_loss" in line]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training, each step")
+    axes.plot(
+        [line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training, each step"
+    )
     axes.plot([s["step"] for s in scores], [s["eval_log_loss"] for s in scores], "o-", label="held out, one order")
     axes.axhline(metrics["log_loss"], color="C0", label=f"held out, final: {metrics['log_loss']:.4f}")
     for colour, (key, words) in zip(("C2", "C1", "C3"), REFERENCES, strict=True):
         if metrics.get(key) is not None:
-            axes.axhline(metrics[key], color=colour, linestyle="--", label=f"{words.split(' (')[0]}: {metrics[key]:.4f}")
+            axes.axhline(
+                metrics[key], color=colour, linestyle="--", label=f"{words.split(' (')[0]}: {metrics[key]:.4f}"
+            )
     axes.set(xlabel="step", ylabel="log-loss", title=f"{metrics['recipe']}, fold {metrics['fold']}")
     axes.legend(fontsize="small")
     path = folder / "report.png"

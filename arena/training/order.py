@@ -37,7 +37,7 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
 
 
 def example_labels(labels: np.ndarray, store: TokenStore) -> np.ndarray:
-    """Labels (rows, 3) of conversations as labels (len(store), 3) of examples: the swapped ones have A and B exchanged."""
+    """Labels (rows, 3) as labels (len(store), 3) of examples: the swapped ones have A and B exchanged."""
     expanded = np.repeat(labels, store.orders, axis=0)
     if store.orders == 2:
         expanded[1::2] = expanded[1::2][:, [1, 0, 2]]

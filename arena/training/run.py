@@ -140,7 +140,9 @@ def _whole_data(recipe: Recipe) -> str:
     """Fingerprint of the training files and of the split, the same for all folds of one data set."""
     settings = recipe.data
     files = [data_file(settings.path, "train"), *map(Path, settings.extra)]
-    names = [read_conversations([file], Path(settings.cache), labels="required").cache_files[0]["filename"] for file in files]
+    names = [
+        read_conversations([file], Path(settings.cache), labels="required").cache_files[0]["filename"] for file in files
+    ]
     return fingerprint([Path(name).stem for name in names], settings.folds, settings.fold_seed)
 
 

@@ -25,7 +25,14 @@ from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import PackPlan, plan_training
 from arena.progress import progress
-from arena.training.checkpoint import checkpoints, load_checkpoint, load_weights, read_state, save_checkpoint, save_weights
+from arena.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    load_weights,
+    read_state,
+    save_checkpoint,
+    save_weights,
+)
 from arena.training.optim import make_optimizer, make_schedule, trainable
 from arena.training.order import example_labels, training_order
 
@@ -50,7 +57,9 @@ class Trainer:
         folder: the run's folder; the log and the checkpoints go there.
     """
 
-    def __init__(self, recipe: Recipe, data: FoldData, model: nn.Module, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: Recipe, data: FoldData, model: nn.Module, folder: Path, accelerator: Accelerator
+    ) -> None:
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
         self.model = model
         self.classifier = PackedClassifier(model).to(accelerator.device)
@@ -121,8 +130,9 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             rows = sorted({int(index) // self.data.store.orders for each in batch for index in each.index})
             raise FloatingPointError(
-                f"step {self.done.step + 1}: loss {loss}, gradient norm {norm}; the step was not taken. Rows of the step: "
-                f"{rows[:20]}. The last checkpoint is intact: lower the learning rate, or use float32, and go on from it"
+                f"step {self.done.step + 1}: loss {loss}, gradient norm {norm}; the step was not taken. "
+                f"Rows of the step: {rows[:20]}. "
+                "The last checkpoint is intact: lower the learning rate, or use float32, and go on from it"
             )
         rate = self.schedule.get_last_lr()[-1]
         self.optimizer.step()
@@ -159,7 +169,9 @@ class Trainer:
         better = self.done.best_log_loss is None or loss < self.done.best_log_loss
         if better:
             self.done.best_log_loss, self.done.best_step = loss, self.done.step
-            self._on_main(lambda: save_weights(self.best_folder, self.model, {"step": self.done.step, "log_loss": loss}))
+            self._on_main(
+                lambda: save_weights(self.best_folder, self.model, {"step": self.done.step, "log_loss": loss})
+            )
         self._log({"step": self.done.step, "eval_log_loss": loss, "eval_rows": len(rows), "best": better})
 
     def _predict(self, rows: np.ndarray) -> np.ndarray:
@@ -209,13 +221,11 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1) -> PackPlan:
     )
 
 
-def accumulate(
-    classifier: nn.Module, batch: list[PackedBatch], size: int, device: torch.device, dtype: str
-) -> float:
+def accumulate(classifier: nn.Module, batch: list[PackedBatch], size: int, device: torch.device, dtype: str) -> float:
     """Adds the gradient of the step's mean loss, a micro-batch at a time, and gives this rank's share of that loss.
 
-    Each micro-batch's summed loss is divided by `size`, the examples of the whole step over all micro-batches and ranks, so
-    that the gradient does not depend on how the step was cut.
+    Each micro-batch's summed loss is divided by `size`, the examples of the whole step over all its micro-batches and
+    ranks, so that the gradient does not depend on how the step was cut.
     """
     sums: list[Tensor] = []
     for micro_batch in batch:

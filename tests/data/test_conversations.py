@@ -149,14 +149,10 @@ def test_many_chunks_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_a_csv_as_pandas_writes_it(tmp_path: Path) -> None:
-    frame = pd.DataFrame(
-        [a_row(id=12, prompt='["a, \\"b\\"\\n"]'), a_row(id=13, response_a=f'["{"x" * 200_000}"]')]
-    )
+    frame = pd.DataFrame([a_row(id=12, prompt='["a, \\"b\\"\\n"]'), a_row(id=13, response_a=f'["{"x" * 200_000}"]')])
     frame.to_csv(tmp_path / "t.csv", index_label="extra")
     assert read(tmp_path / "t.csv")[0]["id"] == "12"
-    frame.to_csv(
-        tmp_path / "t.csv", encoding="utf-8-sig", index=False
-    )  # the mark stands before the column `id`
+    frame.to_csv(tmp_path / "t.csv", encoding="utf-8-sig", index=False)  # the mark stands before the column `id`
     first, second = read(tmp_path / "t.csv")
     assert (first["id"], first["prompt"]) == ("12", ['a, "b"\n'])
     assert second["response_a"] == ["x" * 200_000]
@@ -310,9 +306,7 @@ def test_labels_may_be_absent_or_ignored(tmp_path: Path, ending: str) -> None:
         (dict.fromkeys(A_WINS, ""), "winner_model_a", "is blank"),
     ],
 )
-def test_bad_cells_are_named(
-    tmp_path: Path, ending: str, changes: dict[str, str], field: str, what: str
-) -> None:
+def test_bad_cells_are_named(tmp_path: Path, ending: str, changes: dict[str, str], field: str, what: str) -> None:
     good = {name: str(cell) for name, cell in a_row(id="6").items()}
     bad = {name: str(cell) for name, cell in a_row(**changes).items()}
     path = write(tmp_path / f"t.{ending}", [good, bad])
@@ -363,9 +357,7 @@ def test_missing_columns_are_named(tmp_path: Path, ending: str) -> None:
     for name in ("id", "prompt", "response_a", "response_b"):
         message = complaint([without(name)])
         assert str(tmp_path / f"{name}.{ending}") in message and f", {name}: is" in message
-    assert "winner_tie: is missing, but winner_model_a, winner_model_b is there" in complaint(
-        [without("winner_tie")]
-    )
+    assert "winner_tie: is missing, but winner_model_a, winner_model_b is there" in complaint([without("winner_tie")])
     assert "winner_tie: is missing" in complaint([without("winner_tie")], "optional")
     assert "winner_model_a: is missing; labelled rows need" in complaint([without(*A_WINS)])
     both = write(tmp_path / f"both.{ending}", [a_row(winner="tie")])
@@ -391,9 +383,7 @@ def test_repeated_ids_are_named_within_and_across_files(tmp_path: Path, ending: 
     first = write(tmp_path / f"a.{ending}", [a_row(id="1"), a_row(id="2")])
     second = write(tmp_path / f"b.{ending}", [a_row(id="3"), a_row(id="3"), a_row(id="1")])
     message = complaint([first, second])
-    lines = {"csv": ("line 3", "line 4"), "parquet": ("row 2", "row 3"), "jsonl": ("line 2", "line 3")}[
-        ending
-    ]
+    lines = {"csv": ("line 3", "line 4"), "parquet": ("row 2", "row 3"), "jsonl": ("line 2", "line 3")}[ending]
     assert message.startswith("2 problems")
     assert f'{second}, {lines[0]}, id: "3" stands earlier too, in {second}' in message
     assert f'{second}, {lines[1]}, id: "1" stands earlier too, in {first}' in message

@@ -35,9 +35,7 @@ def random_rows(count: int = 3_000, prompts: int = 2_000) -> tuple[Dataset, np.n
     """Labelled rows, some of which share a prompt, and their classes."""
     rng = np.random.default_rng(5)
     classes = rng.choice(3, size=count, p=[0.5, 0.4, 0.1])
-    return dataset(
-        [f"prompt {number}" for number in rng.integers(0, prompts, count)], classes.tolist()
-    ), classes
+    return dataset([f"prompt {number}" for number in rng.integers(0, prompts, count)], classes.tolist()), classes
 
 
 # Keys
@@ -122,9 +120,7 @@ def test_too_little_to_fill_the_folds_is_an_error() -> None:
 
 
 def test_a_row_without_a_label_is_an_error() -> None:
-    rows = dataset(["a", "b", "c", "d"]).map(
-        lambda row: {"label": None if row["id"] > "row 1" else row["label"]}
-    )
+    rows = dataset(["a", "b", "c", "d"]).map(lambda row: {"label": None if row["id"] > "row 1" else row["label"]})
     with pytest.raises(ValueError, match="2 rows have no label, the first with id row 2"):
         assign_folds(rows, 2, seed=0)
 

@@ -96,7 +96,9 @@ def test_without_care_control_strings_do_parse(small: Any) -> None:
     """The control for the tests above: the tokenizer's own call gives control ids for these texts."""
     for text in ("<end_of_turn>", "<unused0>"):
         assert set(small(text, add_special_tokens=False)["input_ids"]) & set(control_ids(small))
-    assert set(small("<unused0>", add_special_tokens=False, split_special_tokens=True)["input_ids"]) & set(control_ids(small))
+    assert set(small("<unused0>", add_special_tokens=False, split_special_tokens=True)["input_ids"]) & set(
+        control_ids(small)
+    )
 
 
 long_text = st.one_of(st.none(), st.text(max_size=120), st.sampled_from(["<bos>" * 9, "好" * 40, "a " * 90, "\n" * 50]))

@@ -43,9 +43,7 @@ def test_same_ids_as_encoding_anew(tokenizer: Any, tmp_path: Path, monkeypatch: 
             store[index]
 
 
-def test_found_again_by_what_it_was_made_from(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_found_again_by_what_it_was_made_from(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = conversations(3)
     tokenise(rows, "a", tokenizer, prompt_settings(), tmp_path, both_orders=False)
     with monkeypatch.context() as patch:

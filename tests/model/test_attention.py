@@ -43,7 +43,15 @@ def boundaries(lengths: list[int]) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, n_q: list[int], n_k: list[int], **options: object) -> Tensor:
     return varlen_attention(
-        q, k, v, boundaries(n_q), boundaries(n_k), max(n_q), max(n_k), scale=SCALE, **options  # type: ignore[arg-type]
+        q,
+        k,
+        v,
+        boundaries(n_q),
+        boundaries(n_k),
+        max(n_q),
+        max(n_k),
+        scale=SCALE,
+        **options,  # type: ignore[arg-type]
     )
 
 
@@ -110,7 +118,11 @@ def written_out_in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("lengths_q", "lengths_k", "message"),
-    [([4], [5], "cu_seqlens_k must go from 0 to 6"), ([3], [6], "cu_seqlens_q must go from 0 to 4"), ([2, 2], [6], "segments")],
+    [
+        ([4], [5], "cu_seqlens_k must go from 0 to 6"),
+        ([3], [6], "cu_seqlens_q must go from 0 to 4"),
+        ([2, 2], [6], "segments"),
+    ],
 )
 def test_boundaries_that_do_not_belong_are_refused(lengths_q: list[int], lengths_k: list[int], message: str) -> None:
     q, k, v = random_qkv(4, 6)

@@ -45,7 +45,9 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def compare(base: Path, lengths: list[int], lora: bool, change: Callable[[nn.Module], None] | None = None) -> list[float]:
+def compare(
+    base: Path, lengths: list[int], lora: bool, change: Callable[[nn.Module], None] | None = None
+) -> list[float]:
     """Relative differences of logits and of gradients between packed and one by one."""
     packed = classifier(exact(base, **({} if lora else {"lora": None})))
     batch = pack(lengths)
@@ -91,7 +93,9 @@ def one_document(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [set_window(WINDOW + 1), set_window(WINDOW - 1), no_softcap, one_document], ids=["W+1", "W-1", "cap", "one"]
+    "change",
+    [set_window(WINDOW + 1), set_window(WINDOW - 1), no_softcap, one_document],
+    ids=["W+1", "W-1", "cap", "one"],
 )
 def test_controls_fail_the_comparison(gemma2: Path, change: Callable[[nn.Module], None]) -> None:
     """Each mistake must be seen, in the logits and in the gradients: otherwise the comparison proves nothing."""

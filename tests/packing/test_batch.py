@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_every_token_in_its_place(lengths: list[int]) -> None:
     batch = VarlenCollator()([{"input_ids": each} for each in ids])
     ends = batch.cu_seqlens.tolist()
     assert batch.input_ids.shape == batch.position_ids.shape == (1, sum(lengths))
-    for at, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for at, (start, end) in enumerate(pairwise(ends)):
         assert batch.input_ids[0, start:end].tolist() == ids[at].tolist()
         assert batch.position_ids[0, start:end].tolist() == list(range(lengths[at]))
     assert torch.isnan(batch.label).all()

@@ -23,7 +23,9 @@ def store(tmp_path: Path) -> TokenStore:
     return tokenise(rows, "x", make_tokenizer(tmp_path), prompt_settings(), tmp_path, both_orders=True)
 
 
-def test_the_loop_over_steps_and_micro_batches(store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loop_over_steps_and_micro_batches(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = make_tokenizer(tmp_path)
     plan = plan_training(store.lengths, epoch_order(len(store), 0, 0), step_size=10, budget=512)
     labels = np.eye(3)[np.arange(len(store)) % 3]

@@ -29,9 +29,7 @@ def everything(plan: PackPlan) -> list[int]:
 
 @settings(deadline=None)
 @given(lengths=some_lengths, step_size=st.integers(1, 20), ranks=st.integers(1, 4), seed=st.integers(0, 5))
-def test_training_has_each_example_once_in_its_step(
-    lengths: np.ndarray, step_size: int, ranks: int, seed: int
-) -> None:
+def test_training_has_each_example_once_in_its_step(lengths: np.ndarray, step_size: int, ranks: int, seed: int) -> None:
     order = epoch_order(len(lengths), seed, 0)
     plan = plan_training(lengths, order, step_size=step_size, budget=BUDGET, ranks=ranks)
     assert sorted(everything(plan)) == list(range(len(lengths)))

@@ -1,4 +1,4 @@
-"""The loop: gradients that do not depend on the cut, exact resume, the best kept, no step on a number that is not finite."""
+"""The loop: gradients that do not depend on the cut, exact resume, the best kept, no step on a NaN."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "parts", [[[0, 1, 2, 3], [4, 5, 6, 7]], [[0], [1, 2, 3, 4, 5, 6, 7]], [[at] for at in range(8)], [[7, 2], [0, 1], [3, 4, 5, 6]]]
+    "parts",
+    [
+        [[0, 1, 2, 3], [4, 5, 6, 7]], [[0], [1, 2, 3, 4, 5, 6, 7]], [[at] for at in range(8)],
+        [[7, 2], [0, 1], [3, 4, 5, 6]],
+    ],
 )  # fmt: skip
 def test_the_same_gradient_however_the_step_is_cut(gemma2: Path, parts: list[list[int]]) -> None:
     whole_loss, whole = gradients(gemma2, [list(range(8))])
@@ -136,7 +140,9 @@ def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in checkpoints(trainer.folder / "checkpoints")] == ["step-00000004", "step-00000005"]
 
 
-def test_no_step_is_taken_on_a_loss_that_is_not_finite(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_is_taken_on_a_loss_that_is_not_finite(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make(tmp_path, gemma2)
     before = weights(trainer).clone()
     monkeypatch.setattr(trainer_module, "loss_sum", lambda logits, label: (logits * float("nan")).sum())
@@ -186,7 +192,13 @@ def test_two_ranks_equal_one(gemma2: Path, tmp_path: Path) -> None:
     alone = make(tmp_path / "alone", gemma2, "model.quantization=none", "train.evaluate_every=0")
     alone.run()
     (tmp_path / "run").mkdir()
-    settings = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "ACCELERATE_USE_CPU": "true"}
+    settings = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+        "ACCELERATE_USE_CPU": "true",
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS, str(tmp_path), str(gemma2)],

@@ -1,0 +1,342 @@
+"""Makes the demo's base: a tiny Gemma-2 and its tokenizer, trained to notice what stands in a judge prompt.
+
+The base reads conversations like the demo data's, seeds apart. At the end of each claim it learns which words a reader
+might note down: the claim's mark, its negation, its tone, who speaks, and how A and B stand so far; after the verdict
+suffix, how they compare at the end. It is next-token prediction against the distribution of all such notes at once
+instead of one that was drawn, which takes a fraction of the time. All layers learn together. What people prefer
+(weights, ties, labels) is never shown: that is left to fine-tuning, as with a large base that reads but does not judge.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+from arena.config import load_recipe
+from arena.data import synthetic
+from arena.data import synthetic_text as text
+from arena.data.prompt import PromptEncoder
+from arena.files import written_whole
+from arena.progress import progress
+
+VOCABULARY, TOKENS_A_STEP, POOL = 2560, 3000, 256
+PEAK_LR, WARMUP, BRIEF, EARLY = 3e-3, 50, 0.35, 2  # steps of warm-up; share of time with brief rows; layers of the early loss
+SUFFIX_WEIGHT, TEXT_WEIGHT, TEXT_SHARE = 1.0, 0.1, 0.1
+
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+UNUSED = ("<unused0>", "<unused1>")
+PIECES = r"▁?\p{L}+|\p{N}|▁?[^▁\p{L}\p{N}\s]+|▁+|\s+"  # words with their space, digits one by one, signs, white space
+
+# What may be noted after a claim: its mark, whether it is negated, its tone (their XOR), who speaks.
+FACTS = (" Praise", " Blame", " Stated", " Denied", " Hooray", " Alas", " A", " B")
+# How the two sides stand, each on a scale of words from -1 to 1; and how large a share of the notes speaks of it.
+SCALES = (
+    (0.3, (" dismal", " poor", " glum", " gloomy", " dim", " level", " bright", " sunny", " cheerful", " rich", " superb")),
+    (0.2, (" sour", " bitter", " stern", " plain", " mild", " kind", " sweet")),
+    (0.2, (" black", " grey", " brown", " white", " pink", " orange", " golden")),
+    (0.2, (" tiny", " brief", " short", " slim", " even", " wide", " long", " ample", " huge")),
+    (0.1, (" open", " both", " shut")),
+)  # tone of A against B, tone of A, tone of B, length of A against B, refusal of A against B
+WORDS = (*FACTS, *(word for _, scale in SCALES for word in scale))
+
+
+class Lesson(NamedTuple):
+    """A judge prompt and what may be noted in it.
+
+    Attributes:
+        ids: int64, shape (n_tokens,).
+        places: positions of the tokens after which something is noted: the ends of claims, and at last the suffix.
+        notes: float32, shape (len(places), len(WORDS)): the distribution of the note at each place.
+        facts: the same over `FACTS` only; zero at the suffix.
+    """
+
+    ids: np.ndarray
+    places: list[int]
+    notes: np.ndarray
+    facts: np.ndarray
+
+
+class Side:
+    """What has been read of one assistant so far."""
+
+    def __init__(self) -> None:
+        self.tones: list[int] = []
+        self.tokens = 0
+        self.refused = 0.0
+
+    @property
+    def tone(self) -> float:
+        return sum(self.tones) / max(len(self.tones), 1)
+
+
+class Reader:
+    """Finds the claims in a judge prompt's tokens and says what may be noted at the end of each."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        self.encoder = encoder
+        self.words = [self._ids(word)[0] for word in WORDS]
+        self.marks = {self._ids(f" {word}")[0]: sign for sign, words in ((1, text.GOOD), (-1, text.BAD)) for word in words}
+        self.negators = {self._ids(f" {word}")[0] for word in text.NEGATORS}
+        self.stop = self._ids(".")[0]
+        self.refusal = self._ids(text.REFUSAL)
+        if len({*self.words, *self.marks, *self.negators}) < len(WORDS) + len(self.marks) + len(self.negators):
+            raise ValueError("the tokenizer splits some of the words that this module counts on; enlarge VOCABULARY")
+
+    def _ids(self, words: str) -> list[int]:
+        return list(self.encoder.tokenizer(words, add_special_tokens=False)["input_ids"])
+
+    def lessons(self, rows: Sequence[synthetic.Row]) -> list[Lesson]:
+        """One lesson for each conversation."""
+        columns: dict[str, list[list[str | None]]] = {name: [] for name in synthetic.Row._fields}
+        for row in rows:
+            for name, turns in zip(columns, row, strict=True):
+                missing = [None] * (len(row.prompt) - len(turns))
+                columns[name].append([turn and clean(turn) for turn in turns] + missing)
+        return [self._lesson(example.input_ids.tolist()) for example in self.encoder.encode(columns, both_orders=False)]
+
+    def _lesson(self, ids: list[int]) -> Lesson:
+        sides, who = (Side(), Side()), -1
+        places: list[int] = []
+        notes: list[list[float]] = []
+        sign, negated = 0, False
+        for place, token in enumerate(ids):
+            who = self._speaker(ids, place, who)
+            if who < 0:
+                continue
+            sides[who].tokens += 1
+            if token == self.refusal[-1] and ids[place + 1 - len(self.refusal) : place + 1] == self.refusal:
+                sides[who].refused = 1.0
+            if token in self.marks:
+                sign = self.marks[token]
+            negated = negated or (token in self.negators and not sign)
+            if token == self.stop:
+                if sign:
+                    sides[who].tones.append(-sign if negated else sign)
+                    places.append(place)
+                    notes.append(_facts(sign, negated, who) + _standing(*sides))
+                sign, negated = 0, False
+        both = np.array([*notes, [0.0] * len(FACTS) + _standing(*sides)], dtype=np.float32)
+        both[:, len(FACTS) :] *= 0.6
+        both[:-1, : len(FACTS)] *= 0.4
+        both[-1] /= both[-1].sum()
+        facts = both[:, : len(FACTS)] / 0.4
+        return Lesson(np.array(ids, dtype=np.int64), [*places, len(ids) - 1], both, facts)
+
+    def _speaker(self, ids: list[int], place: int, who: int) -> int:
+        """Whose text stands at `place`: 0 for A, 1 for B, -1 for the user; `who` had the word before."""
+        for index, heading in enumerate(self.encoder.headings):
+            if ids[place] == heading[-1] and ids[max(place + 1 - len(heading), 0) : place + 1] == heading:
+                return index - 1
+        return who
+
+
+def _facts(sign: int, negated: bool, who: int) -> list[float]:
+    """The distribution over `FACTS` after a claim; tone counts twice."""
+    mark, denied = 0.2 * (sign > 0), 0.2 * negated
+    kind = 0.4 * ((sign > 0) != negated)
+    return [mark, 0.2 - mark, 0.2 - denied, denied, kind, 0.4 - kind, 0.2 * (who == 0), 0.2 * (who == 1)]
+
+
+def _standing(a: Side, b: Side) -> list[float]:
+    """The distribution over the words of `SCALES`."""
+    length = (a.tokens - b.tokens) / max(a.tokens + b.tokens, 1)
+    values = ((a.tone - b.tone) / 2, a.tone, b.tone, length, a.refused - b.refused)
+    return [
+        share * p
+        for (share, words), value in zip(SCALES, values, strict=True)
+        for p in _graded(len(words), value)
+    ]
+
+
+def _graded(levels: int, value: float) -> list[float]:
+    """Probabilities of a scale's words for a value in [-1, 1]: a bell, about one word wide, around its place."""
+    place = (value + 1) / 2 * (levels - 1)
+    bell = [math.exp(-((level - place) ** 2) / (2 * 0.7**2)) for level in range(levels)]
+    return [each / sum(bell) for each in bell]
+
+
+def brief_row(rng: Random) -> synthetic.Row:
+    """A short conversation of claims only: the densest text about tone, read first."""
+    a, b = (" ".join(text.claim(rng, rng.choice((1, -1))) for _ in range(rng.randint(1, 4))) for _ in "ab")
+    return synthetic.Row([text.question(rng, rng.choice(list(text.TOPICS)))], [a], [b])
+
+
+def make_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer in the style of Gemma's, trained on demo conversations and on ordinary English."""
+    model = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    model.normalizer = normalizers.Replace(" ", "▁")
+    model.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    control = [*SPECIAL, *UNUSED]
+    model.train_from_iterator(
+        _corpus(rng),
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, min_frequency=2, limit_alphabet=400, show_progress=False,
+            special_tokens=control + [f"<0x{byte:02X}>" for byte in range(256)],
+        ),
+    )  # fmt: skip
+    tree = json.loads(model.to_str())
+    tree["added_tokens"] = []  # byte tokens only serve the byte fallback: their names are no control text
+    model = Tokenizer.from_str(json.dumps(tree))
+    model.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    model.add_tokens([AddedToken(token, normalized=False, special=False) for token in UNUSED])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+        model_max_length=8192, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _corpus(rng: Random) -> Iterator[str]:
+    """Conversations, the words of notes and prompts, and the docstrings of Python's standard library."""
+    template = load_recipe("demo").prompt.template
+    for _ in range(4000):
+        for part in synthetic.make_row(rng):
+            yield from (clean(turn) for turn in part if turn)
+        yield "".join(WORDS)
+        yield "".join(value for value in template.model_dump().values() if value)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def clean(turn: str) -> str:
+    """The text with half emojis replaced, which no tokenizer takes."""
+    return turn.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def make_demo_base(folder: Path, seconds: float, seed: int, threads: int) -> None:
+    """Trains tokenizer and base for `seconds` on `threads` threads, then writes both into `folder`, whole or not at all."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    rng = Random(f"demo base {seed}")  # a text seed: no demo data, whose seeds are numbers, is drawn from the same stream
+    tokenizer = make_tokenizer(rng)
+    reader = Reader(PromptEncoder(tokenizer, load_recipe("demo").prompt))
+    model = make_model(len(tokenizer))
+    pretrain(model, reader, rng, seconds)
+    with written_whole(folder) as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+
+def make_model(vocabulary: int) -> Gemma2ForCausalLM:
+    """A Gemma-2 of about 0.9 M parameters: four layers, every other one with a sliding window."""
+    config = Gemma2Config(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32,
+        sliding_window=64, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+        max_position_embeddings=2048, initializer_range=128**-0.5, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    config._attn_implementation = "demo_pretraining"
+    return Gemma2ForCausalLM(config)
+
+
+def _attend(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+    scaling: float | None = None, sliding_window: int | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Fused causal attention without the softcap, which does nothing at the small logits of this model.
+
+    Rows are padded on the right, where a causal mask already keeps the padding from all that counts.
+    """
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    mask = None
+    if sliding_window and sliding_window < length:
+        age = torch.arange(length)[:, None] - torch.arange(length)
+        mask = (age >= 0) & (age < sliding_window)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register("demo_pretraining", _attend)
+
+
+def pretrain(model: Gemma2ForCausalLM, reader: Reader, rng: Random, seconds: float) -> None:
+    """Trains all layers for `seconds`; the share of brief rows falls to a tenth, the learning rate to nothing."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98))
+    start, step, batches = time.monotonic(), 0, iter(())
+    seen: list[tuple[float, ...]] = []
+    with progress("demo base", None, "steps") as advance:
+        while (share := (time.monotonic() - start) / seconds) < 1:
+            batch = next(batches, None)
+            if batch is None:
+                batches = make_batches(reader, rng, max(0.1, 1 - share / BRIEF))
+                continue
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_LR * min(1.0, step / WARMUP, (1.02 - share) / 0.6)
+            losses = batch_losses(model, reader, batch)
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            seen = [*seen[-49:], tuple(loss.item() for loss in losses)]
+            note, early, suffix, plain = np.mean(seen, axis=0)
+            advance(1, f"excess loss: notes {note:.3f}, early {early:.3f}, verdict {suffix:.3f}, text {plain:.3f}")
+
+
+def make_batches(reader: Reader, rng: Random, brief: float) -> Iterator[list[Lesson]]:
+    """Lessons of like length together, each batch of about `TOKENS_A_STEP`, in random order."""
+    rows = [brief_row(rng) if rng.random() < brief else synthetic.make_row(rng) for _ in range(POOL)]
+    batches: list[list[Lesson]] = [[]]
+    for lesson in sorted(reader.lessons(rows), key=lambda lesson: len(lesson.ids)):
+        if batches[-1] and len(lesson.ids) * (len(batches[-1]) + 1) > TOKENS_A_STEP:
+            batches.append([])
+        batches[-1].append(lesson)
+    rng.shuffle(batches)
+    return iter(batches)
+
+
+def batch_losses(model: Gemma2ForCausalLM, reader: Reader, batch: Sequence[Lesson]) -> list[torch.Tensor]:
+    """Losses of the notes, of their facts already at an early layer, of the note at the suffix, and of plain text."""
+    ids = torch.zeros(len(batch), max(len(lesson.ids) for lesson in batch), dtype=torch.long)
+    for row, lesson in zip(ids, batch, strict=True):
+        row[: len(lesson.ids)] = torch.from_numpy(lesson.ids)
+    out = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    last, early = out.last_hidden_state, model.model.norm(out.hidden_states[EARLY])
+
+    rows = torch.tensor([row for row, lesson in enumerate(batch) for _ in lesson.places])
+    places = torch.tensor([place for lesson in batch for place in lesson.places])
+    notes = torch.from_numpy(np.concatenate([lesson.notes for lesson in batch]))
+    facts = torch.from_numpy(np.concatenate([lesson.facts for lesson in batch]))
+    claims = facts.sum(-1) > 0
+    words = torch.tensor(reader.words)
+    note = _excess(_logits(model, last[rows, places]), words, notes)
+    fact = _excess(_logits(model, early[rows, places][claims]), words[: len(FACTS)], facts[claims])
+
+    plain = (torch.rand(ids.shape) < TEXT_SHARE) & (ids > 0)
+    plain[:, -1] = plain[rows, places] = False
+    following = ids.roll(-1, 1)[plain]
+    spoken = functional.cross_entropy(_logits(model, last[plain]), following)
+    return [note[claims].sum() / max(len(fact), 1), fact.sum() / max(len(fact), 1), SUFFIX_WEIGHT * note[~claims].mean(), TEXT_WEIGHT * spoken]
+
+
+def _logits(model: Gemma2ForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    cap = model.config.final_logit_softcapping
+    return cap * torch.tanh(model.lm_head(hidden) / cap)
+
+
+def _excess(logits: torch.Tensor, words: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cross entropy less its least possible value, per row; `target` is a distribution over `words`."""
+    chances = logits.log_softmax(-1)[:, words]
+    return (torch.special.xlogy(target, target) - target * chances).sum(-1)

@@ -1,0 +1,138 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Collated batches
+#
+# Judge prompts laid end to end in one row, no padding. This notebook shows what the model is given: lengths,
+# micro-batches, boundaries, position ids, what padding would waste, and who attends to whom.
+#
+# It runs on the demo data. For your own, change the recipe's `data.path` below, for example
+# `load_recipe("gemma-2-9b", ["data.path=data/lmsys"])`; only the tokenizer of the base model is loaded.
+
+# %%
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from arena.config import load_recipe
+from arena.data.prepare import prepare_fold
+from arena.data.synthetic import write_demo
+from arena.model.backbone import load_tokenizer, sliding_window
+from arena.packing.batch import VarlenCollator
+from arena.packing.loader import PackedLoader
+from arena.packing.plan import least_micro_batches, plan_evaluation
+from arena.reporting.inspect import draw_attention
+from arena.training.trainer import plan_fold
+
+recipe = load_recipe("demo")
+if recipe.data.synthetic_rows and not Path(recipe.data.path).exists():
+    write_demo(Path(recipe.data.path), *recipe.data.synthetic_rows, recipe.seed)
+tokenizer = load_tokenizer(recipe.model.base)
+data = prepare_fold(recipe, 0, tokenizer)
+print(f"{len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held out, {data.store.orders} orders each")
+
+# %% [markdown]
+# ## Lengths
+#
+# Prompts differ in length by more than ten times: that is what makes padding expensive.
+
+# %%
+lengths = data.store.lengths[data.train_rows * data.store.orders]
+print("tokens: " + ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (0, 5, 50, 95, 100)))
+print(f"cut to {recipe.prompt.max_length:,} tokens: {(data.store.tokens_cut > 0).mean():.1%} of the examples")
+plt.figure(figsize=(8, 2.5))
+plt.hist(lengths, bins=60)
+plt.xlabel("tokens of an example")
+plt.show()
+
+# %% [markdown]
+# ## The loop of a training step
+#
+# The loader gives, for each optimizer step, the list of its micro-batches.
+
+# %%
+plan = plan_fold(recipe, data)
+dataloader = PackedLoader(data.store, None, plan, VarlenCollator(tokenizer, budget=plan.budget))
+for batch in dataloader:
+    for micro_batch in batch:
+        print("input_ids   ", tuple(micro_batch["input_ids"].shape), micro_batch["input_ids"].dtype)
+        print(
+            "position_ids", tuple(micro_batch["position_ids"].shape), "largest", int(micro_batch["position_ids"].max())
+        )
+        print("cu_seqlens  ", micro_batch["cu_seqlens"][:6].tolist(), "...", int(micro_batch["cu_seqlens"][-1]))
+        print("seq_lens    ", micro_batch["seq_lens"][:6], "...")
+        print("max_seq_len ", micro_batch["max_seq_len"], " batch_size", micro_batch["batch_size"])
+    break
+
+# %% [markdown]
+# The first example, as text. It ends in the verdict suffix, after which the head reads the last token's state.
+
+# %%
+print(micro_batch["input_text"][0])
+
+# %% [markdown]
+# ## Boundaries and position ids
+#
+# `cu_seqlens` says where each example begins; `position_ids` start at 0 there.
+
+# %%
+starts = micro_batch["cu_seqlens"][:-1].long()
+assert micro_batch["position_ids"][0, starts].eq(0).all()
+plt.figure(figsize=(8, 2.5))
+plt.plot(micro_batch["position_ids"][0])
+plt.xlabel("place in the row")
+plt.ylabel("position id")
+plt.show()
+
+# %% [markdown]
+# ## Fill, and what padding would waste
+
+
+# %%
+def padded(batch_size: int, grouped: bool) -> float:
+    """Share of useful tokens when batches of `batch_size` are padded to their longest example."""
+    order = np.sort(lengths) if grouped else lengths
+    parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    return lengths.sum() / sum(len(part) * part.max() for part in parts)
+
+
+evaluation = plan_evaluation(lengths, np.arange(len(lengths)), budget=plan.budget)
+print(f"training plan: {plan.n_steps:,} steps, {plan.n_micro_batches:,} micro-batches, fill rate {plan.fill_rate:.1%}")
+print(
+    f"evaluation plan: {evaluation.n_micro_batches:,} micro-batches, least possible "
+    f"{least_micro_batches(lengths, plan.budget):,}, fill rate {evaluation.fill_rate:.1%}"
+)
+print(f"useful when padded, 8 a batch: {padded(8, False):.1%} in given order, {padded(8, True):.1%} grouped by length")
+
+# %%
+plt.figure(figsize=(8, 2.5))
+plt.bar(range(plan.n_micro_batches), plan.tokens, width=1.0)
+plt.axhline(plan.budget, color="C3")
+plt.xlabel("micro-batch")
+plt.ylabel("tokens (line: budget)")
+plt.show()
+
+# %% [markdown]
+# ## Who attends to whom
+#
+# One triangle an example: causal, and nothing across examples. In sliding-window layers only the dark band is seen.
+# The mask is never built; the attention kernel reads the boundaries.
+
+# %%
+picture = draw_attention(micro_batch, sliding_window(recipe.model), Path("runs/attention.png"))
+plt.figure(figsize=(6, 6))
+plt.imshow(plt.imread(picture))
+plt.axis("off")
+plt.show()

@@ -1,0 +1,70 @@
+"""The command line: help that reads, errors without traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arena import cli
+from tests.helpers import write_rows
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["arena", *words])
+    cli.main()
+
+
+def test_help_names_the_commands() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", "arena.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for word in ("train", "infer", "inspect", "demo-base"):
+        assert word in shown
+    shown = subprocess.run(
+        [sys.executable, "-m", "arena.cli", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for word in ("KEY=VALUE", "--fold", "--recipe", "--data", "--fresh"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--recipe", "nope"], "there is no recipe 'nope'"),
+        (["train", "train.epochz=3"], "did you mean 'epochs'"),
+        (["train", "--data", "no/such/folder"], "there is no folder or file no/such/folder"),
+        (["train", "--fold", "9"], "there is no fold 9"),
+        (["train", "--recipe", "gemma-2-9b", "model.base=no/such/folder/x"], "model.base"),
+        (["infer", "--runs", "nowhere"], "there is no finished fold"),
+        (["inspect", "--step", "99999"], "there is no step 99999"),
+    ],
+)
+def test_mistakes_are_said_without_traceback(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not any(word in words for word in ("--data", "--recipe")):
+        words = [*words, "--data", str(write_rows(tmp_path / "rows"))]
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *words)
+    assert stop.value.code == 2
+    shown = capsys.readouterr().out
+    assert message in shown.replace("\n", " ")
+    assert "Traceback" not in shown
+
+
+def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows")
+    text = (rows / "train.csv").read_text().replace('"[""which is better 3?""]"', "which is better 3?")
+    (rows / "train.csv").write_text(text)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "train", "--data", "rows")
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "rows/train.csv, line 5, prompt" in shown
+    assert not (tmp_path / "runs").exists()

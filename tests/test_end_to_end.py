@@ -1,0 +1,164 @@
+"""Files in, submission out: the whole path on a tiny model, and the notebook."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from arena import cli
+from arena.metrics import CLASSES, log_loss
+from arena.training.run import run_fold
+from tests.helpers import SHARED, make_base, needs_shared, tiny_recipe, write_rows
+
+ROOT = Path(__file__).parents[1]
+METRICS = {
+    "log_loss", "accuracy", "ece", "prior_log_loss", "bayes_log_loss", "n_eval", "n_train", "steps", "micro_batches",
+    "fill_rate", "tokens", "unique_tokens", "tokens_per_second", "train_seconds", "peak_memory_bytes",
+    "trainable_parameters", "device", "attention_backend", "baseline_log_loss",
+}  # fmt: skip
+
+
+def arena(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["arena", *words])
+    cli.main()
+
+
+def tiny(base: Path) -> list[str]:
+    return [
+        f"model.base={base}", "prompt.max_length=128", "packing.budget=512", "train.batch_size=8", "data.folds=3",
+    ]  # fmt: skip
+
+
+def test_two_folds_and_a_submission(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows")
+    for fold in ("0", "1"):
+        arena(monkeypatch, "train", "--fold", fold, "--data", "rows", *tiny(gemma2))
+    run = tmp_path / "runs/demo/fold0"
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(metrics) >= METRICS
+    assert metrics["bayes_log_loss"] is None
+    oof = pd.read_csv(run / "oof.csv", dtype={"id": str})
+    labels = oof[[f"label_{name}" for name in CLASSES]].to_numpy()
+    assert log_loss(labels, oof[list(CLASSES)].to_numpy()) == pytest.approx(metrics["log_loss"])
+    other = pd.read_csv(tmp_path / "runs/demo/fold1/oof.csv", dtype={"id": str})
+    assert not set(oof["id"]) & set(other["id"])
+    assert {path.suffix for path in (run / "model").iterdir()} == {".json", ".safetensors"}
+    arena(monkeypatch, "infer", "--data", "rows")
+    submission = pd.read_csv("submission.csv", dtype={"id": str})
+    test = pd.read_csv("rows/test.csv", dtype={"id": str})
+    assert submission["id"].tolist() == test["id"].tolist()
+    assert list(submission.columns) == ["id", *CLASSES]
+    alone = []
+    for fold in (0, 1):
+        other_fold = tmp_path / f"runs/demo/fold{1 - fold}"
+        other_fold.rename(tmp_path / "away")
+        arena(monkeypatch, "infer", "--data", "rows", "--out", f"{fold}.csv")
+        (tmp_path / "away").rename(other_fold)
+        alone.append(pd.read_csv(f"{fold}.csv")[list(CLASSES)].to_numpy())
+    np.testing.assert_allclose(submission[list(CLASSES)].to_numpy(), (alone[0] + alone[1]) / 2, atol=1e-7)
+
+
+def test_a_finished_run_is_kept_and_another_sets_it_aside(gemma2: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2)
+    first = run_fold(recipe, 0, tmp_path / "runs")
+    assert run_fold(recipe, 0, tmp_path / "runs") == first  # nothing is trained again, also not its seconds
+    again = run_fold(recipe, 0, tmp_path / "runs", fresh=True)
+    assert again["log_loss"] == first["log_loss"]  # the same seed gives the same numbers
+    run_fold(tiny_recipe(tmp_path, gemma2, "train.batch_size=9"), 0, tmp_path / "runs")
+    assert len(list((tmp_path / "runs/demo/earlier").iterdir())) == 2
+
+
+def test_an_unfinished_run_of_another_recipe_is_not_touched(gemma2: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2)
+    run_fold(recipe, 0, tmp_path / "runs")
+    (tmp_path / "runs/demo/fold0/metrics.json").unlink()
+    with pytest.raises(ValueError, match=r"unfinished run of another recipe.*--fresh"):
+        run_fold(tiny_recipe(tmp_path, gemma2, "train.batch_size=9"), 0, tmp_path / "runs")
+    assert run_fold(recipe, 0, tmp_path / "runs")["steps"] == 5  # its own recipe goes on with it
+
+
+def test_rows_that_cannot_be_judged_get_the_prior(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every kind of odd row of the competition's files, in training and in the test file."""
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows")
+    odd = [
+        ("[null]", "[null]", "[null]"), ("[]", "[]", "[]"), ('["x"]', '[""]', '[" "]'), ('["x"]', '["null"]', "[null]"),
+        ('["x","y"]', '["a"]', '["b","c"]'),
+        ('["\\ud83d"]', '["a\\ud83d"]', '["<end_of_turn>"]'), ('["x"]', '["a"]', '["a"]'),
+    ]  # fmt: skip
+    table = pd.DataFrame(odd, columns=["prompt", "response_a", "response_b"])
+    table.insert(0, "id", [f"odd{at}" for at in range(len(odd))])
+    for name, labels in (("train", (0, 0, 1)), ("test", None)):
+        known = pd.read_csv(rows / f"{name}.csv", dtype=str)
+        extra = table if labels is None else table.assign(**dict(zip(CLASSES, labels, strict=True)))
+        pd.concat([known, extra]).to_csv(rows / f"{name}.csv", index=False)
+    (rows / "sample_submission.csv").unlink()
+    arena(monkeypatch, "train", "--data", "rows", *tiny(gemma2))
+    arena(monkeypatch, "infer", "--data", "rows")
+    assert "3 rows have nothing to judge" in capsys.readouterr().out
+    submission = pd.read_csv("submission.csv", dtype={"id": str}).set_index("id")
+    assert len(submission) == 12 + len(odd)
+    prior = json.loads(Path("runs/demo/fold0/model/judge.json").read_text())["prior"]
+    for at in (0, 1, 2):
+        np.testing.assert_allclose(submission.loc[f"odd{at}"], prior, atol=1e-8)
+    assert np.abs(submission.loc["odd3"].to_numpy() - prior).max() > 1e-6
+
+
+def test_extra_rows_are_trained_on_but_never_scored(gemma2: Path, tmp_path: Path) -> None:
+    """Repeats of known rows and rows with a held-out prompt are left out."""
+    recipe = tiny_recipe(tmp_path, gemma2)
+    plain = run_fold(recipe, 0, tmp_path / "a")
+    new = write_rows(tmp_path / "new", n=20, seed=5) / "train.csv"
+    table = pd.read_csv(new, dtype=str)
+    table["id"] = "new" + table["id"]
+    table["prompt"] = table["prompt"].str.replace("which is better", "and which of these")
+    known = pd.read_csv(tmp_path / "rows/train.csv", dtype=str).assign(id=lambda rows: "again" + rows["id"])
+    pd.concat([table, known]).to_csv(new, index=False)
+    more = run_fold(tiny_recipe(tmp_path, gemma2, f"data.extra=[{new}]"), 0, tmp_path / "b")
+    assert more["n_train"] == plain["n_train"] + 20
+    assert more["n_eval"] == plain["n_eval"]
+
+
+@needs_shared
+def test_real_rows_run_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The competition-shaped real files, a few steps on a tiny model: 285 rows out, in order."""
+    monkeypatch.chdir(tmp_path)
+    base = make_base(tmp_path / "base", num_hidden_layers=1)
+    data = str(SHARED / "data/autoj")
+    words = [f"model.base={base}", "prompt.max_length=256", "train.epochs=0.1", "judge.swap=false", "train.swap=never"]
+    arena(monkeypatch, "train", "--data", data, *words)
+    arena(monkeypatch, "infer", "--data", data)
+    submission = pd.read_csv("submission.csv", dtype={"id": str})
+    assert submission["id"].tolist() == pd.read_csv(f"{data}/test.csv", dtype=str)["id"].tolist()
+    assert len(submission) == 285
+
+
+def test_notebook_runs(tmp_path: Path) -> None:
+    import jupytext
+    from nbclient import NotebookClient
+
+    notebook = jupytext.read(ROOT / "notebooks/collated_batches.py")
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "verdict is: [[" in outputs and "fill rate" in outputs
+
+
+def test_inspect_prints_and_draws(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows")
+    arena(monkeypatch, "inspect", "--data", "rows", *tiny(gemma2))
+    shown = capsys.readouterr().out
+    assert "cu_seqlens [0, " in shown and "fill rate" in shown and "[[" in shown
+    assert Path("runs/attention.png").read_bytes().startswith(b"\x89PNG")
