@@ -56,11 +56,10 @@ class Infer:
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
 
     def run(self) -> None:
-        from arena.data.conversations import read_conversations
+        from arena.data.conversations import judgeable_rows, read_conversations
         from arena.data.prepare import data_file
         from arena.distributed import fix_threads
         from arena.judging.ensemble import average, fold_models
-        from arena.judging.judge import judgeable_rows
         from arena.judging.submission import write_submission
 
         recipe = _recipe(self.recipe, self.data, self.overrides)
@@ -95,10 +94,13 @@ class Inspect:
     out: Annotated[Path, arg(help="The picture to write.")] = Path("runs/attention.png")
 
     def run(self) -> None:
+        import torch
+
         from arena.data.prepare import prepare_fold
+        from arena.distributed import peak_memory
         from arena.model.backbone import load_tokenizer, sliding_window
         from arena.packing.loader import PackedLoader
-        from arena.reporting.inspect import draw_attention, print_batch
+        from arena.reporting.inspect import draw_attention, print_batch, print_plan
         from arena.training.trainer import plan_fold
 
         recipe = _recipe(self.recipe, self.data, self.overrides)
@@ -108,10 +110,11 @@ class Inspect:
         plan = plan_fold(recipe, data)
         if not 0 <= self.step < plan.n_steps:
             raise ValueError(f"there is no step {self.step}: the plan has steps 0 to {plan.n_steps - 1}")
+        print_plan(plan)
         batch = next(iter(PackedLoader(data.store, None, plan, start=self.step)))[0]
         print_batch(batch, data.store, tokenizer, plan.budget)
-        window = sliding_window(recipe.model)
-        console.print(f"written: {draw_attention(batch, window, self.out)}")
+        picture = draw_attention(batch, sliding_window(recipe.model), self.out)
+        console.print(f"written: {picture}; peak memory {peak_memory(torch.device('cpu')) / 2**30:.2f} GiB")
 
 
 @dataclass

@@ -91,6 +91,15 @@ def judgeable(row: Mapping[str, Any]) -> bool:
     return any(text and text.strip() for text in [*row["response_a"], *row["response_b"]])
 
 
+def judgeable_rows(rows: Dataset) -> NDArray[np.bool_]:
+    """bool (len(rows),): which rows are `judgeable`."""
+    flags: list[bool] = []
+    for batch in rows.select_columns(["response_a", "response_b"]).iter(batch_size=ROWS_AT_ONCE):
+        answers = zip(batch["response_a"], batch["response_b"], strict=True)
+        flags += [judgeable({"response_a": a, "response_b": b}) for a, b in answers]
+    return np.array(flags, dtype=np.bool_)
+
+
 def repeated(extra: Dataset, against: Dataset) -> NDArray[np.bool_]:
     """bool (len(extra),): rows whose prompt and answers stand in `against`, or earlier in `extra`."""
     seen = set(_content_digests(against))

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from arena.config import Recipe
-from arena.data.conversations import judgeable, read_conversations, repeated
+from arena.data.conversations import judgeable_rows, read_conversations, repeated
 from arena.data.folds import check_no_leak, leaking, load_or_assign_folds
 from arena.data.tokens import TokenStore, join, tokenise
 from arena.files import fingerprint
@@ -79,7 +79,7 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     check_no_leak(rows, folds)
     held_out = np.flatnonzero(folds == fold)
     stores = [_tokens(rows, recipe, tokenizer)]
-    labels, usable, kept = [_labels(rows)], [_judgeable(rows)], [folds != fold]
+    labels, usable, kept = [_labels(rows)], [judgeable_rows(rows)], [folds != fold]
     notes, sources = [], [source(rows)]
     if settings.extra:
         extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required")
@@ -90,7 +90,7 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
         )
         stores.append(_tokens(extra, recipe, tokenizer))
         labels.append(_labels(extra))
-        usable.append(_judgeable(extra))
+        usable.append(judgeable_rows(extra))
         kept.append(~again & ~leaks)
         sources.append(source(extra))
     can, keep = np.concatenate(usable), np.concatenate(kept)
@@ -125,8 +125,4 @@ def _tokens(rows: Dataset, recipe: Recipe, tokenizer: Any) -> TokenStore:
 
 
 def _labels(rows: Dataset) -> np.ndarray:
-    return np.asarray(rows.with_format("numpy")["label"][:], dtype=np.float64).reshape(-1, 3)
-
-
-def _judgeable(rows: Dataset) -> np.ndarray:
-    return np.fromiter((judgeable(row) for row in rows), dtype=bool, count=len(rows))
+    return np.asarray(rows.with_format("arrow")[:]["label"].combine_chunks().flatten(), dtype=np.float64).reshape(-1, 3)

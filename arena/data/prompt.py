@@ -51,7 +51,6 @@ CHAT_MARKERS = {
 _TEXT_TOKEN = re.compile(
     r"[\s\u2581]*|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|p|br|li|ul|ol|pre)>"
 )
-_CONTINUATION_BYTE = re.compile(r"<0x[89AB][0-9A-F]>")
 
 Fields = tuple[list[int], list[int], list[int]]  # token ids of a turn's prompt, answer A, answer B
 
@@ -248,8 +247,8 @@ def _any_of(texts: Any) -> re.Pattern[str]:
 def _continuation_bytes(tokenizer: Any) -> np.ndarray:
     """bool (vocabulary,): tokens that are a byte in the middle of a UTF-8 character (byte fallback)."""
     flags = np.zeros(len(tokenizer), dtype=bool)
+    vocabulary = tokenizer.get_vocab()
     for token in (f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)):
-        index = tokenizer.get_vocab().get(token)
-        if index is not None:
-            flags[index] = True
+        if token in vocabulary:
+            flags[vocabulary[token]] = True
     return flags

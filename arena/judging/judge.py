@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import nn
 
 from arena.config import Recipe
-from arena.data.conversations import judgeable
+from arena.data.conversations import judgeable_rows
 from arena.data.prepare import source
 from arena.data.tokens import tokenise
 from arena.files import write_json, written_whole
@@ -62,12 +62,6 @@ class Judge:
                 budget=self.recipe.packing.budget, swap=swap, dtype=self.recipe.model.dtype,
             )  # fmt: skip
         return result
-
-
-def judgeable_rows(rows: Dataset) -> np.ndarray:
-    """bool (len(rows),): which rows have anything to judge."""
-    columns = rows.select_columns(["response_a", "response_b"])
-    return np.fromiter((judgeable(row) for row in columns), dtype=bool, count=len(rows))
 
 
 def save_judge(

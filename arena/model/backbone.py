@@ -109,9 +109,12 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sliding_window(settings: ModelSettings) -> int | None:
-    """The keys that a query of the base's sliding-window layers sees, or None where it has no such layers."""
+    """The keys that a query of the base's sliding-window layers sees; None without such layers or without a config."""
+    place = base_path(settings.base)
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        return None
     with _found(settings.base):
-        config = AutoConfig.from_pretrained(base_path(settings.base), revision=settings.revision)
+        config = AutoConfig.from_pretrained(place, revision=settings.revision)
     return getattr(config, "sliding_window", None)
 
 

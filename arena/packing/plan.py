@@ -55,6 +55,24 @@ class PackPlan:
         return float(self.tokens.sum() / (max(1, self.n_micro_batches) * self.budget))
 
     @property
+    def least_micro_batches(self) -> int:
+        """No packing of these steps needs fewer micro-batches than this."""
+        least = -(-self.step_tokens // self.budget)
+        return int((least + -least % self.ranks).sum())
+
+    @property
+    def step_tokens(self) -> np.ndarray:
+        """int64 (s,), tokens of each step."""
+        starts = np.concatenate([[0], self.step_ends[:-1]]).astype(np.int64)
+        return np.add.reduceat(self.tokens, starts) if len(starts) else np.zeros(0, dtype=np.int64)
+
+    @property
+    def evenness(self) -> np.ndarray:
+        """float64 (s,), fewest over most tokens among the micro-batches of each step; 1 is even."""
+        parts = np.split(self.tokens, self.step_ends[:-1])
+        return np.array([part.min() / max(part.max(), 1) for part in parts])
+
+    @property
     def fingerprint(self) -> str:
         parts = (self.examples, self.micro_ends, self.step_ends)
         return fingerprint(self.budget, self.ranks, *(np.ascontiguousarray(part, np.int64).tobytes() for part in parts))

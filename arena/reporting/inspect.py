@@ -6,36 +6,47 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.markup import escape
-from rich.table import Table
 
 from arena.data.tokens import TokenStore
 from arena.packing.batch import PackedBatch
+from arena.packing.plan import PackPlan
 from arena.progress import console
 
-SHOWN = 12  # tokens decoded at either end of an example
+SHOWN = 20  # tokens decoded at either end of an example
+
+
+def print_plan(plan: PackPlan) -> None:
+    """Prints how well a training plan packs."""
+    least, count = plan.least_micro_batches, plan.n_micro_batches
+    console.print(
+        f"plan: {plan.n_steps:,} steps, {count:,} micro-batches ({count / least:.4f} x the least possible {least:,}), "
+        f"fill rate {plan.fill_rate:.1%}, fewest/most tokens in a step {plan.evenness.mean():.4f} on average, "
+        f"{plan.evenness.min():.4f} at worst"
+    )
 
 
 def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: int) -> None:
-    """Prints a micro-batch, an example a line."""
+    """Prints a micro-batch, an example after the other."""
     total = int(batch.cu_seqlens[-1])
     longest = batch.max_seq_len * batch.batch_size
     console.print(
-        f"one micro-batch: {batch.batch_size} examples, {total:,} of {budget:,} tokens, "
-        f"fill rate {total / budget:.1%}; padded to its longest example it would take {longest:,} ({total / longest:.1%} useful)"
+        f"micro-batch: {batch.batch_size} examples, {total:,} of {budget:,} tokens, fill rate {total / budget:.1%}; "
+        f"padded to its longest example it would take {longest:,} ({total / longest:.1%} useful)"
     )
     console.print(f"cu_seqlens {batch.cu_seqlens.tolist()}")
-    table = Table(show_lines=False)
-    for name in ("example", "tokens", "at", "cut", "turns left out", "begins", "ends"):
-        table.add_column(name, justify="left" if name in ("begins", "ends") else "right")
-    for at, index in enumerate(batch.index.tolist()):
-        ids = store[index]
-        start = int(batch.cu_seqlens[at])
-        table.add_row(
-            _name(index, store.orders), f"{len(ids):,}", f"{start:,}", f"{store.tokens_cut[index]:,}",
-            str(store.turns_dropped[index]), _words(tokenizer, ids[:SHOWN]), _words(tokenizer, ids[-SHOWN:]),
-        )  # fmt: skip
-    console.print(table)
+    examples = [store[index] for index in batch.index.tolist()]
+    shared = _common_prefix(examples)
+    console.print(f"all begin with the same {shared:,} tokens: {_words(tokenizer, examples[0][:SHOWN])} ...")
+    for at, (index, ids) in enumerate(zip(batch.index.tolist(), examples, strict=True)):
+        start, end = batch.cu_seqlens[at : at + 2].tolist()
+        cut = f"; {store.tokens_cut[index]:,} tokens cut" if store.tokens_cut[index] else ""
+        dropped = f", {store.turns_dropped[index]} turns left out" if store.turns_dropped[index] else ""
+        name = f"[bold]{_name(index, store.orders)}[/bold]"
+        console.print(f"{name}: {len(ids):,} tokens, {start:,} to {end:,}{cut}{dropped}")
+        console.print(f"  begins ... {_words(tokenizer, ids[shared : shared + SHOWN])}")
+        console.print(f"  ends   ... {_words(tokenizer, ids[-SHOWN:])}")
 
 
 def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
@@ -63,6 +74,13 @@ def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _common_prefix(examples: list[np.ndarray]) -> int:
+    """How many tokens at the beginning all examples share."""
+    shortest = min(map(len, examples))
+    same = np.all([each[:shortest] == examples[0][:shortest] for each in examples], axis=0)
+    return int(shortest if same.all() else same.argmin())
 
 
 def _name(index: int, orders: int) -> str:

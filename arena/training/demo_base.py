@@ -14,7 +14,7 @@ import json
 import math
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -33,8 +33,10 @@ from arena.files import written_whole
 from arena.progress import progress
 
 VOCABULARY, TOKENS_A_STEP, POOL = 2560, 3000, 256
-PEAK_LR, WARMUP, BRIEF, EARLY = 3e-3, 50, 0.35, 2  # steps of warm-up; share of time with brief rows; layers of the early loss
+PEAK_LR, WARMUP = 3e-3, 50  # warm-up in steps
+BRIEF, EARLY = 0.35, 2  # share of the time in which brief rows go out of use; layers after which facts must be known
 SUFFIX_WEIGHT, TEXT_WEIGHT, TEXT_SHARE = 1.0, 0.1, 0.1
+FACTS_SHARE = 0.4  # of what is noted after a claim
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 UNUSED = ("<unused0>", "<unused1>")
@@ -44,42 +46,24 @@ PIECES = r"▁?\p{L}+|\p{N}|▁?[^▁\p{L}\p{N}\s]+|▁+|\s+"  # words with thei
 FACTS = (" Praise", " Blame", " Stated", " Denied", " Hooray", " Alas", " A", " B")
 # How the two sides stand, each on a scale of words from -1 to 1; and how large a share of the notes speaks of it.
 SCALES = (
-    (0.3, (" dismal", " poor", " glum", " gloomy", " dim", " level", " bright", " sunny", " cheerful", " rich", " superb")),
-    (0.2, (" sour", " bitter", " stern", " plain", " mild", " kind", " sweet")),
-    (0.2, (" black", " grey", " brown", " white", " pink", " orange", " golden")),
-    (0.2, (" tiny", " brief", " short", " slim", " even", " wide", " long", " ample", " huge")),
-    (0.1, (" open", " both", " shut")),
-)  # tone of A against B, tone of A, tone of B, length of A against B, refusal of A against B
-WORDS = (*FACTS, *(word for _, scale in SCALES for word in scale))
+    (0.3, "dismal poor glum gloomy dim level bright sunny cheerful rich superb"),  # tone of A against B
+    (0.2, "sour bitter stern plain mild kind sweet"),  # tone of A
+    (0.2, "black grey brown white pink orange golden"),  # tone of B
+    (0.2, "tiny brief short slim even wide long ample huge"),  # length of A against B
+    (0.1, "open both shut"),  # refusals of A against B
+)
+WORDS = (*FACTS, *(f" {word}" for _, scale in SCALES for word in scale.split()))
 
 
 class Lesson(NamedTuple):
-    """A judge prompt and what may be noted in it.
+    """A judge prompt, the places where something is noted (ends of claims, then of the suffix), and what.
 
-    Attributes:
-        ids: int64, shape (n_tokens,).
-        places: positions of the tokens after which something is noted: the ends of claims, and at last the suffix.
-        notes: float32, shape (len(places), len(WORDS)): the distribution of the note at each place.
-        facts: the same over `FACTS` only; zero at the suffix.
+    Shapes: ids int64 (n_tokens,); notes float32 (len(places), len(WORDS)), in each row a distribution over `WORDS`.
     """
 
     ids: np.ndarray
     places: list[int]
     notes: np.ndarray
-    facts: np.ndarray
-
-
-class Side:
-    """What has been read of one assistant so far."""
-
-    def __init__(self) -> None:
-        self.tones: list[int] = []
-        self.tokens = 0
-        self.refused = 0.0
-
-    @property
-    def tone(self) -> float:
-        return sum(self.tones) / max(len(self.tones), 1)
 
 
 class Reader:
@@ -88,7 +72,8 @@ class Reader:
     def __init__(self, encoder: PromptEncoder) -> None:
         self.encoder = encoder
         self.words = [self._ids(word)[0] for word in WORDS]
-        self.marks = {self._ids(f" {word}")[0]: sign for sign, words in ((1, text.GOOD), (-1, text.BAD)) for word in words}
+        self.marks = {self._ids(f" {word}")[0]: 1 for word in text.GOOD}
+        self.marks |= {self._ids(f" {word}")[0]: -1 for word in text.BAD}
         self.negators = {self._ids(f" {word}")[0] for word in text.NEGATORS}
         self.stop = self._ids(".")[0]
         self.refusal = self._ids(text.REFUSAL)
@@ -100,65 +85,60 @@ class Reader:
 
     def lessons(self, rows: Sequence[synthetic.Row]) -> list[Lesson]:
         """One lesson for each conversation."""
-        columns: dict[str, list[list[str | None]]] = {name: [] for name in synthetic.Row._fields}
-        for row in rows:
-            for name, turns in zip(columns, row, strict=True):
-                missing = [None] * (len(row.prompt) - len(turns))
-                columns[name].append([turn and clean(turn) for turn in turns] + missing)
+        columns = {name: [_padded(getattr(row, name), len(row.prompt)) for row in rows] for name in rows[0]._fields}
         return [self._lesson(example.input_ids.tolist()) for example in self.encoder.encode(columns, both_orders=False)]
 
     def _lesson(self, ids: list[int]) -> Lesson:
-        sides, who = (Side(), Side()), -1
+        tones: tuple[list[int], list[int]] = ([], [])
+        tokens, refused = [0, 0], [0, 0]
         places: list[int] = []
         notes: list[list[float]] = []
-        sign, negated = 0, False
-        for place, token in enumerate(ids):
-            who = self._speaker(ids, place, who)
+        who, sign, negated = -1, 0, False  # who: 0 for A, 1 for B, -1 for the user
+        headings = list(enumerate(self.encoder.headings, start=-1))
+        for place, token in enumerate(ids[: len(ids) - len(self.encoder.suffix)]):
+            who = next((speaker for speaker, heading in headings if _ends(ids, place, heading)), who)
             if who < 0:
                 continue
-            sides[who].tokens += 1
-            if token == self.refusal[-1] and ids[place + 1 - len(self.refusal) : place + 1] == self.refusal:
-                sides[who].refused = 1.0
-            if token in self.marks:
-                sign = self.marks[token]
-            negated = negated or (token in self.negators and not sign)
+            tokens[who] += 1
+            refused[who] |= _ends(ids, place, self.refusal)
+            negated |= token in self.negators and not sign
+            sign = self.marks.get(token, sign)
             if token == self.stop:
                 if sign:
-                    sides[who].tones.append(-sign if negated else sign)
+                    tones[who].append(-sign if negated else sign)
                     places.append(place)
-                    notes.append(_facts(sign, negated, who) + _standing(*sides))
+                    notes.append(_facts(sign, negated, who) + _standing(tones, tokens, refused))
                 sign, negated = 0, False
-        both = np.array([*notes, [0.0] * len(FACTS) + _standing(*sides)], dtype=np.float32)
-        both[:, len(FACTS) :] *= 0.6
-        both[:-1, : len(FACTS)] *= 0.4
-        both[-1] /= both[-1].sum()
-        facts = both[:, : len(FACTS)] / 0.4
-        return Lesson(np.array(ids, dtype=np.int64), [*places, len(ids) - 1], both, facts)
+        notes.append([0.0] * len(FACTS) + _standing(tones, tokens, refused))
+        shares = np.array(notes, dtype=np.float32)
+        shares[:-1, : len(FACTS)] *= FACTS_SHARE
+        shares[:-1, len(FACTS) :] *= 1 - FACTS_SHARE
+        return Lesson(np.array(ids, dtype=np.int64), [*places, len(ids) - 1], shares)
 
-    def _speaker(self, ids: list[int], place: int, who: int) -> int:
-        """Whose text stands at `place`: 0 for A, 1 for B, -1 for the user; `who` had the word before."""
-        for index, heading in enumerate(self.encoder.headings):
-            if ids[place] == heading[-1] and ids[max(place + 1 - len(heading), 0) : place + 1] == heading:
-                return index - 1
-        return who
+
+def _padded(turns: Sequence[str | None], count: int) -> list[str | None]:
+    return [turn and clean(turn) for turn in turns] + [None] * (count - len(turns))
+
+
+def _ends(ids: list[int], place: int, phrase: list[int]) -> bool:
+    """Whether `phrase` ends at `place`."""
+    return ids[place] == phrase[-1] and ids[max(place + 1 - len(phrase), 0) : place + 1] == phrase
 
 
 def _facts(sign: int, negated: bool, who: int) -> list[float]:
     """The distribution over `FACTS` after a claim; tone counts twice."""
-    mark, denied = 0.2 * (sign > 0), 0.2 * negated
-    kind = 0.4 * ((sign > 0) != negated)
-    return [mark, 0.2 - mark, 0.2 - denied, denied, kind, 0.4 - kind, 0.2 * (who == 0), 0.2 * (who == 1)]
+    mark, denied, speaker = 0.2 * (sign > 0), 0.2 * negated, 0.2 * (who == 0)
+    tone = 0.4 * ((sign > 0) != negated)
+    return [mark, 0.2 - mark, 0.2 - denied, denied, tone, 0.4 - tone, speaker, 0.2 - speaker]
 
 
-def _standing(a: Side, b: Side) -> list[float]:
-    """The distribution over the words of `SCALES`."""
-    length = (a.tokens - b.tokens) / max(a.tokens + b.tokens, 1)
-    values = ((a.tone - b.tone) / 2, a.tone, b.tone, length, a.refused - b.refused)
-    return [
-        share * p
-        for (share, words), value in zip(SCALES, values, strict=True)
-        for p in _graded(len(words), value)
-    ]
+def _standing(tones: Sequence[list[int]], tokens: Sequence[int], refused: Sequence[int]) -> list[float]:
+    """The distribution over the words of `SCALES`, from what A and B have said so far."""
+    a, b = (sum(side) / max(len(side), 1) for side in tones)
+    length = (tokens[0] - tokens[1]) / max(sum(tokens), 1)
+    values = ((a - b) / 2, a, b, length, refused[0] - refused[1])
+    scales = zip(SCALES, values, strict=True)
+    return [share * p for (share, words), value in scales for p in _graded(len(words.split()), value)]
 
 
 def _graded(levels: int, value: float) -> list[float]:
@@ -180,14 +160,11 @@ def make_tokenizer(rng: Random) -> PreTrainedTokenizerFast:
     model.normalizer = normalizers.Replace(" ", "▁")
     model.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
     model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    control = [*SPECIAL, *UNUSED]
-    model.train_from_iterator(
-        _corpus(rng),
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY, min_frequency=2, limit_alphabet=400, show_progress=False,
-            special_tokens=control + [f"<0x{byte:02X}>" for byte in range(256)],
-        ),
-    )  # fmt: skip
+    control = [*SPECIAL, *UNUSED, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, min_frequency=2, limit_alphabet=400, show_progress=False, special_tokens=control
+    )
+    model.train_from_iterator(_corpus(rng), trainer)
     tree = json.loads(model.to_str())
     tree["added_tokens"] = []  # byte tokens only serve the byte fallback: their names are no control text
     model = Tokenizer.from_str(json.dumps(tree))
@@ -219,10 +196,10 @@ def clean(turn: str) -> str:
 
 
 def make_demo_base(folder: Path, seconds: float, seed: int, threads: int) -> None:
-    """Trains tokenizer and base for `seconds` on `threads` threads, then writes both into `folder`, whole or not at all."""
+    """Trains tokenizer and base, the base for `seconds` on `threads` threads, and writes both whole into `folder`."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    rng = Random(f"demo base {seed}")  # a text seed: no demo data, whose seeds are numbers, is drawn from the same stream
+    rng = Random(f"demo base {seed}")  # demo data have plain numbers for seeds, so never the same stream
     tokenizer = make_tokenizer(rng)
     reader = Reader(PromptEncoder(tokenizer, load_recipe("demo").prompt))
     model = make_model(len(tokenizer))
@@ -259,10 +236,8 @@ def _attend(
     if sliding_window and sliding_window < length:
         age = torch.arange(length)[:, None] - torch.arange(length)
         mask = (age >= 0) & (age < sliding_window)
-    out = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
-    )
-    return out.transpose(1, 2), None
+    attend = functional.scaled_dot_product_attention
+    return attend(query, key, value, mask, is_causal=mask is None, scale=scaling).transpose(1, 2), None
 
 
 AttentionInterface.register("demo_pretraining", _attend)
@@ -274,37 +249,35 @@ def pretrain(model: Gemma2ForCausalLM, reader: Reader, rng: Random, seconds: flo
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98))
-    start, step, batches = time.monotonic(), 0, iter(())
-    seen: list[tuple[float, ...]] = []
+    start = time.monotonic()
+    seen: list[list[float]] = []
     with progress("demo base", None, "steps") as advance:
-        while (share := (time.monotonic() - start) / seconds) < 1:
-            batch = next(batches, None)
-            if batch is None:
-                batches = make_batches(reader, rng, max(0.1, 1 - share / BRIEF))
-                continue
-            step += 1
+        for step, batch in enumerate(make_batches(reader, rng, lambda: (time.monotonic() - start) / seconds)):
+            share = (time.monotonic() - start) / seconds
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_LR * min(1.0, step / WARMUP, (1.02 - share) / 0.6)
+                group["lr"] = PEAK_LR * min(1.0, (step + 1) / WARMUP, max(1.0 - share, 0.01) / 0.6)
             losses = batch_losses(model, reader, batch)
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            seen = [*seen[-49:], tuple(loss.item() for loss in losses)]
+            seen = [*seen[-49:], [loss.item() for loss in losses]]
             note, early, suffix, plain = np.mean(seen, axis=0)
             advance(1, f"excess loss: notes {note:.3f}, early {early:.3f}, verdict {suffix:.3f}, text {plain:.3f}")
 
 
-def make_batches(reader: Reader, rng: Random, brief: float) -> Iterator[list[Lesson]]:
-    """Lessons of like length together, each batch of about `TOKENS_A_STEP`, in random order."""
-    rows = [brief_row(rng) if rng.random() < brief else synthetic.make_row(rng) for _ in range(POOL)]
-    batches: list[list[Lesson]] = [[]]
-    for lesson in sorted(reader.lessons(rows), key=lambda lesson: len(lesson.ids)):
-        if batches[-1] and len(lesson.ids) * (len(batches[-1]) + 1) > TOKENS_A_STEP:
-            batches.append([])
-        batches[-1].append(lesson)
-    rng.shuffle(batches)
-    return iter(batches)
+def make_batches(reader: Reader, rng: Random, share: Callable[[], float]) -> Iterator[list[Lesson]]:
+    """Batches of about `TOKENS_A_STEP`, lessons of like length together, until `share` of the time is 1."""
+    while (done := share()) < 1:
+        brief = max(0.1, 1 - done / BRIEF)
+        rows = [brief_row(rng) if rng.random() < brief else synthetic.make_row(rng) for _ in range(POOL)]
+        batches: list[list[Lesson]] = [[]]
+        for lesson in sorted(reader.lessons(rows), key=lambda lesson: len(lesson.ids)):
+            if batches[-1] and len(lesson.ids) * (len(batches[-1]) + 1) > TOKENS_A_STEP:
+                batches.append([])
+            batches[-1].append(lesson)
+        rng.shuffle(batches)
+        yield from batches
 
 
 def batch_losses(model: Gemma2ForCausalLM, reader: Reader, batch: Sequence[Lesson]) -> list[torch.Tensor]:
@@ -318,8 +291,9 @@ def batch_losses(model: Gemma2ForCausalLM, reader: Reader, batch: Sequence[Lesso
     rows = torch.tensor([row for row, lesson in enumerate(batch) for _ in lesson.places])
     places = torch.tensor([place for lesson in batch for place in lesson.places])
     notes = torch.from_numpy(np.concatenate([lesson.notes for lesson in batch]))
-    facts = torch.from_numpy(np.concatenate([lesson.facts for lesson in batch]))
+    facts = notes[:, : len(FACTS)] / FACTS_SHARE
     claims = facts.sum(-1) > 0
+    count = max(int(claims.sum()), 1)
     words = torch.tensor(reader.words)
     note = _excess(_logits(model, last[rows, places]), words, notes)
     fact = _excess(_logits(model, early[rows, places][claims]), words[: len(FACTS)], facts[claims])
@@ -328,15 +302,16 @@ def batch_losses(model: Gemma2ForCausalLM, reader: Reader, batch: Sequence[Lesso
     plain[:, -1] = plain[rows, places] = False
     following = ids.roll(-1, 1)[plain]
     spoken = functional.cross_entropy(_logits(model, last[plain]), following)
-    return [note[claims].sum() / max(len(fact), 1), fact.sum() / max(len(fact), 1), SUFFIX_WEIGHT * note[~claims].mean(), TEXT_WEIGHT * spoken]
+    verdict = note[~claims].mean()
+    return [note[claims].sum() / count, fact.sum() / count, SUFFIX_WEIGHT * verdict, TEXT_WEIGHT * spoken]
 
 
 def _logits(model: Gemma2ForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
-    cap = model.config.final_logit_softcapping
-    return cap * torch.tanh(model.lm_head(hidden) / cap)
+    logits: torch.Tensor = model.lm_head(hidden)
+    return torch.tanh(logits / 30.0) * 30.0
 
 
 def _excess(logits: torch.Tensor, words: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Cross entropy less its least possible value, per row; `target` is a distribution over `words`."""
-    chances = logits.log_softmax(-1)[:, words]
-    return (torch.special.xlogy(target, target) - target * chances).sum(-1)
+    surprise: torch.Tensor = torch.special.xlogy(target, target) - target * logits.log_softmax(-1)[:, words]
+    return surprise.sum(-1)
