@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -16,10 +17,10 @@ from arena.progress import console
 Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
 Data = Annotated[
     str | None,
-    arg(help="Folder with train and test files (csv, parquet or jsonl), or one file; default: the recipe's data.path."),
+    arg(metavar="PATH", help="Folder with train and test files (csv, parquet or jsonl), or one file; default: the recipe's data.path."),
 ]
 Overrides = Positional[
-    Annotated[tuple[str, ...], arg(metavar="KEY=VALUE", help="Settings to change, such as train.batch_size=32.")]
+    Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings to change, such as train.batch_size=32.")]
 ]
 
 
@@ -118,6 +119,24 @@ class Inspect:
 
 
 @dataclass
+class Export:
+    """Write a trained fold as a plain transformers model: adapter merged, head included."""
+
+    fold: Annotated[int, arg(help="The fold to export.")] = 0
+    recipe: Name = "demo"
+    runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
+    out: Annotated[Path, arg(help="The folder to write.")] = Path("runs/export")
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="Of the written weights.")] = "bfloat16"
+
+    def run(self) -> None:
+        from arena.judging.export import export_judge
+
+        name = load_recipe(self.recipe).name
+        export_judge(self.runs / name / f"fold{self.fold}" / "model", self.out, self.dtype)
+        console.print(f"written: {self.out}; load it with AutoModelForSequenceClassification.from_pretrained")
+
+
+@dataclass
 class DemoBase:
     """Make the tiny Gemma-2 that the demo recipe adapts: tokenizer and weights, trained from nothing."""
 
@@ -132,18 +151,13 @@ class DemoBase:
         make_demo_base(self.out, self.minutes * 60, self.seed, self.threads)
 
 
-@dataclass
-class Arena:
-    """Train and run judges of pairwise preference on packed, padding-free batches."""
-
-    command: Train | Infer | Inspect | DemoBase = field(default_factory=Train)
+COMMANDS: dict[str, Callable[..., Any]] = {"train": Train, "infer": Infer, "inspect": Inspect, "export": Export, "demo-base": DemoBase}
 
 
 def main() -> None:
     """Runs a subcommand. What the user can mend is said in one message, with exit status 2."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "infer": Infer, "inspect": Inspect, "demo-base": DemoBase}, description=Arena.__doc__
-    )
+    about = "Train and run judges of pairwise preference on packed, padding-free batches."
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena")
     _quiet()
     try:
         command.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 from collections.abc import Iterable
@@ -19,7 +20,12 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
     Args:
         track: `none`, or the experiment tracker to report to.
         folder: where a tracker that writes files puts them.
+
+    Raises:
+        ValueError: the tracker's package is not installed.
     """
+    if track != "none" and importlib.util.find_spec(track) is None:
+        raise ValueError(f"train.track={track} needs a package that is not installed: pip install {track}")
     fix_threads()
     set_seed(seed)
     return Accelerator(log_with=None if track == "none" else track, project_dir=folder)

@@ -1,0 +1,48 @@
+"""A trained judge as a plain transformers model: adapter merged, head included, no part of this package needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from arena.config import ModelSettings, Recipe
+from arena.files import written_whole
+from arena.judging.judge import read_card
+from arena.model.backbone import load_base, load_tokenizer, load_trained
+
+
+def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
+    """Writes a judge so that `AutoModelForSequenceClassification.from_pretrained(folder)` gives its logits.
+
+    The adapter was trained over the base's 4-bit weights, so it is added to those, dequantised, in float32, and the sum
+    is rounded to `dtype` once. Merging into 4-bit weights would lose the adapter in their rounding.
+
+    Args:
+        judge: a `model` folder of a run.
+        dtype: of the written weights. The head is kept in the same; load with `dtype="float32"` for exact logits.
+
+    Raises:
+        ValueError: `judge` holds no judge.
+    """
+    settings = Recipe.model_validate(read_card(judge)["recipe"]).model
+    model = merge(judge, settings).to(getattr(torch, dtype))
+    model.config._attn_implementation = "eager"  # ours is registered only where this package is imported
+    del model.config.arena_backend
+    tokenizer = load_tokenizer(str(judge))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with written_whole(folder) as draft:
+        model.save_pretrained(str(draft))
+        tokenizer.save_pretrained(str(draft))
+
+
+def merge(judge: Path, settings: ModelSettings) -> PreTrainedModel:
+    """The judge's model with its adapter added to freshly loaded float32 weights."""
+    if not (judge / "adapter_config.json").is_file():
+        return load_trained(judge, settings).float()
+    base = load_base(settings)
+    if settings.quantization == "nf4":
+        base = base.dequantize(dtype=torch.float32)
+    return PeftModel.from_pretrained(base.float(), str(judge)).merge_and_unload()
