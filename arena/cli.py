@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from arena.config import Recipe, load_recipe
+from arena.config import Recipe, change, load_recipe
 from arena.progress import console
 
 Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
 Data = Annotated[
     str | None,
-    arg(metavar="PATH", help="Folder with train and test files (csv, parquet or jsonl), or one file; default: the recipe's data.path."),
+    arg(metavar="PATH", help="Folder with train and test files, or one file; default: the recipe's."),
 ]
 Overrides = Positional[
     Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings to change, such as train.batch_size=32.")]
@@ -52,7 +52,9 @@ class Infer:
 
     overrides: Overrides = ()
     recipe: Name = "demo"
-    data: Data = None
+    data: Annotated[
+        str | None, arg(metavar="PATH", help="Folder with a test file, or one file; default: what was trained on.")
+    ] = None
     runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
 
@@ -61,16 +63,16 @@ class Infer:
         from arena.data.prepare import data_file
         from arena.distributed import fix_threads
         from arena.judging.ensemble import average, fold_models
+        from arena.judging.judge import read_card
         from arena.judging.submission import write_submission
 
-        recipe = _recipe(self.recipe, self.data, self.overrides)
-        _write_demo(recipe)
         fix_threads()
-        models = fold_models(self.runs / recipe.name)
-        cache = Path(recipe.data.cache)
-        test = data_file(recipe.data.path, "test")
+        models = fold_models(self.runs / load_recipe(self.recipe).name)
+        data = change(Recipe.model_validate(read_card(models[0])["recipe"]), self.overrides).data
+        cache = Path(data.cache)
+        test = data_file(self.data or data.path, "test")
         rows = read_conversations([test], cache, labels="ignored")
-        probabilities = average(models, rows, cache)
+        probabilities = average(models, rows, cache, self.overrides)
         sample = test.parent / "sample_submission.csv"
         write_submission(self.out, rows["id"], probabilities, sample if sample.is_file() else None)
         console.print(
@@ -151,7 +153,13 @@ class DemoBase:
         make_demo_base(self.out, self.minutes * 60, self.seed, self.threads)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"train": Train, "infer": Infer, "inspect": Inspect, "export": Export, "demo-base": DemoBase}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "infer": Infer,
+    "inspect": Inspect,
+    "export": Export,
+    "demo-base": DemoBase,
+}
 
 
 def main() -> None:

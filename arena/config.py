@@ -132,13 +132,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: no such recipe, unknown key, or a value that does not fit; says which and what would.
     """
-    tree = _read_yaml(_find(name, RECIPES, "recipe"))
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError(f"recipe {name}: " + "; ".join(_explain(each) for each in error.errors())) from None
+    return _validated(name, _read_yaml(_find(name, RECIPES, "recipe")), overrides)
+
+
+def change(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with some settings changed; `overrides` and errors as in `load_recipe`."""
+    return _validated(recipe.name, recipe.model_dump(mode="json"), overrides)
 
 
 def save_recipe(recipe: Recipe) -> str:
@@ -149,6 +148,15 @@ def save_recipe(recipe: Recipe) -> str:
 def recipe_names() -> list[str]:
     """The recipes shipped with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _validated(name: str, tree: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"recipe {name}: " + "; ".join(_explain(each) for each in error.errors())) from None
 
 
 def _find(name: str, folder: Path, kind: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,10 @@ def fold_models(run: Path) -> list[Path]:
     return models
 
 
-def average(models: list[Path], rows: Dataset, cache: Path) -> np.ndarray:
-    """Mean probabilities over the models, float64 (len(rows), 3), in the order of the rows."""
+def average(models: list[Path], rows: Dataset, cache: Path, overrides: Sequence[str] = ()) -> np.ndarray:
+    """Mean probabilities over the models, float64 (len(rows), 3), in the order of the rows; see `Judge`."""
     total = np.zeros((len(rows), 3))
     for model in models:
         console.print(f"{model.parent.name}: judging {len(rows):,} rows")
-        total += Judge(model).probabilities(rows, cache)
+        total += Judge(model, overrides).probabilities(rows, cache)
     return total / len(models)

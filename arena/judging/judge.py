@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from arena.config import Recipe
+from arena.config import Recipe, change
 from arena.data.conversations import judgeable_rows
 from arena.data.prepare import source
 from arena.data.tokens import tokenise
@@ -28,15 +29,16 @@ class Judge:
 
     Args:
         folder: what `save_judge` wrote.
+        overrides: settings to change, as in `load_recipe`, such as `packing.budget=8192` on a smaller GPU.
         device: where to run; the GPU if there is one.
 
     Raises:
         ValueError: the folder holds no judge, or one of another version.
     """
 
-    def __init__(self, folder: Path, device: torch.device | str | None = None) -> None:
+    def __init__(self, folder: Path, overrides: Sequence[str] = (), device: torch.device | str | None = None) -> None:
         card = read_card(folder)
-        self.recipe = Recipe.model_validate(card["recipe"])
+        self.recipe = change(Recipe.model_validate(card["recipe"]), overrides)
         self.prior = np.asarray(card["prior"])
         self.tokenizer = load_tokenizer(str(folder))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

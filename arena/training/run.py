@@ -12,7 +12,7 @@ import pandas as pd
 from accelerate import Accelerator
 from torch import nn
 
-from arena.config import Recipe, load_recipe, save_recipe
+from arena.config import Recipe, save_recipe
 from arena.data.conversations import read_conversations
 from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.distributed import device_name, peak_memory, start
@@ -39,6 +39,10 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     Raises:
         ValueError: settings or files that cannot be used, or an interrupted run of another recipe.
     """
+    if recipe.model.dtype == "float16":
+        raise ValueError(
+            "model.dtype float16 is for inference: gradients underflow in it; train in bfloat16 or float32"
+        )
     folder = runs / recipe.name / f"fold{fold}"
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     data = prepare_fold(recipe, fold, tokenizer)
@@ -132,7 +136,8 @@ def _set_aside(folder: Path) -> None:
 def _trained_by(recipe: Recipe) -> str:
     """The recipe's fingerprint without what does not change the result."""
     tree = recipe.model_dump(mode="json")
-    del tree["train"]["track"], tree["train"]["checkpoint_every"], tree["data"]["cache"], tree["data"]["path"]
+    del tree["train"]["track"], tree["train"]["checkpoint_every"]
+    del tree["data"]["cache"], tree["data"]["path"], tree["data"]["synthetic_rows"]  # the rows have a fingerprint
     return fingerprint(tree)
 
 
@@ -193,8 +198,3 @@ def _truth(folder: Path, ids: list[str]) -> np.ndarray | None:
         return None
     table = pd.read_csv(path, dtype={"id": str}).set_index("id")
     return table.loc[ids, list(CLASSES)].to_numpy(dtype=np.float64)
-
-
-def load_run_recipe(folder: Path) -> Recipe:
-    """The recipe with which a run was started."""
-    return load_recipe(str(folder / "recipe.yaml"))
