@@ -34,8 +34,8 @@ from arena.progress import progress
 
 VOCABULARY, TOKENS_A_STEP, POOL = 2560, 3000, 256
 PEAK_LR, WARMUP = 3e-3, 50  # warm-up in steps
-BRIEF, EARLY = 0.35, 2  # share of the time in which brief rows go out of use; layers after which facts must be known
-SUFFIX_WEIGHT, TEXT_WEIGHT, TEXT_SHARE = 1.0, 0.1, 0.1
+BRIEF, EARLY = 0.35, 3  # share of the time in which brief rows go out of use; layers after which facts must be known
+SUFFIX_WEIGHT, TEXT_WEIGHT, TEXT_SHARE = 2.0, 0.1, 0.1
 FACTS_SHARE = 0.4  # of what is noted after a claim
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -46,11 +46,11 @@ PIECES = r"▁?\p{L}+|\p{N}|▁?[^▁\p{L}\p{N}\s]+|▁+|\s+"  # words with thei
 FACTS = (" Praise", " Blame", " Stated", " Denied", " Hooray", " Alas", " A", " B")
 # How the two sides stand, each on a scale of words from -1 to 1; and how large a share of the notes speaks of it.
 SCALES = (
-    (0.3, "dismal poor glum gloomy dim level bright sunny cheerful rich superb"),  # tone of A against B
-    (0.2, "sour bitter stern plain mild kind sweet"),  # tone of A
-    (0.2, "black grey brown white pink orange golden"),  # tone of B
-    (0.2, "tiny brief short slim even wide long ample huge"),  # length of A against B
-    (0.1, "open both shut"),  # refusals of A against B
+    (0.26, "dismal poor glum gloomy dim level bright sunny cheerful rich superb"),  # tone of A against B
+    (0.16, "sour bitter stern plain mild kind sweet"),  # tone of A
+    (0.16, "black grey brown white pink orange golden"),  # tone of B
+    (0.24, "tiny brief short slim even wide long ample huge"),  # length of A against B
+    (0.18, "open both shut"),  # refusals of A against B
 )
 WORDS = (*FACTS, *(f" {word}" for _, scale in SCALES for word in scale.split()))
 
