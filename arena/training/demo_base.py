@@ -1,10 +1,9 @@
 """Makes the demo's base: a tiny Gemma-2 and its tokenizer, trained to notice what stands in a judge prompt.
 
 The base reads conversations like the demo data's, seeds apart. At the end of each claim it learns which words a reader
-might note down: the claim's mark, its negation, its tone, who speaks, and how A and B stand so far; after the verdict
-suffix, how they compare at the end. It is next-token prediction against the distribution of all such notes at once
-instead of one that was drawn, which takes a fraction of the time. All layers learn together. What people prefer
-(weights, ties, labels) is never shown: that is left to fine-tuning, as with a large base that reads but does not judge.
+might note there: the claim's mark, its negation, its tone, who speaks, how A and B stand so far; at the verdict suffix,
+how they stand in the end. It is next-token prediction against the distribution of all such notes instead of one drawn
+from it, which is far quicker. What people prefer (weights, ties, labels) is never shown: fine-tuning is to find that.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from __future__ import annotations
 import ast
 import json
 import math
+import shutil
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM, Pr
 from arena.config import load_recipe
 from arena.data import synthetic
 from arena.data import synthetic_text as text
+from arena.data.cells import whole_characters
 from arena.data.prompt import PromptEncoder
 from arena.files import written_whole
 from arena.progress import progress
@@ -35,7 +36,7 @@ from arena.progress import progress
 VOCABULARY, TOKENS_A_STEP, POOL = 2560, 3000, 256
 PEAK_LR, WARMUP = 3e-3, 50  # warm-up in steps
 BRIEF, EARLY = 0.35, 3  # share of the time in which brief rows go out of use; layers after which facts must be known
-SUFFIX_WEIGHT, TEXT_WEIGHT, TEXT_SHARE = 2.0, 0.1, 0.1
+WEIGHTS, TEXT_SHARE = (1.0, 1.0, 2.0, 0.1), 0.1  # of the losses, as `batch_losses` gives them; share of text learned
 FACTS_SHARE = 0.4  # of what is noted after a claim
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -56,14 +57,11 @@ WORDS = (*FACTS, *(f" {word}" for _, scale in SCALES for word in scale.split()))
 
 
 class Lesson(NamedTuple):
-    """A judge prompt, the places where something is noted (ends of claims, then of the suffix), and what.
+    """A judge prompt, the places where something is noted (ends of claims, then of the suffix), and what may be."""
 
-    Shapes: ids int64 (n_tokens,); notes float32 (len(places), len(WORDS)), in each row a distribution over `WORDS`.
-    """
-
-    ids: np.ndarray
+    ids: np.ndarray  # int64, shape (n_tokens,)
     places: list[int]
-    notes: np.ndarray
+    notes: np.ndarray  # float32, shape (len(places), len(WORDS)): in each row a distribution
 
 
 class Reader:
@@ -72,9 +70,8 @@ class Reader:
     def __init__(self, encoder: PromptEncoder) -> None:
         self.encoder = encoder
         self.words = [self._ids(word)[0] for word in WORDS]
-        self.marks = {self._ids(f" {word}")[0]: 1 for word in text.GOOD}
-        self.marks |= {self._ids(f" {word}")[0]: -1 for word in text.BAD}
-        self.negators = {self._ids(f" {word}")[0] for word in text.NEGATORS}
+        good, bad, negators = ([self._ids(f" {w}")[0] for w in words] for words in (text.GOOD, text.BAD, text.NEGATORS))
+        self.marks, self.negators = dict.fromkeys(good, 1) | dict.fromkeys(bad, -1), set(negators)
         self.stop = self._ids(".")[0]
         self.refusal = self._ids(text.REFUSAL)
         if len({*self.words, *self.marks, *self.negators}) < len(WORDS) + len(self.marks) + len(self.negators):
@@ -111,17 +108,15 @@ class Reader:
                 sign, negated = 0, False
         notes.append([0.0] * len(FACTS) + _standing(tones, tokens, refused))
         shares = np.array(notes, dtype=np.float32)
-        shares[:-1, : len(FACTS)] *= FACTS_SHARE
-        shares[:-1, len(FACTS) :] *= 1 - FACTS_SHARE
+        shares[:-1] *= [FACTS_SHARE] * len(FACTS) + [1 - FACTS_SHARE] * (len(WORDS) - len(FACTS))
         return Lesson(np.array(ids, dtype=np.int64), [*places, len(ids) - 1], shares)
 
 
 def _padded(turns: Sequence[str | None], count: int) -> list[str | None]:
-    return [turn and clean(turn) for turn in turns] + [None] * (count - len(turns))
+    return [turn and whole_characters(turn) for turn in turns] + [None] * (count - len(turns))
 
 
 def _ends(ids: list[int], place: int, phrase: list[int]) -> bool:
-    """Whether `phrase` ends at `place`."""
     return ids[place] == phrase[-1] and ids[max(place + 1 - len(phrase), 0) : place + 1] == phrase
 
 
@@ -181,18 +176,12 @@ def _corpus(rng: Random) -> Iterator[str]:
     template = load_recipe("demo").prompt.template
     for _ in range(4000):
         for part in synthetic.make_row(rng):
-            yield from (clean(turn) for turn in part if turn)
-        yield "".join(WORDS)
-        yield "".join(value for value in template.model_dump().values() if value)
+            yield from (whole_characters(turn) for turn in part if turn)
+        yield "".join([*WORDS, *template.model_dump().values()])
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 yield ast.get_docstring(node) or ""
-
-
-def clean(turn: str) -> str:
-    """The text with half emojis replaced, which no tokenizer takes."""
-    return turn.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def make_demo_base(folder: Path, seconds: float, seed: int, threads: int) -> None:
@@ -207,16 +196,18 @@ def make_demo_base(folder: Path, seconds: float, seed: int, threads: int) -> Non
     with written_whole(folder) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        (draft / "generation_config.json").unlink(missing_ok=True)
+        for readme in folder.glob("*.md"):
+            shutil.copy(readme, draft)
 
 
 def make_model(vocabulary: int) -> Gemma2ForCausalLM:
     """A Gemma-2 of about 0.9 M parameters: four layers, every other one with a sliding window."""
     config = Gemma2Config(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32,
-        sliding_window=64, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
-        max_position_embeddings=2048, initializer_range=128**-0.5, tie_word_embeddings=True,
-        pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=64, max_position_embeddings=2048,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, tie_word_embeddings=True,
+        initializer_range=128**-0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2,
     )  # fmt: skip
     config._attn_implementation = "demo_pretraining"
     return Gemma2ForCausalLM(config)
@@ -226,10 +217,7 @@ def _attend(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
     scaling: float | None = None, sliding_window: int | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Fused causal attention without the softcap, which does nothing at the small logits of this model.
-
-    Rows are padded on the right, where a causal mask already keeps the padding from all that counts.
-    """
+    """Fused causal attention without the softcap, which these small logits do not reach; padding on the right."""
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = None
@@ -245,15 +233,10 @@ AttentionInterface.register("demo_pretraining", _attend)
 
 def pretrain(model: Gemma2ForCausalLM, reader: Reader, rng: Random, seconds: float) -> None:
     """Trains all layers for `seconds`; the share of brief rows falls to a tenth, the learning rate to nothing."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98))
-    start = time.monotonic()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98))
     seen: list[list[float]] = []
     with progress("demo base", None, "steps") as advance:
-        for step, batch in enumerate(make_batches(reader, rng, lambda: (time.monotonic() - start) / seconds)):
-            share = (time.monotonic() - start) / seconds
+        for step, (share, batch) in enumerate(_batches(reader, rng, seconds)):
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_LR * min(1.0, (step + 1) / WARMUP, max(1.0 - share, 0.01) / 0.6)
             losses = batch_losses(model, reader, batch)
@@ -266,10 +249,11 @@ def pretrain(model: Gemma2ForCausalLM, reader: Reader, rng: Random, seconds: flo
             advance(1, f"excess loss: notes {note:.3f}, early {early:.3f}, verdict {suffix:.3f}, text {plain:.3f}")
 
 
-def make_batches(reader: Reader, rng: Random, share: Callable[[], float]) -> Iterator[list[Lesson]]:
-    """Batches of about `TOKENS_A_STEP`, lessons of like length together, until `share` of the time is 1."""
-    while (done := share()) < 1:
-        brief = max(0.1, 1 - done / BRIEF)
+def _batches(reader: Reader, rng: Random, seconds: float) -> Iterator[tuple[float, list[Lesson]]]:
+    """For `seconds`, the share of the time gone by and a batch of lessons of like length, `TOKENS_A_STEP` at most."""
+    start, share = time.monotonic(), 0.0
+    while share < 1:
+        brief = max(0.1, 1 - share / BRIEF)
         rows = [brief_row(rng) if rng.random() < brief else synthetic.make_row(rng) for _ in range(POOL)]
         batches: list[list[Lesson]] = [[]]
         for lesson in sorted(reader.lessons(rows), key=lambda lesson: len(lesson.ids)):
@@ -277,17 +261,17 @@ def make_batches(reader: Reader, rng: Random, share: Callable[[], float]) -> Ite
                 batches.append([])
             batches[-1].append(lesson)
         rng.shuffle(batches)
-        yield from batches
+        for batch in batches:
+            share = (time.monotonic() - start) / seconds
+            if share < 1:
+                yield share, batch
 
 
 def batch_losses(model: Gemma2ForCausalLM, reader: Reader, batch: Sequence[Lesson]) -> list[torch.Tensor]:
     """Losses of the notes, of their facts already at an early layer, of the note at the suffix, and of plain text."""
-    ids = torch.zeros(len(batch), max(len(lesson.ids) for lesson in batch), dtype=torch.long)
-    for row, lesson in zip(ids, batch, strict=True):
-        row[: len(lesson.ids)] = torch.from_numpy(lesson.ids)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(lesson.ids) for lesson in batch], batch_first=True)
     out = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
     last, early = out.last_hidden_state, model.model.norm(out.hidden_states[EARLY])
-
     rows = torch.tensor([row for row, lesson in enumerate(batch) for _ in lesson.places])
     places = torch.tensor([place for lesson in batch for place in lesson.places])
     notes = torch.from_numpy(np.concatenate([lesson.notes for lesson in batch]))
@@ -297,13 +281,12 @@ def batch_losses(model: Gemma2ForCausalLM, reader: Reader, batch: Sequence[Lesso
     words = torch.tensor(reader.words)
     note = _excess(_logits(model, last[rows, places]), words, notes)
     fact = _excess(_logits(model, early[rows, places][claims]), words[: len(FACTS)], facts[claims])
-
     plain = (torch.rand(ids.shape) < TEXT_SHARE) & (ids > 0)
     plain[:, -1] = plain[rows, places] = False
     following = ids.roll(-1, 1)[plain]
     spoken = functional.cross_entropy(_logits(model, last[plain]), following)
-    verdict = note[~claims].mean()
-    return [note[claims].sum() / count, fact.sum() / count, SUFFIX_WEIGHT * verdict, TEXT_WEIGHT * spoken]
+    losses = note[claims].sum() / count, fact.sum() / count, note[~claims].mean(), spoken
+    return [weight * loss for weight, loss in zip(WEIGHTS, losses, strict=True)]
 
 
 def _logits(model: Gemma2ForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
