@@ -143,9 +143,9 @@ class DemoBase:
     """Make the tiny Gemma-2 that the demo recipe adapts: tokenizer and weights, trained from nothing."""
 
     out: Annotated[Path, arg(help="The folder to write.")]
-    minutes: Annotated[float, arg(help="How long to train.")] = 50.0
+    minutes: Annotated[float, arg(help="How long to train.")] = 20.0
     seed: int = 0
-    threads: Annotated[int, arg(help="Cores to use.")] = 2
+    threads: Annotated[int, arg(help="Cores to use.")] = 1
 
     def run(self) -> None:
         from arena.training.demo_base import make_demo_base
