@@ -26,8 +26,9 @@ infer: .venv/ready  ## judge the test file with the trained folds, write submiss
 inspect: .venv/ready  ## look at one real batch
 	$(BIN)/arena inspect --fold $(FOLD) $(FLAGS)
 
-notebook: .venv/dev  ## run notebooks/collated_batches and write it as HTML
-	$(BIN)/jupytext --to ipynb --execute --output runs/collated_batches.ipynb notebooks/collated_batches.py
+notebook: .venv/dev  ## run notebooks/collated_batches.py and write it as .ipynb with its outputs
+	$(BIN)/jupytext --quiet --to ipynb notebooks/collated_batches.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace notebooks/collated_batches.ipynb
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest

@@ -21,6 +21,7 @@
 # `load_recipe("gemma-2-9b", ["data.path=data/lmsys"])`; only the tokenizer of the base model is loaded.
 
 # %%
+import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,6 +37,8 @@ from arena.packing.plan import least_micro_batches, plan_evaluation
 from arena.reporting.inspect import draw_attention
 from arena.training.trainer import plan_fold
 
+if Path.cwd().name == "notebooks":  # paths below are those of the project's folder
+    os.chdir("..")
 recipe = load_recipe("demo")
 if recipe.data.synthetic_rows and not Path(recipe.data.path).exists():
     write_demo(Path(recipe.data.path), *recipe.data.synthetic_rows, recipe.seed)
