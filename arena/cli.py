@@ -36,6 +36,7 @@ class Train:
     fresh: Annotated[bool, arg(help="Set an earlier run of this fold aside and train anew.")] = False
 
     def run(self) -> None:
+        from arena.distributed import is_main
         from arena.reporting.report import draw_report, print_report
         from arena.training.run import run_fold
 
@@ -43,7 +44,8 @@ class Train:
         _write_demo(recipe)
         print_report(run_fold(recipe, self.fold, self.runs, fresh=self.fresh))
         folder = self.runs / recipe.name / f"fold{self.fold}"
-        console.print(f"written: {folder} (metrics.json, oof.csv, log.jsonl, model/, {draw_report(folder).name})")
+        if is_main():
+            console.print(f"written: {folder} (metrics.json, oof.csv, log.jsonl, model/, {draw_report(folder).name})")
 
 
 @dataclass

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -29,6 +29,11 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
     fix_threads()
     set_seed(seed)
     return Accelerator(log_with=None if track == "none" else track, project_dir=folder)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks and writes for all ranks."""
+    return bool(PartialState().is_main_process)
 
 
 def fix_threads() -> None:

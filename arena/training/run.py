@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from accelerate import Accelerator
-from torch import nn
 
 from arena.config import Recipe, save_recipe
 from arena.data.conversations import read_conversations
@@ -22,10 +20,10 @@ from arena.judging.inference import predict
 from arena.judging.judge import save_judge
 from arena.metrics import CLASSES, accuracy, calibration_error, log_loss
 from arena.model.attention import choose_backend
-from arena.model.backbone import adapt, load_base, load_tokenizer
+from arena.model.backbone import LABELS, adapt, load_base, load_tokenizer
 from arena.progress import console
 from arena.training.optim import trainable
-from arena.training.trainer import Trainer, plan_fold
+from arena.training.trainer import Trainer
 
 
 def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> dict[str, Any]:
@@ -44,42 +42,26 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
             "model.dtype float16 is for inference: gradients underflow in it; train in bfloat16 or float32"
         )
     folder = runs / recipe.name / f"fold{fold}"
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    data = prepare_fold(recipe, fold, tokenizer)
-    for note in data.notes:
-        console.print(note)
-    if (done := _claim(folder, recipe, data.fingerprint, fresh)) is not None:
-        return done
     track = recipe.train.track
     accelerator = start(recipe.seed, track, str(folder))
+    main = accelerator.is_main_process
+    console.quiet = not main
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    with accelerator.main_process_first():  # the other ranks find the rows prepared and the folder claimed
+        data = prepare_fold(recipe, fold, tokenizer)
+        done = _claim(folder, recipe, data.fingerprint, fresh and main)
+    if done is not None:
+        return done
     if track != "none":
         accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
     model = adapt(load_base(recipe.model), recipe.model)
-    _say(recipe, data, model, accelerator)
     trainer = Trainer(recipe, data, model, folder, accelerator)
-    done_training = trainer.run()
+    _say(recipe, data, trainer)
+    trainer.run()
     probabilities = _held_out(recipe, data, trainer)
-    metrics = {
-        "recipe": recipe.name,
-        "fold": fold,
-        **_scores(recipe, data, probabilities),
-        "n_eval": len(data.eval_rows),
-        "n_train": len(data.train_rows),
-        "steps": done_training.step,
-        "best_step": done_training.best_step,
-        "micro_batches": done_training.micro_batches,
-        "fill_rate": trainer.plan.fill_rate,
-        "tokens": done_training.tokens,
-        "unique_tokens": done_training.tokens,
-        "tokens_per_second": done_training.tokens / max(done_training.seconds, 1e-9),
-        "train_seconds": done_training.seconds,
-        "peak_memory_bytes": peak_memory(accelerator.device),
-        "trainable_parameters": sum(parameter.numel() for parameter in trainable(model).values()),
-        "device": device_name(accelerator.device),
-        "attention_backend": choose_backend(recipe.model.attention),
-    }
+    metrics = {"recipe": recipe.name, "fold": fold, **_scores(recipe, data, probabilities), **_effort(data, trainer)}
     accelerator.end_training()
-    if accelerator.is_main_process:
+    if main:
         save_judge(folder / "model", model, tokenizer, recipe, data.prior, _whole_data(recipe))
         write_oof(folder / "oof.csv", data, probabilities)
         write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
@@ -87,12 +69,13 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
 
 
 def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
-    """Out-of-fold predictions: `id`, three probabilities, and the label as three more columns, in the file's order."""
+    """Out-of-fold predictions in the file's order: `id`, three probabilities, the label as class and as values."""
     labels = data.labels[data.eval_rows]
     table = pd.DataFrame(
         {
             "id": [data.ids[row] for row in data.eval_rows],
             **{name: probabilities[:, at] for at, name in enumerate(CLASSES)},
+            "label": [LABELS[at] for at in labels.argmax(axis=1)],
             **{f"label_{name}": labels[:, at] for at, name in enumerate(CLASSES)},
         }
     )
@@ -151,13 +134,15 @@ def _whole_data(recipe: Recipe) -> str:
     return fingerprint([Path(name).stem for name in names], settings.folds, settings.fold_seed)
 
 
-def _say(recipe: Recipe, data: FoldData, model: nn.Module, accelerator: Accelerator) -> None:
-    plan = plan_fold(recipe, data, accelerator.num_processes)
-    count = sum(parameter.numel() for parameter in trainable(model).values())
+def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
+    for note in data.notes:
+        console.print(note)
+    plan = trainer.plan
+    count = sum(parameter.numel() for parameter in trainable(trainer.model).values())
     console.print(
         f"{recipe.name}: {len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held out; "
         f"{plan.n_steps:,} steps, {plan.n_micro_batches:,} micro-batches of at most {plan.budget:,} tokens, "
-        f"fill rate {plan.fill_rate:.1%}; {count:,} trainable parameters; {device_name(accelerator.device)}"
+        f"fill rate {plan.fill_rate:.1%}; {count:,} trainable parameters; {device_name(trainer.accelerator.device)}"
     )
     cut = int((data.store.tokens_cut > 0).sum())
     if cut:
@@ -188,6 +173,27 @@ def _scores(recipe: Recipe, data: FoldData, probabilities: np.ndarray) -> dict[s
         "baseline_log_loss": log_loss(labels, baseline_probabilities(rows, data, recipe.seed)),
         "bayes_log_loss": None if truth is None else log_loss(labels, truth),
         "bayes_log_loss_expected": None if truth is None else log_loss(truth, truth),
+    }
+
+
+def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
+    """What the run took."""
+    done, device = trainer.done, trainer.accelerator.device
+    return {
+        "n_eval": len(data.eval_rows),
+        "n_train": len(data.train_rows),
+        "steps": done.step,
+        "best_step": done.best_step,
+        "micro_batches": done.micro_batches,
+        "fill_rate": trainer.plan.fill_rate,
+        "tokens": done.tokens,
+        "unique_tokens": done.tokens,
+        "tokens_per_second": done.tokens / max(done.seconds, 1e-9),
+        "train_seconds": done.seconds,
+        "peak_memory_bytes": peak_memory(device),
+        "trainable_parameters": sum(parameter.numel() for parameter in trainable(trainer.model).values()),
+        "device": device_name(device),
+        "attention_backend": choose_backend(trainer.recipe.model.attention),
     }
 
 

@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor
 
+from arena.config import save_recipe
 from arena.data.prepare import prepare_fold
 from arena.model.backbone import adapt, load_base, load_tokenizer
 from arena.packing.batch import PackedBatch, VarlenCollator
 from arena.training import trainer as trainer_module
 from arena.training.checkpoint import checkpoints, load_weights
 from arena.training.optim import trainable
+from arena.training.run import run_fold
 from arena.training.trainer import Trainer, accumulate, plan_fold
 from tests.helpers import classifier, exact, pack, tiny_recipe
 
@@ -172,42 +175,41 @@ def test_plan_depends_on_ranks_only_in_its_cut(gemma2: Path, tmp_path: Path) -> 
         assert alone == shared
 
 
-RANKS = """
-import os, sys, torch
-from pathlib import Path
-from accelerate import Accelerator
-from tests.training.test_trainer import make, weights
-torch.set_num_threads(1)
-folder, base, rank = Path(sys.argv[1]), Path(sys.argv[2]), os.environ["RANK"]
-Accelerator(cpu=True)
-trainer = make(folder / f"rank{rank}", base, "model.quantization=none", "train.evaluate_every=0")
-trainer.folder = folder / "run"
-trainer.run()
-torch.save(weights(trainer), folder / f"weights{rank}.pt")
-"""
-
-
 def test_two_ranks_equal_one(gemma2: Path, tmp_path: Path) -> None:
     """Two processes that share each step end with the same weights as one process, up to rounding."""
-    alone = make(tmp_path / "alone", gemma2, "model.quantization=none", "train.evaluate_every=0")
-    alone.run()
-    (tmp_path / "run").mkdir()
-    settings = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29517",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(tmp_path), str(gemma2)],
-            env={**settings, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2],
-        )
-        for rank in range(2)
+    overrides = "model.quantization=none", "train.epochs=2"
+    recipe = tiny_recipe(tmp_path, gemma2, *overrides)
+    run_fold(recipe, 0, tmp_path / "alone")
+    (tmp_path / "recipe.yaml").write_text(save_recipe(recipe), encoding="utf-8")
+    launch = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        *launch.split(),
+        "--main_process_port",
+        "29517",
+        "-m",
+        "arena.cli",
+        "train",
+        "--fold",
+        "0",
     ]
-    assert [rank.wait(timeout=180) for rank in ranks] == [0, 0]
-    found = [torch.load(tmp_path / f"weights{rank}.pt", weights_only=True) for rank in range(2)]
-    assert torch.equal(*found)
-    assert relative(found[0], weights(alone)) < 1e-4
+    command += ["--recipe", str(tmp_path / "recipe.yaml"), "--runs", str(tmp_path / "shared")]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (
+        load_file(tmp_path / runs / "demo/fold0/model/adapter_model.safetensors") for runs in ("alone", "shared")
+    )
+    flat = [torch.cat([adapter[name].reshape(-1) for name in sorted(one)]) for adapter in (one, two)]
+    assert one.keys() == two.keys()
+    assert relative(flat[1], flat[0]) < 1e-4
+    plan = json.loads((tmp_path / "shared/demo/fold0/metrics.json").read_text())
+    assert plan["micro_batches"] % 2 == 0
+    assert "training prior" in done.stdout
+    assert done.stdout.count("log-loss") == 1  # one rank speaks for all
