@@ -31,7 +31,6 @@ from arena.config import load_recipe
 from arena.data.prepare import prepare_fold
 from arena.data.synthetic import write_demo
 from arena.model.backbone import load_tokenizer, sliding_window
-from arena.packing.batch import VarlenCollator
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import least_micro_batches, plan_evaluation
 from arena.reporting.inspect import draw_attention
@@ -67,7 +66,7 @@ plt.show()
 
 # %%
 plan = plan_fold(recipe, data)
-dataloader = PackedLoader(data.store, None, plan, VarlenCollator(tokenizer, budget=plan.budget))
+dataloader = PackedLoader(data.store, None, plan, tokenizer)
 for batch in dataloader:
     for micro_batch in batch:
         print("input_ids   ", tuple(micro_batch["input_ids"].shape), micro_batch["input_ids"].dtype)

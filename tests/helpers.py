@@ -24,7 +24,7 @@ from transformers import (
 from arena.config import ModelSettings, PromptSettings, Recipe, load_recipe
 from arena.model.backbone import adapt, load_base
 from arena.model.classifier import PackedClassifier
-from arena.packing.batch import PackedBatch, VarlenCollator
+from arena.packing.batch import PackedBatch, collate
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data and tokenizer are not at {SHARED}")
@@ -112,7 +112,7 @@ def pack(lengths: list[int], vocabulary: int = 300, seed: int = 0) -> PackedBatc
         {"input_ids": rng.integers(10, vocabulary, n), "label": label, "index": at}
         for at, (n, label) in enumerate(zip(lengths, labels, strict=True))
     ]
-    return VarlenCollator()(items)  # type: ignore[arg-type]
+    return collate(items)  # type: ignore[arg-type]
 
 
 def prompt_settings(template: str = "compact", **changes: Any) -> PromptSettings:

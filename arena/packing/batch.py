@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arena.packing.plan import plan_training
+
 
 class Item(TypedDict, total=False):
-    """One example, as `VarlenCollator` takes it: `input_ids` is required, the rest may be left out."""
+    """One example, as `collate` and `VarlenCollator` take it: `input_ids` is required, the rest may be left out."""
 
     input_ids: Sequence[int] | np.ndarray
     label: Sequence[float] | np.ndarray
@@ -34,7 +36,7 @@ class PackedBatch:
         max_seq_len: the longest example's tokens.
         label: float32 (n, 3), probabilities of A, B, tie; NaN where there is no label.
         index: int64 (n,), which example of the data set each one is.
-        input_text: the examples decoded, or empty when the collator was not asked for texts.
+        input_text: the examples decoded, or empty where texts were not asked for.
     """
 
     batch_size: int
@@ -68,48 +70,59 @@ class PackedBatch:
 
 
 class VarlenCollator:
-    """Lays examples end to end.
+    """Turns the examples of an optimizer step into its micro-batches; a `collate_fn` for torch's `DataLoader`.
+
+        DataLoader(examples, batch_size=80, collate_fn=VarlenCollator(tokenizer))
 
     Args:
         tokenizer: decodes `input_text` for people who look at batches; None leaves it empty and costs nothing.
-        budget: tokens that a batch may hold, or None for no limit.
+        budget: tokens that a micro-batch may hold.
     """
 
-    def __init__(self, tokenizer: Any = None, budget: int | None = None) -> None:
+    def __init__(self, tokenizer: Any = None, budget: int = 16384) -> None:
         self.tokenizer = tokenizer
         self.budget = budget
 
-    def __call__(self, examples: Sequence[Item]) -> PackedBatch:
-        """Collates examples in the given order.
+    def __call__(self, examples: Sequence[Item]) -> list[PackedBatch]:
+        """The least number of micro-batches that holds the examples, evenly loaded.
 
         Raises:
-            ValueError: no examples, an empty one, or more tokens than the budget.
+            ValueError: no examples, an empty one, or one that is longer than the budget.
         """
-        ids = [np.asarray(example["input_ids"]) for example in examples]
-        lengths = np.array([len(each) for each in ids], dtype=np.int64)
-        self._check(lengths)
-        ends = np.cumsum(lengths)
-        cu_seqlens = np.concatenate([[0], ends])
-        positions = np.arange(ends[-1]) - np.repeat(cu_seqlens[:-1], lengths)
-        missing = [float("nan")] * 3
-        labels = np.asarray([example.get("label", missing) for example in examples], dtype=np.float32)
-        return PackedBatch(
-            batch_size=len(ids),
-            input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
-            position_ids=torch.from_numpy(positions)[None],
-            seq_lens=lengths.tolist(),
-            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-            max_seq_len=int(lengths.max()),
-            label=torch.from_numpy(labels),
-            index=torch.tensor([example.get("index", at) for at, example in enumerate(examples)]),
-            input_text=[] if self.tokenizer is None else [self.tokenizer.decode(each) for each in ids],
-        )
+        lengths = np.array([len(example["input_ids"]) for example in examples], dtype=np.int64)
+        if len(lengths) == 0:
+            raise ValueError("a step needs at least one example")
+        plan = plan_training(lengths, np.arange(len(lengths)), step_size=len(lengths), budget=self.budget)
+        named: list[Item] = [{"index": at, **example} for at, example in enumerate(examples)]  # type: ignore[misc]
+        return [collate([named[at] for at in members], self.tokenizer) for members in plan.step(0)]
 
-    def _check(self, lengths: np.ndarray) -> None:
-        if len(lengths) == 0 or (lengths == 0).any():
-            raise ValueError("a batch needs at least one example, and every example at least one token")
-        if self.budget is not None and lengths.sum() > self.budget:
-            raise ValueError(
-                f"{len(lengths)} examples of {lengths.sum():,} tokens do not fit the budget of {self.budget:,}: "
-                "let packing.plan choose what shares a batch"
-            )
+
+def collate(examples: Sequence[Item], tokenizer: Any = None) -> PackedBatch:
+    """Lays examples end to end, in the given order, as one micro-batch.
+
+    Args:
+        tokenizer: decodes `input_text`; None leaves it empty.
+
+    Raises:
+        ValueError: no examples, or an empty one.
+    """
+    ids = [np.asarray(example["input_ids"]) for example in examples]
+    lengths = np.array([len(each) for each in ids], dtype=np.int64)
+    if len(lengths) == 0 or (lengths == 0).any():
+        raise ValueError("a batch needs at least one example, and every example at least one token")
+    ends = np.cumsum(lengths)
+    cu_seqlens = np.concatenate([[0], ends])
+    positions = np.arange(ends[-1]) - np.repeat(cu_seqlens[:-1], lengths)
+    missing = [float("nan")] * 3
+    labels = np.asarray([example.get("label", missing) for example in examples], dtype=np.float32)
+    return PackedBatch(
+        batch_size=len(ids),
+        input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        position_ids=torch.from_numpy(positions)[None],
+        seq_lens=lengths.tolist(),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seq_len=int(lengths.max()),
+        label=torch.from_numpy(labels),
+        index=torch.tensor([example.get("index", at) for at, example in enumerate(examples)]),
+        input_text=[] if tokenizer is None else [tokenizer.decode(each) for each in ids],
+    )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from arena.data.tokens import TokenStore
-from arena.packing.batch import Item, PackedBatch, VarlenCollator
+from arena.packing.batch import Item, PackedBatch, collate
 from arena.packing.plan import PackPlan
 
 
@@ -22,7 +23,7 @@ class PackedLoader:
         store: token ids.
         labels: float (n, 3) for the examples of the store, or None.
         plan: what to load; its example indices are indices into the store.
-        collator: lays examples end to end.
+        tokenizer: decodes `input_text` for people who look at batches; None leaves it empty and costs nothing.
         rank: which of `plan.ranks` this process is.
         start: steps to leave out at the beginning, those an interrupted run has already done.
     """
@@ -32,14 +33,13 @@ class PackedLoader:
         store: TokenStore,
         labels: np.ndarray | None,
         plan: PackPlan,
-        collator: VarlenCollator | None = None,
+        tokenizer: Any = None,
         *,
         rank: int = 0,
         start: int = 0,
     ) -> None:
         self.store, self.labels, self.plan = store, labels, plan
-        self.collator = collator or VarlenCollator(budget=plan.budget)
-        self.rank, self.start = rank, start
+        self.tokenizer, self.rank, self.start = tokenizer, rank, start
 
     def __len__(self) -> int:
         """Steps that an iteration gives."""
@@ -57,4 +57,4 @@ class PackedLoader:
             if self.labels is not None:
                 item["label"] = self.labels[index]
             items.append(item)
-        return self.collator(items)
+        return collate(items, self.tokenizer)

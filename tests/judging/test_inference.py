@@ -13,7 +13,7 @@ from arena.data.tokens import TokenStore, tokenise
 from arena.judging.inference import predict
 from arena.metrics import softmax
 from arena.model.backbone import load_tokenizer
-from arena.packing.batch import VarlenCollator
+from arena.packing.batch import collate
 from tests.helpers import classifier, exact, prompt_settings
 
 
@@ -27,7 +27,7 @@ def store(gemma2: Path, tmp_path: Path) -> TokenStore:
 
 def alone(model: torch.nn.Module, store: TokenStore, example: int) -> np.ndarray:
     with torch.no_grad():
-        return softmax(model(VarlenCollator()([{"input_ids": store[example]}])).numpy())[0]
+        return softmax(model(collate([{"input_ids": store[example]}])).numpy())[0]
 
 
 @pytest.mark.parametrize("budget", [256, 2048])

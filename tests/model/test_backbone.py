@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from arena.config import ModelSettings, load_recipe, recipe_names
 from arena.model.backbone import backbone, load_base, load_tokenizer, load_trained, save_model, underlying
 from arena.model.classifier import PackedClassifier, loss_sum
+from arena.packing.batch import collate
 from arena.training.optim import trainable
 from tests.helpers import classifier, exact, make_base, pack
 
@@ -103,11 +104,9 @@ def test_packed_four_bit_is_as_near_to_padded_as_two_paddings_are(gemma2: Path) 
     model = classifier(exact(gemma2, quantization="nf4")).eval()
     batch = pack([30, 30, 30])
     rows = batch.input_ids[0].split(batch.seq_lens)
-    from arena.packing.batch import VarlenCollator
-
     with torch.no_grad():
         together = model(batch)
-        alone = torch.cat([model(VarlenCollator()([{"input_ids": row.numpy()}])) for row in rows])
+        alone = torch.cat([model(collate([{"input_ids": row.numpy()}])) for row in rows])
     assert (together - alone).abs().max() <= 1e-4
 
 

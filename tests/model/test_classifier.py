@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from arena.config import LoraSettings
 from arena.model.backbone import _lora, backbone
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.packing.batch import PackedBatch
+from arena.packing.batch import PackedBatch, collate
 from arena.training.optim import trainable
 from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack
 
@@ -107,9 +107,7 @@ def test_one_row_of_logits_per_example_in_its_place(gemma2: Path) -> None:
     batch = pack(LENGTHS)
     order = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(1)).tolist()
     rows = batch.input_ids[0].split(batch.seq_lens)
-    from arena.packing.batch import VarlenCollator
-
-    shuffled = VarlenCollator()([{"input_ids": rows[at].numpy()} for at in order])
+    shuffled = collate([{"input_ids": rows[at].numpy()} for at in order])
     with torch.no_grad():
         straight, permuted = model(batch), model(shuffled)
     assert straight.shape == (len(LENGTHS), 3)

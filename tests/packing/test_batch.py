@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from arena.packing.batch import VarlenCollator
+from arena.packing.batch import PackedBatch, VarlenCollator, collate
 from tests.helpers import make_tokenizer
 
 
@@ -21,7 +22,7 @@ def test_by_hand() -> None:
         {"input_ids": np.array([8], dtype=np.int32), "label": [0.25, 0.25, 0.5], "index": 3},
         {"input_ids": [9, 10], "label": [0, 1, 0], "index": 7},
     ]
-    batch = VarlenCollator()(items)  # type: ignore[arg-type]
+    batch = collate(items)  # type: ignore[arg-type]
     assert batch["batch_size"] == 3
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
@@ -42,7 +43,7 @@ def test_by_hand() -> None:
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20))
 def test_every_token_in_its_place(lengths: list[int]) -> None:
     ids = [np.arange(n) + 100 * at for at, n in enumerate(lengths)]
-    batch = VarlenCollator()([{"input_ids": each} for each in ids])
+    batch = collate([{"input_ids": each} for each in ids])
     ends = batch.cu_seqlens.tolist()
     assert batch.input_ids.shape == batch.position_ids.shape == (1, sum(lengths))
     for at, (start, end) in enumerate(pairwise(ends)):
@@ -54,17 +55,32 @@ def test_every_token_in_its_place(lengths: list[int]) -> None:
 def test_texts_where_asked_for(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path)
     ids = tokenizer("hello world", add_special_tokens=False)["input_ids"]
-    assert VarlenCollator(tokenizer)([{"input_ids": ids}])["input_text"] == ["hello world"]
+    assert collate([{"input_ids": ids}], tokenizer)["input_text"] == ["hello world"]
+
+
+def test_a_step_in_few_even_micro_batches_from_torch_dataloader() -> None:
+    """The loop of the data loader: a step is a list of micro-batches, each within the budget."""
+    examples = [{"input_ids": list(range(1, 2 + at % 7)), "label": [0, 0, 1], "index": at} for at in range(20)]
+    loader = DataLoader(examples, batch_size=10, collate_fn=VarlenCollator(budget=25))  # type: ignore[arg-type]
+    seen: list[int] = []
+    for batch in loader:
+        assert len(batch) == 2  # 10 examples of 37 and of 40 tokens
+        for micro_batch in batch:
+            assert isinstance(micro_batch, PackedBatch)
+            assert micro_batch["input_ids"].shape == (1, sum(micro_batch["seq_lens"]))
+            assert 15 <= micro_batch["input_ids"].shape[1] <= 25
+            seen += micro_batch["index"].tolist()
+    assert sorted(seen) == list(range(20))
 
 
 def test_refusals() -> None:
-    collate = VarlenCollator(budget=4)
-    with pytest.raises(ValueError, match="at least one example"):
-        collate([])
+    for call in (collate, VarlenCollator(budget=4)):
+        with pytest.raises(ValueError, match="at least one example"):
+            call([])
     with pytest.raises(ValueError, match="at least one token"):
         collate([{"input_ids": []}])
-    with pytest.raises(ValueError, match=r"5 tokens do not fit the budget of 4"):
-        collate([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3]}])
+    with pytest.raises(ValueError, match="example 1 has 5 tokens"):
+        VarlenCollator(budget=4)([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3, 4, 5]}])
     with pytest.raises(KeyError, match="cu_seqlens"):
         collate([{"input_ids": [1]}])["cu_seqlens_q"]
     assert collate([{"input_ids": [1]}]).to("cpu").batch_size == 1

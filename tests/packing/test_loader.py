@@ -9,7 +9,6 @@ import pytest
 from datasets import Dataset
 
 from arena.data.tokens import TokenStore, tokenise
-from arena.packing.batch import VarlenCollator
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import epoch_order, plan_training
 from arena.training.order import example_labels, training_order
@@ -29,7 +28,7 @@ def test_the_loop_over_steps_and_micro_batches(
     tokenizer = make_tokenizer(tmp_path)
     plan = plan_training(store.lengths, epoch_order(len(store), 0, 0), step_size=10, budget=512)
     labels = np.eye(3)[np.arange(len(store)) % 3]
-    dataloader = PackedLoader(store, labels, plan, VarlenCollator(tokenizer, budget=512))
+    dataloader = PackedLoader(store, labels, plan, tokenizer)
     seen = []
     for batch in dataloader:
         for micro_batch in batch:

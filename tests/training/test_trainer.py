@@ -19,7 +19,7 @@ from torch import Tensor
 from arena.config import save_recipe
 from arena.data.prepare import prepare_fold
 from arena.model.backbone import adapt, load_base, load_tokenizer
-from arena.packing.batch import PackedBatch, VarlenCollator
+from arena.packing.batch import PackedBatch, collate
 from arena.training import trainer as trainer_module
 from arena.training.checkpoint import checkpoints, load_weights
 from arena.training.optim import trainable
@@ -34,8 +34,7 @@ LENGTHS = [30, 4, 11, 9, 17, 2, 25, 8]
 def split(batch: PackedBatch, parts: list[list[int]]) -> list[PackedBatch]:
     rows = batch.input_ids[0].split(batch.seq_lens)
     return [
-        VarlenCollator()([{"input_ids": rows[at].numpy(), "label": batch.label[at].numpy()} for at in part])
-        for part in parts
+        collate([{"input_ids": rows[at].numpy(), "label": batch.label[at].numpy()} for at in part]) for part in parts
     ]
 
 
