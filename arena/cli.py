@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class Infer:
         models = fold_models(self.runs / load_recipe(self.recipe).name)
         data = change(Recipe.model_validate(read_card(models[0])["recipe"]), self.overrides).data
         cache = Path(data.cache)
+        if self.data is None and Path(data.path).is_file():
+            raise ValueError(f"the judge was trained on the file {data.path}: name the test file with DATA= or --data")
         test = data_file(self.data or data.path, "test")
         rows = read_conversations([test], cache, labels="ignored")
         probabilities = average(models, rows, cache, self.overrides)
@@ -165,13 +168,15 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Runs a subcommand. What the user can mend is said in one message, with exit status 2."""
+    """Runs a subcommand. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
     about = "Train and run judges of pairwise preference on packed, padding-free batches."
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena")
     _quiet()
     try:
         command.run()
     except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("ARENA_DEBUG"):
+            raise
         console.print(f"arena: {error}", style="red", markup=False)
         sys.exit(2)
 
@@ -198,10 +203,10 @@ def _recipe(name: str, data: str | None, overrides: tuple[str, ...]) -> Recipe:
 
 def _write_demo(recipe: Recipe) -> None:
     """Writes the demo's rows on first use."""
+    from arena.data.synthetic import write_demo
+
     folder, rows = Path(recipe.data.path), recipe.data.synthetic_rows
     if rows is not None and not folder.exists():
-        from arena.data.synthetic import write_demo
-
         write_demo(folder, rows[0], rows[1], recipe.seed)
         console.print(f"demo data written to {folder}: {rows[0]:,} labelled rows, {rows[1]:,} to judge")
 

@@ -120,6 +120,8 @@ class Recipe(Settings):
                 f"prompt.max_length ({self.prompt.max_length}) is larger than packing.budget ({self.packing.budget}): "
                 "an example could not be placed in any micro-batch; raise the budget or lower max_length"
             )
+        if self.model.lora is None and self.model.quantization != "none":
+            raise ValueError("model.lora is null, but 4-bit weights cannot be trained: set model.quantization=none")
         return self
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import resource
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch import Tensor
 
 
@@ -28,7 +30,8 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
         raise ValueError(f"train.track={track} needs a package that is not installed: pip install {track}")
     fix_threads()
     set_seed(seed)
-    return Accelerator(log_with=None if track == "none" else track, project_dir=folder)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one rank tokenises while the others wait
+    return Accelerator(log_with=None if track == "none" else track, project_dir=folder, kwargs_handlers=[patience])
 
 
 def is_main() -> bool:
@@ -69,7 +72,8 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes ever held: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device: torch.device) -> str:

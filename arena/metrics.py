@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
+LABELS = ("A", "B", "tie")  # the same classes, in short
+SWAPPED = [1, 0, 2]  # the classes when A and B are exchanged
 SMALLEST = 1e-15  # probabilities are kept this far from 0, as the competition's scorer does
 
 

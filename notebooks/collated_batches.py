@@ -32,7 +32,7 @@ from arena.data.prepare import prepare_fold
 from arena.data.synthetic import write_demo
 from arena.model.backbone import load_tokenizer, sliding_window
 from arena.packing.loader import PackedLoader
-from arena.packing.plan import least_micro_batches, plan_evaluation
+from arena.packing.plan import least_bins, plan_evaluation
 from arena.reporting.inspect import draw_attention
 from arena.training.trainer import plan_fold
 
@@ -114,7 +114,7 @@ evaluation = plan_evaluation(lengths, np.arange(len(lengths)), budget=plan.budge
 print(f"training plan: {plan.n_steps:,} steps, {plan.n_micro_batches:,} micro-batches, fill rate {plan.fill_rate:.1%}")
 print(
     f"evaluation plan: {evaluation.n_micro_batches:,} micro-batches, least possible "
-    f"{least_micro_batches(lengths, plan.budget):,}, fill rate {evaluation.fill_rate:.1%}"
+    f"{least_bins(lengths, plan.budget):,}, fill rate {evaluation.fill_rate:.1%}"
 )
 print(f"useful when padded, 8 a batch: {padded(8, False):.1%} in given order, {padded(8, True):.1%} grouped by length")
 

@@ -36,11 +36,27 @@ def imported(path: Path) -> set[str]:
     """Modules of the package that a module imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("arena."):
-            names |= {node.module} | {f"{node.module}.{each.name}" for each in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {f"{node.module}", *(f"{node.module}.{each.name}" for each in node.names)}
         elif isinstance(node, ast.Import):
-            names |= {each.name for each in node.names if each.name.startswith("arena.")}
-    return {name for name in names if (ROOT / Path(*name.split("."))).with_suffix(".py").is_file()}
+            names |= {each.name for each in node.names}
+    return {name for name in names if name.startswith("arena.") and is_module(ROOT / Path(*name.split(".")))}
+
+
+def is_module(path: Path) -> bool:
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def test_every_kind_of_import_is_seen(tmp_path: Path) -> None:
+    for text in (
+        "from arena import cli",
+        "import arena.cli",
+        "from arena.cli import main",
+        "def f():\n import arena.cli",
+    ):
+        (tmp_path / "module.py").write_text(text)
+        assert imported(tmp_path / "module.py") == {"arena.cli"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

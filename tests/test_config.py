@@ -27,7 +27,10 @@ def test_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
 
 
 def test_overrides() -> None:
-    recipe = load_recipe("demo", ["train.batch_size=7", "model.lora=null", "data.extra=[a.csv, b.csv]", "name=mine"])
+    recipe = load_recipe(
+        "demo",
+        ["train.batch_size=7", "model.lora=null", "model.quantization=none", "data.extra=[a.csv, b.csv]", "name=mine"],
+    )
     assert recipe.train.batch_size == 7 and recipe.model.lora is None
     assert recipe.data.extra == ("a.csv", "b.csv") and recipe.name == "mine"
 
@@ -46,6 +49,7 @@ def test_overrides() -> None:
         ("train.lr.x=1", "'lr' is a single value"),
         ("train.lr={", "not YAML"),
         ("packing.budget=512", "max_length .* is larger than packing.budget"),
+        ("model.lora=null", "4-bit weights cannot be trained"),
         ("prompt.template=nope", "no template 'nope': name one of compact, judge"),
     ],
 )

@@ -8,9 +8,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
+from arena.metrics import CLASSES
+
 Labels = Literal["required", "optional", "ignored"]
 
-NUMBERS = ("winner_model_a", "winner_model_b", "winner_tie")
+NUMBERS = CLASSES
 WORD = "winner"
 WORDS = {
     "model_a": [1.0, 0.0, 0.0],

@@ -10,12 +10,10 @@ import numpy as np
 from datasets import Dataset
 
 from arena.config import Recipe
-from arena.data.conversations import judgeable_rows, read_conversations, repeated
-from arena.data.folds import check_no_leak, leaking, load_or_assign_folds
+from arena.data.conversations import READERS, judgeable_rows, read_conversations, repeated
+from arena.data.folds import leaking, load_or_assign_folds
 from arena.data.tokens import TokenStore, join, tokenise
 from arena.files import fingerprint
-
-ENDINGS = (".csv", ".parquet", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class FoldData:
     """Rows, labels and tokens of one fold. Row numbers count the training file's rows first, then the extra files'.
 
     Attributes:
-        ids: id of each row of the training file.
+        rows: the training file's rows.
         labels: float64 (rows, 3), in the order A, B, tie.
         store: tokens of all rows.
         train_rows: rows to train on, those that cannot be judged left out.
@@ -31,10 +29,11 @@ class FoldData:
         judgeable: bool (rows,), whether a row has anything to judge.
         prior: (3,), mean label of `train_rows`.
         fingerprint: changes when the rows, the fold or the prompt's settings do.
+        trained_on: fingerprint of the files and of the split, the same for all folds.
         notes: what was left out, and why, for people.
     """
 
-    ids: list[str]
+    rows: Dataset
     labels: np.ndarray
     store: TokenStore
     train_rows: np.ndarray
@@ -42,6 +41,7 @@ class FoldData:
     judgeable: np.ndarray
     prior: np.ndarray
     fingerprint: str
+    trained_on: str
     notes: list[str]
 
 
@@ -56,9 +56,9 @@ def data_file(path: str | Path, kind: str) -> Path:
         return place
     if not place.is_dir():
         raise ValueError(f"data.path: there is no folder or file {place}; give one with DATA= or --data")
-    found = [file for ending in ENDINGS if (file := place / f"{kind}{ending}").is_file()]
+    found = [file for ending in READERS if (file := place / f"{kind}{ending}").is_file()]
     if len(found) != 1:
-        names = ", ".join(f"{kind}{ending}" for ending in ENDINGS)
+        names = ", ".join(f"{kind}{ending}" for ending in READERS)
         have = f"it has {', '.join(file.name for file in found)}" if found else "it has none of them"
         raise ValueError(f"{place} must hold exactly one of {names}; {have}")
     return found[0]
@@ -76,7 +76,6 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     cache = Path(settings.cache)
     rows = read_conversations([data_file(settings.path, "train")], cache, labels="required")
     folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, cache)
-    check_no_leak(rows, folds)
     held_out = np.flatnonzero(folds == fold)
     stores = [_tokens(rows, recipe, tokenizer)]
     labels, usable, kept = [_labels(rows)], [judgeable_rows(rows)], [folds != fold]
@@ -98,24 +97,33 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     train_rows = np.flatnonzero(keep & can)
     if not len(train_rows) or not len(held_out):
         raise ValueError(f"fold {fold} has {len(train_rows)} rows to train on and {len(held_out)} to score: add rows")
+    if not can[held_out].any():
+        raise ValueError(f"no row of fold {fold} has anything to judge: use other data or fewer folds")
     if unusable := int((keep & ~can).sum()):
         notes.append(f"{unusable:,} training rows have nothing to judge (no turn, or no answer) and are left out")
-    made_from = [sources, fold, settings.folds, settings.fold_seed, recipe.prompt.model_dump()]
+    split = [sources, settings.folds, settings.fold_seed]
     return FoldData(
-        ids=list(rows["id"]),
+        rows=rows,
         labels=every_label,
         store=join(stores) if len(stores) > 1 else stores[0],
         train_rows=train_rows,
         eval_rows=held_out,
         judgeable=can,
         prior=every_label[train_rows].mean(axis=0),
-        fingerprint=fingerprint(made_from),
+        fingerprint=fingerprint(split, fold, recipe.prompt.model_dump()),
+        trained_on=fingerprint(split),
         notes=notes,
     )
 
 
 def source(rows: Dataset) -> str:
-    """The fingerprint of rows that came from `read_conversations`: the name of their file, which is made from it."""
+    """The fingerprint of rows that came from `read_conversations`: the name of their file, which is made from it.
+
+    Raises:
+        ValueError: the rows are not all rows of one such file, in their order.
+    """
+    if len(rows.cache_files) != 1 or rows._indices is not None:
+        raise ValueError("these rows are a selection or were made in memory: write a file and use read_conversations")
     return Path(rows.cache_files[0]["filename"]).stem
 
 

@@ -197,7 +197,7 @@ class PromptEncoder:
         if len(ids) <= cap:
             return ids, 0
         keep = cap - len(self.cut)
-        head = (2 * keep + 2) // 3
+        head = min(-(-2 * keep // 3), keep - 1)
         tail = len(ids) - (keep - head)
         while head > 0 and self._is_continuation[ids[head]]:  # do not cut inside a character made of byte tokens
             head -= 1

@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 from arena.data import synthetic_text as text
 from arena.files import written_whole
+from arena.metrics import CLASSES
 
 TONE, LENGTH, REFUSAL, TIE = 2.0, 2.0, 2.0, 1.0
 
-LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
 TEST_COLUMNS = ("id", "prompt", "response_a", "response_b")
-TRAIN_COLUMNS = ("id", "model_a", "model_b", *TEST_COLUMNS[1:], *LABELS)
+TRAIN_COLUMNS = ("id", "model_a", "model_b", *TEST_COLUMNS[1:], *CLASSES)
 MODELS = ("alder-7b", "birch-13b", "cedar-2b", "dogwood-chat", "elm-large", "fir-mini")
 
 Answers = Sequence[str | None]
@@ -148,7 +148,7 @@ def make_rows(rng: Random, count: int) -> list[Row]:
 
 
 def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
-    """Writes `train.csv`, `test.csv`, `sample_submission.csv` and, for all their rows, `truth.csv`.
+    """Writes a folder, all or nothing: `train.csv`, `test.csv`, `sample_submission.csv` and, for all rows, `truth.csv`.
 
     `truth.csv` holds the probabilities that the labels were drawn from; the mean of their `entropy` is the floor.
     """
@@ -159,11 +159,13 @@ def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
     cells = [[_cell(row.prompt), _cell(row.response_a), _cell(row.response_b)] for row in rows]
     train = [[ids[i], *rng.sample(MODELS, 2), *cells[i], *_draw(rng, truth[i])] for i in range(n_train)]
     test = [[ids[i], *cells[i]] for i in range(n_train, len(rows))]
-    _write(folder / "train.csv", TRAIN_COLUMNS, train)
-    _write(folder / "test.csv", TEST_COLUMNS, test)
-    _write(folder / "sample_submission.csv", ("id", *LABELS), [[row[0], *["0.333333"] * 3] for row in test])
     answers = [[name, *map(repr, chances)] for name, chances in zip(ids, truth, strict=True)]
-    _write(folder / "truth.csv", ("id", *LABELS), answers)
+    with written_whole(folder) as draft:
+        draft.mkdir()
+        _write(draft / "train.csv", TRAIN_COLUMNS, train)
+        _write(draft / "test.csv", TEST_COLUMNS, test)
+        _write(draft / "sample_submission.csv", ("id", *CLASSES), [[row[0], *["0.333333"] * 3] for row in test])
+        _write(draft / "truth.csv", ("id", *CLASSES), answers)
 
 
 def _draw(rng: Random, probabilities: Sequence[float]) -> list[str]:
@@ -178,7 +180,7 @@ def _cell(turns: Sequence[str | None]) -> str:
 
 
 def _write(path: Path, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    with written_whole(path) as draft, draft.open("w", encoding="utf-8", newline="") as handle:
+    with path.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)

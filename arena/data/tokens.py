@@ -74,13 +74,14 @@ def tokenise(
     if not path.is_file():
         with written_whole(path) as draft:
             _write(draft, rows, encoder, both_orders)
-    return open_tokens([path], orders=2 if both_orders else 1)
+    store = open_tokens(path, orders=2 if both_orders else 1)
+    assert len(store) == store.orders * len(rows), "the store is of other rows"
+    return store
 
 
-def open_tokens(paths: Sequence[Path], orders: int) -> TokenStore:
-    """Opens token files one after another as a single store."""
-    tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths]
-    table = pa.concat_tables(tables)
+def open_tokens(path: Path, orders: int) -> TokenStore:
+    """Opens a token file, memory-mapped."""
+    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     chunks = [chunk for chunk in table["input_ids"].chunks if len(chunk)]
     offsets = tuple(chunk.offsets.to_numpy() for chunk in chunks)
     lengths = [np.diff(each) for each in offsets]

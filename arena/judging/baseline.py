@@ -10,25 +10,26 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from arena.data.prepare import FoldData
-from arena.metrics import log_loss
+from arena.metrics import SWAPPED, log_loss
 
 WORDS = 20_000  # most frequent words and pairs of words
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # inverse regularisation to choose from
 FITTED = 20_000  # rows at most; more change little and take minutes
 
 
-def baseline_probabilities(rows: Dataset, data: FoldData, seed: int = 0) -> np.ndarray:
+def baseline_probabilities(data: FoldData, seed: int = 0) -> np.ndarray:
     """Trains on the fold's training rows (at most `FITTED` of them, drawn by the seed) and judges its held-out rows.
 
     Features: TF-IDF of words and pairs of words, A's minus B's; the logarithms of both lengths and their difference.
     Each training row is also shown with A and B exchanged; how strongly to regularise is chosen on a fifth of the rows.
 
-    Args:
-        rows: the training file's rows.
-
     Returns:
         float64 (len(data.eval_rows), 3).
+
+    Raises:
+        ValueError: too few rows, or no words in them.
     """
+    rows = data.rows
     train = data.train_rows[data.train_rows < len(rows)]
     if len(train) > FITTED:
         train = np.sort(np.random.default_rng(seed).choice(train, FITTED, replace=False))
@@ -50,7 +51,7 @@ def baseline_probabilities(rows: Dataset, data: FoldData, seed: int = 0) -> np.n
 def _fit(both: tuple[csr_matrix, csr_matrix], labels: np.ndarray, c: float, which: np.ndarray) -> LogisticRegression:
     """Fits some rows, each in both orders. A soft label counts as a row of each class in its proportion."""
     features = vstack([each[which] for each in both])
-    weights = np.vstack([labels[which], labels[which][:, [1, 0, 2]]])
+    weights = np.vstack([labels[which], labels[which][:, SWAPPED]])
     model = LogisticRegression(C=c, max_iter=500)
     classes = np.repeat([0, 1, 2], features.shape[0])
     return model.fit(vstack([features] * 3), classes, sample_weight=weights.T.reshape(-1))

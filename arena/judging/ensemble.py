@@ -18,8 +18,8 @@ def fold_models(run: Path) -> list[Path]:
     Raises:
         ValueError: there is none, or they were trained on different data.
     """
-    finished = sorted(run.glob("fold*/model/judge.json"), key=lambda path: (len(path.parts[-3]), path.parts[-3]))
-    models = [path.parent for path in finished]
+    finished = sorted(run.glob("fold*/metrics.json"), key=lambda path: (len(path.parent.name), path.parent.name))
+    models = [path.parent / "model" for path in finished]
     if not models:
         raise ValueError(
             f"there is no finished fold under {run}: run `make train FOLD=0` first, or name the run's recipe"
@@ -38,6 +38,8 @@ def average(models: list[Path], rows: Dataset, cache: Path, overrides: Sequence[
     """Mean probabilities over the models, float64 (len(rows), 3), in the order of the rows; see `Judge`."""
     total = np.zeros((len(rows), 3))
     for model in models:
-        console.print(f"{model.parent.name}: judging {len(rows):,} rows")
-        total += Judge(model, overrides).probabilities(rows, cache)
+        judge = Judge(model, overrides)
+        console.print(f"{model.parent.name} ({judge.recipe.model.base}): judging {len(rows):,} rows")
+        total += judge.probabilities(rows, cache)
+        del judge  # two large models at once may not fit
     return total / len(models)

@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from arena.config import Recipe
 from arena.data.tokens import TokenStore
 from arena.distributed import compute_in
-from arena.metrics import softmax
+from arena.metrics import SWAPPED, softmax
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation
 from arena.progress import progress
-
-SWAPPED = [1, 0, 2]  # A and B exchanged in the order of classes
 
 
 @torch.inference_mode()
@@ -65,6 +64,24 @@ def predict(
     if swap:
         probabilities[:, 1] = probabilities[:, 1][:, SWAPPED]
     return np.asarray(probabilities.mean(axis=1))
+
+
+def predict_or_prior(
+    classifier: nn.Module, store: TokenStore, rows: np.ndarray, judgeable: np.ndarray, prior: np.ndarray, recipe: Recipe
+) -> np.ndarray:
+    """`predict` by a recipe's settings; rows that have nothing to judge get the prior.
+
+    Args:
+        judgeable: bool (len(rows),).
+        prior: (3,).
+    """
+    result = np.tile(prior, (len(rows), 1))
+    if judgeable.any():
+        result[judgeable] = predict(
+            classifier, store, np.asarray(rows)[judgeable],
+            budget=recipe.packing.budget, swap=recipe.judge.swap, dtype=recipe.model.dtype,
+        )  # fmt: skip
+    return result
 
 
 def _check(logits: np.ndarray, rows: np.ndarray, orders: int) -> None:

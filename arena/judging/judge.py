@@ -17,7 +17,7 @@ from arena.data.conversations import judgeable_rows
 from arena.data.prepare import source
 from arena.data.tokens import tokenise
 from arena.files import write_json, written_whole
-from arena.judging.inference import predict
+from arena.judging.inference import predict_or_prior
 from arena.model.backbone import load_tokenizer, load_trained, save_model
 from arena.model.classifier import PackedClassifier
 
@@ -56,14 +56,8 @@ class Judge:
         """
         swap = self.recipe.judge.swap
         store = tokenise(rows, source(rows), self.tokenizer, self.recipe.prompt, cache, both_orders=swap)
-        can = judgeable_rows(rows)
-        result = np.tile(self.prior, (len(rows), 1))
-        if can.any():
-            result[can] = predict(
-                self.classifier, store, np.flatnonzero(can),
-                budget=self.recipe.packing.budget, swap=swap, dtype=self.recipe.model.dtype,
-            )  # fmt: skip
-        return result
+        everything = np.arange(len(rows))
+        return predict_or_prior(self.classifier, store, everything, judgeable_rows(rows), self.prior, self.recipe)
 
 
 def save_judge(

@@ -179,8 +179,10 @@ def transformers_attention(
         )
     if dropout:
         raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the model's config")
-    if query.shape[0] != 1 or not getattr(module, "is_causal", True):
-        raise ValueError(f"packed attention takes one row of a causal model, not {query.shape[0]} rows")
+    if query.shape[0] != 1:
+        raise ValueError(f"packed attention takes one row of examples end to end, not {query.shape[0]} rows")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"packed attention is causal, {type(module).__name__} is not")
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     out = varlen_attention(
         q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,

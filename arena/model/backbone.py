@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from arena.config import RECIPES, LoraSettings, ModelSettings
+from arena.metrics import LABELS
 from arena.model.attention import NAME, choose_backend
 
-LABELS = ("A", "B", "tie")  # the order of classes everywhere
 DEMO_BASE = "demo_base"
 HEAD = "score"  # as in transformers' sequence classifiers, so that a merged model loads as one of them
 

@@ -65,7 +65,7 @@ class PackedBatch:
         moved: dict[str, Any] = {}
         for key in self:
             if isinstance(self[key], Tensor):
-                moved[key] = self[key].to(device, non_blocking=True)
+                moved[key] = self[key].to(device)
         return replace(self, **moved)
 
 
@@ -93,7 +93,7 @@ class VarlenCollator:
         if len(lengths) == 0:
             raise ValueError("a step needs at least one example")
         plan = plan_training(lengths, np.arange(len(lengths)), step_size=len(lengths), budget=self.budget)
-        named: list[Item] = [{"index": at, **example} for at, example in enumerate(examples)]  # type: ignore[misc]
+        named: list[Item] = [{"index": at, **example} for at, example in enumerate(examples)]
         return [collate([named[at] for at in members], self.tokenizer) for members in plan.step(0)]
 
 

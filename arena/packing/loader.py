@@ -47,9 +47,9 @@ class PackedLoader:
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         for step in range(self.start, self.plan.n_steps):
-            yield [self.collate(members) for members in self.plan.step(step, self.rank) if len(members)]
+            yield [self._collate(members) for members in self.plan.step(step, self.rank) if len(members)]
 
-    def collate(self, members: np.ndarray) -> PackedBatch:
+    def _collate(self, members: np.ndarray) -> PackedBatch:
         """The micro-batch of these examples."""
         items: list[Item] = []
         for index in members.tolist():

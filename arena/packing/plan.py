@@ -125,7 +125,7 @@ def plan_evaluation(lengths: np.ndarray, indices: np.ndarray, *, budget: int, ra
     return _build([bins] if bins else [], lengths, budget, ranks)
 
 
-def least_micro_batches(lengths: np.ndarray, budget: int) -> int:
+def least_bins(lengths: np.ndarray, budget: int) -> int:
     """No packing of these lengths needs fewer micro-batches than this."""
     return -(-int(lengths.sum()) // budget)
 
@@ -156,7 +156,7 @@ def _even_bins(indices: np.ndarray, lengths: np.ndarray, budget: int, ranks: int
     order = np.argsort(-lengths, kind="stable")
     ordered, sizes = indices[order].tolist(), lengths[order].tolist()
     costs = _cost(lengths[order]).tolist()
-    count = least_micro_batches(lengths, budget)
+    count = least_bins(lengths, budget)
     count += -count % ranks
     while True:
         bins = _longest_first(ordered, sizes, costs, budget, count)

@@ -102,7 +102,8 @@ def _random_states() -> dict[str, Tensor]:
 
 
 def _contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    """Copies, because safetensors takes no tensors that share memory, as those of 8-bit optimizers do."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

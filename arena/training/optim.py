@@ -34,7 +34,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, n_steps: int) -> Any:
-    """Linear warm-up, then the recipe's decay to zero (transformers' schedules)."""
+    """Linear warm-up, then the recipe's schedule (transformers' own)."""
     warmup = round(settings.warmup * n_steps)
     return get_scheduler(settings.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=n_steps)
 

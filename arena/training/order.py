@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from arena.data.tokens import TokenStore
+from arena.metrics import SWAPPED
 from arena.packing.plan import epoch_order
 
 SWAP_STREAM = 1  # keeps the draws of swaps apart from the draws of shuffles
@@ -40,5 +41,5 @@ def example_labels(labels: np.ndarray, store: TokenStore) -> np.ndarray:
     """Labels (rows, 3) as labels (len(store), 3) of examples: the swapped ones have A and B exchanged."""
     expanded = np.repeat(labels, store.orders, axis=0)
     if store.orders == 2:
-        expanded[1::2] = expanded[1::2][:, [1, 0, 2]]
+        expanded[1::2] = expanded[1::2][:, SWAPPED]
     return expanded

@@ -11,16 +11,15 @@ import numpy as np
 import pandas as pd
 
 from arena.config import Recipe, save_recipe
-from arena.data.conversations import read_conversations
-from arena.data.prepare import FoldData, data_file, prepare_fold
+from arena.data.prepare import FoldData, prepare_fold
 from arena.distributed import device_name, peak_memory, start
 from arena.files import fingerprint, write_json, write_text, written_whole
 from arena.judging.baseline import baseline_probabilities
-from arena.judging.inference import predict
+from arena.judging.inference import predict_or_prior
 from arena.judging.judge import save_judge
-from arena.metrics import CLASSES, accuracy, calibration_error, log_loss
+from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
 from arena.model.attention import choose_backend
-from arena.model.backbone import LABELS, adapt, load_base, load_tokenizer
+from arena.model.backbone import adapt, load_base, load_tokenizer
 from arena.progress import console
 from arena.training.optim import trainable
 from arena.training.trainer import Trainer
@@ -58,13 +57,17 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     trainer = Trainer(recipe, data, model, folder, accelerator)
     _say(recipe, data, trainer)
     trainer.run()
-    probabilities = _held_out(recipe, data, trainer)
-    metrics = {"recipe": recipe.name, "fold": fold, **_scores(recipe, data, probabilities), **_effort(data, trainer)}
-    accelerator.end_training()
+    held_out = data.eval_rows
+    probabilities = predict_or_prior(
+        trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe
+    )
+    metrics = {"recipe": recipe.name, "fold": fold, **_effort(data, trainer)}
     if main:
-        save_judge(folder / "model", model, tokenizer, recipe, data.prior, _whole_data(recipe))
+        save_judge(folder / "model", model, tokenizer, recipe, data.prior, data.trained_on)
         write_oof(folder / "oof.csv", data, probabilities)
+        metrics |= _scores(recipe, data, probabilities)
         write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
+    accelerator.end_training()
     return metrics
 
 
@@ -73,7 +76,7 @@ def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
     labels = data.labels[data.eval_rows]
     table = pd.DataFrame(
         {
-            "id": [data.ids[row] for row in data.eval_rows],
+            "id": data.rows.select(data.eval_rows)["id"][:],
             **{name: probabilities[:, at] for at, name in enumerate(CLASSES)},
             "label": [LABELS[at] for at in labels.argmax(axis=1)],
             **{f"label_{name}": labels[:, at] for at, name in enumerate(CLASSES)},
@@ -102,8 +105,8 @@ def _claim(folder: Path, recipe: Recipe, data: str, fresh: bool) -> dict[str, An
             )
     if folder.exists():
         _set_aside(folder)
-    write_json(card, identity)
     write_text(folder / "recipe.yaml", save_recipe(recipe))
+    write_json(card, identity)
     return None
 
 
@@ -124,16 +127,6 @@ def _trained_by(recipe: Recipe) -> str:
     return fingerprint(tree)
 
 
-def _whole_data(recipe: Recipe) -> str:
-    """Fingerprint of the training files and of the split, the same for all folds of one data set."""
-    settings = recipe.data
-    files = [data_file(settings.path, "train"), *map(Path, settings.extra)]
-    names = [
-        read_conversations([file], Path(settings.cache), labels="required").cache_files[0]["filename"] for file in files
-    ]
-    return fingerprint([Path(name).stem for name in names], settings.folds, settings.fold_seed)
-
-
 def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
     for note in data.notes:
         console.print(note)
@@ -149,28 +142,16 @@ def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
         console.print(f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens")
 
 
-def _held_out(recipe: Recipe, data: FoldData, trainer: Trainer) -> np.ndarray:
-    """Probabilities of every held-out row, in order; rows with nothing to judge get the prior."""
-    can = data.judgeable[data.eval_rows]
-    result = np.tile(data.prior, (len(data.eval_rows), 1))
-    result[can] = predict(
-        trainer.classifier, data.store, data.eval_rows[can],
-        budget=recipe.packing.budget, swap=recipe.judge.swap, dtype=recipe.model.dtype, title="scoring held-out rows",
-    )  # fmt: skip
-    return result
-
-
 def _scores(recipe: Recipe, data: FoldData, probabilities: np.ndarray) -> dict[str, float | None]:
     """Ours, and what makes the number mean something: the prior, a plain baseline, and the floor where it is known."""
-    rows = read_conversations([data_file(recipe.data.path, "train")], Path(recipe.data.cache), labels="required")
     labels = data.labels[data.eval_rows]
-    truth = _truth(Path(recipe.data.path), [data.ids[row] for row in data.eval_rows])
+    truth = _truth(Path(recipe.data.path), data.rows.select(data.eval_rows)["id"][:])
     return {
         "log_loss": log_loss(labels, probabilities),
         "accuracy": accuracy(labels, probabilities),
         "ece": calibration_error(labels, probabilities),
         "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1))),
-        "baseline_log_loss": log_loss(labels, baseline_probabilities(rows, data, recipe.seed)),
+        "baseline_log_loss": _baseline(recipe, data),
         "bayes_log_loss": None if truth is None else log_loss(labels, truth),
         "bayes_log_loss_expected": None if truth is None else log_loss(truth, truth),
     }
@@ -197,10 +178,21 @@ def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def _baseline(recipe: Recipe, data: FoldData) -> float | None:
+    """The baseline's log-loss; None, with a note, where it cannot be fitted: that must not cost a trained judge."""
+    try:
+        return log_loss(data.labels[data.eval_rows], baseline_probabilities(data, recipe.seed))
+    except ValueError as error:
+        console.print(f"the plain baseline could not be fitted: {error}")
+        return None
+
+
 def _truth(folder: Path, ids: list[str]) -> np.ndarray | None:
-    """The probabilities from which synthetic labels were drawn; None for real data."""
+    """The probabilities from which synthetic labels were drawn; None for rows that have none."""
     path = folder / "truth.csv"
     if not path.is_file():
         return None
     table = pd.read_csv(path, dtype={"id": str}).set_index("id")
+    if not set(ids) <= set(table.index):
+        return None
     return table.loc[ids, list(CLASSES)].to_numpy(dtype=np.float64)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from arena.config import Recipe
 from arena.data.prepare import FoldData
 from arena.distributed import compute_in, sum_gradients, total
+from arena.files import write_text
 from arena.judging.inference import predict
 from arena.metrics import log_loss
 from arena.model.classifier import PackedClassifier, loss_sum
@@ -78,8 +78,9 @@ class Trainer:
         self.classifier.train()
         with progress("training", self.plan.n_steps, "steps") as advance:
             advance(self.done.step)
+            start = time.monotonic()
             for batch in loader:
-                facts = self._step(batch)
+                facts = self._step(batch, start)
                 advance(1, note=f"loss {facts['loss']:.4f}")
                 last = self.done.step == self.plan.n_steps
                 if last or (settings.evaluate_every and self.done.step % settings.evaluate_every == 0):
@@ -87,6 +88,7 @@ class Trainer:
                     self._save()
                 elif self.done.step % settings.checkpoint_every == 0:
                     self._save()
+                start = time.monotonic()
         load_weights(self.best_folder, self.model)
         return self.done
 
@@ -103,8 +105,8 @@ class Trainer:
         changed = [name for name, value in self.pledge.items() if state["pledge"][name] != value]
         if changed:
             raise ValueError(
-                f"{found[-1]} was made with another {' and '.join(changed)}: give the settings and files of that run "
-                "to go on with it, or --fresh to set it aside and train anew"
+                f"{found[-1]} was made with another {' and '.join(changed)}: give the settings, files and "
+                "number of processes of that run to go on with it, or --fresh to set it aside and train anew"
             )
         load_checkpoint(found[-1], self.model, self.optimizer, self.schedule)
         self.done = Done(**state["done"])
@@ -118,9 +120,12 @@ class Trainer:
         rank = self.accelerator.process_index
         return PackedLoader(self.data.store, labels, self.plan, rank=rank, start=self.done.step)
 
-    def _step(self, batch: list[PackedBatch]) -> dict[str, Any]:
-        """One optimizer step. Raises `FloatingPointError` before it changes a weight if a number is not finite."""
-        start = time.monotonic()
+    def _step(self, batch: list[PackedBatch], start: float) -> dict[str, Any]:
+        """One optimizer step; its time counts from `start`, before its data were loaded.
+
+        Raises:
+            FloatingPointError: a number is not finite; no weight was changed.
+        """
         size = self.plan.step_size(self.done.step)
         loss = accumulate(self.classifier, batch, size, self.accelerator.device, self.recipe.model.dtype)
         parameters = list(trainable(self.model).values())
@@ -162,9 +167,11 @@ class Trainer:
     def _evaluate(self) -> None:
         """Scores the held-out rows in their given order and keeps the weights if they are the best so far."""
         rows = self.data.eval_rows[self.data.judgeable[self.data.eval_rows]]
-        if not len(rows):
-            raise ValueError("no row of the held-out fold has anything to judge: use other data or fewer folds")
-        found = self._predict(rows)
+        recipe = self.recipe
+        found = predict(
+            self.classifier, self.data.store, rows,
+            budget=recipe.packing.budget, swap=False, dtype=recipe.model.dtype, title="evaluating",
+        )  # fmt: skip
         loss = log_loss(self.data.labels[rows], found)
         better = self.done.best_log_loss is None or loss < self.done.best_log_loss
         if better:
@@ -173,13 +180,6 @@ class Trainer:
                 lambda: save_weights(self.best_folder, self.model, {"step": self.done.step, "log_loss": loss})
             )
         self._log({"step": self.done.step, "eval_log_loss": loss, "eval_rows": len(rows), "best": better})
-
-    def _predict(self, rows: np.ndarray) -> np.ndarray:
-        recipe = self.recipe
-        return predict(
-            self.classifier, self.data.store, rows,
-            budget=recipe.packing.budget, swap=False, dtype=recipe.model.dtype, title="evaluating",
-        )  # fmt: skip
 
     def _save(self) -> None:
         state = {"done": asdict(self.done), "pledge": self.pledge}
@@ -197,11 +197,9 @@ class Trainer:
     def _start_log(self) -> None:
         """Drops the lines that an interrupted run wrote after its last checkpoint: those steps are done again."""
         path = self.folder / "log.jsonl"
-        kept = []
-        if path.is_file() and self.done.step:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _whole(line) and json.loads(line)["step"] <= self.done.step]
-        self._on_main(lambda: _rewrite(path, kept))
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= self.done.step]
+        self._on_main(lambda: write_text(path, "".join(line + "\n" for line in kept)))
 
     def _log(self, facts: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -238,12 +236,9 @@ def accumulate(classifier: nn.Module, batch: list[PackedBatch], size: int, devic
     return float(torch.stack(sums).sum()) if sums else 0.0
 
 
-def _whole(line: str) -> bool:
+def _step_of(line: str) -> float:
+    """The step of a line of the log; infinity for a line that was cut short."""
     try:
-        return isinstance(json.loads(line), dict)
+        return float(json.loads(line)["step"])
     except ValueError:
-        return False
-
-
-def _rewrite(path: Path, lines: list[str]) -> None:
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return math.inf

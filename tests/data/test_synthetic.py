@@ -13,6 +13,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from arena.data import synthetic, synthetic_text
+from arena.metrics import CLASSES
 
 N_TRAIN, N_TEST = 2500, 300
 
@@ -42,7 +43,7 @@ def rows(train: list[dict[str, str]]) -> list[synthetic.Row]:
 @pytest.fixture(scope="module")
 def truth(folder: Path) -> dict[str, list[float]]:
     rows = _read(folder / "truth.csv")
-    return {row["id"]: [float(row[label]) for label in synthetic.LABELS] for row in rows}
+    return {row["id"]: [float(row[label]) for label in CLASSES] for row in rows}
 
 
 def test_same_seed_same_bytes_and_another_seed_other_bytes(tmp_path: Path) -> None:
@@ -57,10 +58,10 @@ def test_files_have_the_competitions_shape(folder: Path, train: list[dict[str, s
     test, sample = _read(folder / "test.csv"), _read(folder / "sample_submission.csv")
     assert tuple(train[0]) == synthetic.TRAIN_COLUMNS and len(train) == N_TRAIN
     assert tuple(test[0]) == synthetic.TEST_COLUMNS and len(test) == N_TEST
-    assert tuple(sample[0]) == ("id", *synthetic.LABELS)
+    assert tuple(sample[0]) == ("id", *CLASSES)
     assert [row["id"] for row in sample] == [row["id"] for row in test]
     assert len({row["id"] for row in [*train, *test]}) == N_TRAIN + N_TEST
-    assert all(sorted(row[label] for label in synthetic.LABELS) == ["0", "0", "1"] for row in train)
+    assert all(sorted(row[label] for label in CLASSES) == ["0", "0", "1"] for row in train)
     raw = (folder / "train.csv").read_bytes()
     assert raw.isascii() and b"\\ud83d" in raw
 
@@ -86,7 +87,7 @@ def _chi_square(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def test_labels_follow_the_stated_model(train: list[dict[str, str]], truth: dict[str, list[float]]) -> None:
-    labels = np.array([[int(row[label]) for label in synthetic.LABELS] for row in train])
+    labels = np.array([[int(row[label]) for label in CLASSES] for row in train])
     stated = np.array([truth[row["id"]] for row in train])
     assert _chi_square(labels, stated) < 1.7
     flatter = stated**0.8 / (stated**0.8).sum(axis=1, keepdims=True)

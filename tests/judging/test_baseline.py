@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arena.data.conversations import read_conversations
-from arena.data.prepare import data_file, prepare_fold
+from arena.data.prepare import prepare_fold
 from arena.judging.baseline import baseline_probabilities
 from arena.metrics import log_loss
 from arena.model.backbone import load_tokenizer
@@ -17,10 +16,9 @@ from tests.helpers import tiny_recipe
 def test_learns_words_and_nothing_from_noise(gemma2: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2)
     data = prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
-    rows = read_conversations([data_file(recipe.data.path, "train")], Path(recipe.data.cache), labels="required")
     labels = data.labels[data.eval_rows]
-    found = baseline_probabilities(rows, data)
+    found = baseline_probabilities(data)
     np.testing.assert_allclose(found.sum(axis=1), 1)
     assert log_loss(labels, found) < 0.3
     np.random.default_rng(0).shuffle(data.labels)
-    assert log_loss(labels, baseline_probabilities(rows, data)) > 0.8
+    assert log_loss(labels, baseline_probabilities(data)) > 0.8

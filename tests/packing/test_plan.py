@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from arena.packing.plan import (
     PackPlan,
     epoch_order,
-    least_micro_batches,
+    least_bins,
     plan_evaluation,
     plan_training,
 )
@@ -119,8 +119,8 @@ def test_steps_need_few_micro_batches_and_fill_them_evenly() -> None:
     order = epoch_order(len(lengths), 0, 0)
     plan = plan_training(lengths, order, step_size=80, budget=16384)
     steps = [lengths[order[at : at + 80]] for at in range(0, len(order), 80)]
-    assert plan.n_micro_batches <= 1.005 * sum(least_micro_batches(step, 16384) for step in steps)
+    assert plan.n_micro_batches <= 1.005 * sum(least_bins(step, 16384) for step in steps)
     evenness = [tokens.min() / tokens.max() for tokens in np.split(plan.tokens, plan.step_ends[:-1])]
     assert np.mean(evenness) >= 0.97
     whole = plan_evaluation(lengths, np.arange(len(lengths)), budget=16384)
-    assert whole.n_micro_batches <= 1.005 * least_micro_batches(lengths, 16384)
+    assert whole.n_micro_batches <= 1.005 * least_bins(lengths, 16384)
