@@ -153,7 +153,7 @@ class DemoBase:
     threads: Annotated[int, arg(help="Cores to use.")] = 1
 
     def run(self) -> None:
-        from arena.training.demo_base import make_demo_base
+        from arena.demo.base import make_demo_base
 
         make_demo_base(self.out, self.minutes * 60, self.seed, self.threads)
 

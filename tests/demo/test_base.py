@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from arena.config import RECIPES, load_recipe
 from arena.data.prompt import PromptEncoder
-from arena.training.demo_base import make_demo_base
+from arena.demo.base import make_demo_base
 
 SHIPPED = RECIPES / "demo_base"
 

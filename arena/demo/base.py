@@ -1,0 +1,150 @@
+"""Makes the demo's base: a tiny Gemma-2 and its tokenizer, trained to notice what stands in a judge prompt.
+
+The base reads conversations like the demo data's, seeds apart, and learns what `lessons` notes in them. It is
+next-token prediction against the distribution of all such notes at once instead of one that was drawn, which takes a
+fraction of the time. All layers learn together. To prefer is left to fine-tuning, as with a large base, which reads but
+does not judge.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM
+
+from arena.config import load_recipe
+from arena.data import synthetic
+from arena.data.prompt import PromptEncoder
+from arena.demo.lessons import FACTS, FACTS_SHARE, Lesson, Reader, brief_row
+from arena.demo.tokenizer import make_tokenizer
+from arena.files import written_whole
+from arena.progress import progress
+
+TOKENS_A_STEP, POOL = 3000, 256  # tokens of a step; rows from which steps are put together
+PEAK_LR, WARMUP = 3e-3, 50  # warm-up in steps
+BRIEF, EARLY = 0.35, 3  # share of the time in which brief rows go out of use; layers after which facts must be known
+WEIGHTS, TEXT_SHARE = (1.0, 1.0, 2.0, 0.1), 0.1  # of the losses, as `batch_losses` gives them; share of text learned
+
+
+def make_demo_base(folder: Path, seconds: float, seed: int, threads: int) -> None:
+    """Trains tokenizer and base, the base for `seconds` on `threads` threads, and writes both whole into `folder`."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    rng = Random(f"demo base {seed}")  # demo data have plain numbers for seeds, so never the same stream
+    tokenizer = make_tokenizer(rng)
+    reader = Reader(PromptEncoder(tokenizer, load_recipe("demo").prompt))
+    model = make_model(len(tokenizer))
+    pretrain(model, reader, rng, seconds)
+    with written_whole(folder) as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        (draft / "generation_config.json").unlink(missing_ok=True)
+        for readme in folder.glob("*.md"):
+            shutil.copy(readme, draft)
+
+
+def make_model(vocabulary: int) -> Gemma2ForCausalLM:
+    """A Gemma-2 of about 0.9 M parameters: four layers, every other one with a sliding window."""
+    config = Gemma2Config(
+        vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=64, max_position_embeddings=2048,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, tie_word_embeddings=True,
+        initializer_range=128**-0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    config._attn_implementation = "demo_pretraining"
+    return Gemma2ForCausalLM(config)
+
+
+def _attend(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+    scaling: float | None = None, sliding_window: int | None = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Fused causal attention without the softcap, which these small logits do not reach; padding on the right."""
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    mask = None
+    if sliding_window and sliding_window < length:
+        age = torch.arange(length)[:, None] - torch.arange(length)
+        mask = (age >= 0) & (age < sliding_window)
+    attend = functional.scaled_dot_product_attention
+    return attend(query, key, value, mask, is_causal=mask is None, scale=scaling).transpose(1, 2), None
+
+
+AttentionInterface.register("demo_pretraining", _attend)
+
+
+def pretrain(model: Gemma2ForCausalLM, reader: Reader, rng: Random, seconds: float) -> None:
+    """Trains all layers for `seconds`; the share of brief rows falls to a tenth, the learning rate to nothing."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98))
+    seen: list[list[float]] = []
+    with progress("demo base", None, "steps") as advance:
+        for step, (share, batch) in enumerate(_batches(reader, rng, seconds)):
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_LR * min(1.0, (step + 1) / WARMUP, max(1.0 - share, 0.01) / 0.6)
+            losses = batch_losses(model, reader, batch)
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            seen = [*seen[-49:], [loss.item() for loss in losses]]
+            note, early, suffix, plain = np.mean(seen, axis=0)
+            advance(1, f"excess loss: notes {note:.3f}, early {early:.3f}, verdict {suffix:.3f}, text {plain:.3f}")
+
+
+def _batches(reader: Reader, rng: Random, seconds: float) -> Iterator[tuple[float, list[Lesson]]]:
+    """For `seconds`, the share of the time gone by and a batch of lessons of like length, `TOKENS_A_STEP` at most."""
+    start, share = time.monotonic(), 0.0
+    while share < 1:
+        brief = max(0.1, 1 - share / BRIEF)
+        rows = [brief_row(rng) if rng.random() < brief else synthetic.make_row(rng) for _ in range(POOL)]
+        batches: list[list[Lesson]] = [[]]
+        for lesson in sorted(reader.lessons(rows), key=lambda lesson: len(lesson.ids)):
+            if batches[-1] and len(lesson.ids) * (len(batches[-1]) + 1) > TOKENS_A_STEP:
+                batches.append([])
+            batches[-1].append(lesson)
+        rng.shuffle(batches)
+        for batch in batches:
+            share = (time.monotonic() - start) / seconds
+            if share < 1:
+                yield share, batch
+
+
+def batch_losses(model: Gemma2ForCausalLM, reader: Reader, batch: Sequence[Lesson]) -> list[torch.Tensor]:
+    """Losses of the notes, of their facts already at an early layer, of the note at the suffix, and of plain text."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(lesson.ids) for lesson in batch], batch_first=True)
+    out = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
+    last, early = out.last_hidden_state, model.model.norm(out.hidden_states[EARLY])
+    rows = torch.tensor([row for row, lesson in enumerate(batch) for _ in lesson.places])
+    places = torch.tensor([place for lesson in batch for place in lesson.places])
+    notes = torch.from_numpy(np.concatenate([lesson.notes for lesson in batch]))
+    facts = notes[:, : len(FACTS)] / FACTS_SHARE
+    claims = facts.sum(-1) > 0
+    count = max(int(claims.sum()), 1)
+    words = torch.tensor(reader.words)
+    note = _excess(_logits(model, last[rows, places]), words, notes)
+    fact = _excess(_logits(model, early[rows, places][claims]), words[: len(FACTS)], facts[claims])
+    plain = (torch.rand(ids.shape) < TEXT_SHARE) & (ids > 0)
+    plain[:, -1] = plain[rows, places] = False
+    following = ids.roll(-1, 1)[plain]
+    spoken = functional.cross_entropy(_logits(model, last[plain]), following)
+    losses = note[claims].sum() / count, fact.sum() / count, note[~claims].mean(), spoken
+    return [weight * loss for weight, loss in zip(WEIGHTS, losses, strict=True)]
+
+
+def _logits(model: Gemma2ForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model.lm_head(hidden)
+    return torch.tanh(logits / 30.0) * 30.0
+
+
+def _excess(logits: torch.Tensor, words: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cross entropy less its least possible value, per row; `target` is a distribution over `words`."""
+    surprise: torch.Tensor = torch.special.xlogy(target, target) - target * logits.log_softmax(-1)[:, words]
+    return surprise.sum(-1)
