@@ -24,6 +24,8 @@ Overrides = Positional[
     Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings to change, such as train.batch_size=32.")]
 ]
 
+INFER_SETTINGS = ("judge.", "packing.", "model.base=", "model.dtype=", "model.attention=", "data.cache=")
+
 
 @dataclass
 class Train:
@@ -67,9 +69,12 @@ class Infer:
         from arena.distributed import fix_threads
         from arena.judging.ensemble import average, fold_models
         from arena.judging.judge import read_card
-        from arena.judging.submission import write_submission
+        from arena.judging.submission import check_target, write_submission
 
         fix_threads()
+        odd = [each for each in self.overrides if not each.startswith(INFER_SETTINGS)]
+        if odd:
+            raise ValueError(f"{odd[0]} changes nothing about judging: here {', '.join(INFER_SETTINGS)} can be set")
         models = fold_models(self.runs / load_recipe(self.recipe).name)
         data = change(Recipe.model_validate(read_card(models[0])["recipe"]), self.overrides).data
         cache = Path(data.cache)
@@ -77,14 +82,16 @@ class Infer:
             raise ValueError(f"the judge was trained on the file {data.path}: name the test file with DATA= or --data")
         test = data_file(self.data or data.path, "test")
         rows = read_conversations([test], cache, labels="ignored")
-        probabilities = average(models, rows, cache, self.overrides)
         sample = test.parent / "sample_submission.csv"
-        write_submission(self.out, rows["id"], probabilities, sample if sample.is_file() else None)
+        known = sample if sample.is_file() else None
+        check_target(self.out, rows["id"], known)
+        probabilities = average(models, rows, cache, self.overrides)
+        write_submission(self.out, rows["id"], probabilities, known)
         console.print(
             f"written: {self.out}, {len(rows):,} rows from {len(models)} fold{'s' if len(models) > 1 else ''}; "
             f"{int((~judgeable_rows(rows)).sum()):,} rows have nothing to judge and got the training prior"
         )
-        if not sample.is_file():
+        if known is None:
             console.print(
                 f"there is no {sample} to check it against: columns and ids were checked against the test file"
             )
@@ -139,6 +146,8 @@ class Export:
         from arena.judging.export import export_judge
 
         name = load_recipe(self.recipe).name
+        if self.out.exists():
+            raise ValueError(f"{self.out} exists: name a new folder")
         export_judge(self.runs / name / f"fold{self.fold}" / "model", self.out, self.dtype)
         console.print(f"written: {self.out}; load it with AutoModelForSequenceClassification.from_pretrained")
 
@@ -177,7 +186,7 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("ARENA_DEBUG"):
             raise
-        console.print(f"arena: {error}", style="red", markup=False)
+        console.print(f"arena: {error}", style="red")
         sys.exit(2)
 
 
@@ -197,8 +206,10 @@ def _quiet() -> None:
 
 def _recipe(name: str, data: str | None, overrides: tuple[str, ...]) -> Recipe:
     """The recipe; rows of one's own are never replaced by demo rows."""
-    own = [] if data is None else [f"data.path={data}", "data.synthetic_rows=null"]
-    return load_recipe(name, [*own, *overrides])
+    recipe = load_recipe(name, overrides)
+    if data is None:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data, "synthetic_rows": None})})
 
 
 def _write_demo(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -16,7 +16,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class Settings(BaseModel):
     """Base of every settings group: unknown keys are refused, values do not change once validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Template(Settings):
@@ -55,7 +55,7 @@ class DataSettings(Settings):
     folds: int = Field(5, ge=2)
     fold_seed: int = 0
     cache: str = Field("data/cache", description="where rows and tokens are kept between runs")
-    synthetic_rows: tuple[int, int] | None = Field(
+    synthetic_rows: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="(train, test) rows of demo data to write to `path` when nothing stands there"
     )
 

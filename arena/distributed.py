@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 
 
@@ -42,7 +42,7 @@ def is_main() -> bool:
 def fix_threads() -> None:
     """One pool of as many threads as this process may use: two pools that fight over cores cost ten times the time."""
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", free)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(free)).split(",")[0]))
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
@@ -61,6 +61,14 @@ def total(accelerator: Accelerator, value: float) -> float:
         return value
     # float32 is the widest that every device can add up
     return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="sum"))
+
+
+def first_rank(accelerator: Accelerator, value: float) -> float:
+    """The first rank's value, on all ranks: what they decide by it, they decide alike."""
+    values = [value]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(values)
+    return values[0]
 
 
 def compute_in(device: torch.device, dtype: str) -> AbstractContextManager[None]:

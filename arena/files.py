@@ -25,6 +25,8 @@ def written_whole(target: Path) -> Iterator[Path]:
     try:
         draft = scratch / target.name
         yield draft
+        if target.is_dir() and not draft.is_dir():
+            raise IsADirectoryError(f"{target} is a folder: name a file")
         _sync(draft)
         if target.is_dir() and not target.is_symlink():
             target.replace(scratch / "replaced")

@@ -141,6 +141,78 @@ def test_real_rows_run_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(submission) == 285
 
 
+def test_the_floor_is_that_of_the_held_out_rows(gemma2: Path, tmp_path: Path) -> None:
+    """`truth.csv` is read by id, in any order; one that lacks rows, or is something else, is no floor."""
+    recipe = tiny_recipe(tmp_path, gemma2)
+    rows = Path(recipe.data.path)
+    ids = pd.read_csv(rows / "train.csv", dtype={"id": str})["id"]
+    truth = pd.DataFrame(np.random.default_rng(0).dirichlet([1, 1, 1], len(ids)), columns=list(CLASSES))
+    truth.insert(0, "id", ids)
+    truth.sample(frac=1, random_state=1).to_csv(rows / "truth.csv", index=False)
+    metrics = run_fold(recipe, 0, tmp_path / "runs")
+    oof = pd.read_csv(tmp_path / "runs/demo/fold0/oof.csv", dtype={"id": str})
+    best = truth.set_index("id").loc[oof["id"], list(CLASSES)].to_numpy()
+    labels = oof[[f"label_{name}" for name in CLASSES]].to_numpy()
+    assert metrics["bayes_log_loss"] == pytest.approx(log_loss(labels, best))
+    for other in (truth.head(3), pd.DataFrame({"anything": [1]})):
+        other.to_csv(rows / "truth.csv", index=False)
+        assert run_fold(recipe, 0, tmp_path / "runs", fresh=True)["bayes_log_loss"] is None
+
+
+def test_a_baseline_that_cannot_be_fitted_costs_nothing(gemma2: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2)
+    train = Path(recipe.data.path) / "train.csv"
+    pd.read_csv(train, dtype=str).assign(response_a='["!"]', response_b='["?"]').to_csv(train, index=False)
+    metrics = run_fold(recipe, 0, tmp_path / "runs")
+    assert metrics["baseline_log_loss"] is None and metrics["log_loss"] > 0
+
+
+def test_what_cannot_be_trained_does_not_take_the_place_of_what_was(gemma2: Path, tmp_path: Path) -> None:
+    first = run_fold(tiny_recipe(tmp_path, gemma2), 0, tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"model\.lora\.targets"):
+        run_fold(tiny_recipe(tmp_path, gemma2, "model.lora.targets=[nope]"), 0, tmp_path / "runs")
+    assert json.loads((tmp_path / "runs/demo/fold0/metrics.json").read_text()) == first
+
+
+def test_another_base_in_the_same_place_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows")
+    base = make_base(tmp_path / "base")
+    arena(monkeypatch, "train", "--data", "rows", *tiny(base))
+    make_base(tmp_path / "base", seed=1)
+    with pytest.raises(SystemExit):
+        arena(monkeypatch, "infer")
+    assert "was trained on another base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "folder"], "is a folder: name the file"),
+        (["train.lr=3"], "changes nothing about judging"),
+        (["--data", "other"], "differ in 1 ids"),
+    ],
+)
+def test_infer_says_what_is_wrong_before_it_judges(
+    words: list[str], message: str, gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows")
+    other = write_rows(tmp_path / "other") / "sample_submission.csv"
+    other.write_text("\n".join(other.read_text().splitlines()[:-1]))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/precious").touch()
+    arena(monkeypatch, "train", "--data", "rows", *tiny(gemma2), "train.epochs=0.2")
+    with pytest.raises(SystemExit):
+        arena(monkeypatch, "infer", *words)
+    shown = capsys.readouterr().out
+    assert message in shown.replace("\n", " ") and "judging" not in shown.split(message)[0].split("written")[-1]
+    assert (tmp_path / "folder/precious").exists()
+
+
 def test_notebook_runs(tmp_path: Path) -> None:
     import jupytext
     from nbclient import NotebookClient

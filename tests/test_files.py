@@ -41,3 +41,11 @@ def test_fingerprints_tell_parts_apart(tmp_path: Path) -> None:
     assert fingerprint({"b": 2, "a": 1}) == prints[3]
     write_text(tmp_path / "x", "hello")
     assert file_digest(tmp_path / "x") == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+
+
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/precious").touch()
+    with pytest.raises(IsADirectoryError, match="name a file"):
+        write_text(tmp_path / "folder", "x")
+    assert (tmp_path / "folder/precious").exists()

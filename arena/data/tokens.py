@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from arena.config import PromptSettings
-from arena.data.prompt import Example, PromptEncoder
+from arena.data.prompt import Example, PromptEncoder, control_ids
 from arena.files import fingerprint, written_whole
 from arena.progress import progress
 
@@ -70,6 +70,7 @@ def tokenise(
     """
     encoder = PromptEncoder(tokenizer, settings)
     made_from = [FORMAT, source, settings.model_dump(), both_orders, tokenizer.backend_tokenizer.to_str()]
+    made_from += [encoder.prefix, encoder.suffix, sorted(control_ids(tokenizer))]
     path = cache / f"tokens-{fingerprint(*made_from)}.arrow"
     if not path.is_file():
         with written_whole(path) as draft:

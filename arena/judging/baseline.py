@@ -34,7 +34,9 @@ def baseline_probabilities(data: FoldData, seed: int = 0) -> np.ndarray:
     if len(train) > FITTED:
         train = np.sort(np.random.default_rng(seed).choice(train, FITTED, replace=False))
     a, b = _answers(rows, train)
-    words = TfidfVectorizer(ngram_range=(1, 2), max_features=WORDS, sublinear_tf=True, dtype=np.float64)
+    words = TfidfVectorizer(
+        token_pattern=r"(?u)\b\w+\b", ngram_range=(1, 2), max_features=WORDS, sublinear_tf=True, dtype=np.float64
+    )
     words.fit(a + b)
     lengths = StandardScaler().fit(np.vstack([_lengths(a, b), _lengths(b, a)]))
     both = _features(words, lengths, a, b), _features(words, lengths, b, a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ def fold_models(run: Path) -> list[Path]:
     Raises:
         ValueError: there is none, or they were trained on different data.
     """
-    finished = sorted(run.glob("fold*/metrics.json"), key=lambda path: (len(path.parent.name), path.parent.name))
-    models = [path.parent / "model" for path in finished]
+    folds = [path.parent for path in run.glob("fold*/metrics.json") if re.fullmatch(r"fold\d+", path.parent.name)]
+    models = [fold / "model" for fold in sorted(folds, key=lambda fold: int(fold.name.removeprefix("fold")))]
     if not models:
         raise ValueError(
             f"there is no finished fold under {run}: run `make train FOLD=0` first, or name the run's recipe"
@@ -31,6 +32,8 @@ def fold_models(run: Path) -> list[Path]:
             f"{models[0].parent} and {odd[0].parent} were trained on different data or splits: "
             "train them alike, or move one away"
         )
+    if any({**card["recipe"], "data": None} != {**cards[0]["recipe"], "data": None} for card in cards):
+        console.print(f"the folds of {run} were not all trained with the same settings; they are averaged all the same")
     return models
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
+from transformers import PreTrainedModel
 
 from arena.config import Recipe, change
 from arena.data.conversations import judgeable_rows
@@ -18,7 +18,7 @@ from arena.data.prepare import source
 from arena.data.tokens import tokenise
 from arena.files import write_json, written_whole
 from arena.judging.inference import predict_or_prior
-from arena.model.backbone import load_tokenizer, load_trained, save_model
+from arena.model.backbone import base_digest, load_tokenizer, load_trained, save_model
 from arena.model.classifier import PackedClassifier
 
 FORMAT = 1
@@ -39,6 +39,12 @@ class Judge:
     def __init__(self, folder: Path, overrides: Sequence[str] = (), device: torch.device | str | None = None) -> None:
         card = read_card(folder)
         self.recipe = change(Recipe.model_validate(card["recipe"]), overrides)
+        moved = any(override.startswith("model.base=") for override in overrides)
+        if base_digest(self.recipe.model.base) != card["base"] and not moved:
+            raise ValueError(
+                f"{folder} was trained on another base than {self.recipe.model.base} is now: bring that base back, "
+                "train anew, or say with model.base= where it is"
+            )
         self.prior = np.asarray(card["prior"])
         self.tokenizer = load_tokenizer(str(folder))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -61,18 +67,20 @@ class Judge:
 
 
 def save_judge(
-    folder: Path, model: nn.Module, tokenizer: Any, recipe: Recipe, prior: np.ndarray, trained_on: str
+    folder: Path, model: PreTrainedModel, tokenizer: Any, recipe: Recipe, prior: np.ndarray, trained_on: str, base: str
 ) -> None:
     """Writes adapter, head, tokenizer and settings into `folder`, all or nothing.
 
     Args:
         trained_on: fingerprint of the training data without the fold, by which folds that belong together are known.
+        base: `base_digest` of the base that the adapter was trained on.
     """
     card = {
         "format": FORMAT,
         "recipe": recipe.model_dump(mode="json"),
         "prior": prior.tolist(),
         "trained_on": trained_on,
+        "base": base,
     }
     with written_whole(folder) as draft:
         save_model(model, draft)

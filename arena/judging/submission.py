@@ -29,6 +29,14 @@ def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray, 
         check_submission(draft, ids, sample)
 
 
+def check_target(path: Path, ids: Sequence[str], sample: Path | None) -> None:
+    """Raises `ValueError` for what can be known to be wrong before anything is judged: the place, the sample's ids."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write")
+    if sample and (odd := set(_read(sample)["id"]) ^ set(ids)):
+        raise ValueError(f"{sample} and the test file differ in {len(odd)} ids, such as {min(odd)!r}: are they a pair?")
+
+
 def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> None:
     """Reads a submission back as a scorer would.
 

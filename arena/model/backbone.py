@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from arena.config import RECIPES, LoraSettings, ModelSettings
+from arena.files import fingerprint
 from arena.metrics import LABELS
 from arena.model.attention import NAME, choose_backend
 
@@ -70,9 +71,16 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
 
 
 def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
-    """Adds LoRA adapters, and makes them and the head trainable, in float32; without LoRA all weights train."""
+    """Adds LoRA adapters, and makes them and the head trainable, in float32; without LoRA all weights train.
+
+    Raises:
+        ValueError: the base has no modules of the names in `model.lora.targets`.
+    """
     if settings.lora is not None:
-        model = get_peft_model(model, _lora(settings.lora))
+        try:
+            model = get_peft_model(model, _lora(settings.lora))
+        except ValueError as error:
+            raise ValueError(f"model.lora.targets {settings.lora.targets} do not fit this base: {error}") from None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -106,6 +114,22 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder below the head."""
     inner = underlying(model)
     return getattr(inner, inner.base_model_prefix)
+
+
+def base_digest(base: str) -> str:
+    """Fingerprint of a base: of its files (names, sizes, first and last MiB), or of its name on the hub."""
+    place = Path(base_path(base))
+    if not place.is_dir():
+        return fingerprint(base)
+    files = sorted(path for ending in ("json", "safetensors") for path in place.glob(f"*.{ending}"))
+    return fingerprint(*(part for path in files for part in (path.name, path.stat().st_size, _ends(path))))
+
+
+def _ends(path: Path, size: int = 2**20) -> bytes:
+    with path.open("rb") as file:
+        first = file.read(size)
+        file.seek(max(size, path.stat().st_size - size))
+        return first + file.read(size)
 
 
 def sliding_window(settings: ModelSettings) -> int | None:

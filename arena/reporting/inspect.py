@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 
 from arena.data.tokens import TokenStore
 from arena.packing.batch import PackedBatch
@@ -43,8 +42,7 @@ def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: i
         start, end = batch.cu_seqlens[at : at + 2].tolist()
         cut = f"; {store.tokens_cut[index]:,} tokens cut" if store.tokens_cut[index] else ""
         dropped = f", {store.turns_dropped[index]} turns left out" if store.turns_dropped[index] else ""
-        name = f"[bold]{_name(index, store.orders)}[/bold]"
-        console.print(f"{name}: {len(ids):,} tokens, {start:,} to {end:,}{cut}{dropped}")
+        console.print(f"{_name(index, store.orders)}: {len(ids):,} tokens, {start:,} to {end:,}{cut}{dropped}")
         console.print(f"  begins ... {_words(tokenizer, ids[shared : shared + SHOWN])}")
         console.print(f"  ends   ... {_words(tokenizer, ids[-SHOWN:])}")
 
@@ -89,4 +87,4 @@ def _name(index: int, orders: int) -> str:
 
 
 def _words(tokenizer: Any, ids: Any) -> str:
-    return escape(tokenizer.decode(ids).replace("\n", "⏎"))
+    return str(tokenizer.decode(ids).replace("\n", "⏎"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from arena.progress import console
 
@@ -26,7 +27,7 @@ def print_report(metrics: dict[str, Any]) -> None:
     table.add_column("ours is", justify="right")
     table.add_column("")
     ours = metrics["log_loss"]
-    table.add_row(f"{ours:.4f}", "", "[bold]this judge[/bold]")
+    table.add_row(f"{ours:.4f}", "", Text("this judge", style="bold"))
     for key, words in REFERENCES:
         if metrics.get(key) is not None:
             table.add_row(f"{metrics[key]:.4f}", f"{ours - metrics[key]:+.4f}", words)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,15 @@ import pandas as pd
 from arena.config import Recipe, save_recipe
 from arena.data.prepare import FoldData, prepare_fold
 from arena.distributed import device_name, peak_memory, start
-from arena.files import fingerprint, write_json, write_text, written_whole
+from arena.files import write_json, written_whole
 from arena.judging.baseline import baseline_probabilities
 from arena.judging.inference import predict_or_prior
 from arena.judging.judge import save_judge
 from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
 from arena.model.attention import choose_backend
-from arena.model.backbone import adapt, load_base, load_tokenizer
+from arena.model.backbone import adapt, base_digest, load_base, load_tokenizer
 from arena.progress import console
+from arena.training.folder import claim, finished, identity
 from arena.training.optim import trainable
 from arena.training.trainer import Trainer
 
@@ -46,15 +45,19 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     main = accelerator.is_main_process
     console.quiet = not main
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    with accelerator.main_process_first():  # the other ranks find the rows prepared and the folder claimed
+    with accelerator.main_process_first():  # the other ranks find the rows prepared
         data = prepare_fold(recipe, fold, tokenizer)
-        done = _claim(folder, recipe, data.fingerprint, fresh and main)
-    if done is not None:
-        return done
-    if track != "none":
-        accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
+    run = identity(recipe, data.fingerprint, base_digest(recipe.model.base))
+    if not fresh and (metrics := finished(folder, run)) is not None:
+        console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
+        return metrics
     model = adapt(load_base(recipe.model), recipe.model)
     trainer = Trainer(recipe, data, model, folder, accelerator)
+    if main:  # only now: what cannot be trained must not take the place of what was
+        claim(folder, run, recipe, fresh=fresh)
+    accelerator.wait_for_everyone()
+    if track != "none":
+        accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
     _say(recipe, data, trainer)
     trainer.run()
     held_out = data.eval_rows
@@ -63,7 +66,7 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     )
     metrics = {"recipe": recipe.name, "fold": fold, **_effort(data, trainer)}
     if main:
-        save_judge(folder / "model", model, tokenizer, recipe, data.prior, data.trained_on)
+        save_judge(folder / "model", model, tokenizer, recipe, data.prior, data.trained_on, run["base"])
         write_oof(folder / "oof.csv", data, probabilities)
         metrics |= _scores(recipe, data, probabilities)
         write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
@@ -84,47 +87,6 @@ def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
     )
     with written_whole(path) as draft:
         table.to_csv(draft, index=False, lineterminator="\n")
-
-
-def _claim(folder: Path, recipe: Recipe, data: str, fresh: bool) -> dict[str, Any] | None:
-    """Makes the folder this run's own. Gives the metrics of a finished run of the same recipe and data."""
-    identity = {"recipe": _trained_by(recipe), "data": data}
-    card = folder / "run.json"
-    metrics = folder / "metrics.json"
-    if card.is_file() and not fresh:
-        same = json.loads(card.read_text(encoding="utf-8")) == identity
-        if same and metrics.is_file():
-            console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
-            return dict(json.loads(metrics.read_text(encoding="utf-8")))
-        if same:
-            return None
-        if not metrics.is_file():
-            raise ValueError(
-                f"{folder} holds an unfinished run of another recipe or other data: run that one to its end, or set it "
-                "aside and train this one with --fresh (ARGS=--fresh)"
-            )
-    if folder.exists():
-        _set_aside(folder)
-    write_text(folder / "recipe.yaml", save_recipe(recipe))
-    write_json(card, identity)
-    return None
-
-
-def _set_aside(folder: Path) -> None:
-    """Moves a folder to `earlier/` beside it: nothing that was trained is deleted."""
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")
-    target = folder.parent / "earlier" / f"{folder.name}-{stamp}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder.rename(target)
-    console.print(f"the run that stood in {folder} is now in {target}")
-
-
-def _trained_by(recipe: Recipe) -> str:
-    """The recipe's fingerprint without what does not change the result."""
-    tree = recipe.model_dump(mode="json")
-    del tree["train"]["track"], tree["train"]["checkpoint_every"]
-    del tree["data"]["cache"], tree["data"]["path"], tree["data"]["synthetic_rows"]  # the rows have a fingerprint
-    return fingerprint(tree)
 
 
 def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
@@ -192,7 +154,10 @@ def _truth(folder: Path, ids: list[str]) -> np.ndarray | None:
     path = folder / "truth.csv"
     if not path.is_file():
         return None
-    table = pd.read_csv(path, dtype={"id": str}).set_index("id")
-    if not set(ids) <= set(table.index):
+    table = pd.read_csv(path, dtype={"id": str})
+    if "id" not in table:
+        return None
+    table = table.set_index("id")
+    if not set(ids) <= set(table.index) or not set(CLASSES) <= set(table.columns):
         return None
     return table.loc[ids, list(CLASSES)].to_numpy(dtype=np.float64)

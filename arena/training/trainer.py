@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from arena.config import Recipe
 from arena.data.prepare import FoldData
-from arena.distributed import compute_in, sum_gradients, total
+from arena.distributed import compute_in, first_rank, sum_gradients, total
 from arena.files import write_text
 from arena.judging.inference import predict
 from arena.metrics import log_loss
@@ -137,7 +137,7 @@ class Trainer:
             raise FloatingPointError(
                 f"step {self.done.step + 1}: loss {loss}, gradient norm {norm}; the step was not taken. "
                 f"Rows of the step: {rows[:20]}. "
-                "The last checkpoint is intact: lower the learning rate, or use float32, and go on from it"
+                "The checkpoints are intact; look at these rows, or train anew with a lower learning rate (--fresh)"
             )
         rate = self.schedule.get_last_lr()[-1]
         self.optimizer.step()
@@ -172,7 +172,7 @@ class Trainer:
             self.classifier, self.data.store, rows,
             budget=recipe.packing.budget, swap=False, dtype=recipe.model.dtype, title="evaluating",
         )  # fmt: skip
-        loss = log_loss(self.data.labels[rows], found)
+        loss = first_rank(self.accelerator, log_loss(self.data.labels[rows], found))
         better = self.done.best_log_loss is None or loss < self.done.best_log_loss
         if better:
             self.done.best_log_loss, self.done.best_step = loss, self.done.step

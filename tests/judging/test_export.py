@@ -36,7 +36,7 @@ def test_plain_transformers_gives_the_same_logits(gemma2: Path, tmp_path: Path, 
     with torch.no_grad():
         ours = model(batch)
     tokenizer = load_tokenizer(str(gemma2))
-    save_judge(tmp_path / "judge", model.model, tokenizer, recipe, np.full(3, 1 / 3), "x")
+    save_judge(tmp_path / "judge", model.model, tokenizer, recipe, np.full(3, 1 / 3), "x", "y")
     export_judge(tmp_path / "judge", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "plain", dtype="float32", attn_implementation="eager"
