@@ -45,9 +45,10 @@ class Train:
 
         recipe = _recipe(self.recipe, self.data, self.overrides)
         _write_demo(recipe)
-        print_report(run_fold(recipe, self.fold, self.runs, fresh=self.fresh))
-        folder = self.runs / recipe.name / f"fold{self.fold}"
+        metrics = run_fold(recipe, self.fold, self.runs, fresh=self.fresh)
         if is_main():
+            print_report(metrics)
+            folder = self.runs / recipe.name / f"fold{self.fold}"
             console.print(f"written: {folder} (metrics.json, oof.csv, log.jsonl, model/, {draw_report(folder).name})")
 
 
@@ -157,7 +158,7 @@ class DemoBase:
     """Make the tiny Gemma-2 that the demo recipe adapts: tokenizer and weights, trained from nothing."""
 
     out: Annotated[Path, arg(help="The folder to write.")]
-    minutes: Annotated[float, arg(help="How long to train.")] = 20.0
+    minutes: Annotated[float, arg(help="How long to train; 0 leaves the weights random.")] = 20.0
     seed: int = 0
     threads: Annotated[int, arg(help="Cores to use.")] = 1
 

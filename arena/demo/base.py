@@ -83,6 +83,8 @@ AttentionInterface.register("demo_pretraining", _attend)
 
 def pretrain(model: Gemma2ForCausalLM, reader: Reader, rng: Random, seconds: float) -> None:
     """Trains all layers for `seconds`; the share of brief rows falls to a tenth, the learning rate to nothing."""
+    if seconds <= 0:  # random weights, to compare with
+        return
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98))
     seen: list[list[float]] = []
     with progress("demo base", None, "steps") as advance:

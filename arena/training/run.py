@@ -32,6 +32,9 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     Args:
         fresh: set aside whatever stands there and train anew.
 
+    Returns:
+        What `metrics.json` holds; without the scores on processes other than the first.
+
     Raises:
         ValueError: settings or files that cannot be used, or an interrupted run of another recipe.
     """
@@ -98,6 +101,7 @@ def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
         f"{recipe.name}: {len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held out; "
         f"{plan.n_steps:,} steps, {plan.n_micro_batches:,} micro-batches of at most {plan.budget:,} tokens, "
         f"fill rate {plan.fill_rate:.1%}; {count:,} trainable parameters; {device_name(trainer.accelerator.device)}"
+        + (f"; {plan.ranks} processes" if plan.ranks > 1 else "")
     )
     cut = int((data.store.tokens_cut > 0).sum())
     if cut:
