@@ -110,13 +110,15 @@ class Inspect:
     out: Annotated[Path, arg(help="The picture to write.")] = Path("runs/attention.png")
 
     def run(self) -> None:
+        import numpy as np
         import torch
 
         from arena.data.prepare import prepare_fold
         from arena.distributed import peak_memory
         from arena.model.backbone import load_tokenizer, sliding_window
         from arena.packing.loader import PackedLoader
-        from arena.reporting.inspect import draw_attention, print_batch, print_plan
+        from arena.packing.plan import plan_evaluation
+        from arena.reporting.inspect import draw_attention, print_batch, print_evaluation_plan, print_plan
         from arena.training.trainer import plan_fold
 
         recipe = _recipe(self.recipe, self.data, self.overrides)
@@ -127,6 +129,8 @@ class Inspect:
         if not 0 <= self.step < plan.n_steps:
             raise ValueError(f"there is no step {self.step}: the plan has steps 0 to {plan.n_steps - 1}")
         print_plan(plan)
+        lengths = data.store.lengths[:: data.store.orders]
+        print_evaluation_plan(plan_evaluation(lengths, np.arange(len(lengths)), budget=plan.budget))
         batch = next(iter(PackedLoader(data.store, None, plan, start=self.step)))[0]
         print_batch(batch, data.store, tokenizer, plan.budget)
         picture = draw_attention(batch, sliding_window(recipe.model), self.out)

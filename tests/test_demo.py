@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -18,11 +17,9 @@ pytestmark = pytest.mark.slow
 
 def test_demo_comes_near_the_floor_and_beats_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    start = time.monotonic()
     for command in ("train", "infer"):
         monkeypatch.setattr(sys, "argv", ["arena", command])
         cli.main()
-    assert time.monotonic() - start < 300
     metrics = json.loads((tmp_path / "runs/demo/fold0/metrics.json").read_text())
     assert 0.80 <= metrics["bayes_log_loss_expected"] <= 0.95
     assert metrics["log_loss"] <= metrics["bayes_log_loss"] + 0.05

@@ -26,6 +26,15 @@ def print_plan(plan: PackPlan) -> None:
     )
 
 
+def print_evaluation_plan(plan: PackPlan) -> None:
+    """Prints how well a plan over a whole set packs."""
+    least, count = plan.least_micro_batches, plan.n_micro_batches
+    console.print(
+        f"all rows in one order, as evaluation packs them: {count:,} micro-batches ({count / least:.4f} x the least "
+        f"possible {least:,}), fill rate {plan.fill_rate:.1%}"
+    )
+
+
 def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: int) -> None:
     """Prints a micro-batch, an example after the other."""
     total = int(batch.cu_seqlens[-1])
