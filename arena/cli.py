@@ -56,7 +56,9 @@ class Train:
 class Infer:
     """Judge a test file with every finished fold of a run, averaged, and write a checked submission."""
 
-    overrides: Overrides = ()
+    overrides: Positional[
+        Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings, such as judge.swap=false.")]
+    ] = ()
     recipe: Name = "demo"
     data: Annotated[
         str | None, arg(metavar="PATH", help="Folder with a test file, or one file; default: what was trained on.")
@@ -203,6 +205,7 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
     python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     logging.set_verbosity_error()
     if not console.is_terminal:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from arena.config import ModelSettings, Recipe
-from arena.files import written_whole
+from arena.files import write_json, written_whole
 from arena.judging.judge import read_card
 from arena.model.backbone import load_base, load_tokenizer, load_trained
 
@@ -27,7 +27,8 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
     Raises:
         ValueError: `judge` holds no judge.
     """
-    settings = Recipe.model_validate(read_card(judge)["recipe"]).model
+    card = read_card(judge)
+    settings = Recipe.model_validate(card["recipe"]).model
     model = merge(judge, settings).to(getattr(torch, dtype))
     model.config._attn_implementation = "eager"  # ours is registered only where this package is imported
     del model.config.arena_backend
@@ -35,6 +36,7 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
     with written_whole(folder) as draft:
         model.save_pretrained(str(draft))
+        write_json(draft / "judge.json", card)  # the prompt that the model must be given stands in its recipe
         tokenizer.save_pretrained(str(draft))
 
 

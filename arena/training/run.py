@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from arena.config import Recipe, save_recipe
-from arena.data.prepare import FoldData, prepare_fold
+from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.distributed import device_name, peak_memory, start
 from arena.files import write_json, written_whole
 from arena.judging.baseline import baseline_probabilities
@@ -47,6 +47,7 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     accelerator = start(recipe.seed, track, str(folder))
     main = accelerator.is_main_process
     console.quiet = not main
+    data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         data = prepare_fold(recipe, fold, tokenizer)
