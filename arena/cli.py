@@ -221,13 +221,13 @@ def _recipe(name: str, data: str | None, overrides: tuple[str, ...]) -> Recipe:
 
 
 def _write_demo(recipe: Recipe) -> None:
-    """Writes the demo's rows on first use."""
-    from arena.data.synthetic import write_demo
+    """Writes the demo's rows on first use, and says so."""
+    from arena.data.synthetic import ensure_demo
 
-    folder, rows = Path(recipe.data.path), recipe.data.synthetic_rows
-    if rows is not None and not folder.exists():
-        write_demo(folder, rows[0], rows[1], recipe.seed)
-        console.print(f"demo data written to {folder}: {rows[0]:,} labelled rows, {rows[1]:,} to judge")
+    if ensure_demo(recipe):
+        console.print(
+            f"demo data written to {recipe.data.path}: labelled and unlabelled rows {recipe.data.synthetic_rows}"
+        )
 
 
 if __name__ == "__main__":

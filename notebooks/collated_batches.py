@@ -29,7 +29,7 @@ import numpy as np
 
 from arena.config import load_recipe
 from arena.data.prepare import prepare_fold
-from arena.data.synthetic import write_demo
+from arena.data.synthetic import ensure_demo
 from arena.model.backbone import load_tokenizer, sliding_window
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import least_bins, plan_evaluation
@@ -39,8 +39,7 @@ from arena.training.trainer import plan_fold
 if Path.cwd().name == "notebooks":  # paths below are those of the project's folder
     os.chdir("..")
 recipe = load_recipe("demo")
-if recipe.data.synthetic_rows and not Path(recipe.data.path).exists():
-    write_demo(Path(recipe.data.path), *recipe.data.synthetic_rows, recipe.seed)
+ensure_demo(recipe)
 tokenizer = load_tokenizer(recipe.model.base)
 data = prepare_fold(recipe, 0, tokenizer)
 print(f"{len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held out, {data.store.orders} orders each")

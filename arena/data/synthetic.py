@@ -20,6 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from arena.config import Recipe
 from arena.data import synthetic_text as text
 from arena.files import written_whole
 from arena.metrics import CLASSES
@@ -145,6 +146,15 @@ def make_rows(rng: Random, count: int) -> list[Row]:
         rows.append(make_row(rng, said))
         said.append(rows[-1].prompt[0])
     return rows
+
+
+def ensure_demo(recipe: Recipe) -> bool:
+    """Writes a recipe's demo rows where nothing stands yet; whether it did. Recipes of real data have none."""
+    folder, rows = Path(recipe.data.path), recipe.data.synthetic_rows
+    if rows is None or folder.exists():
+        return False
+    write_demo(folder, *rows, recipe.seed)
+    return True
 
 
 def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
