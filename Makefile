@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --config-sett
 FLAGS  = --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train infer inspect notebook test check format demo-base clean
+.PHONY: help setup train infer inspect notebook bench test check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ inspect: .venv/ready  ## look at one real batch
 notebook: .venv/dev  ## run notebooks/collated_batches.py and write it as .ipynb with its outputs
 	$(BIN)/jupytext --quiet --to ipynb notebooks/collated_batches.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace notebooks/collated_batches.ipynb
+
+bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (half an hour)
+	$(BIN)/arena bench $(ARGS)
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest

@@ -131,8 +131,8 @@ class Inspect:
         if not 0 <= self.step < plan.n_steps:
             raise ValueError(f"there is no step {self.step}: the plan has steps 0 to {plan.n_steps - 1}")
         print_plan(plan)
-        lengths = data.store.lengths[:: data.store.orders]
-        print_evaluation_plan(plan_evaluation(lengths, np.arange(len(lengths)), budget=plan.budget))
+        straight = np.arange(0, len(data.store), data.store.orders)
+        print_evaluation_plan(plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=plan.prefixes))
         batch = next(iter(PackedLoader(data.store, None, plan, start=self.step)))[0]
         print_batch(batch, data.store, tokenizer, plan.budget)
         picture = draw_attention(batch, sliding_window(recipe.model), self.out)
@@ -160,6 +160,34 @@ class Export:
 
 
 @dataclass
+class Bench:
+    """Time our packed batches beside transformers' own, on the same weights, rows and precision."""
+
+    rows: Annotated[int, arg(help="Auto-J conversations in a step, a multiple of 8, at most 160.")] = 40
+    repeats: Annotated[int, arg(help="How often each variant is timed, in turn; (e) is timed once.")] = 3
+    check_rows: Annotated[int, arg(help="Conversations on which all variants must agree first.")] = 4
+    layers: Annotated[int, arg(help="Of the random Gemma-2.")] = 6
+    budget: Annotated[int, arg(help="Tokens in a packed micro-batch at most.")] = 8192
+    dtype: Annotated[Literal["bfloat16", "float32"], arg(help="Precision, the same for all.")] = "bfloat16"
+    variants: Annotated[str, arg(help="Some of the letters abcde; times are compared with the first.")] = "abcde"
+    workloads: Annotated[tuple[str, ...], arg(help="Whose lengths: autoj, competition.")] = ("autoj", "competition")
+    out: Annotated[Path, arg(help="The folder for bench-cpu (or bench-gpu) .json, .md and .png.")] = Path("docs")
+
+    def run(self) -> None:
+        from arena.benchmark.report import print_bench, write_bench
+        from arena.benchmark.run import run_bench
+        from arena.benchmark.settings import BenchSettings, Size
+
+        settings = BenchSettings(
+            rows=self.rows, repeats=self.repeats, check_rows=self.check_rows, budget=self.budget, dtype=self.dtype,
+            variants=self.variants, workloads=self.workloads, size=Size(layers=self.layers),
+        )  # fmt: skip
+        result = run_bench(settings)
+        print_bench(result)
+        console.print(f"written: {', '.join(map(str, write_bench(result, self.out)))}")
+
+
+@dataclass
 class DemoBase:
     """Make the tiny Gemma-2 that the demo recipe adapts: tokenizer and weights, trained from nothing."""
 
@@ -179,6 +207,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "infer": Infer,
     "inspect": Inspect,
     "export": Export,
+    "bench": Bench,
     "demo-base": DemoBase,
 }
 

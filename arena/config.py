@@ -73,12 +73,13 @@ class ModelSettings(Settings):
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute and frozen weights")
     quantization: Literal["nf4", "none"] = "nf4"
     lora: LoraSettings | None = LoraSettings()
-    attention: Literal["auto", "reference"] = "auto"
+    attention: Literal["auto", "reference", "blockwise"] = "auto"
     gradient_checkpointing: bool = True
 
 
 class PackingSettings(Settings):
     budget: int = Field(16384, ge=16, description="tokens in a micro-batch at most")
+    share: bool = Field(True, description="compute what prompts of a micro-batch have in common once")
 
 
 class TrainSettings(Settings):

@@ -31,7 +31,7 @@ def written_whole(target: Path) -> Iterator[Path]:
         if target.is_dir() and not target.is_symlink():
             target.replace(scratch / "replaced")
         draft.replace(target)
-        _sync(target.parent)
+        _sync_one(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -39,11 +39,15 @@ def written_whole(target: Path) -> Iterator[Path]:
 def _sync(path: Path) -> None:
     """Flushes a file, or a directory and every file in it, to the disk."""
     for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        handle = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync_one(each)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Collated batches
 #
-# Judge prompts laid end to end in one row, no padding. This notebook shows what the model is given: lengths,
-# micro-batches, boundaries, position ids, what padding would waste, and who attends to whom.
+# Judge prompts laid end to end in one row, no padding, and what they have in common only once. This notebook shows what
+# the model is given: lengths, micro-batches, segments, position ids, what padding would waste, and who attends to whom.
 #
 # It runs on the demo data. For your own, change the recipe's `data.path` below, for example
 # `load_recipe("gemma-2-9b", ["data.path=data/lmsys"])`; only the tokenizer of the base model is loaded.
@@ -32,7 +32,7 @@ from arena.data.prepare import prepare_fold
 from arena.data.synthetic import ensure_demo
 from arena.model.backbone import load_tokenizer, sliding_window
 from arena.packing.loader import PackedLoader
-from arena.packing.plan import least_bins, plan_evaluation
+from arena.packing.plan import plan_evaluation
 from arena.reporting.inspect import draw_attention
 from arena.training.trainer import plan_fold
 
@@ -61,7 +61,8 @@ plt.show()
 # %% [markdown]
 # ## The loop of a training step
 #
-# The loader gives, for each optimizer step, the list of its micro-batches.
+# The loader gives, for each optimizer step, the list of its micro-batches. A micro-batch is made of segments: the
+# beginning that examples share, once, and the rest of each example.
 
 # %%
 plan = plan_fold(recipe, data)
@@ -73,7 +74,8 @@ for batch in dataloader:
             "position_ids", tuple(micro_batch["position_ids"].shape), "largest", int(micro_batch["position_ids"].max())
         )
         print("cu_seqlens  ", micro_batch["cu_seqlens"][:6].tolist(), "...", int(micro_batch["cu_seqlens"][-1]))
-        print("seq_lens    ", micro_batch["seq_lens"][:6], "...")
+        print("seq_lens    ", micro_batch["seq_lens"][:6], "... together", sum(micro_batch["seq_lens"]))
+        print("segment     ", micro_batch["segment"][:6].tolist(), "... the segment that each example ends in")
         print("max_seq_len ", micro_batch["max_seq_len"], " batch_size", micro_batch["batch_size"])
     break
 
@@ -86,11 +88,13 @@ print(micro_batch["input_text"][0])
 # %% [markdown]
 # ## Boundaries and position ids
 #
-# `cu_seqlens` says where each example begins; `position_ids` start at 0 there.
+# `cu_seqlens` says where each segment begins. `position_ids` are places in the example: 0 at its beginning, and in a
+# segment that goes on after a shared beginning, the length of that beginning. With `packing.share=false` each segment
+# is an example, and all start at 0.
 
 # %%
 starts = micro_batch["cu_seqlens"][:-1].long()
-assert micro_batch["position_ids"][0, starts].eq(0).all()
+print("each segment begins at position", micro_batch["position_ids"][0, starts].tolist())
 plt.figure(figsize=(8, 2.5))
 plt.plot(micro_batch["position_ids"][0])
 plt.xlabel("place in the row")
@@ -109,12 +113,17 @@ def padded(batch_size: int, grouped: bool) -> float:
     return lengths.sum() / sum(len(part) * part.max() for part in parts)
 
 
-evaluation = plan_evaluation(lengths, np.arange(len(lengths)), budget=plan.budget)
-print(f"training plan: {plan.n_steps:,} steps, {plan.n_micro_batches:,} micro-batches, fill rate {plan.fill_rate:.1%}")
-print(
-    f"evaluation plan: {evaluation.n_micro_batches:,} micro-batches, least possible "
-    f"{least_bins(lengths, plan.budget):,}, fill rate {evaluation.fill_rate:.1%}"
-)
+straight = data.train_rows * data.store.orders
+plans = {
+    "training": plan,
+    "evaluation": plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=plan.prefixes),
+    "evaluation, nothing shared": plan_evaluation(data.store.lengths, straight, budget=plan.budget),
+}
+for name, each in plans.items():
+    print(
+        f"{name}: {each.n_micro_batches:,} micro-batches, least possible {each.least_micro_batches:,}, fill rate "
+        f"{each.fill_rate:.1%}, {each.unique_share:.1%} of the examples' tokens computed"
+    )
 print(f"useful when padded, 8 a batch: {padded(8, False):.1%} in given order, {padded(8, True):.1%} grouped by length")
 
 # %%
@@ -128,8 +137,9 @@ plt.show()
 # %% [markdown]
 # ## Who attends to whom
 #
-# One triangle an example: causal, and nothing across examples. In sliding-window layers only the dark band is seen.
-# The mask is never built; the attention kernel reads the boundaries.
+# A triangle for each segment's own tokens, and a block for what it shares with others: causal, and nothing across
+# examples. In sliding-window layers only the dark band is seen. The mask is never built; the attention kernel reads the
+# boundaries.
 
 # %%
 picture = draw_attention(micro_batch, sliding_window(recipe.model), Path("runs/attention.png"))

@@ -16,9 +16,11 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     LlamaConfig,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from arena.config import ModelSettings, PromptSettings, Recipe, load_recipe
@@ -35,7 +37,9 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
     "gemma2": Gemma2Config,
     "gemma": GemmaConfig,
     "llama": LlamaConfig,
+    "mistral": MistralConfig,
     "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
 }
 
 
@@ -77,6 +81,8 @@ def make_base(folder: Path, family: str = "gemma2", seed: int = 0, **changes: An
     }  # fmt: skip
     if family == "gemma2":
         settings |= {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0}
+    if family == "mistral":
+        settings |= {"sliding_window": WINDOW}
     model = AutoModelForCausalLM.from_config(CONFIGS[family](**settings | changes))
     with torch.no_grad():  # weights large enough for the soft cap and the window to matter
         for name, parameter in model.named_parameters():
@@ -113,6 +119,21 @@ def pack(lengths: list[int], vocabulary: int = 300, seed: int = 0) -> PackedBatc
         for at, (n, label) in enumerate(zip(lengths, labels, strict=True))
     ]
     return collate(items)  # type: ignore[arg-type]
+
+
+def random_family(seed: int, longest: int = 24) -> list[np.ndarray]:
+    """Examples of at most 3 x `longest` tokens that branch off one another at random places.
+
+    Some are equal, some end within others.
+    """
+    rng = np.random.default_rng(seed)
+    examples = [rng.integers(10, 300, rng.integers(1, longest))]
+    for _ in range(int(rng.integers(0, 16))):
+        start = examples[rng.integers(0, len(examples))]
+        kept = start[: rng.integers(0, len(start) + 1)]
+        grown = np.concatenate([kept, rng.integers(10, 300, rng.integers(0, longest))])
+        examples.append((grown if len(grown) else start)[: 3 * longest])
+    return [each.astype(np.int32) for each in examples]
 
 
 def prompt_settings(template: str = "compact", **changes: Any) -> PromptSettings:

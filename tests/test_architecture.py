@@ -24,6 +24,7 @@ ROOMS = [
     "judging",
     "training",
     "reporting",
+    "benchmark",
     "demo",
     "cli",
 ]

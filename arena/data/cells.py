@@ -154,7 +154,7 @@ def is_utf8(text: str) -> bool:
 def read_json(text: str, field: str) -> Any:
     """The value that `text` spells; raises `FieldError` when it is not JSON or repeats a key of an object."""
     try:
-        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise FieldError(field, f"is {excerpt(text)}, which is not JSON: {why}; write it again as JSON") from None
@@ -166,3 +166,6 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(set(names)) < len(names):
         raise ValueError(f"{excerpt(next(name for name in names if names.count(name) > 1))} stands twice in an object")
     return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)  # made once: `json.loads` would make one a call

@@ -228,7 +228,7 @@ def _parquet_rows(path: Path, labels: Labels) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
         names = _columns(file.schema_arrow.names, labels)
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=names):
-            columns = [map(_python_value, batch.column(name)) for name in names]
+            columns = [_python_values(batch.column(name)) for name in names]
             for cells in zip(*columns, strict=True):
                 number += 1
                 yield f"row {number}", _checked(dict(zip(names, cells, strict=True)))
@@ -279,6 +279,14 @@ def _checked(cells: Cells) -> Cells | FieldError:
     """The cells, unless one of them was not UTF-8."""
     broken = next((name for name, cell in cells.items() if isinstance(cell, str) and not is_utf8(cell)), None)
     return cells if broken is None else FieldError(broken, "is not UTF-8; save the file as UTF-8")
+
+
+def _python_values(column: pa.Array) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:  # one by one, to find out which
+        values = [_python_value(scalar) for scalar in column]
+    return values
 
 
 def _python_value(scalar: pa.Scalar) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 1_000
 Folds = NDArray[np.int8]
 
 
-def prompt_key(prompt: list[str | None]) -> str:
+def prompt_key(prompt: Sequence[str | None]) -> str:
     """What makes two prompts the same: the first turn that is not blank, whatever its case and white space.
 
     Compatibility forms are made equal too (NFKC). The key of a prompt without any text is "".
@@ -33,19 +33,20 @@ def prompt_key(prompt: list[str | None]) -> str:
     return " ".join(unicodedata.normalize("NFKC", folded).split())  # casefold can undo the composed form
 
 
-def assign_folds(rows: Dataset, n_folds: int, seed: int) -> Folds:
+def assign_folds(rows: Dataset, n_folds: int, seed: int, keys: list[str] | None = None) -> Folds:
     """The fold of each row, int8 (len(rows),), from 0 to n_folds - 1.
 
     Rows with the same prompt key share a fold, and each fold gets its share of every label (the largest of
-    the three probabilities). The fold of a prompt does not depend on the order of the rows. Raises
-    `ValueError` for a row without a label, or when there are too few prompts to fill the folds.
+    the three probabilities). The fold of a prompt does not depend on the order of the rows. `keys` are the
+    `prompt_keys` of the rows, if they are at hand. Raises `ValueError` for a row without a label, or when there
+    are too few prompts to fill the folds.
     """
     if not 2 <= n_folds <= np.iinfo(np.int8).max:
         raise ValueError(f"n_folds is {n_folds}; it must be from 2 to {np.iinfo(np.int8).max}")
-    every_key = np.array(list(_each_key(rows)), dtype=object)
-    groups, keys = pd.factorize(every_key, sort=True)  # sorted, so that the order of the rows does not matter
-    if len(keys) < n_folds:
-        raise ValueError(f"{len(keys)} different prompts cannot fill {n_folds} folds; use fewer folds or more data")
+    every_key = np.array(prompt_keys(rows) if keys is None else keys, dtype=object)
+    groups, distinct = pd.factorize(every_key, sort=True)  # sorted, so that the order of the rows does not matter
+    if len(distinct) < n_folds:
+        raise ValueError(f"{len(distinct)} different prompts cannot fill {n_folds} folds; use fewer folds or more data")
     classes = _labels(rows).argmax(axis=1)
     if np.bincount(classes).max() < n_folds:
         raise ValueError(f"no label has {n_folds} rows, one for each fold; use fewer folds or more data")
@@ -63,28 +64,32 @@ def load_or_assign_folds(rows: Dataset, n_folds: int, seed: int, cache_dir: Path
     int8 (len(rows),), kept in `cache_dir` as parquet (`id` string, `fold` int8) in the order of the rows.
     Raises `ValueError` as `assign_folds` does, and when the kept file does not fit the rows.
     """
-    ids = [identity for batch in rows.select_columns("id").iter(ROWS_AT_ONCE) for identity in batch["id"]]
-    content = fingerprint(FORMAT, n_folds, seed, ids, list(_each_key(rows)), _labels(rows).tobytes())
+    ids = _column(rows, "id").to_pylist()
+    keys = prompt_keys(rows)
+    content = fingerprint(FORMAT, n_folds, seed, ids, keys, _labels(rows).tobytes())
     stored = cache_dir / f"folds-{content}.parquet"
     if not stored.exists():
-        assigned = assign_folds(rows, n_folds, seed)
+        assigned = assign_folds(rows, n_folds, seed, keys)
         with written_whole(stored) as draft:
             pq.write_table(pa.table({"id": ids, "fold": assigned}), draft)
     table = pq.read_table(stored)
     if table["id"].to_pylist() != ids:
         raise ValueError(f"{stored} does not hold the ids of these rows; delete it to assign the folds again")
-    folds = np.array(table["fold"].to_pylist(), dtype=np.int8)
+    folds: Folds = table["fold"].to_numpy().astype(np.int8)  # a copy, which the caller may change
     _check_filled(folds, n_folds)
-    check_no_leak(rows, folds)
+    check_no_leak(rows, folds, keys)
     return folds
 
 
-def check_no_leak(rows: Dataset, folds: Folds) -> None:
-    """Raises `ValueError`, naming the first, when rows with the same prompt key stand in different folds."""
+def check_no_leak(rows: Dataset, folds: Folds, keys: list[str] | None = None) -> None:
+    """Raises `ValueError`, naming the first, when rows with the same prompt key stand in different folds.
+
+    `keys` are the `prompt_keys` of the rows, if they are at hand.
+    """
     if len(folds) != len(rows):
         raise ValueError(f"{len(folds)} folds were given for {len(rows)} rows; give one a row")
     fold_of: dict[str, int] = {}
-    for index, (key, fold) in enumerate(zip(_each_key(rows), folds.tolist(), strict=True)):
+    for index, (key, fold) in enumerate(zip(prompt_keys(rows) if keys is None else keys, folds.tolist(), strict=True)):
         if fold_of.setdefault(key, fold) != fold:
             raise ValueError(
                 f"the prompt {excerpt(key)} stands in folds {fold_of[key]} and {fold} (row with id "
@@ -94,24 +99,33 @@ def check_no_leak(rows: Dataset, folds: Folds) -> None:
 
 def leaking(extra: Dataset, held_out: Dataset) -> NDArray[np.bool_]:
     """bool (len(extra),): rows whose prompt key stands in `held_out`."""
-    held_out_keys = set(_each_key(held_out))
-    return np.fromiter((key in held_out_keys for key in _each_key(extra)), dtype=np.bool_, count=len(extra))
+    held_out_keys = set(prompt_keys(held_out))
+    return np.fromiter((key in held_out_keys for key in prompt_keys(extra)), dtype=np.bool_, count=len(extra))
 
 
-def _each_key(rows: Dataset) -> Iterator[str]:
+def prompt_keys(rows: Dataset) -> list[str]:
+    """The `prompt_key` of every row; that of a repeated prompt is made once."""
+    keys: dict[tuple[str | None, ...], str] = {}
+    result = []
     for batch in rows.select_columns("prompt").iter(ROWS_AT_ONCE):
-        yield from map(prompt_key, batch["prompt"])
+        for prompt in map(tuple, batch["prompt"]):
+            if prompt not in keys:
+                keys[prompt] = prompt_key(prompt)
+            result.append(keys[prompt])
+    return result
+
+
+def _column(rows: Dataset, name: str) -> pa.ChunkedArray:
+    return rows.select_columns(name).with_format("arrow")[:][name]
 
 
 def _labels(rows: Dataset) -> NDArray[np.float32]:
     """float32 (len(rows), 3)."""
-    labels = [label for batch in rows.select_columns("label").iter(ROWS_AT_ONCE) for label in batch["label"]]
-    if None in labels:
-        first = rows[labels.index(None)]["id"]
-        raise ValueError(
-            f"{labels.count(None)} rows have no label, the first with id {first}; folds need labelled rows"
-        )
-    return np.array(labels, dtype=np.float32)
+    labels = _column(rows, "label").combine_chunks()
+    if labels.null_count:
+        first = rows[labels.is_null().index(True).as_py()]["id"]
+        raise ValueError(f"{labels.null_count} rows have no label, the first with id {first}; folds need labelled rows")
+    return np.asarray(labels.flatten(), dtype=np.float32).reshape(-1, 3)
 
 
 def _check_filled(folds: Folds, n_folds: int) -> None:

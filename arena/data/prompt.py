@@ -24,16 +24,17 @@ Each prompt and answer is tokenised by itself, with control tokens in it kept as
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from hashlib import blake2b
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 
 from arena.config import PromptSettings
-from arena.data.truncation import choose_cut, least_room
+from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
 
 # Chat markers by model family: what opens the user's turn, closes it, and opens the model's.
 CHAT_MARKERS = {
@@ -52,7 +53,7 @@ _TEXT_TOKEN = re.compile(
     r"[\s\u2581]*|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|p|br|li|ul|ol|pre)>"
 )
 
-Fields = tuple[list[int], list[int], list[int]]  # token ids of a turn's prompt, answer A, answer B
+Fields = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 token ids of a turn's prompt, answer A, answer B
 
 
 @dataclass(frozen=True)
@@ -70,27 +71,55 @@ class Example:
     tokens_cut: int
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Judge prompts laid end to end.
+
+    Attributes:
+        input_ids: int32 (tokens of all examples,).
+        offsets: int32 (n + 1,), where each example begins, and the end.
+        turns_dropped: int32 (n,), as in `Example`.
+        tokens_cut: int32 (n,), as in `Example`.
+    """
+
+    input_ids: np.ndarray
+    offsets: np.ndarray
+    turns_dropped: np.ndarray
+    tokens_cut: np.ndarray
+
+    def examples(self) -> Iterator[Example]:
+        """The examples in order; their `input_ids` are views."""
+        counts = zip(self.turns_dropped.tolist(), self.tokens_cut.tolist(), strict=True)
+        for (start, end), (dropped, cut) in zip(pairwise(self.offsets.tolist()), counts, strict=True):
+            yield Example(self.input_ids[start:end], dropped, cut)
+
+
 class PromptEncoder:
     """Turns conversations into `Example`s for one tokenizer, template and length.
 
     Args:
         tokenizer: a fast transformers tokenizer; it needs no chat template.
         settings: template, chat markers, `max_length`.
+        memo: remembers token ids from call to call, by a digest of the text; within a call no text is tokenised twice.
 
     Raises:
         ValueError: the tokenizer is not a fast one, or `max_length` cannot hold the template and one cut turn.
     """
 
-    def __init__(self, tokenizer: Any, settings: PromptSettings) -> None:
+    def __init__(
+        self, tokenizer: Any, settings: PromptSettings, memo: MutableMapping[bytes, np.ndarray] | None = None
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer: the base needs a tokenizer.json")
         self.tokenizer = tokenizer
         self.max_length = settings.max_length
+        self._memo = memo
         self._control = control_ids(tokenizer)
         self._is_control = np.zeros(len(tokenizer), dtype=bool)
-        self._is_control[list(self._control)] = True
-        self._control_text = _any_of(self._control.values())
-        self._is_continuation = _continuation_bytes(tokenizer)
+        known = set(self._control) - {tokenizer.unk_token_id}  # the unknown token stands for any strange character
+        self._is_control[list(known)] = True
+        self._control_text = _any_of(tuple(self._control.values()))
+        self._is_continuation = continuation_bytes(tokenizer)
 
         template = settings.template
         user_open, user_close, model_open = (
@@ -113,6 +142,12 @@ class PromptEncoder:
                 f"prompt.max_length {settings.max_length} cannot hold this template: it takes "
                 f"{settings.max_length - self._room + least} tokens at least; raise max_length or shorten the template"
             )
+        user, a, b = self.headings
+        between = user, self.separator + a, self.separator + b, self.separator
+        self._user, self._answer_a, self._answer_b, self._end = map(_ids, between)  # as arrays, to be laid out
+        self._missing, self._cut = _ids(self.missing), _ids(self.cut)
+        self._prefix, self._suffix = _ids(self.prefix), _ids(self.suffix)
+        self._prefix_cut = _ids(self.prefix + self.cut_turns)
 
     def encode(self, rows: Mapping[str, Sequence[Any]], *, both_orders: bool) -> Iterator[Example]:
         """Encodes a batch of conversations.
@@ -124,31 +159,53 @@ class PromptEncoder:
         Yields:
             One example per row in order; with `both_orders` two in a row, of the same tokens and the same cuts.
         """
-        for turns in self._tokenise(rows):
-            yield self._assemble(turns)
-            if both_orders:
-                yield self._assemble([(prompt, b, a) for prompt, a, b in turns])
+        yield from self.lay_out(self.tokenise(rows), both_orders=both_orders).examples()
 
-    def _tokenise(self, rows: Mapping[str, Sequence[Any]]) -> Iterator[list[Fields]]:
-        """Token ids of every field, the texts of all rows handed to the tokenizer at once."""
+    def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[list[Fields]]:
+        """Token ids of every field, by row and turn; the texts of all rows are handed to the tokenizer at once."""
         columns = rows["prompt"], rows["response_a"], rows["response_b"]
         turns = [list(zip(*fields, strict=True)) for fields in zip(*columns, strict=True)]
-        texts = [text for row in turns for turn in row for text in turn if text is not None]
-        ids = iter(self._fields(texts))
-        for row in turns:
-            fields = [[self.missing if text is None else next(ids) for text in turn] for turn in row]
-            yield [(prompt, a, b) for prompt, a, b in fields]
+        texts = dict.fromkeys(text for row in turns for turn in row for text in turn if text is not None)
+        ids: dict[Any, np.ndarray] = {None: self._missing, **self._fields(texts)}
+        return [[(ids[prompt], ids[a], ids[b]) for prompt, a, b in row] for row in turns]
 
-    def _fields(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of user texts; none is a control token."""
+    def lay_out(self, rows: Sequence[list[Fields]], *, both_orders: bool) -> Encoded:
+        """Cuts the tokenised conversations to length and lays them out: as they stand, or each in both orders."""
+        pieces, lengths, counts = [], [], []
+        for turns in rows:
+            shown, dropped, cut = self._shorten_turns(turns)
+            orders = [shown, [(prompt, b, a) for prompt, a, b in shown]] if both_orders else [shown]
+            for order in orders:
+                example = self._pieces(order, dropped)
+                pieces += example
+                lengths.append(sum(map(len, example)))
+                counts.append((dropped, cut))
+        assert max(lengths, default=0) <= self.max_length
+        turns_dropped, tokens_cut = np.array(counts, dtype=np.int32).reshape(-1, 2).T
+        offsets = np.cumsum([0, *lengths], dtype=np.int32)
+        return Encoded(np.concatenate([_ids([]), *pieces]), offsets, turns_dropped, tokens_cut)
+
+    def _fields(self, texts: Collection[str]) -> dict[str, np.ndarray]:
+        """int32 token ids of each of these user texts; none is a control token."""
+        memo: MutableMapping[bytes, np.ndarray] = {} if self._memo is None else self._memo
+        keys = {text: blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts}
+        found = {text: ids for text, key in keys.items() if (ids := memo.get(key)) is not None}
+        new = [text for text in keys if text not in found]
+        for text, ids in zip(new, self._tokenise_new(new), strict=True):
+            found[text] = memo[keys[text]] = ids
+        return found
+
+    def _tokenise_new(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:
             return []
-        batch = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
-        encoded: list[list[int]] = batch["input_ids"]
-        for index, ids in enumerate(encoded):
-            if ids and self._is_control[ids].any():
-                encoded[index] = self._without_control(texts[index])
-        return encoded
+        lists = self._encode(texts)
+        ends = np.cumsum([0, *map(len, lists)])
+        flat = np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(ends[-1]))
+        ids = [flat[start:end] for start, end in pairwise(ends.tolist())]
+        control = np.flatnonzero(self._is_control[flat])
+        for index in np.unique(np.searchsorted(ends, control, side="right") - 1).tolist():
+            ids[index] = _ids(self._without_control(texts[index]))
+        return ids
 
     def _without_control(self, text: str) -> list[int]:
         """Encodes a text that spells control tokens: it is split inside each of them, so that none is recognised."""
@@ -156,54 +213,56 @@ class PromptEncoder:
         pieces = [text[start:end] for start, end in pairwise(breaks) if start < end]
         ids: list[int] = []
         for piece in pieces:
-            part = self._encode(piece)
+            [part] = self._encode([piece])
             if self._is_control[part].any():
-                part = [token for character in piece for token in self._encode(character)]
+                part = [token for ids_ in self._encode(list(piece)) for token in ids_]
             ids += part
         assert not self._is_control[ids].any(), "a control token came out of plain text"
         return ids
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """What `tokenizer(texts, add_special_tokens=False, split_special_tokens=True)` gives, without its wrapping.
+
+        The settings are those that this call makes too, and makes anew each time: they are not left for others.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _plain(self, text: str) -> list[int]:
-        return self._fields([text])[0] if text else []
+        return list(self._tokenise_new([text])[0].tolist()) if text else []
 
     def _trusted(self, text: str) -> list[int]:
         """Token ids of our own markers, in which control tokens are meant."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
-    def _assemble(self, turns: list[Fields]) -> Example:
+    def _pieces(self, turns: list[Fields], dropped: int) -> list[np.ndarray]:
+        pieces = [self._prefix_cut if dropped else self._prefix]
+        for prompt, a, b in turns:
+            pieces += (self._user, prompt, self._answer_a, a, self._answer_b, b, self._end)
+        pieces.append(self._suffix)
+        return pieces
+
+    def _shorten_turns(self, turns: list[Fields]) -> tuple[list[Fields], int, int]:
+        """The turns as they are shown, how many before them are left out, and how many tokens are."""
         lengths = [(len(prompt), len(a), len(b)) for prompt, a, b in turns]
         cut = choose_cut(lengths, self._room, self._overhead, len(self.cut), len(self.cut_turns))
-        ids = list(self.prefix)
-        if cut.first_turn:
-            ids += self.cut_turns
-        lost = sum(sum(each) for each in lengths[: cut.first_turn])
-        for fields, caps in zip(turns[cut.first_turn :], cut.caps, strict=True):
-            for heading, field, cap in zip(self.headings, fields, caps, strict=True):
-                kept, missing = self._shorten(field, cap)
-                ids += heading
-                ids += kept
-                ids += self.separator
-                lost += missing
-        ids += self.suffix
-        assert len(ids) <= self.max_length
-        return Example(np.asarray(ids, dtype=np.int32), cut.first_turn, lost)
+        first, shown = cut.first_turn, turns[cut.first_turn :]
+        lost = sum(map(sum, lengths[:first]))
+        for at, (fields, caps) in enumerate(zip(shown, cut.caps, strict=True)):
+            if caps != lengths[first + at]:
+                (prompt, lost_p), (a, lost_a), (b, lost_b) = (
+                    shorten(ids, cap, self._cut, self._is_continuation) for ids, cap in zip(fields, caps, strict=True)
+                )
+                shown[at] = prompt, a, b
+                lost += lost_p + lost_a + lost_b
+        return shown, first, lost
 
-    def _shorten(self, ids: list[int], cap: int) -> tuple[list[int], int]:
-        """The beginning (two thirds) and the end of a text around the cut mark, and how many of its tokens are gone."""
-        if len(ids) <= cap:
-            return ids, 0
-        keep = cap - len(self.cut)
-        head = min(-(-2 * keep // 3), keep - 1)
-        tail = len(ids) - (keep - head)
-        while head > 0 and self._is_continuation[ids[head]]:  # do not cut inside a character made of byte tokens
-            head -= 1
-        while tail < len(ids) and self._is_continuation[ids[tail]]:
-            tail += 1
-        return ids[:head] + self.cut + ids[tail:], tail - head
+
+def _ids(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
 
 
 def control_ids(tokenizer: Any) -> dict[int, str]:
@@ -235,20 +294,7 @@ def chat_family(tokenizer: Any, chat: str = "auto") -> str:
 
 
 @lru_cache(maxsize=8)
-def _pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-
-
-def _any_of(texts: Any) -> re.Pattern[str]:
+def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
     """A pattern that finds any of the texts, the longest first."""
-    return _pattern(tuple(sorted(texts, key=lambda text: (-len(text), text))))
-
-
-def _continuation_bytes(tokenizer: Any) -> np.ndarray:
-    """bool (vocabulary,): tokens that are a byte in the middle of a UTF-8 character (byte fallback)."""
-    flags = np.zeros(len(tokenizer), dtype=bool)
-    vocabulary = tokenizer.get_vocab()
-    for token in (f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)):
-        if token in vocabulary:
-            flags[vocabulary[token]] = True
-    return flags
+    ordered = sorted(texts, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")

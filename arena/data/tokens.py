@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
 from arena.config import PromptSettings
-from arena.data.prompt import Example, PromptEncoder, control_ids
+from arena.data.prompt import Encoded, PromptEncoder, control_ids
 from arena.files import fingerprint, written_whole
 from arena.progress import progress
 
-FORMAT = 1  # raise it when the layout of the file or of the prompt changes
-ROWS_AT_ONCE = 512
+FORMAT = 2  # raise it when the layout of the file or of the prompt changes
+ROWS_AT_ONCE = 512  # rows handed to the tokenizer at once, and in one Arrow record batch
+
+REMEMBERED_TOKENS = 2**25  # 128 MiB of token ids
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int32(), "tokens_cut": pa.int32()})
 
@@ -33,12 +40,14 @@ class TokenStore:
         lengths: int64 (n,), tokens of each example.
         turns_dropped: int32 (n,), turns that were left out of each example.
         tokens_cut: int32 (n,), tokens that were left out of each example.
+        fingerprint: changes when any token or any of the above does; fit for a file's name.
     """
 
     orders: int
     lengths: np.ndarray
     turns_dropped: np.ndarray
     tokens_cut: np.ndarray
+    fingerprint: str
     _flat: tuple[np.ndarray, ...]
     _offsets: tuple[np.ndarray, ...]
     _starts: np.ndarray
@@ -55,6 +64,46 @@ class TokenStore:
         place = index - int(self._starts[chunk])
         return self._flat[chunk][offsets[place] : offsets[place + 1]]
 
+    def take(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Token ids of many examples, each a view as of `store[index]`."""
+        chunks = np.searchsorted(self._starts, indices, side="right") - 1
+        places = indices - self._starts[chunks]
+        views = []
+        for chunk, place in zip(chunks.tolist(), places.tolist(), strict=True):
+            offsets = self._offsets[chunk]
+            views.append(self._flat[chunk][offsets[place] : offsets[place + 1]])
+        return views
+
+
+class TextMemo(MutableMapping[bytes, np.ndarray]):
+    """Token ids, int32 (n,), by a digest of their text: those asked for last, at most `limit` tokens altogether."""
+
+    def __init__(self, limit: int = REMEMBERED_TOKENS) -> None:
+        self.limit = limit
+        self.tokens = 0
+        self._ids: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def __getitem__(self, key: bytes) -> np.ndarray:
+        self._ids.move_to_end(key)
+        return self._ids[key]
+
+    def __setitem__(self, key: bytes, ids: np.ndarray) -> None:
+        if key in self._ids:
+            del self[key]
+        self._ids[key] = ids.copy()  # a view would keep the ids of a whole batch alive
+        self.tokens += len(ids)
+        while self.tokens > self.limit:
+            del self[next(iter(self._ids))]
+
+    def __delitem__(self, key: bytes) -> None:
+        self.tokens -= len(self._ids.pop(key))
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
 
 def tokenise(
     rows: Dataset, source: str, tokenizer: Any, settings: PromptSettings, cache: Path, *, both_orders: bool
@@ -66,10 +115,12 @@ def tokenise(
         source: fingerprint of the rows.
         both_orders: keep each conversation in both orders.
 
-    An interrupted call leaves nothing behind: the file appears under its name only when it is complete.
+    A tokenizer is told from another by its whole state, as it is in memory. An interrupted call leaves nothing behind:
+    the file appears under its name only when it is complete.
     """
-    encoder = PromptEncoder(tokenizer, settings)
-    made_from = [FORMAT, source, settings.model_dump(), both_orders, tokenizer.backend_tokenizer.to_str()]
+    encoder = PromptEncoder(tokenizer, settings, TextMemo())
+    state = tokenizer.backend_tokenizer.to_str().encode()  # bytes: as JSON in JSON it would take thrice as long
+    made_from = [FORMAT, source, settings.model_dump(), both_orders, state]
     made_from += [encoder.prefix, encoder.suffix, sorted(control_ids(tokenizer))]
     path = cache / f"tokens-{fingerprint(*made_from)}.arrow"
     if not path.is_file():
@@ -81,7 +132,7 @@ def tokenise(
 
 
 def open_tokens(path: Path, orders: int) -> TokenStore:
-    """Opens a token file, memory-mapped."""
+    """Opens a token file, memory-mapped. Its name must tell its content, as it does for files of `tokenise`."""
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     chunks = [chunk for chunk in table["input_ids"].chunks if len(chunk)]
     offsets = tuple(chunk.offsets.to_numpy() for chunk in chunks)
@@ -92,6 +143,7 @@ def open_tokens(path: Path, orders: int) -> TokenStore:
         lengths=np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64),
         turns_dropped=table["turns_dropped"].to_numpy(),
         tokens_cut=table["tokens_cut"].to_numpy(),
+        fingerprint=path.stem.removeprefix("tokens-"),
         _flat=tuple(chunk.values.to_numpy() for chunk in chunks),
         _offsets=offsets,
         _starts=starts,
@@ -107,6 +159,7 @@ def join(stores: Sequence[TokenStore]) -> TokenStore:
         lengths=np.concatenate([store.lengths for store in stores]),
         turns_dropped=np.concatenate([store.turns_dropped for store in stores]),
         tokens_cut=np.concatenate([store.tokens_cut for store in stores]),
+        fingerprint=fingerprint(*(store.fingerprint for store in stores)),
         _flat=tuple(flat for store in stores for flat in store._flat),
         _offsets=tuple(offsets for store in stores for offsets in store._offsets),
         _starts=np.concatenate([store._starts + shift for store, shift in zip(stores, shifts, strict=False)]),
@@ -115,26 +168,34 @@ def join(stores: Sequence[TokenStore]) -> TokenStore:
 
 def _write(path: Path, rows: Dataset, encoder: PromptEncoder, both_orders: bool) -> None:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for examples in _batches(rows, encoder, both_orders):
-            writer.write_batch(_record_batch(examples))
+        for encoded in _batches(rows, encoder, both_orders):
+            writer.write_batch(_record_batch(encoded))
 
 
-def _batches(rows: Dataset, encoder: PromptEncoder, both_orders: bool) -> Iterator[list[Example]]:
-    columns = rows.select_columns(["prompt", "response_a", "response_b"])
+def _batches(rows: Dataset, encoder: PromptEncoder, both_orders: bool) -> Iterator[Encoded]:
+    columns = rows.select_columns(["prompt", "response_a", "response_b"]).iter(batch_size=ROWS_AT_ONCE)
     with progress("tokenising", len(rows), "conversations") as advance:
-        for batch in columns.iter(batch_size=ROWS_AT_ONCE):
-            yield list(encoder.encode(batch, both_orders=both_orders))
-            advance(len(batch["prompt"]))
+        for batch in _ahead(encoder.tokenise, columns):
+            yield encoder.lay_out(batch, both_orders=both_orders)
+            advance(len(batch))
 
 
-def _record_batch(examples: list[Example]) -> pa.RecordBatch:
-    offsets = np.cumsum([0, *(len(each.input_ids) for each in examples)], dtype=np.int32)
-    flat = np.concatenate([each.input_ids for each in examples])
-    return pa.record_batch(
-        [
-            pa.ListArray.from_arrays(offsets, flat),
-            pa.array([each.turns_dropped for each in examples], pa.int32()),
-            pa.array([each.tokens_cut for each in examples], pa.int32()),
-        ],
-        schema=_SCHEMA,
-    )
+def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work` of each item, in order; a thread works on the next item while the caller uses the one before.
+
+    The tokenizer leaves Python alone, so that cores are free for it while others lay out and write.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        ready: Future[Result] | None = None
+        for item in items:
+            coming = pool.submit(work, item)
+            if ready is not None:
+                yield ready.result()
+            ready = coming
+        if ready is not None:
+            yield ready.result()
+
+
+def _record_batch(encoded: Encoded) -> pa.RecordBatch:
+    ids = pa.ListArray.from_arrays(encoded.offsets, encoded.input_ids)
+    return pa.record_batch([ids, pa.array(encoded.turns_dropped), pa.array(encoded.tokens_cut)], schema=_SCHEMA)

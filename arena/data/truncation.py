@@ -1,9 +1,12 @@
-"""Which tokens of an over-long conversation are kept: lengths in, lengths out, no text."""
+"""Which tokens of an over-long conversation are kept, chosen by lengths alone, and the cut of one text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 Lengths = tuple[int, int, int]  # tokens of a turn's prompt, answer A, answer B
 
@@ -77,3 +80,33 @@ def even_cap(lengths: Sequence[int], room: int) -> int:
             return share
         cap, left = length, left - length
     return cap
+
+
+def shorten(ids: np.ndarray, cap: int, mark: np.ndarray, is_continuation: np.ndarray) -> tuple[np.ndarray, int]:
+    """The beginning (two thirds) and the end of a text around the cut mark, and how many of its tokens are gone.
+
+    Args:
+        ids: int32 (n,), token ids of the text; given back as they are where n <= `cap`.
+        cap: the most tokens to give back, the mark included.
+        mark: int32 (m,), token ids of the mark.
+        is_continuation: bool (vocabulary,), as from `continuation_bytes`.
+    """
+    if len(ids) <= cap:
+        return ids, 0
+    keep = cap - len(mark)
+    head = min(-(-2 * keep // 3), keep - 1)
+    tail = len(ids) - (keep - head)
+    while head > 0 and is_continuation[ids[head]]:  # do not cut inside a character made of byte tokens
+        head -= 1
+    while tail < len(ids) and is_continuation[ids[tail]]:
+        tail += 1
+    return np.concatenate([ids[:head], mark, ids[tail:]]), tail - head
+
+
+def continuation_bytes(tokenizer: Any) -> np.ndarray:
+    """bool (vocabulary,): tokens that are a byte in the middle of a UTF-8 character (byte fallback)."""
+    flags = np.zeros(len(tokenizer), dtype=bool)
+    for byte in range(0x80, 0xC0):
+        if (token := tokenizer.backend_tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
+            flags[token] = True
+    return flags

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arena.config import Recipe
 from arena.data.tokens import TokenStore
 from arena.distributed import compute_in
 from arena.metrics import SWAPPED, softmax
-from arena.packing.loader import PackedLoader
-from arena.packing.plan import plan_evaluation
+from arena.packing.loader import PackedLoader, ahead
+from arena.packing.plan import PackPlan, plan_evaluation
+from arena.packing.tree import Prefixes, prefixes_for
 from arena.progress import progress
 
 
@@ -22,8 +26,9 @@ def predict(
     rows: np.ndarray,
     *,
     budget: int,
-    swap: bool,
+    orders: Sequence[int],
     dtype: str,
+    prefixes: Prefixes | None = None,
     title: str = "judging",
 ) -> np.ndarray:
     """Judges rows of a store.
@@ -32,8 +37,9 @@ def predict(
         classifier: a `PackedClassifier`.
         rows: which conversations; the result is in this order.
         budget: tokens in a micro-batch at most.
-        swap: judge both orders and average; the store must hold both.
+        orders: which orders of A and B to judge, and average: 0 as the row stands, 1 exchanged; the store holds them.
         dtype: compute dtype.
+        prefixes: what the store's examples share, which is then computed once; None shares nothing.
 
     Returns:
         float64 (len(rows), 3), rows that sum to 1.
@@ -41,46 +47,70 @@ def predict(
     Raises:
         FloatingPointError: a logit that is not finite; the row is named.
     """
-    assert not swap or store.orders == 2, "the store holds one order only"
-    orders = 2 if swap else 1
-    examples = (np.asarray(rows)[:, None] * store.orders + np.arange(orders)).reshape(-1)
+    assert max(orders) < store.orders, "the store does not hold these orders"
+    examples = (np.asarray(rows)[:, None] * store.orders + np.asarray(orders)).reshape(-1)
+    plan = plan_evaluation(store.lengths, examples, budget=budget, prefixes=prefixes)
     logits = np.empty((len(examples), 3), dtype=np.float32)
-    place = np.full(len(store), -1, dtype=np.int64)
-    place[examples] = np.arange(len(examples))
-    loader = PackedLoader(store, None, plan_evaluation(store.lengths, examples, budget=budget))
-    device = next(classifier.parameters()).device
-    was_training = classifier.training
-    classifier.eval()
-    with progress(title, len(examples), "examples") as advance:
-        for batch in loader:
-            for micro_batch in batch:
-                with compute_in(device, dtype):
-                    result = classifier(micro_batch.to(device))
-                logits[place[micro_batch.index.numpy()]] = result.float().cpu().numpy()
-                advance(micro_batch.batch_size)
-    classifier.train(was_training)
-    _check(logits, rows, orders)
-    probabilities = softmax(logits).reshape(len(rows), orders, 3)
-    if swap:
-        probabilities[:, 1] = probabilities[:, 1][:, SWAPPED]
+    logits[_places(plan.examples, examples, len(store))] = _logits(classifier, store, plan, dtype, title)
+    _check(logits, rows, len(orders))
+    probabilities = softmax(logits).reshape(len(rows), len(orders), 3)
+    for at, order in enumerate(orders):
+        if order == 1:
+            probabilities[:, at] = probabilities[:, at][:, SWAPPED]
     return np.asarray(probabilities.mean(axis=1))
 
 
+def _logits(classifier: nn.Module, store: TokenStore, plan: PackPlan, dtype: str, title: str) -> np.ndarray:
+    """float32 (n, 3), in the order of the plan."""
+    device = next(classifier.parameters()).device
+    loader = PackedLoader(store, None, plan, pin=device.type == "cuda")
+    was_training = classifier.training
+    classifier.eval()
+    found: list[Tensor] = []  # left on the device until the end, so that it never waits for a copy
+    with progress(title, len(plan.examples), "examples") as advance:
+        for micro_batch in ahead(loader.micro_batches()):
+            with compute_in(device, dtype):
+                found.append(classifier(micro_batch.to(device)))
+            advance(micro_batch.batch_size)
+    classifier.train(was_training)
+    return torch.cat(found).float().cpu().numpy() if found else np.empty((0, 3), dtype=np.float32)
+
+
+def _places(planned: np.ndarray, examples: np.ndarray, n: int) -> np.ndarray:
+    """Where each planned example stands among `examples`."""
+    place = np.full(n, -1, dtype=np.int64)
+    place[examples] = np.arange(len(examples))
+    return np.asarray(place[planned])
+
+
 def predict_or_prior(
-    classifier: nn.Module, store: TokenStore, rows: np.ndarray, judgeable: np.ndarray, prior: np.ndarray, recipe: Recipe
+    classifier: nn.Module,
+    store: TokenStore,
+    rows: np.ndarray,
+    judgeable: np.ndarray,
+    prior: np.ndarray,
+    recipe: Recipe,
+    cache: Path,
+    straight: np.ndarray | None = None,
 ) -> np.ndarray:
     """`predict` by a recipe's settings; rows that have nothing to judge get the prior.
 
     Args:
         judgeable: bool (len(rows),).
         prior: (3,).
+        cache: where what the store's examples share is kept between calls.
+        straight: the judgeable rows' probabilities in straight order, where they are known already.
     """
     result = np.tile(prior, (len(rows), 1))
-    if judgeable.any():
+    orders = [order for order in range(1 + recipe.judge.swap) if order > 0 or straight is None]
+    if judgeable.any() and orders:
         result[judgeable] = predict(
             classifier, store, np.asarray(rows)[judgeable],
-            budget=recipe.packing.budget, swap=recipe.judge.swap, dtype=recipe.model.dtype,
+            budget=recipe.packing.budget, orders=orders, dtype=recipe.model.dtype,
+            prefixes=prefixes_for(store, recipe.packing, cache),
         )  # fmt: skip
+    if straight is not None:
+        result[judgeable] = (result[judgeable] + straight) / 2 if orders else straight
     return result
 
 

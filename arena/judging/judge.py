@@ -62,8 +62,8 @@ class Judge:
         """
         swap = self.recipe.judge.swap
         store = tokenise(rows, source(rows), self.tokenizer, self.recipe.prompt, cache, both_orders=swap)
-        everything = np.arange(len(rows))
-        return predict_or_prior(self.classifier, store, everything, judgeable_rows(rows), self.prior, self.recipe)
+        everything, judgeable = np.arange(len(rows)), judgeable_rows(rows)
+        return predict_or_prior(self.classifier, store, everything, judgeable, self.prior, self.recipe, cache)
 
 
 def save_judge(

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from arena.model.blockwise import blockwise
+from arena.model.last_layer import LastLayer
+
 NAME = "arena_varlen"  # under this name transformers finds `transformers_attention`
 
 QUERY_CHUNK = 512  # queries handled at once by `reference`, which bounds the memory for its scores
@@ -131,12 +134,12 @@ def _chunk(
     return mixed.view(kv_heads, group, n_q, head_dim).permute(2, 0, 1, 3).reshape(n_q, heads, head_dim).to(q.dtype)
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference}
+BACKENDS: dict[str, Backend] = {"reference": reference, "blockwise": blockwise}
 
 
 def choose_backend(setting: str) -> str:
     """The backend that a recipe's `model.attention` stands for on this machine."""
-    return "reference" if setting == "auto" else setting
+    return "blockwise" if setting == "auto" else setting
 
 
 def transformers_attention(
@@ -154,12 +157,16 @@ def transformers_attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    kv_index: Tensor | None = None,
+    last_layer: LastLayer | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """`varlen_attention` under the signature that transformers calls: the one place where the spellings meet.
 
     Args:
-        query: (1, heads, T_q, head_dim); key, value: (1, kv_heads, T_k, head_dim).
+        query: (1, heads, T_q, head_dim); key, value: (1, kv_heads, T, head_dim).
+        kv_index: int64 (T_k,), the keys of all segments, one after another, as places among the T; None: as they stand.
+        last_layer: set where queries are wanted for the last tokens alone (`model/last_layer.py`).
 
     Returns:
         (1, T_q, heads, head_dim) and no attention weights.
@@ -167,12 +174,39 @@ def transformers_attention(
     Raises:
         ValueError: a mask, dropout, missing or misspelt boundaries, or a model that is not causal.
     """
+    boundaries = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    _check_call(module, query, attention_mask, dropout, boundaries, others)
+    assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    assert max_length_q is not None and max_length_k is not None
+    if last_layer is not None:
+        key, value = last_layer.keys_and_values(key, value)
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    if kv_index is not None:
+        k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
+    out = varlen_attention(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
+        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        window=sliding_window,
+        backend=getattr(module.config, "arena_backend", "reference"),
+    )  # fmt: skip
+    return out[None], None
+
+
+def _check_call(
+    module: torch.nn.Module,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    boundaries: tuple[object, ...],
+    others: dict[str, Any],
+) -> None:
     if attention_mask is not None:
         raise ValueError(
             "packed attention takes no attention_mask: boundaries come from cu_seq_lens_q and cu_seq_lens_k"
         )
     wrong = [name for name in others if name.startswith(("cu_", "max_seq", "max_len"))]
-    if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None or wrong:
+    if wrong or any(each is None for each in boundaries):
         raise ValueError(
             "packed attention needs cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k in the model call"
             + (f"; it does not know {', '.join(wrong)}" if wrong else "")
@@ -183,15 +217,6 @@ def transformers_attention(
         raise ValueError(f"packed attention takes one row of examples end to end, not {query.shape[0]} rows")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"packed attention is causal, {type(module).__name__} is not")
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    out = varlen_attention(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
-        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        window=sliding_window,
-        backend=getattr(module.config, "arena_backend", "reference"),
-    )  # fmt: skip
-    return out[None], None
 
 
 # Only the attention function is registered and no mask function: transformers then builds no mask at all.

@@ -23,6 +23,8 @@ from arena.config import RECIPES, LoraSettings, ModelSettings
 from arena.files import fingerprint
 from arena.metrics import LABELS
 from arena.model.attention import NAME, choose_backend
+from arena.model.fused_lora import fuse_lora
+from arena.model.last_layer import is_safe, only_last_tokens
 
 DEMO_BASE = "demo_base"
 HEAD = "score"  # as in transformers' sequence classifiers, so that a merged model loads as one of them
@@ -66,6 +68,8 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
     nn.init.zeros_(score.weight)  # the first probabilities are even, whatever the scale of the hidden states
     model.score = score.to(next(model.parameters()).device)
     _keep_layout(model)
+    if is_safe(config.model_type):
+        only_last_tokens(backbone(model).layers[-1])
     backbone(model).register_forward_pre_hook(_refuse_mask_and_cache, with_kwargs=True)
     return model
 
@@ -81,6 +85,7 @@ def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
             model = get_peft_model(model, _lora(settings.lora))
         except ValueError as error:
             raise ValueError(f"model.lora.targets {settings.lora.targets} do not fit this base: {error}") from None
+        fuse_lora(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -98,7 +103,9 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """The model that `save_model` wrote, ready for inference."""
     if (folder / "adapter_config.json").is_file():
-        return PeftModel.from_pretrained(load_base(settings), str(folder)).eval()
+        model = PeftModel.from_pretrained(load_base(settings), str(folder)).eval()
+        fuse_lora(model)
+        return model
     whole = settings.model_copy(update={"base": str(folder), "revision": None})
     model = load_base(whole)
     _load_head(model, folder)

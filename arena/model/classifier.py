@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from arena.model.backbone import backbone, underlying
+from arena.model.last_layer import is_safe
 from arena.packing.batch import PackedBatch
 
 
@@ -24,18 +25,23 @@ class PackedClassifier(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Float32 (n, 3), the classes A, B, tie, from the hidden state of each example's last token."""
-        hidden = backbone(self.model)(
+        decoder = backbone(self.model)
+        last_token = batch.cu_seqlens[1:].long() - 1
+        only_last = is_safe(decoder.config.model_type)
+        hidden = decoder(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seq_len,
+            cu_seq_lens_k=batch.cu_seqlens_k,
+            max_length_q=batch.max_segment_len,
             max_length_k=batch.max_seq_len,
-        ).last_hidden_state
-        last = hidden[0, batch.cu_seqlens[1:].long() - 1]
-        with torch.autocast(last.device.type, enabled=False):
-            logits: Tensor = underlying(self.model).score(last.float())
+            **({} if batch.kv_index is None else {"kv_index": batch.kv_index}),
+            **({"last_token": last_token} if only_last else {}),
+        ).last_hidden_state[0]
+        ends = hidden if only_last else hidden[last_token]
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = underlying(self.model).score(ends[batch.segment].float())
         return logits
 
 

@@ -1,15 +1,19 @@
-"""The data loader: for each optimizer step, the list of its micro-batches."""
+"""The data loader: for each optimizer step, the list of its micro-batches, made before they are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 
 from arena.data.tokens import TokenStore
-from arena.packing.batch import Item, PackedBatch, collate
-from arena.packing.plan import PackPlan
+from arena.packing.batch import PackedBatch, lay_out
+from arena.packing.plan import PackPlan, tree_of
+
+T = TypeVar("T")
 
 
 class PackedLoader:
@@ -26,6 +30,7 @@ class PackedLoader:
         tokenizer: decodes `input_text` for people who look at batches; None leaves it empty and costs nothing.
         rank: which of `plan.ranks` this process is.
         start: steps to leave out at the beginning, those an interrupted run has already done.
+        pin: put batches into page-locked memory, from which a GPU copies by itself.
     """
 
     def __init__(
@@ -37,9 +42,11 @@ class PackedLoader:
         *,
         rank: int = 0,
         start: int = 0,
+        pin: bool = False,
     ) -> None:
-        self.store, self.labels, self.plan = store, labels, plan
-        self.tokenizer, self.rank, self.start = tokenizer, rank, start
+        self.store, self.plan = store, plan
+        self.labels = None if labels is None else labels.astype(np.float32)
+        self.tokenizer, self.rank, self.start, self.pin = tokenizer, rank, start, pin
 
     def __len__(self) -> int:
         """Steps that an iteration gives."""
@@ -47,14 +54,35 @@ class PackedLoader:
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
         for step in range(self.start, self.plan.n_steps):
-            yield [self._collate(members) for members in self.plan.step(step, self.rank) if len(members)]
+            yield list(self._step(step))
+
+    def micro_batches(self) -> Iterator[PackedBatch]:
+        """The micro-batches of all steps, one by one: for evaluation, whose one step is the whole set."""
+        for step in range(self.start, self.plan.n_steps):
+            yield from self._step(step)
+
+    def _step(self, step: int) -> Iterator[PackedBatch]:
+        return (self._collate(members) for members in self.plan.step(step, self.rank) if len(members))
 
     def _collate(self, members: np.ndarray) -> PackedBatch:
         """The micro-batch of these examples."""
-        items: list[Item] = []
-        for index in members.tolist():
-            item: Item = {"input_ids": self.store[index], "index": index}
-            if self.labels is not None:
-                item["label"] = self.labels[index]
-            items.append(item)
-        return collate(items, self.tokenizer)
+        ids = self.store.take(members)
+        unlabelled = np.full((len(members), 3), np.nan, dtype=np.float32)
+        labels = unlabelled if self.labels is None else self.labels[members]
+        prefixes = self.plan.prefixes
+        tree = None if prefixes is None else tree_of(members, self.store.lengths, prefixes, self.plan.budget)
+        batch = lay_out(ids, labels, members, self.tokenizer, tree)
+        return batch.pin_memory() if self.pin else batch
+
+
+def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """The same items, up to `depth` of them made in a background thread before they are asked for.
+
+    An error in making an item is raised where that item would have come.
+    """
+    source = iter(items)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as maker:
+        waiting: list[Future[list[T]]] = [maker.submit(lambda: list(islice(source, 1))) for _ in range(depth)]
+        while made := waiting.pop(0).result():
+            waiting.append(maker.submit(lambda: list(islice(source, 1))))
+            yield made[0]

@@ -1,24 +1,23 @@
 """Which examples share a micro-batch: integers in, plan out.
 
 Training keeps the examples of an optimizer step together and cuts each step into the least number of micro-batches,
-evenly loaded, by longest-processing-time scheduling (Graham, 1969) under a hard cap. Evaluation may put any examples
-together and uses best-fit decreasing over the whole set.
+evenly loaded. Evaluation may put any examples together and uses best-fit decreasing over the whole set. Where the
+examples' common beginnings are known, those that share most are kept together and each shared token counts once.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from arena.files import fingerprint
-
-# Cost of an example of n tokens, in units of one token's linear layers: n + n^2 / QUADRATIC. On Gemma-2-9B attention
-# costs as much as the linear layers at n = 50,000 or so: 4 * 42 layers * 4,096 wide * n / 2 FLOP a token, against
-# 2 * 8.3e9.
-QUADRATIC = 50_000.0
+from arena.packing.bins import best_fit, longest_first
+from arena.packing.sharers import Items, sharing_items, single_items
+from arena.packing.tree import Prefixes, Tree, grow_tree
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,23 @@ class PackPlan:
         examples: int64 (n,), example indices, micro-batch after micro-batch.
         micro_ends: int64 (m,), where each micro-batch ends in `examples`.
         step_ends: int64 (s,), where each step ends in `micro_ends`.
-        tokens: int64 (m,), tokens of each micro-batch.
+        tokens: int64 (m,), tokens that each micro-batch computes: what examples share counts once.
+        logical_tokens: int64 (m,), tokens of each micro-batch's examples.
+        least_micro_batches: no packing of these steps needs fewer.
         budget: tokens a micro-batch may hold.
         ranks: every step has a multiple of this many micro-batches; micro-batch i of a step is for rank i % ranks.
+        prefixes: what the examples share, and so the micro-batches compute once; None: nothing is shared.
     """
 
     examples: np.ndarray
     micro_ends: np.ndarray
     step_ends: np.ndarray
     tokens: np.ndarray
+    logical_tokens: np.ndarray
+    least_micro_batches: int
     budget: int
     ranks: int = 1
+    prefixes: Prefixes | None = None
 
     @property
     def n_steps(self) -> int:
@@ -55,16 +60,9 @@ class PackPlan:
         return float(self.tokens.sum() / (max(1, self.n_micro_batches) * self.budget))
 
     @property
-    def least_micro_batches(self) -> int:
-        """No packing of these steps needs fewer micro-batches than this."""
-        least = -(-self.step_tokens // self.budget)
-        return int((least + -least % self.ranks).sum())
-
-    @property
-    def step_tokens(self) -> np.ndarray:
-        """int64 (s,), tokens of each step."""
-        starts = np.concatenate([[0], self.step_ends[:-1]]).astype(np.int64)
-        return np.add.reduceat(self.tokens, starts) if len(starts) else np.zeros(0, dtype=np.int64)
+    def unique_share(self) -> float:
+        """Tokens that are computed / tokens of the examples."""
+        return float(self.tokens.sum() / max(1, self.logical_tokens.sum()))
 
     @property
     def evenness(self) -> np.ndarray:
@@ -74,7 +72,7 @@ class PackPlan:
 
     @property
     def fingerprint(self) -> str:
-        parts = (self.examples, self.micro_ends, self.step_ends)
+        parts = (self.examples, self.micro_ends, self.step_ends, self.tokens)
         return fingerprint(self.budget, self.ranks, *(np.ascontiguousarray(part, np.int64).tobytes() for part in parts))
 
     def micro_batch(self, index: int) -> np.ndarray:
@@ -94,22 +92,34 @@ class PackPlan:
         return int(self.micro_ends[self.step_ends[index] - 1] - before)
 
 
-def plan_training(lengths: np.ndarray, order: np.ndarray, *, step_size: int, budget: int, ranks: int = 1) -> PackPlan:
+def plan_training(
+    lengths: np.ndarray,
+    order: np.ndarray,
+    *,
+    step_size: int,
+    budget: int,
+    ranks: int = 1,
+    prefixes: Prefixes | None = None,
+) -> PackPlan:
     """Plans training: `order` is cut into steps of `step_size` examples, each step into micro-batches.
 
     Args:
         lengths: tokens of every example.
         order: example indices in the order in which they are to be seen. The last step may be short.
+        prefixes: what the examples share; None shares nothing.
 
     Raises:
         ValueError: an example is longer than the budget; its index is named.
     """
     check_fits(lengths, order, budget)
-    steps = [order[start : start + step_size] for start in range(0, len(order), step_size)]
-    return _build((_even_bins(step, lengths[step], budget, ranks) for step in steps), lengths, budget, ranks)
+    steps = (order[start : start + step_size] for start in range(0, len(order), step_size))
+    cut = partial(_cut_evenly, lengths=lengths, budget=budget, ranks=ranks, prefixes=prefixes)
+    return _build(map(cut, steps), lengths, budget, ranks, prefixes)
 
 
-def plan_evaluation(lengths: np.ndarray, indices: np.ndarray, *, budget: int, ranks: int = 1) -> PackPlan:
+def plan_evaluation(
+    lengths: np.ndarray, indices: np.ndarray, *, budget: int, ranks: int = 1, prefixes: Prefixes | None = None
+) -> PackPlan:
     """Plans evaluation: all examples in as few micro-batches as best-fit decreasing finds, in one step.
 
     Micro-batches come in order of falling cost, so that ranks that take every `ranks`-th one are evenly loaded.
@@ -118,15 +128,28 @@ def plan_evaluation(lengths: np.ndarray, indices: np.ndarray, *, budget: int, ra
         ValueError: an example is longer than the budget; its index is named.
     """
     check_fits(lengths, indices, budget)
-    ordered = indices[np.argsort(-lengths[indices], kind="stable")]
-    bins = _best_fit(ordered.tolist(), lengths[ordered].tolist(), budget)
-    bins.sort(key=lambda members: -float(_cost(lengths[members]).sum()))
+    members, items = _items(indices, lengths, budget, prefixes)
+    bins = best_fit(items.sizes, budget - items.base)
+    costs = [sum(items.costs[item] for item in places) for places in bins]
+    bins = [bins[at] for at in sorted(range(len(bins)), key=costs.__getitem__, reverse=True)]
     bins += [[] for _ in range(-len(bins) % ranks)]
-    return _build([bins] if bins else [], lengths, budget, ranks)
+    steps = [(_examples(bins, members, items), _least(items, budget, ranks))] if len(indices) else []
+    return _build(steps, lengths, budget, ranks, prefixes)
+
+
+def tree_of(members: np.ndarray, lengths: np.ndarray, prefixes: Prefixes, budget: int) -> Tree:
+    """The prefix tree of a micro-batch of a plan, within the budget that the planner counted for it.
+
+    What is worth a segment of its own depends on who else is there, so the tree of a few examples may hold more tokens
+    than their part of a larger tree, which the planner counted; sharing every common token never does.
+    """
+    shape = lengths[members].tolist(), prefixes.between(prefixes.rank[members]).tolist()
+    tree = grow_tree(*shape)
+    return tree if tree.tokens <= budget else grow_tree(*shape, least=1)
 
 
 def least_bins(lengths: np.ndarray, budget: int) -> int:
-    """No packing of these lengths needs fewer micro-batches than this."""
+    """No packing of these lengths, nothing shared, needs fewer micro-batches than this."""
     return -(-int(lengths.sum()) // budget)
 
 
@@ -146,75 +169,65 @@ def check_fits(lengths: np.ndarray, indices: np.ndarray, budget: int) -> None:
         )
 
 
-def _cost(lengths: np.ndarray) -> np.ndarray:
-    lengths = np.asarray(lengths, dtype=np.float64)
-    return lengths + lengths**2 / QUADRATIC
+Step = tuple[list[np.ndarray], int]  # examples of each micro-batch; the least number of micro-batches
 
 
-def _even_bins(indices: np.ndarray, lengths: np.ndarray, budget: int, ranks: int) -> list[list[int]]:
-    """The least number of bins (a multiple of `ranks`) that the schedule or, where it fails, best-fit can fill."""
-    order = np.argsort(-lengths, kind="stable")
-    ordered, sizes = indices[order].tolist(), lengths[order].tolist()
-    costs = _cost(lengths[order]).tolist()
-    count = least_bins(lengths, budget)
-    count += -count % ranks
+def _items(
+    indices: np.ndarray, lengths: np.ndarray, budget: int, prefixes: Prefixes | None
+) -> tuple[np.ndarray, Items]:
+    """What to place, and the examples that its members count in; in the order of their tokens if that is known."""
+    if prefixes is None:
+        return indices, single_items(lengths[indices])
+    members = indices[np.argsort(prefixes.rank[indices], kind="stable")]
+    shared = prefixes.between(prefixes.rank[members])
+    return members, sharing_items(lengths[members].tolist(), shared.tolist(), budget)
+
+
+def _cut_evenly(
+    indices: np.ndarray, *, lengths: np.ndarray, budget: int, ranks: int, prefixes: Prefixes | None
+) -> Step:
+    """A step in the least number of micro-batches (a multiple of `ranks`) that the heuristics can fill."""
+    members, items = _items(indices, lengths, budget, prefixes)
+    ways = [items]
+    if len(items.sizes) < len(members):  # sharers that stay together may need one micro-batch more than each by itself
+        ways.append(single_items(lengths[members], items.base))
+    count = least = _least(items, budget, ranks)
     while True:
-        bins = _longest_first(ordered, sizes, costs, budget, count)
-        if bins is None:
-            packed = _best_fit(ordered, sizes, budget)
-            bins = packed + [[] for _ in range(count - len(packed))] if len(packed) <= count else None
-        if bins is not None:
-            return bins
+        for way in ways:
+            bins = longest_first(way.sizes, way.costs, budget - way.base, count)
+            if bins is None:
+                packed = best_fit(way.sizes, budget - way.base)
+                bins = packed + [[] for _ in range(count - len(packed))] if len(packed) <= count else None
+            if bins is not None:
+                return _examples(bins, members, way), least
         count += ranks
 
 
-def _longest_first(
-    indices: list[int], sizes: list[int], costs: list[float], budget: int, count: int
-) -> list[list[int]] | None:
-    """Each example, the longest first, to the cheapest bin that has room; None when one finds no room."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    tokens, loads = [0] * count, [0.0] * count
-    for index, size, cost in zip(indices, sizes, costs, strict=True):
-        place = min((at for at in range(count) if tokens[at] + size <= budget), key=loads.__getitem__, default=None)
-        if place is None:
-            return None
-        bins[place].append(index)
-        tokens[place] += size
-        loads[place] += cost
-    return bins
+def _least(items: Items, budget: int, ranks: int) -> int:
+    """No packing needs fewer micro-batches than this multiple of `ranks`: each of them holds the base once."""
+    least = max(1, -(-(items.tokens - items.base) // max(1, budget - items.base)))
+    return least + -least % ranks
 
 
-def _best_fit(indices: list[int], sizes: list[int], budget: int) -> list[list[int]]:
-    """Each example to the fullest bin that has room for it, a new bin where none has."""
-    bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
-    for index, size in zip(indices, sizes, strict=True):
-        at = bisect.bisect_left(room, (size, -1))
-        if at == len(room):
-            bins.append([])
-            left, place = budget, len(bins) - 1
-        else:
-            left, place = room.pop(at)
-        bins[place].append(index)
-        if left > size:
-            bisect.insort(room, (left - size, place))
-    return bins
+def _examples(bins: list[list[int]], members: np.ndarray, items: Items) -> list[np.ndarray]:
+    """The examples of each bin, in the order in which they stand in `members`."""
+    if items.members is not None:
+        bins = [[at for item in places for at in items.members[item]] for places in bins]
+    return [members[sorted(places)] for places in bins]
 
 
-def _build(
-    steps: Iterator[list[list[int]]] | list[list[list[int]]], lengths: np.ndarray, budget: int, ranks: int
-) -> PackPlan:
-    examples: list[int] = []
-    micro_ends: list[int] = []
-    step_ends: list[int] = []
-    tokens: list[int] = []
-    for bins in steps:
+def _build(steps: Iterable[Step], lengths: np.ndarray, budget: int, ranks: int, prefixes: Prefixes | None) -> PackPlan:
+    examples, micro_ends, step_ends = array("q"), array("q"), array("q")
+    tokens, logical, least = array("q"), array("q"), 0
+    for bins, needed in steps:
         for members in bins:
-            examples += members
+            examples.frombytes(members.tobytes())
             micro_ends.append(len(examples))
-            tokens.append(int(lengths[members].sum()) if members else 0)
+            logical.append(int(lengths[members].sum()))
+            tokens.append(logical[-1] if prefixes is None else tree_of(members, lengths, prefixes, budget).tokens)
         step_ends.append(len(micro_ends))
-    parts = [np.asarray(part, dtype=np.int64) for part in (examples, micro_ends, step_ends, tokens)]
-    plan = PackPlan(parts[0], parts[1], parts[2], parts[3], budget, ranks)
+        least += needed
+    parts = [np.array(part, dtype=np.int64) for part in (examples, micro_ends, step_ends, tokens, logical)]
+    plan = PackPlan(parts[0], parts[1], parts[2], parts[3], parts[4], least, budget, ranks, prefixes)
     assert (plan.tokens <= budget).all(), "a micro-batch is over the budget"
     return plan

@@ -13,69 +13,78 @@ from arena.packing.batch import PackedBatch
 from arena.packing.plan import PackPlan
 from arena.progress import console
 
-SHOWN = 20  # tokens decoded at either end of an example
+SHOWN = 20  # tokens decoded at either end of a segment
 
 
 def print_plan(plan: PackPlan) -> None:
     """Prints how well a training plan packs."""
-    least, count = plan.least_micro_batches, plan.n_micro_batches
     console.print(
-        f"plan: {plan.n_steps:,} steps, {count:,} micro-batches ({count / least:.4f} x the least possible {least:,}), "
-        f"fill rate {plan.fill_rate:.1%}, fewest/most tokens in a step {plan.evenness.mean():.4f} on average, "
-        f"{plan.evenness.min():.4f} at worst"
+        f"plan: {plan.n_steps:,} steps, {_packing(plan)}, fewest/most tokens in a step {plan.evenness.mean():.4f} on "
+        f"average, {plan.evenness.min():.4f} at worst"
     )
 
 
 def print_evaluation_plan(plan: PackPlan) -> None:
     """Prints how well a plan over a whole set packs."""
+    console.print(f"all rows in one order, as evaluation packs them: {_packing(plan)}")
+
+
+def _packing(plan: PackPlan) -> str:
     least, count = plan.least_micro_batches, plan.n_micro_batches
-    console.print(
-        f"all rows in one order, as evaluation packs them: {count:,} micro-batches ({count / least:.4f} x the least "
-        f"possible {least:,}), fill rate {plan.fill_rate:.1%}"
+    return (
+        f"{count:,} micro-batches ({count / least:.4f} x the least possible {least:,}), fill rate "
+        f"{plan.fill_rate:.1%}, {plan.tokens.sum():,} of {plan.logical_tokens.sum():,} tokens computed "
+        f"(unique/logical {plan.unique_share:.3f})"
     )
 
 
 def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: int) -> None:
-    """Prints a micro-batch, an example after the other."""
-    total = int(batch.cu_seqlens[-1])
+    """Prints a micro-batch: its shared segments, then an example after the other."""
+    total, logical = batch.tokens, sum(batch.seq_lens)
     longest = batch.max_seq_len * batch.batch_size
     console.print(
-        f"micro-batch: {batch.batch_size} examples, {total:,} of {budget:,} tokens, fill rate {total / budget:.1%}; "
-        f"padded to its longest example it would take {longest:,} ({total / longest:.1%} useful)"
+        f"micro-batch: {batch.batch_size} examples of {logical:,} tokens as {len(batch.cu_seqlens) - 1} segments of "
+        f"{total:,}; budget {budget:,}, fill rate {total / budget:.1%}; padded to the longest example it would take "
+        f"{longest:,} ({logical / longest:.1%} useful)"
     )
     console.print(f"cu_seqlens {batch.cu_seqlens.tolist()}")
-    examples = [store[index] for index in batch.index.tolist()]
-    shared = _common_prefix(examples)
-    console.print(f"all begin with the same {shared:,} tokens: {_words(tokenizer, examples[0][:SHOWN])} ...")
-    for at, (index, ids) in enumerate(zip(batch.index.tolist(), examples, strict=True)):
-        start, end = batch.cu_seqlens[at : at + 2].tolist()
+    ends_in = batch.segment.tolist()
+    for at, (start, end) in enumerate(_segments(batch)):
+        place = batch.position_ids[0, start]
+        if at not in ends_in:
+            ids = batch.input_ids[0, start:end]
+            console.print(f"segment {at}, shared: {end - start:,} tokens from {place} on: {_ends(tokenizer, ids)}")
+    for at, index in enumerate(batch.index.tolist()):
+        start, end = _segments(batch)[ends_in[at]]
         cut = f"; {store.tokens_cut[index]:,} tokens cut" if store.tokens_cut[index] else ""
         dropped = f", {store.turns_dropped[index]} turns left out" if store.turns_dropped[index] else ""
-        console.print(f"{_name(index, store.orders)}: {len(ids):,} tokens, {start:,} to {end:,}{cut}{dropped}")
-        console.print(f"  begins ... {_words(tokenizer, ids[shared : shared + SHOWN])}")
-        console.print(f"  ends   ... {_words(tokenizer, ids[-SHOWN:])}")
+        console.print(
+            f"{_name(index, store.orders)}: {batch.seq_lens[at]:,} tokens, the last {end - start:,} of them in segment "
+            f"{ends_in[at]}{cut}{dropped}"
+        )
+        console.print(f"  {_ends(tokenizer, batch.input_ids[0, start:end])}")
 
 
 def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
-    """Draws which keys each query of a batch sees: one triangle an example, and the sliding window's band within it."""
+    """Draws which keys the queries of each segment see: a triangle of its own, and what is shared before it.
+
+    The darker band is what a sliding-window layer sees of it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.patches import Polygon
 
-    ends = batch.cu_seqlens.tolist()
     figure, axes = pyplot.subplots(figsize=(7, 7), layout="constrained")
-    for at, (start, end) in enumerate(pairwise(ends)):
-        axes.add_patch(Polygon([(start, start), (start, end), (end, end)], color=f"C{at % 10}", alpha=0.35, lw=0))
-        if window is not None and window < end - start:
-            band = [(start, start), (start, start + window), (end - window, end), (end, end)]
-            axes.add_patch(Polygon(band, color=f"C{at % 10}", alpha=0.6, lw=0))
-    limits = (0, ends[-1])
+    for at, (start, end) in enumerate(_segments(batch)):
+        keys = _keys(batch, at)
+        for first in np.split(keys, np.flatnonzero(np.diff(keys) != 1) + 1):
+            _draw_block(axes, (start, end), int(batch.position_ids[0, start]), batch, first, window, f"C{at % 10}")
+    limits = (0, batch.tokens)
     axes.set(xlim=limits, ylim=limits[::-1], xlabel="key", ylabel="query", aspect="equal")
     note = "" if window is None else f"; dark: the sliding window of {window:,}"
     axes.set_title(
-        f"who sees whom: {batch.batch_size} examples in one row of {ends[-1]:,} tokens{note}", fontsize="medium"
+        f"who sees whom: {batch.batch_size} examples in a row of {limits[1]:,} tokens{note}", fontsize="medium"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -83,11 +92,49 @@ def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
     return path
 
 
-def _common_prefix(examples: list[np.ndarray]) -> int:
-    """How many tokens at the beginning all examples share."""
-    shortest = min(map(len, examples))
-    same = np.all([each[:shortest] == examples[0][:shortest] for each in examples], axis=0)
-    return int(shortest if same.all() else same.argmin())
+def _draw_block(
+    axes: Any,
+    queries: tuple[int, int],
+    place: int,
+    batch: PackedBatch,
+    keys: np.ndarray,
+    window: int | None,
+    colour: str,
+) -> None:
+    """What the queries of a segment, whose first is token `place` of its example, see of keys that lie side by side."""
+    from matplotlib.patches import PathPatch, Polygon
+    from matplotlib.path import Path as Outline
+
+    start, end = queries
+    left, right = int(keys[0]), int(keys[-1]) + 1
+    corners = [(left, start), (right, start), (right, end), (left, end)]
+    if left >= start:  # its own tokens: causal
+        corners = [(start, start), (start, end), (end, end)]
+    axes.add_patch(Polygon(corners, color=colour, alpha=0.35, lw=0))
+    if window is None:
+        return
+    # on the diagonal of the window a query at place p sees keys from place p - window on
+    shift = left - int(batch.position_ids[0, left]) - (start - place) - window
+    band = [(start + shift, start), (end + shift, end), (end + shift + window, end), (start + shift + window, start)]
+    clip = PathPatch(Outline([*corners, corners[0]]), transform=axes.transData)
+    axes.add_patch(Polygon(band, color=colour, alpha=0.45, lw=0, clip_path=clip))
+
+
+def _segments(batch: PackedBatch) -> list[tuple[int, int]]:
+    return list(pairwise(batch.cu_seqlens.tolist()))
+
+
+def _keys(batch: PackedBatch, segment: int) -> np.ndarray:
+    """Places in the row of the keys that a segment sees."""
+    first, last = batch.cu_seqlens_k[segment : segment + 2].tolist()
+    return np.arange(first, last) if batch.kv_index is None else batch.kv_index[first:last].numpy()
+
+
+def _ends(tokenizer: Any, ids: Any) -> str:
+    """The beginning and the end of a text."""
+    if len(ids) <= 2 * SHOWN:
+        return _words(tokenizer, ids)
+    return f"{_words(tokenizer, ids[:SHOWN])} ... {_words(tokenizer, ids[-SHOWN:])}"
 
 
 def _name(index: int, orders: int) -> str:

@@ -33,7 +33,8 @@ def print_report(metrics: dict[str, Any]) -> None:
             table.add_row(f"{metrics[key]:.4f}", f"{ours - metrics[key]:+.4f}", words)
     console.print(table)
     console.print(
-        f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f}; {metrics['tokens']:,} tokens in "
+        f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f}; {metrics['tokens']:,} tokens "
+        f"({metrics['unique_tokens'] / metrics['tokens']:.1%} computed, the rest shared) in "
         f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} a second), fill rate "
         f"{metrics['fill_rate']:.1%}, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB"
     )

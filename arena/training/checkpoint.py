@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -14,24 +15,24 @@ from torch import Tensor, nn
 from arena.files import write_json, written_whole
 from arena.training.optim import trainable
 
-FORMAT = 1
+FORMAT = 2
 TENSOR = "@tensor"  # stands in plain JSON for a tensor that is kept beside it
 KEPT = 2  # checkpoints that stay, the latest ones; the best weights stay besides
 
 
-def save_weights(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
-    """Writes the trainable weights and some facts about them into a folder of their own."""
+def save_weights(folder: Path, model: nn.Module, facts: dict[str, Any], judged: np.ndarray) -> None:
+    """Writes the trainable weights, facts about them and the probabilities they gave into a folder of their own."""
     with written_whole(folder) as draft:
         draft.mkdir()
         save_file(_contiguous(trainable(model)), draft / "weights.safetensors")
+        save_file({"judged": torch.from_numpy(judged)}, draft / "judged.safetensors")
         write_json(draft / "facts.json", facts)
 
 
-def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Puts the weights of `save_weights` into the model and gives the facts back."""
+def load_weights(folder: Path, model: nn.Module) -> np.ndarray:
+    """Puts the weights of `save_weights` into the model and gives the probabilities back."""
     _restore(load_file(folder / "weights.safetensors"), trainable(model))
-    facts: dict[str, Any] = json.loads((folder / "facts.json").read_text())
-    return facts
+    return np.asarray(load_file(folder / "judged.safetensors")["judged"].numpy())
 
 
 def save_checkpoint(

@@ -25,14 +25,13 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
     assert swap == "never" or orders == 2, "the store holds one order only"
     parts = []
     for epoch in range(math.ceil(epochs)):
-        if swap == "both":
-            examples = np.concatenate([rows * orders, rows * orders + 1])
+        shuffle = epoch_order(len(rows), seed, epoch)
+        examples = rows[shuffle] * orders
+        if swap == "both":  # a row's two orders side by side: they share its first prompt
+            examples = (examples[:, None] + np.arange(2)).reshape(-1)
         elif swap == "random":
-            drawn = np.random.default_rng([seed, epoch, SWAP_STREAM]).integers(0, 2, len(rows))
-            examples = rows * orders + drawn
-        else:
-            examples = rows * orders
-        parts.append(examples[epoch_order(len(examples), seed, epoch)])
+            examples += np.random.default_rng([seed, epoch, SWAP_STREAM]).integers(0, 2, len(rows))[shuffle]
+        parts.append(examples)
     whole = np.concatenate(parts)
     return whole[: max(1, round(len(parts[0]) * epochs))]
 

@@ -18,6 +18,7 @@ from arena.judging.judge import save_judge
 from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
 from arena.model.attention import choose_backend
 from arena.model.backbone import adapt, base_digest, load_base, load_tokenizer
+from arena.packing.tree import prefixes_for
 from arena.progress import console
 from arena.training.folder import claim, finished, identity
 from arena.training.optim import trainable
@@ -49,8 +50,10 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     console.quiet = not main
     data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    cache = Path(recipe.data.cache)
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         data = prepare_fold(recipe, fold, tokenizer)
+        prefixes_for(data.store, recipe.packing, cache)
     run = identity(recipe, data.fingerprint, base_digest(recipe.model.base))
     if not fresh and (metrics := finished(folder, run)) is not None:
         console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
@@ -66,8 +69,9 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     trainer.run()
     held_out = data.eval_rows
     probabilities = predict_or_prior(
-        trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe
-    )
+        trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe, cache,
+        straight=trainer.judged,
+    )  # fmt: skip
     metrics = {"recipe": recipe.name, "fold": fold, **_effort(data, trainer)}
     if main:
         save_judge(folder / "model", model, tokenizer, recipe, data.prior, data.trained_on, run["base"])
@@ -101,7 +105,8 @@ def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
     console.print(
         f"{recipe.name}: {len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held out; "
         f"{plan.n_steps:,} steps, {plan.n_micro_batches:,} micro-batches of at most {plan.budget:,} tokens, "
-        f"fill rate {plan.fill_rate:.1%}; {count:,} trainable parameters; {device_name(trainer.accelerator.device)}"
+        f"fill rate {plan.fill_rate:.1%}, {plan.unique_share:.1%} of the examples' tokens computed, the rest shared; "
+        f"{count:,} trainable parameters; {device_name(trainer.accelerator.device)}"
         + (f"; {plan.ranks} processes" if plan.ranks > 1 else "")
     )
     cut = int((data.store.tokens_cut > 0).sum())
@@ -135,9 +140,10 @@ def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
         "micro_batches": done.micro_batches,
         "fill_rate": trainer.plan.fill_rate,
         "tokens": done.tokens,
-        "unique_tokens": done.tokens,
+        "unique_tokens": done.unique_tokens,
         "tokens_per_second": done.tokens / max(done.seconds, 1e-9),
         "train_seconds": done.seconds,
+        "data_wait_seconds": done.waited,
         "peak_memory_bytes": peak_memory(device),
         "trainable_parameters": sum(parameter.numel() for parameter in trainable(trainer.model).values()),
         "device": device_name(device),

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from arena.judging.inference import predict
 from arena.metrics import log_loss
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.packing.batch import PackedBatch
-from arena.packing.loader import PackedLoader
+from arena.packing.loader import PackedLoader, ahead
 from arena.packing.plan import PackPlan, plan_training
+from arena.packing.tree import prefixes_for
 from arena.progress import progress
 from arena.training.checkpoint import (
     checkpoints,
@@ -43,8 +45,10 @@ class Done:
 
     step: int = 0
     tokens: int = 0
+    unique_tokens: int = 0
     micro_batches: int = 0
     seconds: float = 0.0
+    waited: float = 0.0  # of these seconds, for data
     best_step: int = -1
     best_log_loss: float | None = None
 
@@ -67,6 +71,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, recipe.train)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.plan.n_steps)
         self.done = Done()
+        self.judged: np.ndarray | None = None  # by the best weights, once trained: held-out rows in straight order
         self.pledge = {"data": data.fingerprint, "plan": self.plan.fingerprint}
 
     def run(self) -> Done:
@@ -74,12 +79,12 @@ class Trainer:
         self.resume()
         self._start_log()
         settings = self.recipe.train
-        loader = self._loader()
         self.classifier.train()
         with progress("training", self.plan.n_steps, "steps") as advance:
             advance(self.done.step)
             start = time.monotonic()
-            for batch in loader:
+            for batch in ahead(self._loader()):
+                self.done.waited += time.monotonic() - start
                 facts = self._step(batch, start)
                 advance(1, note=f"loss {facts['loss']:.4f}")
                 last = self.done.step == self.plan.n_steps
@@ -89,7 +94,7 @@ class Trainer:
                 elif self.done.step % settings.checkpoint_every == 0:
                     self._save()
                 start = time.monotonic()
-        load_weights(self.best_folder, self.model)
+        self.judged = load_weights(self.best_folder, self.model)
         return self.done
 
     def resume(self) -> None:
@@ -118,7 +123,8 @@ class Trainer:
     def _loader(self) -> PackedLoader:
         labels = example_labels(self.data.labels, self.data.store)
         rank = self.accelerator.process_index
-        return PackedLoader(self.data.store, labels, self.plan, rank=rank, start=self.done.step)
+        pin = self.accelerator.device.type == "cuda"
+        return PackedLoader(self.data.store, labels, self.plan, rank=rank, start=self.done.step, pin=pin)
 
     def _step(self, batch: list[PackedBatch], start: float) -> dict[str, Any]:
         """One optimizer step; its time counts from `start`, before its data were loaded.
@@ -150,16 +156,18 @@ class Trainer:
         """Books a step and logs it."""
         ends = self.plan.step_ends
         micro = slice(int(ends[self.done.step - 1]) if self.done.step else 0, int(ends[self.done.step]))
-        tokens = self.plan.tokens[micro]
+        unique, tokens = self.plan.tokens[micro], int(self.plan.logical_tokens[micro].sum())
+        used = int((unique > 0).sum())
         self.done.step += 1
-        self.done.tokens += int(tokens.sum())
-        self.done.micro_batches += int((tokens > 0).sum())
+        self.done.tokens += tokens
+        self.done.unique_tokens += int(unique.sum())
+        self.done.micro_batches += used
         self.done.seconds += seconds
         facts = {
             "step": self.done.step, "loss": loss, "grad_norm": norm, "lr": rate, "examples": size,
-            "micro_batches": int((tokens > 0).sum()), "tokens": int(tokens.sum()),
-            "fill_rate": float(tokens.sum() / (len(tokens) * self.plan.budget)),
-            "seconds": round(seconds, 4), "tokens_per_second": round(float(tokens.sum()) / seconds, 1),
+            "micro_batches": used, "tokens": tokens, "unique_tokens": int(unique.sum()),
+            "fill_rate": float(unique.sum() / (len(unique) * self.plan.budget)),
+            "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1),
         }  # fmt: skip
         self._log(facts)
         return facts
@@ -170,15 +178,15 @@ class Trainer:
         recipe = self.recipe
         found = predict(
             self.classifier, self.data.store, rows,
-            budget=recipe.packing.budget, swap=False, dtype=recipe.model.dtype, title="evaluating",
+            budget=recipe.packing.budget, orders=[0], dtype=recipe.model.dtype, prefixes=self.plan.prefixes,
+            title="evaluating",
         )  # fmt: skip
         loss = first_rank(self.accelerator, log_loss(self.data.labels[rows], found))
         better = self.done.best_log_loss is None or loss < self.done.best_log_loss
         if better:
             self.done.best_log_loss, self.done.best_step = loss, self.done.step
-            self._on_main(
-                lambda: save_weights(self.best_folder, self.model, {"step": self.done.step, "log_loss": loss})
-            )
+            facts = {"step": self.done.step, "log_loss": loss}
+            self._on_main(lambda: save_weights(self.best_folder, self.model, facts, found))
         self._log({"step": self.done.step, "eval_log_loss": loss, "eval_rows": len(rows), "best": better})
 
     def _save(self) -> None:
@@ -215,8 +223,9 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1) -> PackPlan:
         data.train_rows, data.store.orders, epochs=settings.epochs, swap=settings.swap, seed=recipe.seed
     )
     return plan_training(
-        data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks
-    )
+        data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks,
+        prefixes=prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),
+    )  # fmt: skip
 
 
 def accumulate(classifier: nn.Module, batch: list[PackedBatch], size: int, device: torch.device, dtype: str) -> float:

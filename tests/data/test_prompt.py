@@ -57,6 +57,16 @@ def test_layout(small: Any) -> None:
     assert example.input_ids.dtype == np.int32
 
 
+def test_a_character_that_a_tokenizer_does_not_know(tmp_path: Path) -> None:
+    """Without byte fallback it becomes the unknown token, as anywhere; written out, that token is plain text."""
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.backend_tokenizer.model.byte_fallback = False
+    encoder = PromptEncoder(tokenizer, prompt_settings())
+    strange, spelt = (one(encoder, row(("which?", text, "b"))) for text in ("\u2603", "<unk>"))
+    assert control_in(strange, encoder) == [tokenizer.unk_token_id]
+    assert control_in(spelt, encoder) == []
+
+
 def test_both_orders_exchange_the_answers(small: Any) -> None:
     encoder = PromptEncoder(small, prompt_settings())
     straight, swapped = encoder.encode(row(("which?", "good", "bad")), both_orders=True)
@@ -191,3 +201,35 @@ def test_slow_tokenizers_are_refused() -> None:
 def test_default_instruction_is_about_200_tokens(gemma: Any) -> None:
     encoder = PromptEncoder(gemma, prompt_settings("judge", max_length=4096))
     assert 170 <= len(encoder.prefix) <= 230
+
+
+HOSTILE = [
+    "", " ", "\n\n\n", "\t \r\n", "a\0b", "\u2581\u2581", "\ufeff", "\u2028", "e\u0301", "ﬁ", "👩\u200d👩",
+    "<0x41>", "<0xE5>", "<", "<bo", "bos>", "<table><tr>", "</h1>\n\n", "好" * 400, "a" * 5000, " " * 700, "\U0010ffff",
+    "مرحبا بالعالم", "null", "[UNK]", "<s>", "▁the", "x\n\n\n\ny", "🇩🇪🇫🇷", "1234567890" * 20, "\ufffd\ufffd",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["small", pytest.param("gemma", marks=needs_shared)])
+def test_ids_are_those_of_the_plain_call(request: pytest.FixtureRequest, name: str) -> None:
+    """Of text that spells no control token, where the tokenizer's own call is right; whatever was set before."""
+    tokenizer = request.getfixturevalue(name)
+    encoder = PromptEncoder(tokenizer, prompt_settings(max_length=4096))
+    texts = [*HOSTILE, *(f"{a} {b}" for a in HOSTILE for b in HOSTILE[:12])]
+    tokenizer("x", truncation=True, max_length=3, padding="max_length")  # leaves its settings in the backend
+    fields = encoder.tokenise({"prompt": [texts], "response_a": [texts[::-1]], "response_b": [texts]})[0]
+    expected = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for (prompt, a, b), plain, last in zip(fields, expected, expected[::-1], strict=True):
+        assert prompt.dtype == np.int32
+        assert prompt.tolist() == b.tolist() == plain and a.tolist() == last
+    assert tokenizer("<bos>", add_special_tokens=False)["input_ids"] == [tokenizer.bos_token_id]  # nothing is left set
+
+
+def test_control_strings_among_many_texts_are_found_in_their_places(small: Any) -> None:
+    encoder = PromptEncoder(small, prompt_settings())
+    texts = ["", "good", "a<unused0>", "", "<bos>", "bad", "[@BOS@][@BOS@]", ""]
+    fields = encoder.tokenise({"prompt": [texts], "response_a": [texts], "response_b": [[None] * len(texts)]})[0]
+    for text, (prompt, a, missing) in zip(texts, fields, strict=True):
+        assert small.decode(prompt) == text and np.array_equal(prompt, a)
+        assert not set(prompt.tolist()) & set(control_ids(small))
+        assert missing.tolist() == encoder.missing

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from arena.data import tokens
 from arena.data.prompt import PromptEncoder
-from arena.data.tokens import TokenStore, join, tokenise
+from arena.data.tokens import TextMemo, TokenStore, join, tokenise
 from tests.helpers import make_tokenizer, prompt_settings
 
 
@@ -78,3 +81,76 @@ def test_joined_stores(tokenizer: Any, tmp_path: Path) -> None:
     assert len(joined) == 8
     assert all(np.array_equal(joined[at], first[at]) for at in range(5))
     assert all(np.array_equal(joined[5 + at], second[at]) for at in range(3))
+
+
+def test_a_changed_tokenizer_is_noticed(tokenizer: Any, tmp_path: Path) -> None:
+    """Also one that was changed in memory only, and one whose vocabulary and added tokens are the same."""
+    made_by = copy.deepcopy(tokenizer)
+    names = set()
+    for change in (
+        lambda: None,
+        lambda: made_by.add_tokens(["<unused1>"]),
+        lambda: setattr(made_by.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+        lambda: setattr(made_by.backend_tokenizer.model, "byte_fallback", False),
+    ):
+        change()
+        names.add(tokenise(conversations(3), "a", made_by, prompt_settings(), tmp_path, both_orders=False).fingerprint)
+    assert len(names) == len(list(tmp_path.iterdir())) == 4
+
+
+def test_fingerprint_tells_the_content(tokenizer: Any, tmp_path: Path) -> None:
+    def store(source: str, both_orders: bool = False) -> TokenStore:
+        return tokenise(conversations(3), source, tokenizer, prompt_settings(), tmp_path, both_orders=both_orders)
+
+    a, b = store("a"), store("b")
+    assert store("a").fingerprint == a.fingerprint
+    assert join([a, b]).fingerprint == join([store("a"), store("b")]).fingerprint
+    stores = (a, b, store("a", both_orders=True), join([a, b]), join([b, a]))
+    assert len({each.fingerprint for each in stores}) == len(stores)
+
+
+def test_memo_holds_what_was_asked_for_last_and_no_more_than_its_limit() -> None:
+    memo, ids = TextMemo(limit=10), np.arange(4, dtype=np.int32)
+    memo[b"a"], memo[b"b"] = ids, ids + 1
+    assert memo.get(b"a") is not None and memo.get(b"none") is None
+    memo[b"c"] = ids + 2  # 12 tokens: `b`, not asked for since, goes
+    assert list(memo) == [b"a", b"c"] and memo.tokens == 8
+    memo[b"c"] = ids[:1]
+    assert memo.tokens == 5
+    ids[:] = 7
+    assert memo[b"a"].tolist() == [0, 1, 2, 3]  # its own copy
+    memo[b"long"] = np.zeros(11, dtype=np.int32)
+    assert not len(memo) and memo.tokens == 0
+
+
+@pytest.mark.parametrize("limit", [tokens.REMEMBERED_TOKENS, 40])
+def test_repeated_texts_are_tokenised_once(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Within a batch and from batch to batch; where the memo is too small, again, with the same ids."""
+    monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(tokens, "TextMemo", lambda: TextMemo(limit))
+    seen: list[str] = []
+    encode = PromptEncoder._encode
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, texts: seen.extend(texts) or encode(self, texts))
+    texts = [[f"which is better {at % 12}"] for at in range(40)]
+    rows = Dataset.from_dict({"prompt": texts, "response_a": texts[::-1], "response_b": texts})
+    store = tokenise(rows, "a", tokenizer, prompt_settings(), tmp_path, both_orders=True)
+    counts = Counter(text for text in seen if text.startswith("which"))
+    assert len(counts) == 12
+    assert (max(counts.values()) == 1) is (limit == tokens.REMEMBERED_TOKENS)
+    monkeypatch.undo()
+    for index, example in enumerate(PromptEncoder(tokenizer, prompt_settings()).encode(rows[:], both_orders=True)):
+        assert np.array_equal(store[index], example.input_ids)
+
+
+def test_an_error_in_the_tokenizer_comes_through_and_leaves_nothing(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(PromptEncoder, "tokenise", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        tokenise(conversations(3), "a", tokenizer, prompt_settings(), tmp_path, both_orders=False)
+    assert list(tmp_path.iterdir()) == []

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -15,8 +19,9 @@ from arena.config import LoraSettings
 from arena.model.backbone import _lora, backbone
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.packing.batch import PackedBatch, collate
+from arena.packing.tree import find_prefixes, grow_tree
 from arena.training.optim import trainable
-from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack
+from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack, random_family
 
 LENGTHS = [4 * WINDOW, 1, WINDOW, WINDOW + 1, 3, WINDOW - 1, 2 * WINDOW + 5]
 
@@ -31,8 +36,17 @@ def plain_model(base: Path, packed: PackedClassifier, lora: bool) -> nn.Module:
 
 
 def one_by_one(model: nn.Module, batch: PackedBatch) -> Tensor:
-    rows = batch.input_ids[0].split(batch.seq_lens)
-    return torch.cat([model(input_ids=row[None], use_cache=False).logits.float() for row in rows])
+    return torch.cat([model(input_ids=row[None], use_cache=False).logits.float() for row in examples_of(batch)])
+
+
+def examples_of(batch: PackedBatch) -> list[Tensor]:
+    """The token ids of each example, read back along its segments."""
+    found = []
+    for segment in batch.segment.tolist():
+        first, last = batch.cu_seqlens_k[segment : segment + 2].tolist()
+        keys = torch.arange(first, last) if batch.kv_index is None else batch.kv_index[first:last]
+        found.append(batch.input_ids[0, keys])
+    return found
 
 
 def logits_and_gradients(model: nn.Module, logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -46,11 +60,20 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def compare(
-    base: Path, lengths: list[int], lora: bool, change: Callable[[nn.Module], None] | None = None
+    base: Path,
+    lengths: list[int],
+    lora: bool,
+    change: Callable[[nn.Module], None] | None = None,
+    shared: PackedBatch | None = None,
 ) -> list[float]:
-    """Relative differences of logits and of gradients between packed and one by one."""
+    """Relative differences of logits and of gradients between packed and one by one.
+
+    Args:
+        change: is done to the packed model alone.
+        shared: what the packed model reads in place of examples that share nothing.
+    """
     packed = classifier(exact(base, **({} if lora else {"lora": None})))
-    batch = pack(lengths)
+    batch = shared or pack(lengths)
     expected = plain_model(base, packed, lora)
     right = logits_and_gradients(expected, one_by_one(expected, batch), batch)
     if change is not None:
@@ -70,6 +93,59 @@ def test_any_lengths_in_any_order(gemma2: Path, lengths: list[int]) -> None:
     assert max(compare(gemma2, lengths, True)) <= 1e-5
 
 
+def shared_batch(examples: list[np.ndarray], least: int) -> PackedBatch:
+    """Examples with every common beginning of `least` tokens or more laid out once."""
+    prefixes = find_prefixes(examples)
+    order = np.argsort(prefixes.rank)
+    shared = prefixes.between(prefixes.rank[order])
+    tree = grow_tree([len(examples[at]) for at in order], shared.tolist(), least)
+    labels = np.random.default_rng(0).dirichlet([1, 1, 1], len(examples))
+    return collate([{"input_ids": examples[at], "label": labels[at]} for at in order], tree=tree)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000), least=st.sampled_from([1, 5]))
+def test_shared_equals_one_by_one(gemma2: Path, seed: int, least: int) -> None:
+    """Over random trees: common beginnings shorter and longer than the window, pairs, equal and nested examples."""
+    batch = shared_batch(random_family(seed), least)
+    assert max(compare(gemma2, [], True, shared=batch)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("lora", [True, False])
+def test_shared_equals_one_by_one_for_each_family(family: str, lora: bool, tmp_path: Path) -> None:
+    batch = shared_batch(swap_pairs(), 4)
+    assert batch.tokens < 0.6 * sum(batch.seq_lens)
+    assert max(compare(make_base(tmp_path, family), [], lora, shared=batch)) <= 1e-5
+
+
+def swap_pairs() -> list[np.ndarray]:
+    """Both orders of three conversations under an instruction longer than the window; two have the same prompt."""
+    rng = np.random.default_rng(1)
+    instruction, *prompts = (rng.integers(10, 300, n) for n in (3 * WINDOW, WINDOW - 2, WINDOW + 3))
+    answers = [(rng.integers(10, 300, 5), rng.integers(10, 300, WINDOW + 1)) for _ in range(3)]
+    pieces = [
+        (instruction, prompts[row % 2], *order) for row, (a, b) in enumerate(answers) for order in ((a, b), (b, a))
+    ]
+    return [np.concatenate(each).astype(np.int32) for each in pieces]
+
+
+@pytest.mark.parametrize("field", ["position_ids", "kv_index", "segment"])
+def test_a_wrong_layout_fails_the_comparison(gemma2: Path, field: str) -> None:
+    """Positions that start anew in each segment, keys of other ancestors, the state of another example."""
+    batch = shared_batch(swap_pairs(), 4)
+    wrong = {
+        "position_ids": torch.cat([torch.arange(n) for n in batch.cu_seqlens.diff()])[None],
+        "kv_index": (batch.kv_index + 1) % batch.tokens,
+        "segment": batch.segment.roll(1),
+    }
+    packed = classifier(exact(gemma2))
+    expected = plain_model(gemma2, packed, True)
+    right = one_by_one(expected, batch)
+    assert relative(packed(batch), right) <= 1e-5
+    assert relative(packed(replace(batch, **{field: wrong[field]})), right) > 1e-3
+
+
 def set_window(window: int) -> Callable[[nn.Module], None]:
     def change(model: nn.Module) -> None:
         for layer in backbone(model).layers:
@@ -85,11 +161,12 @@ def no_softcap(model: nn.Module) -> None:
 
 
 def one_document(model: nn.Module) -> None:
-    def join(module: nn.Module, args: tuple[()], kwargs: dict[str, Tensor]) -> tuple[tuple[()], dict[str, object]]:
+    def join(module: nn.Module, args: object, kwargs: dict[str, Tensor]) -> tuple[object, dict[str, object]]:
         ends = kwargs["cu_seq_lens_q"][[0, -1]]
         return args, {**kwargs, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
 
-    backbone(model).register_forward_pre_hook(join, with_kwargs=True)
+    for layer in backbone(model).layers[:-1]:  # the last one has a query an example, not a row
+        layer.register_forward_pre_hook(join, with_kwargs=True)
 
 
 @pytest.mark.parametrize(

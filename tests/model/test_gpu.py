@@ -10,17 +10,19 @@ import torch
 from arena.model.classifier import loss_sum
 from arena.training.optim import trainable
 from tests.helpers import classifier, exact, pack
+from tests.model.test_classifier import shared_batch, swap_pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 LENGTHS = [40, 1, 9, 8, 33]
 
 
-def test_logits_and_gradients_equal_those_of_the_cpu(gemma2: Path) -> None:
+@pytest.mark.parametrize("share", [False, True])
+def test_logits_and_gradients_equal_those_of_the_cpu(gemma2: Path, share: bool) -> None:
     results = []
     for device in ("cpu", "cuda"):
         model = classifier(exact(gemma2)).to(device)
-        batch = pack(LENGTHS).to(device)
+        batch = (shared_batch(swap_pairs(), 4) if share else pack(LENGTHS)).pin_memory().to(device)
         logits = model(batch)
         loss_sum(logits, batch.label).backward()
         grads = torch.cat([parameter.grad.reshape(-1) for parameter in trainable(model.model).values()])

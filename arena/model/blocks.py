@@ -1,0 +1,129 @@
+"""What blockwise attention is made of: which queries and keys make a block, its scores, and memory to hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Rows of one key head in one block, queries times the group of heads: few, as half of the diagonal's square is wasted;
+# more in bfloat16, whose products are cheaper and want longer rows, and whose sums over blocks cost a conversion each.
+ROWS, ROWS_BFLOAT16 = 192, 512
+BLOCK_SCORES = 1 << 21  # scores in one block of all key heads: fewer rows where the keys are many
+MIN_ROWS = 64  # but no fewer than this, as matrix products get slow below
+
+LOG2_E = math.log2(math.e)
+
+
+class Segment(NamedTuple):
+    """Where a segment's queries and keys lie in the packed row, and how many they are."""
+
+    queries: slice
+    keys: slice
+    n_q: int
+    n_k: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a segment and the keys that some of them see, both counted from the segment's start.
+
+    `before` is the number of keys up to the place of the first query, that one included.
+    """
+
+    rows: slice
+    keys: slice
+    group: int
+    before: int
+
+    def hide(self, scores: Tensor, window: int | None, value: float) -> None:
+        """Writes `value` where a query sees no key: only at the diagonal and at the window's edge.
+
+        Args:
+            scores: (kv_heads, rows, keys) of this block.
+        """
+        queries, n_k = scores.shape[1] // self.group, scores.shape[2]
+        by_query = scores.unflatten(1, (queries, self.group))
+        after = torch.arange(queries, device=scores.device)  # places from the first query's own
+        place = after[:, None, None]
+        if queries > 1:
+            by_query[..., n_k - queries :].masked_fill_(after > place, value)
+        edge = 0 if window is None else self.before + queries - 1 - window - self.keys.start
+        if window is not None and edge > 0:
+            key = torch.arange(self.keys.start, self.keys.start + edge, device=scores.device)
+            by_query[..., :edge].masked_fill_(key < place + self.before - window, value)
+
+
+@dataclass(frozen=True)
+class Form:
+    """From products of queries and keys to exponents of two.
+
+    An exponent is `slope` times what `levels` gives, up to a constant for each row.
+    """
+
+    scale: float
+    softcap: float | None
+    window: int | None
+
+    @property
+    def slope(self) -> float:
+        return 1.0 if self.softcap is None else 2 * LOG2_E * self.softcap
+
+    def blocks(self, segment: Segment, kv_heads: int, group: int, most: int) -> Iterator[Block]:
+        _, _, n_q, n_k = segment
+        seen = n_k if self.window is None else min(n_k, self.window + most // group)
+        rows = min(most, max(MIN_ROWS, BLOCK_SCORES // (kv_heads * seen)))
+        step = max(1, rows // group)
+        for start in range(0, n_q, step):
+            stop = min(start + step, n_q)
+            before = start + n_k - n_q + 1
+            first = 0 if self.window is None else max(0, before - self.window)
+            yield Block(slice(start * group, stop * group), slice(first, stop + n_k - n_q), group, before)
+
+    def levels(self, rows: Tensor, keys: Tensor, space: Space) -> Tensor:
+        """(kv_heads, rows, keys) from (kv_heads, rows, head_dim) and (kv_heads, keys, head_dim)."""
+        factor = self.scale * LOG2_E if self.softcap is None else 2 * self.scale / self.softcap
+        scores = space.product("levels", rows, keys.transpose(1, 2), factor)
+        return scores if self.softcap is None else scores.sigmoid_()
+
+    def chain(self, grad: Tensor, levels: Tensor) -> float:
+        """Turns, in place, the gradient of capped scores to that of products, up to the factor it returns."""
+        if self.softcap is None:
+            return self.scale
+        grad.mul_(levels).addcmul_(grad, levels, value=-1)
+        return 4 * self.scale
+
+
+class Space:
+    """Memory for one block's intermediate results, used again for each block: fresh memory costs a CPU page faults.
+
+    dtype is that of the products' factors, wide that of scores: float32 at least.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.device, self.dtype = like.device, like.dtype
+        self.wide = torch.promote_types(like.dtype, torch.float32)
+        self.rows = ROWS if self.dtype == self.wide else ROWS_BFLOAT16
+        self.held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised and contiguous, valid until the next `take` of the same name."""
+        size = math.prod(shape)
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = torch.empty(size, device=self.device, dtype=dtype)
+        return self.held[name][:size].view(shape)
+
+    def product(self, name: str, a: Tensor, b: Tensor, factor: float) -> Tensor:
+        """The batched matrix product times `factor`, in `wide`."""
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+        out = self.take("product" if self.dtype != self.wide else name, shape, self.dtype)
+        torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
+        return out if self.dtype == self.wide else self.take(name, shape, self.wide).copy_(out)
+
+    def narrowed(self, wide: Tensor) -> Tensor:
+        """A factor for the next product."""
+        return wide if self.dtype == self.wide else self.take("factor", tuple(wide.shape), self.dtype).copy_(wide)

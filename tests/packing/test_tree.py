@@ -1,0 +1,185 @@
+"""Common beginnings: found from token ids alone, laid out once, every example read back whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arena.config import PackingSettings
+from arena.data.tokens import tokenise
+from arena.packing.batch import PackedBatch, VarlenCollator, collate
+from arena.packing.plan import PackPlan, plan_evaluation, plan_training, tree_of
+from arena.packing.tree import Prefixes, Tree, find_prefixes, grow_tree, prefixes_for
+from tests.helpers import make_tokenizer, prompt_settings, random_family
+
+BUDGET = 390
+
+
+def common(a: np.ndarray, b: np.ndarray) -> int:
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def sorted_tree(examples: list[np.ndarray], least: int) -> tuple[list[np.ndarray], Tree]:
+    prefixes = find_prefixes(examples)
+    order = np.argsort(prefixes.rank)
+    shared = prefixes.between(prefixes.rank[order])
+    ordered = [examples[at] for at in order]
+    return ordered, grow_tree([len(each) for each in ordered], shared.tolist(), least)
+
+
+families = st.integers(0, 10_000).map(random_family)
+long_families = st.integers(0, 10_000).map(lambda seed: random_family(seed, longest=BUDGET // 3))
+
+
+@settings(deadline=None)
+@given(examples=families)
+def test_what_any_two_examples_share_is_found(examples: list[np.ndarray]) -> None:
+    prefixes = find_prefixes(examples)
+    assert sorted(prefixes.rank.tolist()) == list(range(len(examples)))
+    for i, a in enumerate(examples):
+        for j, b in enumerate(examples):
+            if prefixes.rank[i] < prefixes.rank[j]:
+                assert prefixes.between(prefixes.rank[[i, j]])[1] == common(a, b)
+
+
+@settings(deadline=None)
+@given(examples=families, least=st.sampled_from([1, 4, 32]))
+def test_every_example_is_read_back_along_its_segments(examples: list[np.ndarray], least: int) -> None:
+    ordered, tree = sorted_tree(examples, least)
+    for example, node in zip(ordered, tree.ends_in, strict=True):
+        parts = []
+        while node >= 0:
+            parts.append(ordered[tree.example[node]][tree.start[node] : tree.end[node]])
+            node = tree.parent[node]
+        assert np.concatenate(parts[::-1]).tolist() == example.tolist()
+    assert all(parent < node for node, parent in enumerate(tree.parent))
+    assert all(end > start for start, end in zip(tree.start, tree.end, strict=True))
+
+
+@settings(deadline=None)
+@given(examples=families)
+def test_with_no_least_length_each_prefix_is_there_once(examples: list[np.ndarray]) -> None:
+    _, tree = sorted_tree(examples, least=1)
+    assert tree.tokens == len({example[:n].tobytes() for example in examples for n in range(1, len(example) + 1)})
+
+
+def test_a_short_common_beginning_does_not_pay() -> None:
+    examples = [np.array([1, 2, 3, 4, tail], dtype=np.int32) for tail in (5, 6)]
+    assert len(sorted_tree(examples, least=4)[1].parent) == 3
+    assert len(sorted_tree(examples, least=5)[1].parent) == 2
+
+
+def test_a_tree_by_hand() -> None:
+    """An instruction, two prompts below it, a pair below one of them; one example ends where another goes on."""
+    instruction, prompt = [1] * 5, [2] * 4
+    both = instruction + prompt
+    examples = [np.array(ids, dtype=np.int32) for ids in ([*both, 3, 3], [*both, 4], [*instruction, 5], both)]
+    ordered, tree = sorted_tree(examples, least=3)
+    assert [each.tolist() for each in ordered] == [examples[at].tolist() for at in (3, 0, 1, 2)]
+    assert tree == Tree(
+        example=[0, 0, 1, 2, 3], start=[0, 5, 9, 9, 5], end=[5, 9, 11, 10, 6], parent=[-1, 0, 1, 1, 0],
+        ends_in=[1, 2, 3, 4],
+    )  # fmt: skip
+    batch = collate([{"input_ids": each} for each in ordered], tree=tree)
+    assert batch.input_ids.tolist() == [[*instruction, *prompt, 3, 3, 4, 5]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 9, 5]]
+    assert batch.cu_seqlens.tolist() == [0, 5, 9, 11, 12, 13]
+    assert batch.cu_seqlens_k.tolist() == [0, 5, 14, 25, 35, 41]
+    assert batch.kv_index is not None
+    assert batch.kv_index[14:25].tolist() == list(range(11))
+    assert batch.kv_index[25:35].tolist() == [*range(9), 11]
+    assert batch.kv_index[35:].tolist() == [0, 1, 2, 3, 4, 12]
+    assert batch.segment.tolist() == [1, 2, 3, 4]
+    assert batch.seq_lens == [9, 11, 10, 6]
+    assert (batch.max_seq_len, batch.max_segment_len, batch.tokens) == (11, 5, 13)
+
+
+def check_plan(plan: PackPlan, examples: list[np.ndarray], wanted: np.ndarray) -> None:
+    lengths = np.array([len(each) for each in examples])
+    assert sorted(plan.examples.tolist()) == sorted(wanted.tolist())
+    assert (plan.tokens <= plan.budget).all()
+    assert plan.n_micro_batches >= plan.least_micro_batches
+    assert plan.prefixes is not None
+    for at, tokens in enumerate(plan.tokens.tolist()):
+        members = plan.micro_batch(at)
+        assert int(lengths[members].sum()) == plan.logical_tokens[at]
+        if len(members):
+            assert tree_of(members, lengths, plan.prefixes, plan.budget).tokens == tokens <= plan.logical_tokens[at]
+
+
+@settings(deadline=None)
+@given(examples=long_families, more=st.integers(0, 400), ranks=st.integers(1, 3), seed=st.integers(0, 3))
+def test_plans_count_what_is_computed(examples: list[np.ndarray], more: int, ranks: int, seed: int) -> None:
+    lengths, prefixes = np.array([len(each) for each in examples]), find_prefixes(examples)
+    budget = int(lengths.max()) + more
+    twice = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(examples)), 2))  # a step over two epochs
+    training = plan_training(lengths, twice, step_size=7, budget=budget, ranks=ranks, prefixes=prefixes)
+    check_plan(training, examples, twice)
+    some = np.arange(0, len(examples), 2)
+    check_plan(plan_evaluation(lengths, some, budget=budget, ranks=ranks, prefixes=prefixes), examples, some)
+
+
+def test_sharers_stay_together_and_groups_that_are_too_large_are_cut() -> None:
+    """40 examples under one prompt of 100 tokens, 40 under another; 15 fit beside the prompt in a budget of 251."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 9, 100) for _ in range(2)]
+    examples = [
+        np.concatenate([[1], prompt, rng.integers(10, 1000, 10)]).astype(np.int32)
+        for prompt in prompts
+        for _ in range(40)
+    ]
+    lengths, prefixes = np.array([len(each) for each in examples]), find_prefixes(examples)
+    plan = plan_evaluation(lengths, rng.permutation(80), budget=251, prefixes=prefixes)
+    assert plan.n_micro_batches == 6
+    assert plan.unique_share < 0.2
+    plain = plan_evaluation(lengths, np.arange(80), budget=251)
+    assert plain.n_micro_batches == 40
+
+
+def test_a_step_is_cut_evenly_by_what_is_computed() -> None:
+    rng = np.random.default_rng(0)
+    instruction = np.arange(200)
+    examples = [
+        np.concatenate([instruction, rng.integers(300, 2000, n)]).astype(np.int32)
+        for n in rng.lognormal(6, 0.8, 800).astype(int).clip(20, 3000)
+    ]
+    lengths, prefixes = np.array([len(each) for each in examples]), find_prefixes(examples)
+    plan = plan_training(lengths, np.arange(800), step_size=80, budget=16384, prefixes=prefixes)
+    plain = plan_training(lengths, np.arange(800), step_size=80, budget=16384)
+    assert plan.evenness.mean() > 0.97
+    assert plan.n_micro_batches <= 1.01 * plan.least_micro_batches
+    assert plan.tokens.sum() < 0.85 * plain.tokens.sum()
+    check_plan(plan, examples, np.arange(800))
+
+
+def batches(examples: list[np.ndarray], share: bool) -> list[PackedBatch]:
+    return VarlenCollator(budget=BUDGET, share=share)([{"input_ids": each} for each in examples])
+
+
+def test_the_collator_shares_only_where_it_is_asked_to() -> None:
+    examples = random_family(3, longest=BUDGET // 3)
+    plain, shared = batches(examples, False), batches(examples, True)
+    assert all(batch.kv_index is None and batch.cu_seqlens_k is batch.cu_seqlens for batch in plain)
+    assert sum(batch.tokens for batch in plain) == sum(map(len, examples))
+    assert sum(batch.tokens for batch in shared) < sum(map(len, examples))
+    assert sorted(int(at) for batch in shared for at in batch.index) == list(range(len(examples)))
+
+
+def test_prefixes_are_kept_and_follow_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Dataset.from_dict(
+        {"prompt": [["which?"]] * 4, "response_a": [[f"answer {at}"] for at in range(4)], "response_b": [["b"]] * 4}
+    )
+    tokenizer = make_tokenizer(tmp_path)
+    store = tokenise(rows, "x", tokenizer, prompt_settings(), tmp_path, both_orders=True)
+    found = prefixes_for(store, PackingSettings(), tmp_path)
+    assert isinstance(found, Prefixes)
+    monkeypatch.setattr("arena.packing.tree.find_prefixes", None)  # the second time they are read
+    again = prefixes_for(store, PackingSettings(), tmp_path)
+    assert again is not None and again.rank.tolist() == found.rank.tolist()
+    assert np.array_equal(again.shared, found.shared)
+    assert prefixes_for(store, PackingSettings(share=False), tmp_path) is None
