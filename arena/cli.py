@@ -120,6 +120,7 @@ class Inspect:
         from arena.model.backbone import load_tokenizer, sliding_window
         from arena.packing.loader import PackedLoader
         from arena.packing.plan import plan_evaluation
+        from arena.packing.tree import prefixes_for
         from arena.reporting.inspect import draw_attention, print_batch, print_evaluation_plan, print_plan
         from arena.training.trainer import plan_fold
 
@@ -127,12 +128,13 @@ class Inspect:
         _write_demo(recipe)
         tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
         data = prepare_fold(recipe, self.fold, tokenizer)
-        plan = plan_fold(recipe, data)
+        prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+        plan = plan_fold(recipe, data, prefixes=prefixes)
         if not 0 <= self.step < plan.n_steps:
             raise ValueError(f"there is no step {self.step}: the plan has steps 0 to {plan.n_steps - 1}")
         print_plan(plan)
         straight = np.arange(0, len(data.store), data.store.orders)
-        print_evaluation_plan(plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=plan.prefixes))
+        print_evaluation_plan(plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=prefixes))
         batch = next(iter(PackedLoader(data.store, None, plan, start=self.step)))[0]
         print_batch(batch, data.store, tokenizer, plan.budget)
         picture = draw_attention(batch, sliding_window(recipe.model), self.out)

@@ -33,6 +33,7 @@ from arena.data.synthetic import ensure_demo
 from arena.model.backbone import load_tokenizer, sliding_window
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation
+from arena.packing.tree import prefixes_for
 from arena.reporting.inspect import draw_attention
 from arena.training.trainer import plan_fold
 
@@ -113,10 +114,11 @@ def padded(batch_size: int, grouped: bool) -> float:
     return lengths.sum() / sum(len(part) * part.max() for part in parts)
 
 
+prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
 straight = data.train_rows * data.store.orders
 plans = {
     "training": plan,
-    "evaluation": plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=plan.prefixes),
+    "evaluation": plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=prefixes),
     "evaluation, nothing shared": plan_evaluation(data.store.lengths, straight, budget=plan.budget),
 }
 for name, each in plans.items():

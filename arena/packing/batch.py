@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arena.packing.plan import plan_training, tree_of
+from arena.packing.plan import plan_training
 from arena.packing.tree import Tree, find_prefixes
 
 
@@ -125,11 +125,10 @@ class VarlenCollator:
             lengths, np.arange(len(lengths)), step_size=len(lengths), budget=self.budget, prefixes=prefixes
         )
         named: list[Item] = [{"index": at, **example} for at, example in enumerate(examples)]
-        batches = []
-        for members in plan.step(0):
-            tree = None if prefixes is None else tree_of(members, lengths, prefixes, self.budget)
-            batches.append(collate([named[at] for at in members], self.tokenizer, tree))
-        return batches
+        return [
+            collate([named[at] for at in plan.micro_batch(index)], self.tokenizer, plan.tree(index, lengths))
+            for index in plan.of_step(0)
+        ]
 
 
 def collate(examples: Sequence[Item], tokenizer: Any = None, tree: Tree | None = None) -> PackedBatch:

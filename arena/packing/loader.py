@@ -11,7 +11,7 @@ import numpy as np
 
 from arena.data.tokens import TokenStore
 from arena.packing.batch import PackedBatch, lay_out
-from arena.packing.plan import PackPlan, tree_of
+from arena.packing.plan import PackPlan
 
 T = TypeVar("T")
 
@@ -62,16 +62,16 @@ class PackedLoader:
             yield from self._step(step)
 
     def _step(self, step: int) -> Iterator[PackedBatch]:
-        return (self._collate(members) for members in self.plan.step(step, self.rank) if len(members))
+        every = self.plan.of_step(step, self.rank)
+        return (self._collate(index) for index in every if len(self.plan.micro_batch(index)))
 
-    def _collate(self, members: np.ndarray) -> PackedBatch:
-        """The micro-batch of these examples."""
+    def _collate(self, index: int) -> PackedBatch:
+        """One micro-batch of the plan."""
+        members = self.plan.micro_batch(index)
         ids = self.store.take(members)
         unlabelled = np.full((len(members), 3), np.nan, dtype=np.float32)
         labels = unlabelled if self.labels is None else self.labels[members]
-        prefixes = self.plan.prefixes
-        tree = None if prefixes is None else tree_of(members, self.store.lengths, prefixes, self.plan.budget)
-        batch = lay_out(ids, labels, members, self.tokenizer, tree)
+        batch = lay_out(ids, labels, members, self.tokenizer, self.plan.tree(index, self.store.lengths))
         return batch.pin_memory() if self.pin else batch
 
 

@@ -33,7 +33,8 @@ class PackPlan:
         least_micro_batches: no packing of these steps needs fewer.
         budget: tokens a micro-batch may hold.
         ranks: every step has a multiple of this many micro-batches; micro-batch i of a step is for rank i % ranks.
-        prefixes: what the examples share, and so the micro-batches compute once; None: nothing is shared.
+        shared: int32 (n,), tokens that each of `examples` shares with the one before it; those of a micro-batch are in
+            the order of their tokens. None: nothing is shared.
     """
 
     examples: np.ndarray
@@ -44,7 +45,7 @@ class PackPlan:
     least_micro_batches: int
     budget: int
     ranks: int = 1
-    prefixes: Prefixes | None = None
+    shared: np.ndarray | None = None
 
     @property
     def n_steps(self) -> int:
@@ -80,10 +81,22 @@ class PackPlan:
         start = self.micro_ends[index - 1] if index else 0
         return self.examples[start : self.micro_ends[index]]
 
-    def step(self, index: int, rank: int = 0) -> list[np.ndarray]:
-        """The micro-batches of one step that are for `rank`; together the ranks have each example once."""
+    def tree(self, index: int, lengths: np.ndarray) -> Tree | None:
+        """What the examples of one micro-batch share, given the tokens of every example; None: nothing is shared."""
+        if self.shared is None:
+            return None
+        start = self.micro_ends[index - 1] if index else 0
+        members, shared = self.micro_batch(index), self.shared[start : self.micro_ends[index]]
+        return _tree_within(lengths[members].tolist(), shared.tolist(), self.budget)
+
+    def of_step(self, index: int, rank: int = 0) -> range:
+        """The micro-batches of one step that are for `rank`."""
         start = int(self.step_ends[index - 1]) if index else 0
-        return [self.micro_batch(at) for at in range(start + rank, int(self.step_ends[index]), self.ranks)]
+        return range(start + rank, int(self.step_ends[index]), self.ranks)
+
+    def step(self, index: int, rank: int = 0) -> list[np.ndarray]:
+        """Example indices of these micro-batches; together the ranks have each example once."""
+        return [self.micro_batch(at) for at in self.of_step(index, rank)]
 
     def step_size(self, index: int) -> int:
         """Examples in a step, over all ranks."""
@@ -137,17 +150,6 @@ def plan_evaluation(
     return _build(steps, lengths, budget, ranks, prefixes)
 
 
-def tree_of(members: np.ndarray, lengths: np.ndarray, prefixes: Prefixes, budget: int) -> Tree:
-    """The prefix tree of a micro-batch of a plan, within the budget that the planner counted for it.
-
-    What is worth a segment of its own depends on who else is there, so the tree of a few examples may hold more tokens
-    than their part of a larger tree, which the planner counted; sharing every common token never does.
-    """
-    shape = lengths[members].tolist(), prefixes.between(prefixes.rank[members]).tolist()
-    tree = grow_tree(*shape)
-    return tree if tree.tokens <= budget else grow_tree(*shape, least=1)
-
-
 def least_bins(lengths: np.ndarray, budget: int) -> int:
     """No packing of these lengths, nothing shared, needs fewer micro-batches than this."""
     return -(-int(lengths.sum()) // budget)
@@ -167,6 +169,16 @@ def check_fits(lengths: np.ndarray, indices: np.ndarray, budget: int) -> None:
             f"{len(wrong)} of {len(indices)} examples do not fit the budget of {budget:,} tokens: {named}; "
             "raise packing.budget or lower prompt.max_length"
         )
+
+
+def _tree_within(lengths: list[int], shared: list[int], budget: int) -> Tree:
+    """The prefix tree of a micro-batch, within the budget that the planner counted for it.
+
+    What is worth a segment of its own depends on who else is there, so the tree of a few examples may hold more tokens
+    than their part of a larger tree, which the planner counted; sharing every common token never does.
+    """
+    tree = grow_tree(lengths, shared)
+    return tree if tree.tokens <= budget else grow_tree(lengths, shared, least=1)
 
 
 Step = tuple[list[np.ndarray], int]  # examples of each micro-batch; the least number of micro-batches
@@ -218,16 +230,21 @@ def _examples(bins: list[list[int]], members: np.ndarray, items: Items) -> list[
 
 def _build(steps: Iterable[Step], lengths: np.ndarray, budget: int, ranks: int, prefixes: Prefixes | None) -> PackPlan:
     examples, micro_ends, step_ends = array("q"), array("q"), array("q")
-    tokens, logical, least = array("q"), array("q"), 0
+    tokens, logical, shared, least = array("q"), array("q"), array("i"), 0
     for bins, needed in steps:
         for members in bins:
             examples.frombytes(members.tobytes())
             micro_ends.append(len(examples))
             logical.append(int(lengths[members].sum()))
-            tokens.append(logical[-1] if prefixes is None else tree_of(members, lengths, prefixes, budget).tokens)
+            tokens.append(logical[-1])
+            if prefixes is not None:
+                common = prefixes.between(prefixes.rank[members]).tolist()
+                shared.extend(common)
+                tokens[-1] = _tree_within(lengths[members].tolist(), common, budget).tokens
         step_ends.append(len(micro_ends))
         least += needed
     parts = [np.array(part, dtype=np.int64) for part in (examples, micro_ends, step_ends, tokens, logical)]
-    plan = PackPlan(parts[0], parts[1], parts[2], parts[3], parts[4], least, budget, ranks, prefixes)
+    known = None if prefixes is None else np.array(shared, dtype=np.int32)
+    plan = PackPlan(parts[0], parts[1], parts[2], parts[3], parts[4], least, budget, ranks, known)
     assert (plan.tokens <= budget).all(), "a micro-batch is over the budget"
     return plan

@@ -42,7 +42,7 @@ class Prefixes:
     def between(self, ranks: np.ndarray) -> np.ndarray:
         """int64 like `ranks`, which do not fall: the tokens that each example shares with the one before; 0 first.
 
-        The same rank twice is the same example twice, which shares all: the caller cuts it to the length.
+        The same rank twice is the same example twice, which shares all: the number is then larger than any length.
         """
         common = np.zeros(len(ranks), dtype=np.int64)
         first, last = ranks[:-1] + 1, ranks[1:] + 1  # the least of [first, last)

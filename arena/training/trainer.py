@@ -25,7 +25,7 @@ from arena.model.classifier import PackedClassifier, loss_sum
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader, ahead
 from arena.packing.plan import PackPlan, plan_training
-from arena.packing.tree import prefixes_for
+from arena.packing.tree import Prefixes, prefixes_for
 from arena.progress import progress
 from arena.training.checkpoint import (
     checkpoints,
@@ -67,7 +67,8 @@ class Trainer:
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
         self.model = model
         self.classifier = PackedClassifier(model).to(accelerator.device)
-        self.plan = plan_fold(recipe, data, accelerator.num_processes)
+        self.prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+        self.plan = plan_fold(recipe, data, accelerator.num_processes, self.prefixes)
         self.optimizer = make_optimizer(model, recipe.train)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.plan.n_steps)
         self.done = Done()
@@ -178,7 +179,7 @@ class Trainer:
         recipe = self.recipe
         found = predict(
             self.classifier, self.data.store, rows,
-            budget=recipe.packing.budget, orders=[0], dtype=recipe.model.dtype, prefixes=self.plan.prefixes,
+            budget=recipe.packing.budget, orders=[0], dtype=recipe.model.dtype, prefixes=self.prefixes,
             title="evaluating",
         )  # fmt: skip
         loss = first_rank(self.accelerator, log_loss(self.data.labels[rows], found))
@@ -216,15 +217,19 @@ class Trainer:
         self.accelerator.log({key: value for key, value in facts.items() if key != "step"}, step=facts["step"])
 
 
-def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1) -> PackPlan:
-    """The plan of a whole training: the same for the same recipe and data."""
+def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes | None = None) -> PackPlan:
+    """The plan of a whole training: the same for the same recipe and data.
+
+    Args:
+        prefixes: what the store's examples share (`prefixes_for`); looked up where not given.
+    """
     settings = recipe.train
     order = training_order(
         data.train_rows, data.store.orders, epochs=settings.epochs, swap=settings.swap, seed=recipe.seed
     )
     return plan_training(
         data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks,
-        prefixes=prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),
+        prefixes=prefixes or prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from arena.config import PackingSettings
 from arena.data.tokens import tokenise
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
-from arena.packing.plan import PackPlan, plan_evaluation, plan_training, tree_of
+from arena.packing.plan import PackPlan, plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, Tree, find_prefixes, grow_tree, prefixes_for
 from tests.helpers import make_tokenizer, prompt_settings, random_family
 
@@ -104,12 +104,13 @@ def check_plan(plan: PackPlan, examples: list[np.ndarray], wanted: np.ndarray) -
     assert sorted(plan.examples.tolist()) == sorted(wanted.tolist())
     assert (plan.tokens <= plan.budget).all()
     assert plan.n_micro_batches >= plan.least_micro_batches
-    assert plan.prefixes is not None
     for at, tokens in enumerate(plan.tokens.tolist()):
         members = plan.micro_batch(at)
         assert int(lengths[members].sum()) == plan.logical_tokens[at]
         if len(members):
-            assert tree_of(members, lengths, plan.prefixes, plan.budget).tokens == tokens <= plan.logical_tokens[at]
+            tree = plan.tree(at, lengths)
+            assert tree is not None and tree.tokens == tokens <= plan.logical_tokens[at]
+            collate([{"input_ids": examples[index]} for index in members], tree=tree)
 
 
 @settings(deadline=None)
