@@ -14,6 +14,7 @@ from torch import Tensor
 # more in bfloat16, whose products are cheaper and want longer rows, and whose sums over blocks cost a conversion each.
 ROWS, ROWS_BFLOAT16 = 192, 512
 BLOCK_SCORES = 1 << 21  # scores in one block of all key heads: fewer rows where the keys are many
+FEW_SCORES = 1 << 18  # a segment with no more scores is one block: the calls for a block would cost more than it saves
 MIN_ROWS = 64  # but no fewer than this, as matrix products get slow below
 
 LOG2_E = math.log2(math.e)
@@ -77,6 +78,7 @@ class Form:
         _, _, n_q, n_k = segment
         seen = n_k if self.window is None else min(n_k, self.window + most // group)
         rows = min(most, max(MIN_ROWS, BLOCK_SCORES // (kv_heads * seen)))
+        rows = max(rows, FEW_SCORES // (kv_heads * n_k))
         step = max(1, rows // group)
         for start in range(0, n_q, step):
             stop = min(start + step, n_q)
