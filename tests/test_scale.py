@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, needs_shared]
 
 
 def test_preparing_and_planning_the_whole_set(tmp_path: Path) -> None:
-    """Steps of 80 in few and even micro-batches; at most 2.5 GB resident while reading, splitting and tokenising."""
+    """Steps of 80 in few and even micro-batches, what they share once; at most 2.5 GB resident in all of it."""
     rows, base = SHARED / "data/alpaca_57k.parquet", SHARED / "tokenizers/gemma-2"
     command = [sys.executable, "-m", "arena.cli", "inspect", "--recipe", "gemma-2-9b", "--data", str(rows)]
     shown = subprocess.run(
@@ -28,6 +28,9 @@ def test_preparing_and_planning_the_whole_set(tmp_path: Path) -> None:
     found = re.search(r"\(([\d.]+) x the least.*step ([\d.]+) on average, ([\d.]+) at worst", shown)
     memory = re.search(r"peak memory ([\d.]+) GiB", shown)
     assert found is not None and memory is not None
+    training, evaluation = map(float, re.findall(r"unique/logical ([\d.]+)", shown))
+    assert training <= 0.82  # steps of rows in random order share little but the instruction
+    assert evaluation <= 0.55  # here rows with the same prompt and the same answer come together
     ratio, evenness, worst = map(float, found.groups())
     assert ratio <= 1.005
     assert evenness >= 0.97 and worst >= 0.94
@@ -40,6 +43,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from arena.config import load_recipe
 from arena.data.prepare import prepare_fold
+from arena.packing.tree import prefixes_for
 from transformers import AutoTokenizer
 
 base, data, cache, rounds = *sys.argv[1:4], int(sys.argv[4])
@@ -55,7 +59,9 @@ def bare():
     for start in range(0, len(texts), 1536):
         backend.encode_batch_fast(texts[start : start + 1536], add_special_tokens=False)
 
-prepare = lambda: prepare_fold(recipe, 0, tokenizer)
+def prepare():
+    prefixes_for(prepare_fold(recipe, 0, tokenizer).store, recipe.packing, Path(cache))
+
 second = timed(prepare) if not rounds else None
 first, plain = [], []
 if rounds:
@@ -95,3 +101,74 @@ def test_preparing_costs_little_more_than_the_bare_tokenizer(tmp_path: Path) -> 
     again = measure(tmp_path / "cache", rounds=0)
     assert min(again["second"]) < 3
     assert again["peak"] <= 2.5e9
+
+
+BATCHES = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+from arena.config import load_recipe
+from arena.data.prepare import prepare_fold
+from arena.packing.loader import PackedLoader
+from arena.packing.plan import epoch_order, plan_training
+from arena.packing.tree import prefixes_for
+from transformers import AutoTokenizer
+
+base, data, cache = sys.argv[1:]
+recipe = load_recipe("gemma-2-9b", [f"model.base={base}", f"data.path={data}", f"data.cache={cache}"])
+store = prepare_fold(recipe, 0, AutoTokenizer.from_pretrained(base)).store
+prefixes = prefixes_for(store, recipe.packing, Path(cache))
+rows = epoch_order(len(store) // 2, 0, 0) * 2
+pairs = (rows[:, None] + np.arange(2)).reshape(-1)
+found = {}
+for name, order, shared in (("plain", rows, None), ("shared", rows, prefixes), ("pairs", pairs, prefixes)):
+    plan = plan_training(store.lengths, order, step_size=80, budget=16384, prefixes=shared)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        tokens = sum(micro_batch.tokens for step in PackedLoader(store, None, plan) for micro_batch in step)
+        times.append(time.perf_counter() - start)
+    assert tokens == plan.tokens.sum()
+    found[name] = {"unique": plan.unique_share, "ms_per_million": min(times) * 1e9 / int(plan.logical_tokens.sum())}
+print(json.dumps(found))
+"""
+
+
+def test_batches_are_made_at_ten_milliseconds_per_million_tokens(tmp_path: Path) -> None:
+    """From the memory-mapped store to tensors, the prefix tree included; swap pairs share more than single orders."""
+    rows, base = SHARED / "data/alpaca_57k.parquet", SHARED / "tokenizers/gemma-2"
+    command = [sys.executable, "-c", BATCHES, str(base.resolve()), str(rows), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert max(each["ms_per_million"] for each in found.values()) <= 10
+    assert found["pairs"]["unique"] < found["shared"]["unique"] <= 0.82 < found["plain"]["unique"] == 1
+
+
+TEN_MILLION = """
+import json, resource, sys, time
+import numpy as np
+from arena.packing.plan import epoch_order, plan_evaluation, plan_training
+
+lengths = np.random.default_rng(0).lognormal(np.log(897), 0.815, 10_000_000).astype(np.int64).clip(20, 4096)
+start = time.perf_counter()
+if sys.argv[1] == "training":
+    plan = plan_training(lengths, epoch_order(len(lengths), 0, 0), step_size=80, budget=16384)
+else:
+    plan = plan_evaluation(lengths, np.arange(len(lengths)), budget=16384)
+seconds = time.perf_counter() - start
+assert len(plan.examples) == len(lengths)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "peak": peak, "over_least": plan.n_micro_batches / plan.least_micro_batches}))
+"""
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_planning_ten_million_lengths(kind: str) -> None:
+    """In 90 s and 4 GB at most."""
+    done = subprocess.run([sys.executable, "-c", TEN_MILLION, kind], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    print(found)
+    assert found["seconds"] <= 90
+    assert found["peak"] <= 4e9
+    assert found["over_least"] <= 1.005
