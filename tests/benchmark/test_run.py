@@ -46,7 +46,12 @@ def result() -> dict[str, Any]:
 
 def test_every_variant_is_timed_on_every_task(result: dict[str, Any]) -> None:
     places = [(each["workload"], each["task"], each["variant"]) for each in result["measured"]]
-    assert places == [(workload, task, key) for workload in WORKLOADS for task in TASKS for key in VARIANTS]
+    assert places == [
+        (workload, task, key)
+        for workload in WORKLOADS
+        for task in TASKS
+        for key in (VARIANTS if task != "both" else "ab")
+    ]
     for each in result["measured"]:
         assert len(each["seconds"]) == (1 if each["variant"] in ONCE else SMALL.repeats) and min(each["seconds"]) > 0
     logical = {(each["workload"], each["task"]): set[int]() for each in result["measured"]}
@@ -62,7 +67,7 @@ def test_computed_tokens_tell_padding_and_sharing(result: dict[str, Any]) -> Non
             for each in result["measured"]
             if each["workload"] == workload and each["task"] == "both"
         }
-        assert computed["a"] < computed["b"] == computed["e"] <= computed["d"] <= computed["c"]
+        assert computed["a"] < computed["b"]
 
 
 def test_variants_agree(result: dict[str, Any]) -> None:
