@@ -165,10 +165,10 @@ class Export:
 class Bench:
     """Time our packed batches beside transformers' own, on the same weights, rows and precision."""
 
-    rows: Annotated[int, arg(help="Auto-J conversations in a step, a multiple of 8, at most 160.")] = 40
+    rows: Annotated[int, arg(help="Auto-J conversations in a step, a multiple of 8, at most 160.")] = 32
     repeats: Annotated[int, arg(help="How often each variant is timed, in turn; (e) is timed once.")] = 3
-    check_rows: Annotated[int, arg(help="Conversations on which all variants must agree first.")] = 4
-    layers: Annotated[int, arg(help="Of the random Gemma-2.")] = 6
+    check_rows: Annotated[int, arg(help="Conversations on which all variants must agree first.")] = 2
+    layers: Annotated[int, arg(help="Of the random Gemma-2.")] = 4
     budget: Annotated[int, arg(help="Tokens in a packed micro-batch at most.")] = 8192
     dtype: Annotated[Literal["bfloat16", "float32"], arg(help="Precision, the same for all.")] = "bfloat16"
     variants: Annotated[str, arg(help="Some of the letters abcde; times are compared with the first.")] = "abcde"
@@ -184,6 +184,7 @@ class Bench:
             rows=self.rows, repeats=self.repeats, check_rows=self.check_rows, budget=self.budget, dtype=self.dtype,
             variants=self.variants, workloads=self.workloads, size=Size(layers=self.layers),
         )  # fmt: skip
+        self.out.mkdir(parents=True, exist_ok=True)  # half an hour later would be late to find that it cannot be
         result = run_bench(settings)
         print_bench(result)
         console.print(f"written: {', '.join(map(str, write_bench(result, self.out)))}")

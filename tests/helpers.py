@@ -136,6 +136,16 @@ def random_family(seed: int, longest: int = 24) -> list[np.ndarray]:
     return [each.astype(np.int32) for each in examples]
 
 
+def examples_of(batch: PackedBatch) -> list[torch.Tensor]:
+    """The token ids of each example, read back along its segments."""
+    found = []
+    for segment in batch.segment.tolist():
+        first, last = batch.cu_seqlens_k[segment : segment + 2].tolist()
+        keys = torch.arange(first, last) if batch.kv_index is None else batch.kv_index[first:last]
+        found.append(batch.input_ids[0, keys])
+    return found
+
+
 def prompt_settings(template: str = "compact", **changes: Any) -> PromptSettings:
     return PromptSettings.model_validate({"template": template, "max_length": 256, **changes})
 

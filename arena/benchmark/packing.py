@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from arena.benchmark.workload import competition_lengths
+from arena.packing.bins import best_fit
 from arena.packing.plan import epoch_order, least_bins, plan_evaluation, plan_training
 
 EXAMPLES, BUDGET, STEP = 57_477, 16_384, 80  # the competition's training rows
@@ -41,13 +42,7 @@ def first_fit_decreasing(lengths: np.ndarray, budget: int) -> Loads:
 
 def best_fit_decreasing(lengths: np.ndarray, budget: int) -> Loads:
     """The longest first, each to the fullest micro-batch that has room."""
-    loads: Loads = []
-    for length in np.sort(lengths)[::-1].tolist():
-        fits = [at for at, load in enumerate(loads) if load + length <= budget]
-        if not fits:
-            loads.append(0)
-        loads[max(fits, key=loads.__getitem__, default=-1)] += length
-    return loads
+    return [int(lengths[members].sum()) for members in best_fit(lengths.tolist(), budget)]
 
 
 def padded_slots(lengths: np.ndarray, size: int) -> int:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -56,10 +55,6 @@ class Measured:
     computed_tokens: int
     peak_bytes: int | None
 
-    @property
-    def median(self) -> float:
-        return median(self.seconds)
-
 
 def run_bench(settings: BenchSettings, packing_examples: int | None = None) -> dict[str, Any]:
     """Checks that the variants agree, times them, packs lengths; everything that `write_bench` writes.
@@ -72,6 +67,7 @@ def run_bench(settings: BenchSettings, packing_examples: int | None = None) -> d
     """
     fix_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = {each: field_lengths(each, settings.rows_of(each), settings.seed) for each in settings.workloads}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         base = make_base(folder / "base", settings.size, settings.seed)
@@ -82,7 +78,7 @@ def run_bench(settings: BenchSettings, packing_examples: int | None = None) -> d
         few = _workload("warm-up", fields[:WARM_UP_ROWS], folder, settings)
         measured: list[Measured] = []
         for each in settings.workloads:
-            workload = _workload(each, field_lengths(each, settings.rows_of(each), settings.seed), folder, settings)
+            workload = _workload(each, lengths[each], folder, settings)
             for task in TASKS:
                 measured += time_task(workload, few, task, models, settings, device)
     return {

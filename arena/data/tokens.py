@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from arena.background import ahead
 from arena.config import PromptSettings
 from arena.data.prompt import Encoded, PromptEncoder, control_ids
 from arena.files import fingerprint, written_whole
@@ -22,9 +22,6 @@ FORMAT = 2  # raise it when the layout of the file or of the prompt changes
 ROWS_AT_ONCE = 512  # rows handed to the tokenizer at once, and in one Arrow record batch
 
 REMEMBERED_TOKENS = 2**25  # 128 MiB of token ids
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int32(), "tokens_cut": pa.int32()})
 
@@ -59,10 +56,7 @@ class TokenStore:
         """Token ids of one example: a read-only int32 view of shape (lengths[index],)."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
-        offsets = self._offsets[chunk]
-        place = index - int(self._starts[chunk])
-        return self._flat[chunk][offsets[place] : offsets[place + 1]]
+        return self.take(np.array([index]))[0]
 
     def take(self, indices: np.ndarray) -> list[np.ndarray]:
         """Token ids of many examples, each a view as of `store[index]`."""
@@ -175,25 +169,9 @@ def _write(path: Path, rows: Dataset, encoder: PromptEncoder, both_orders: bool)
 def _batches(rows: Dataset, encoder: PromptEncoder, both_orders: bool) -> Iterator[Encoded]:
     columns = rows.select_columns(["prompt", "response_a", "response_b"]).iter(batch_size=ROWS_AT_ONCE)
     with progress("tokenising", len(rows), "conversations") as advance:
-        for batch in _ahead(encoder.tokenise, columns):
+        for batch in ahead(map(encoder.tokenise, columns), depth=1):
             yield encoder.lay_out(batch, both_orders=both_orders)
             advance(len(batch))
-
-
-def _ahead(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`work` of each item, in order; a thread works on the next item while the caller uses the one before.
-
-    The tokenizer leaves Python alone, so that cores are free for it while others lay out and write.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        ready: Future[Result] | None = None
-        for item in items:
-            coming = pool.submit(work, item)
-            if ready is not None:
-                yield ready.result()
-            ready = coming
-        if ready is not None:
-            yield ready.result()
 
 
 def _record_batch(encoded: Encoded) -> pa.RecordBatch:

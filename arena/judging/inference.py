@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from arena.background import ahead
 from arena.config import Recipe
 from arena.data.tokens import TokenStore
 from arena.distributed import compute_in
 from arena.metrics import SWAPPED, softmax
-from arena.packing.loader import PackedLoader, ahead
+from arena.packing.loader import PackedLoader
 from arena.packing.plan import PackPlan, plan_evaluation
-from arena.packing.tree import Prefixes, prefixes_for
+from arena.packing.tree import Prefixes
 from arena.progress import progress
 
 
@@ -90,7 +90,7 @@ def predict_or_prior(
     judgeable: np.ndarray,
     prior: np.ndarray,
     recipe: Recipe,
-    cache: Path,
+    prefixes: Prefixes | None,
     straight: np.ndarray | None = None,
 ) -> np.ndarray:
     """`predict` by a recipe's settings; rows that have nothing to judge get the prior.
@@ -98,7 +98,7 @@ def predict_or_prior(
     Args:
         judgeable: bool (len(rows),).
         prior: (3,).
-        cache: where what the store's examples share is kept between calls.
+        prefixes: as in `predict`.
         straight: the judgeable rows' probabilities in straight order, where they are known already.
     """
     result = np.tile(prior, (len(rows), 1))
@@ -107,7 +107,7 @@ def predict_or_prior(
         result[judgeable] = predict(
             classifier, store, np.asarray(rows)[judgeable],
             budget=recipe.packing.budget, orders=orders, dtype=recipe.model.dtype,
-            prefixes=prefixes_for(store, recipe.packing, cache),
+            prefixes=prefixes,
         )  # fmt: skip
     if straight is not None:
         result[judgeable] = (result[judgeable] + straight) / 2 if orders else straight

@@ -20,6 +20,7 @@ from arena.files import write_json, written_whole
 from arena.judging.inference import predict_or_prior
 from arena.model.backbone import base_digest, load_tokenizer, load_trained, save_model
 from arena.model.classifier import PackedClassifier
+from arena.packing.tree import prefixes_for
 
 FORMAT = 1
 
@@ -63,7 +64,8 @@ class Judge:
         swap = self.recipe.judge.swap
         store = tokenise(rows, source(rows), self.tokenizer, self.recipe.prompt, cache, both_orders=swap)
         everything, judgeable = np.arange(len(rows)), judgeable_rows(rows)
-        return predict_or_prior(self.classifier, store, everything, judgeable, self.prior, self.recipe, cache)
+        prefixes = prefixes_for(store, self.recipe.packing, cache)
+        return predict_or_prior(self.classifier, store, everything, judgeable, self.prior, self.recipe, prefixes)
 
 
 def save_judge(

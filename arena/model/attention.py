@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from arena.model.blockwise import blockwise
-from arena.model.last_layer import LastLayer
+from arena.model.last_layer import KeptKeys
 
 NAME = "arena_varlen"  # under this name transformers finds `transformers_attention`
 
@@ -53,7 +53,8 @@ def varlen_attention(
         (T_q, heads, head_dim), in the dtype of q.
 
     Raises:
-        ValueError: shapes or boundaries that do not belong together, or an unknown backend.
+        ValueError: shapes or boundaries that do not belong together, a segment with fewer keys than queries, or an
+            unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"there is no attention backend {backend!r}: name one of {', '.join(BACKENDS)}")
@@ -138,7 +139,7 @@ BACKENDS: dict[str, Backend] = {"reference": reference, "blockwise": blockwise}
 
 
 def choose_backend(setting: str) -> str:
-    """The backend that a recipe's `model.attention` stands for on this machine."""
+    """The backend that a recipe's `model.attention` stands for; `auto` is `blockwise`, on any device."""
     return "blockwise" if setting == "auto" else setting
 
 
@@ -158,7 +159,7 @@ def transformers_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     kv_index: Tensor | None = None,
-    last_layer: LastLayer | None = None,
+    last_layer: KeptKeys | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """`varlen_attention` under the signature that transformers calls: the one place where the spellings meet.

@@ -75,6 +75,7 @@ class Form:
         return 1.0 if self.softcap is None else 2 * LOG2_E * self.softcap
 
     def blocks(self, segment: Segment, kv_heads: int, group: int, most: int) -> Iterator[Block]:
+        """A segment's queries in blocks of at most `most` rows, or as one block where it is short."""
         _, _, n_q, n_k = segment
         seen = n_k if self.window is None else min(n_k, self.window + most // group)
         rows = min(most, max(MIN_ROWS, BLOCK_SCORES // (kv_heads * seen)))

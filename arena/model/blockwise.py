@@ -44,7 +44,7 @@ def blockwise(
     Args and Returns: as there; q (T_q, heads, head_dim), k and v (T_k, kv_heads, head_dim), boundaries int32 (n + 1,).
 
     Raises:
-        ValueError: a segment has fewer keys than queries.
+        ValueError: a segment has no query, or fewer keys than queries.
     """
     segments = _segments(cu_seqlens_q, cu_seqlens_k)
     form = Form(scale, None if softcap is None else abs(softcap), window)
@@ -58,6 +58,8 @@ def _segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[Segment]:
     ends = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
     segments = [Segment(slice(*at_q), slice(*at_k), at_q[1] - at_q[0], at_k[1] - at_k[0]) for at_q, at_k in ends]
     for _, _, n_q, n_k in segments:
+        if n_q < 1:
+            raise ValueError("a segment has no query: leave it out")
         if n_k < n_q:
             raise ValueError(f"a segment has {n_q} queries but {n_k} keys: each query needs the key at its own place")
     return segments
@@ -97,17 +99,17 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], form: Form) -> Tensor:
         space = Space(q)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        logs = q.new_empty(k.shape[1], len(q), q.shape[1] // k.shape[1], dtype=space.wide)
+        lse = q.new_empty(k.shape[1], len(q), q.shape[1] // k.shape[1], dtype=space.wide)
         for segment in segments:
-            _forward(q, k, v, out, logs, segment, form, space)
-        ctx.save_for_backward(q, k, v, out, logs)
+            _forward(q, k, v, out, lse, segment, form, space)
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.segments, ctx.form = segments, form
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logs = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         space = Space(q)
         wanted = ctx.needs_input_grad
         grads = (
@@ -117,54 +119,54 @@ class _Blockwise(torch.autograd.Function):
         )
         with torch.autocast(q.device.type, enabled=False):
             for segment in ctx.segments:
-                _backward((q, k, v, out, grad_out, logs), grads, segment, ctx.form, space)
+                _backward((q, k, v, out, grad_out, lse), grads, segment, ctx.form, space)
         return *(None if grad is None else grad.to(q.dtype) for grad in grads), None, None
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, segment: Segment, form: Form, space: Space
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segment: Segment, form: Form, space: Space
 ) -> None:
-    """Writes one segment's part of `out` and `logs`: (kv_heads, T_q, group), in powers of two."""
-    kv_heads, _, group = logs.shape
+    """Writes one segment's part of `out` and `lse`: (kv_heads, T_q, group), in powers of two."""
+    kv_heads, _, group = lse.shape
     rows, keys, values = _rows(q[segment.queries], kv_heads), _by_head(k[segment.keys]), _by_head(v[segment.keys])
     mixed = torch.empty_like(rows)
-    tops, totals = (torch.empty(*rows.shape[:2], 1, device=q.device, dtype=space.wide) for _ in range(2))
+    minus_max, row_sum = (torch.empty(*rows.shape[:2], 1, device=q.device, dtype=space.wide) for _ in range(2))
     for block in form.blocks(segment, kv_heads, group, space.rows):
         weights = form.levels(rows[:, block.rows], keys[:, block.keys], space)
         block.hide(weights, form.window, -math.inf)
         top = weights.amax(-1, keepdim=True).mul_(-form.slope)
         torch.add(top, weights, alpha=form.slope, out=weights).exp2_()
         torch.bmm(space.narrowed(weights), values[:, block.keys], out=mixed[:, block.rows])
-        tops[:, block.rows] = top
-        torch.sum(weights, -1, keepdim=True, out=totals[:, block.rows])
-    _unfold(mixed.div_(totals), out[segment.queries])
-    logs[:, segment.queries] = totals.log2_().sub_(tops).view(kv_heads, segment.n_q, group)
+        minus_max[:, block.rows] = top
+        torch.sum(weights, -1, keepdim=True, out=row_sum[:, block.rows])
+    _unfold(mixed.div_(row_sum), out[segment.queries])
+    lse[:, segment.queries] = row_sum.log2_().sub_(minus_max).view(kv_heads, segment.n_q, group)
 
 
 def _backward(
     saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], segment: Segment, form: Form, space: Space
 ) -> None:
     """Writes one segment's part of the gradients of q, k and v, those wanted."""
-    q, k, v, out, grad_out, logs = saved
-    kv_heads, _, group = logs.shape
+    q, k, v, out, grad_out, lse = saved
+    kv_heads, _, group = lse.shape
     rows, grad_rows = (_rows(states[segment.queries], kv_heads) for states in (q, grad_out))
     keys, values = (_by_head(states[segment.keys]) for states in (k, v))
-    minus_logs = logs[:, segment.queries].reshape(kv_heads, -1, 1).neg()
-    means = (_rows(out[segment.queries], kv_heads).to(space.wide) * grad_rows).sum(-1, keepdim=True)
+    minus_lse = lse[:, segment.queries].reshape(kv_heads, -1, 1).neg()
+    delta = (_rows(out[segment.queries], kv_heads).to(space.wide) * grad_rows).sum(-1, keepdim=True)
     grad_q = None if grads[0] is None else torch.empty_like(rows)
     grad_k, grad_v = (None if grad is None else _Sum(grad[segment.keys].transpose(0, 1), space) for grad in grads[1:])
     for block in reversed(list(form.blocks(segment, kv_heads, group, space.rows))):  # the first sees the most keys
         block_rows, block_keys, block_grad = rows[:, block.rows], keys[:, block.keys], grad_rows[:, block.rows]
         levels = form.levels(block_rows, block_keys, space)
         weights = space.take("weights", levels.shape, space.wide)
-        torch.add(minus_logs[:, block.rows], levels, alpha=form.slope, out=weights).exp2_()
+        torch.add(minus_lse[:, block.rows], levels, alpha=form.slope, out=weights).exp2_()
         block.hide(weights, form.window, 0.0)
         if grad_v is not None:
             grad_v.add(block.keys, space.narrowed(weights).transpose(1, 2), block_grad)
         if grad_q is None and grad_k is None:
             continue
         grad = space.product("grad", block_grad, values[:, block.keys].transpose(1, 2), 1.0)
-        grad.sub_(means[:, block.rows]).mul_(weights)
+        grad.sub_(delta[:, block.rows]).mul_(weights)
         factor = form.chain(grad, levels)
         narrow = space.narrowed(grad)
         if grad_q is not None:

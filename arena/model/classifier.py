@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from arena.model.backbone import backbone, underlying
-from arena.model.last_layer import is_safe
+from arena.model.last_layer import takes_last_token
 from arena.packing.batch import PackedBatch
 
 
@@ -27,7 +27,7 @@ class PackedClassifier(nn.Module):
         """Float32 (n, 3), the classes A, B, tie, from the hidden state of each example's last token."""
         decoder = backbone(self.model)
         last_token = batch.cu_seqlens[1:].long() - 1
-        only_last = is_safe(decoder.config.model_type)
+        only_last = takes_last_token(decoder)
         hidden = decoder(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -36,10 +36,11 @@ class PackedClassifier(nn.Module):
             cu_seq_lens_k=batch.cu_seqlens_k,
             max_length_q=batch.max_segment_len,
             max_length_k=batch.max_seq_len,
-            **({} if batch.kv_index is None else {"kv_index": batch.kv_index}),
+            kv_index=batch.kv_index,
             **({"last_token": last_token} if only_last else {}),
         ).last_hidden_state[0]
         ends = hidden if only_last else hidden[last_token]
+        assert len(ends) == len(last_token), "the last layer gave another number of states than segments"
         with torch.autocast(hidden.device.type, enabled=False):
             logits: Tensor = underlying(self.model).score(ends[batch.segment].float())
         return logits

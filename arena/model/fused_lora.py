@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class _Fused(LoraVariant):
-    """What a peft layer asks in place of its own sum. Only for models that are run: merging is peft's own."""
+    """What a peft layer asks in place of its own sum."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **others: Any) -> Tensor:
@@ -24,12 +24,21 @@ class _Fused(LoraVariant):
         scaling = module.scaling[active_adapter]
         return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scaling).view_as(result)
 
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Refuses: peft's empty methods would drop the adapter."""
+        raise ValueError("a model that is trained or run cannot be merged: `arena export` merges a saved judge")
+
+    merge_unsafe = merge_safe
+    unmerge = merge_safe
+
 
 def fuse_lora(model: nn.Module) -> None:
     """Makes the LoRA layers of a model that is to be trained or run, not merged, add their products this way."""
     for module in model.modules():
         layer: Any = module
         if isinstance(module, LoraLayer):
-            for adapter in layer.lora_A:
-                layer.lora_variant.setdefault(adapter, _Fused())
+            for adapter in layer.lora_A:  # a variant of peft's own, such as DoRA, or a bias stays as it is
+                if layer.lora_B[adapter].bias is None:
+                    layer.lora_variant.setdefault(adapter, _Fused())
             layer.cast_input_dtype_enabled = False  # autocast does it, to the dtype of the product

@@ -23,15 +23,17 @@ from torch.utils.checkpoint import checkpoint
 # test_last_layer.py holds each to the whole layer's result).
 FAMILIES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
+MARK = "takes_last_token"
 
-class LastLayer:
+
+class KeptKeys:
     """Where the last layer's keys and values of all tokens wait for its queries."""
 
     def __init__(self) -> None:
         self.kept: tuple[Tensor, Tensor] | None = None
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """On the first call keeps what it is given and stops the layer; later gives back what it has kept."""
+        """On the first call keeps what it is given and raises `KeysKept`; later gives back what it has kept."""
         if self.kept is None:
             self.kept = key, value
             raise KeysKept
@@ -60,7 +62,7 @@ def only_last_tokens(layer: nn.Module) -> None:
         if last_token is None:
             return whole(hidden_states, **given)
         keep = partial(_keys_and_values, bare, given)
-        stage = LastLayer()
+        stage = KeptKeys()
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             stage.kept = checkpoint(keep, hidden_states, use_reentrant=False)
         else:
@@ -68,13 +70,20 @@ def only_last_tokens(layer: nn.Module) -> None:
         return bare(hidden_states[:, last_token], **_of_last_tokens(given, last_token), last_layer=stage)
 
     layer.forward = run
+    setattr(layer, MARK, True)
+
+
+def takes_last_token(decoder: nn.Module) -> bool:
+    """Whether a decoder may be called with `last_token`."""
+    layers: Any = getattr(decoder, "layers", None)
+    return bool(layers) and getattr(layers[-1], MARK, False)
 
 
 def _keys_and_values(
     forward: Callable[..., Any], given: dict[str, Any], hidden_states: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The keys and values of a layer for all tokens, (1, kv_heads, T, head_dim) each."""
-    stage = LastLayer()
+    stage = KeptKeys()
     try:
         forward(hidden_states, **given, last_layer=stage)
     except KeysKept:

@@ -136,7 +136,7 @@ def collate(examples: Sequence[Item], tokenizer: Any = None, tree: Tree | None =
 
     Args:
         tokenizer: decodes `input_text`; None leaves it empty.
-        tree: what the examples share, which is laid out once; None shares nothing.
+        tree: what the examples, in the order of the tree, share, which is laid out once; None shares nothing.
 
     Raises:
         ValueError: no examples, or an empty one.
@@ -156,11 +156,15 @@ def lay_out(
     Args:
         ids: token ids of n examples.
         labels: float32 (n, 3); index: int64 (n,).
+
+    Raises:
+        ValueError: no examples, or an empty one.
     """
     seq_lens = [len(each) for each in ids]
     if not seq_lens or min(seq_lens) == 0:
         raise ValueError("a batch needs at least one example, and every example at least one token")
     tree = tree or _plain(seq_lens)
+    assert [tree.end[node] for node in tree.ends_in] == seq_lens, "the tree is of other examples, or in another order"
     starts, ends = np.array(tree.start), np.array(tree.end)
     cu_seqlens = np.concatenate([[0], np.cumsum(ends - starts)])
     parts = [ids[at][start:end] for at, start, end in zip(tree.example, tree.start, tree.end, strict=True)]

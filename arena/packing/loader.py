@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from arena.data.tokens import TokenStore
 from arena.packing.batch import PackedBatch, lay_out
 from arena.packing.plan import PackPlan
-
-T = TypeVar("T")
 
 
 class PackedLoader:
@@ -73,16 +69,3 @@ class PackedLoader:
         labels = unlabelled if self.labels is None else self.labels[members]
         batch = lay_out(ids, labels, members, self.tokenizer, self.plan.tree(index, self.store.lengths))
         return batch.pin_memory() if self.pin else batch
-
-
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The same items, up to `depth` of them made in a background thread before they are asked for.
-
-    An error in making an item is raised where that item would have come.
-    """
-    source = iter(items)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as maker:
-        waiting: list[Future[list[T]]] = [maker.submit(lambda: list(islice(source, 1))) for _ in range(depth)]
-        while made := waiting.pop(0).result():
-            waiting.append(maker.submit(lambda: list(islice(source, 1))))
-            yield made[0]

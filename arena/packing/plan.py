@@ -30,7 +30,7 @@ class PackPlan:
         step_ends: int64 (s,), where each step ends in `micro_ends`.
         tokens: int64 (m,), tokens that each micro-batch computes: what examples share counts once.
         logical_tokens: int64 (m,), tokens of each micro-batch's examples.
-        least_micro_batches: no packing of these steps needs fewer.
+        least_micro_batches: by the tokens that a step computes, what pays to be shared counted once, it needs as many.
         budget: tokens a micro-batch may hold.
         ranks: every step has a multiple of this many micro-batches; micro-batch i of a step is for rank i % ranks.
         shared: int32 (n,), tokens that each of `examples` shares with the one before it; those of a micro-batch are in
@@ -125,6 +125,7 @@ def plan_training(
         ValueError: an example is longer than the budget; its index is named.
     """
     check_fits(lengths, order, budget)
+    order = np.asarray(order, dtype=np.int64)
     steps = (order[start : start + step_size] for start in range(0, len(order), step_size))
     cut = partial(_cut_evenly, lengths=lengths, budget=budget, ranks=ranks, prefixes=prefixes)
     return _build(map(cut, steps), lengths, budget, ranks, prefixes)
@@ -141,6 +142,7 @@ def plan_evaluation(
         ValueError: an example is longer than the budget; its index is named.
     """
     check_fits(lengths, indices, budget)
+    indices = np.asarray(indices, dtype=np.int64)
     members, items = _items(indices, lengths, budget, prefixes)
     bins = best_fit(items.sizes, budget - items.base)
     costs = [sum(items.costs[item] for item in places) for places in bins]
@@ -188,7 +190,7 @@ def _items(
     indices: np.ndarray, lengths: np.ndarray, budget: int, prefixes: Prefixes | None
 ) -> tuple[np.ndarray, Items]:
     """What to place, and the examples that its members count in; in the order of their tokens if that is known."""
-    if prefixes is None:
+    if prefixes is None or not len(indices):
         return indices, single_items(lengths[indices])
     members = indices[np.argsort(prefixes.rank[indices], kind="stable")]
     shared = prefixes.between(prefixes.rank[members])
@@ -216,7 +218,7 @@ def _cut_evenly(
 
 
 def _least(items: Items, budget: int, ranks: int) -> int:
-    """No packing needs fewer micro-batches than this multiple of `ranks`: each of them holds the base once."""
+    """The multiple of `ranks` that the tokens alone need; each micro-batch holds the base once."""
     least = max(1, -(-(items.tokens - items.base) // max(1, budget - items.base)))
     return least + -least % ranks
 

@@ -47,17 +47,13 @@ def sharing_items(lengths: Sequence[int], shared: Sequence[int], budget: int) ->
     Args:
         lengths, shared: of examples in the order of their tokens, as `grow_tree` takes them.
     """
-    groups = _Groups(grow_tree(lengths, shared))
+    tree = grow_tree(lengths, shared)
+    groups = _Groups(tree, budget)
     roots = groups.below[-1]
-    base = 0
-    if len(roots) == 1 and len(lengths) > 1:
-        (root,) = roots
-        base = groups.tree.end[root]
-        parts = groups.parts(root, budget - base)
-    else:
-        parts = [part for root in roots for part in groups.whole_or_parts(root, budget)]
+    one_root = len(roots) == 1 and len(lengths) > 1
+    parts = groups.parts(roots[0] if one_root else -1)
     members, sizes, costs = (list(column) for column in zip(*parts, strict=True))
-    return Items(members, sizes, costs, base, groups.tree.tokens)
+    return Items(members, sizes, costs, tree.end[roots[0]] if one_root else 0, tree.tokens)
 
 
 def cost(start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -69,46 +65,55 @@ Part = tuple[list[int], int, float]  # members, size, cost
 
 
 class _Groups:
-    """A prefix tree with the size, cost and examples of everything below each segment."""
+    """A prefix tree with the size, cost and examples of everything below each segment.
 
-    def __init__(self, tree: Tree) -> None:
-        self.tree = tree
+    Attributes:
+        below: the segments right below each one; -1: those that begin an example.
+        own: the examples that end in each segment.
+        size, cost: of each segment and all below it.
+        cut: where that is too much for a micro-batch, the parts that are not, each with the segment itself.
+    """
+
+    def __init__(self, tree: Tree, budget: int) -> None:
         self.below: dict[int, list[int]] = {}
         self.own: dict[int, list[int]] = {}
+        self.cut: dict[int, list[Part]] = {}
         for example, node in enumerate(tree.ends_in):
             self.own.setdefault(node, []).append(example)
-        self.size = [end - start for start, end in zip(tree.start, tree.end, strict=True)]
-        self.alone: list[float] = cost(np.array(tree.start), np.array(tree.end)).tolist()
-        self.cost = list(self.alone)
-        for node in reversed(range(len(tree.parent))):
+        start, end = np.array(tree.start), np.array(tree.end)
+        self.size: list[int] = (end - start).tolist()
+        self.cost: list[float] = cost(start, end).tolist()
+        alone = list(zip(self.size, self.cost, strict=True))
+        for node in reversed(range(len(tree.parent))):  # what is below a segment comes after it
+            if self.size[node] > budget - tree.start[node]:
+                self.cut[node] = self._merged(node, *alone[node], room=budget - tree.end[node])
             parent = tree.parent[node]
             self.below.setdefault(parent, []).append(node)
             if parent >= 0:
                 self.size[parent] += self.size[node]
                 self.cost[parent] += self.cost[node]
 
-    def members(self, node: int) -> list[int]:
+    def parts(self, node: int) -> list[Part]:
+        """Everything below a segment, without it, in parts that fit a micro-batch beside it and what is above it."""
+        parts: list[Part] = [(self.own[node], 0, 0.0)] if node in self.own else []
+        for child in self.below.get(node, []):
+            parts += self.cut.get(child) or [(self._members(child), self.size[child], self.cost[child])]
+        return parts
+
+    def _merged(self, node: int, size: int, cost: float, room: int) -> list[Part]:
+        """The parts below a segment put together as far as `room` tokens hold them, each with the segment."""
+        parts = self.parts(node)
+        merged = []
+        for places in best_fit([part[1] for part in parts], room):
+            chosen = [parts[place] for place in places]
+            members = [member for part in chosen for member in part[0]]
+            merged.append((members, size + sum(part[1] for part in chosen), cost + sum(part[2] for part in chosen)))
+        return merged
+
+    def _members(self, node: int) -> list[int]:
         found, waiting = [], [node]
         while waiting:
             at = waiting.pop()
             found += self.own.get(at, [])
             waiting += self.below.get(at, [])
         return found
-
-    def whole_or_parts(self, node: int, room: int) -> list[Part]:
-        """Everything below and in a segment, in parts of at most `room` tokens that each hold the segment."""
-        if self.size[node] <= room:
-            return [(self.members(node), self.size[node], self.cost[node])]
-        start, end = self.tree.start[node], self.tree.end[node]
-        parts = self.parts(node, room - (end - start))
-        merged = []
-        for places in best_fit([size for _, size, _ in parts], room - (end - start)):
-            members = [member for place in places for member in parts[place][0]]
-            size = end - start + sum(parts[place][1] for place in places)
-            merged.append((members, size, self.alone[node] + sum(parts[place][2] for place in places)))
-        return merged
-
-    def parts(self, node: int, room: int) -> list[Part]:
-        """Everything below a segment, without it, in parts of at most `room` tokens."""
-        ends_here: list[Part] = [(self.own[node], 0, 0.0)] if node in self.own else []
-        return ends_here + [part for child in self.below.get(node, []) for part in self.whole_or_parts(child, room)]

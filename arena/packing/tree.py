@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -31,7 +32,7 @@ class Prefixes:
     """The common beginnings of n examples.
 
     Attributes:
-        rank: int64 (n,), the place of each example in the order of their tokens.
+        rank: int64 (n,), the place of each example in an order by tokens: any that keeps equal beginnings together.
         shared: int32 (levels, n); `shared[0, r]` tokens are common to the examples of ranks r - 1 and r, and
             `shared[j, r]` is the least of the 2^j numbers from r on (a sparse table for minima of ranges).
     """
@@ -86,15 +87,20 @@ def grow_tree(lengths: Sequence[int], shared: Sequence[int], least: int = LEAST_
         least: a segment is shared when it has at least this many tokens.
     """
     tree = Tree([], [], [], [], [-1] * len(lengths))
-    if len(lengths):
-        _branch(tree, lengths, shared, least, range(len(lengths)), 0, -1)
+    waiting: list[Branch] = [(range(len(lengths)), 0, -1)] if len(lengths) else []
+    while waiting:
+        waiting += reversed(_branch(tree, lengths, shared, least, *waiting.pop()))
     return tree
+
+
+Branch = tuple[range, int, int]  # examples that have their first tokens in common, how many, and the segment they end
 
 
 def _branch(
     tree: Tree, lengths: Sequence[int], shared: Sequence[int], least: int, members: range, depth: int, parent: int
-) -> None:
-    """Adds the segments of `members`, which have their first `depth` tokens in common, below `parent`."""
+) -> list[Branch]:
+    """Adds the segments of `members` that begin at `depth`, below `parent`; gives the branches that go on."""
+    further: list[Branch] = []
     cuts = [at for at in members[1:] if shared[at] < depth + least]
     for first, last in pairwise([members.start, *cuts, members.stop]):
         alone = last - first == 1
@@ -109,9 +115,10 @@ def _branch(
         if alone:
             tree.ends_in[first] = node
         elif end > depth:
-            _branch(tree, lengths, shared, least, range(first, last), end, node)
+            further.append((range(first, last), end, node))
         else:  # equal to the last token, all of them: they end where they are
             tree.ends_in[first:last] = [node] * (last - first)
+    return further
 
 
 def find_prefixes(
@@ -155,8 +162,14 @@ def prefixes_for(store: TokenStore, settings: PackingSettings, cache: Path) -> P
             found = find_prefixes(store, advance)
         with written_whole(path) as draft, draft.open("wb") as file:
             np.savez(file, rank=found.rank, shared=found.shared[0])
-    with np.load(path) as kept:
-        return Prefixes(kept["rank"], _minima(kept["shared"]))
+    try:
+        with np.load(path) as kept:
+            rank, shared = kept["rank"], kept["shared"]
+        if len(rank) != len(store) or len(shared) != len(store):
+            raise ValueError(f"it is of {len(rank):,} examples, not {len(store):,}")
+    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to have it made again") from error
+    return Prefixes(rank, _minima(shared))
 
 
 def _common(a: bytes, b: bytes) -> int:

@@ -20,7 +20,8 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
         rows: conversations to train on.
         orders: examples per conversation in the store.
         epochs: may be a fraction; the last epoch is then cut short.
-        swap: `never`; `random`, each row in an order drawn anew each epoch; `both`, both orders as two examples.
+        swap: `never`; `random`, each row in an order drawn anew each epoch; `both`, both orders as two
+            examples, side by side.
     """
     assert swap == "never" or orders == 2, "the store holds one order only"
     parts = []

@@ -50,10 +50,9 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     console.quiet = not main
     data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    cache = Path(recipe.data.cache)
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         data = prepare_fold(recipe, fold, tokenizer)
-        prefixes_for(data.store, recipe.packing, cache)
+        prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     run = identity(recipe, data.fingerprint, base_digest(recipe.model.base))
     if not fresh and (metrics := finished(folder, run)) is not None:
         console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
@@ -69,8 +68,8 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     trainer.run()
     held_out = data.eval_rows
     probabilities = predict_or_prior(
-        trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe, cache,
-        straight=trainer.judged,
+        trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe,
+        trainer.prefixes, straight=trainer.judged,
     )  # fmt: skip
     metrics = {"recipe": recipe.name, "fold": fold, **_effort(data, trainer)}
     if main:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from arena.background import ahead
 from arena.config import Recipe
 from arena.data.prepare import FoldData
 from arena.distributed import compute_in, first_rank, sum_gradients, total
@@ -23,7 +24,7 @@ from arena.judging.inference import predict
 from arena.metrics import log_loss
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.packing.batch import PackedBatch
-from arena.packing.loader import PackedLoader, ahead
+from arena.packing.loader import PackedLoader
 from arena.packing.plan import PackPlan, plan_training
 from arena.packing.tree import Prefixes, prefixes_for
 from arena.progress import progress

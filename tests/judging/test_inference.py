@@ -52,11 +52,12 @@ def test_what_is_known_in_straight_order_is_not_judged_again(
     model = classifier(exact(gemma2)).eval()
     rows, judgeable, prior = np.arange(17), np.arange(17) != 4, np.full(3, 1 / 3)
     recipe = tiny_recipe(tmp_path, gemma2, f"judge.swap={str(swap).lower()}")
-    from_nothing = predict_or_prior(model, store, rows, judgeable, prior, recipe, tmp_path)
+    prefixes = find_prefixes(store)
+    from_nothing = predict_or_prior(model, store, rows, judgeable, prior, recipe, prefixes)
     straight = predict(model, store, rows[judgeable], budget=512, orders=[0], dtype="float32")
     seen: list[int] = []
     model.register_forward_hook(lambda module, args, output: seen.extend(args[0].index.tolist()))
-    found = predict_or_prior(model, store, rows, judgeable, prior, recipe, tmp_path, straight)
+    found = predict_or_prior(model, store, rows, judgeable, prior, recipe, prefixes, straight)
     np.testing.assert_allclose(found, from_nothing, atol=1e-6)
     assert sorted(seen) == ([2 * row + 1 for row in rows[judgeable]] if swap else [])
 

@@ -25,6 +25,20 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 rows, so that segments of a hundred tokens have several."""
     monkeypatch.setattr(blocks, "ROWS", 32)
     monkeypatch.setattr(blocks, "ROWS_BFLOAT16", 32)
+    monkeypatch.setattr(blocks, "FEW_SCORES", 0)
+
+
+def test_segments_of_the_tests_have_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    segment = Segment(slice(0, 131), slice(0, 131), 131, 131)
+    for form in (Form(1.0, None, None), Form(1.0, 2.0, WINDOW)):
+        assert len(list(form.blocks(segment, 2, 2, blocks.ROWS))) > 4
+    monkeypatch.undo()  # with the real sizes a short segment is one block
+    assert len(list(Form(1.0, None, None).blocks(segment, 2, 2, blocks.ROWS))) == 1
+
+
+def test_a_segment_without_a_query_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no query"):
+        attend(blockwise, random_qkv(3, 5), [3, 0], [3, 2])
 
 
 def random_qkv(n_q: int, n_k: int, heads: int = 4, kv_heads: int = 2, dim: int = DIM, seed: int = 0) -> list[Tensor]:
@@ -152,13 +166,12 @@ def test_what_is_saved_grows_with_the_tokens() -> None:
 @pytest.mark.parametrize("rows", [32, 512])
 def test_the_scores_of_a_block_are_bounded(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "ROWS", rows)
-    sizes = []
     for n_k in (4_096, 16_384, 65_536):
         segment = Segment(slice(0, n_k), slice(0, n_k), n_k, n_k)
         cut = list(Form(1.0, None, None).blocks(segment, 2, 2, rows))
         assert [block.rows.start for block in cut[1:]] == [block.rows.stop for block in cut[:-1]]
-        sizes.append(max(2 * (b.rows.stop - b.rows.start) * (b.keys.stop - b.keys.start) for b in cut))
-    assert all(size <= max(blocks.BLOCK_SCORES, 2 * blocks.MIN_ROWS * 65_536) for size in sizes)
+        largest = max(2 * (b.rows.stop - b.rows.start) * (b.keys.stop - b.keys.start) for b in cut)
+        assert largest <= max(blocks.BLOCK_SCORES, 2 * blocks.MIN_ROWS * n_k)
 
 
 def test_only_the_wanted_gradients() -> None:

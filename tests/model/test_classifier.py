@@ -21,7 +21,7 @@ from arena.model.classifier import PackedClassifier, loss_sum
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
 from arena.training.optim import trainable
-from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack, random_family
+from tests.helpers import CONFIGS, WINDOW, classifier, exact, examples_of, make_base, pack, random_family
 
 LENGTHS = [4 * WINDOW, 1, WINDOW, WINDOW + 1, 3, WINDOW - 1, 2 * WINDOW + 5]
 
@@ -37,16 +37,6 @@ def plain_model(base: Path, packed: PackedClassifier, lora: bool) -> nn.Module:
 
 def one_by_one(model: nn.Module, batch: PackedBatch) -> Tensor:
     return torch.cat([model(input_ids=row[None], use_cache=False).logits.float() for row in examples_of(batch)])
-
-
-def examples_of(batch: PackedBatch) -> list[Tensor]:
-    """The token ids of each example, read back along its segments."""
-    found = []
-    for segment in batch.segment.tolist():
-        first, last = batch.cu_seqlens_k[segment : segment + 2].tolist()
-        keys = torch.arange(first, last) if batch.kv_index is None else batch.kv_index[first:last]
-        found.append(batch.input_ids[0, keys])
-    return found
 
 
 def logits_and_gradients(model: nn.Module, logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:

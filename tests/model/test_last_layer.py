@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.last_layer import FAMILIES
+from arena.model.last_layer import FAMILIES, takes_last_token
 from arena.packing.batch import PackedBatch
 from arena.training.optim import trainable
 from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack
@@ -25,7 +25,7 @@ def both_ways(
     """Logits and gradients with the whole last layer, and with the last tokens alone."""
     found = []
     for safe in (False, True):
-        monkeypatch.setattr("arena.model.classifier.is_safe", lambda name, safe=safe: safe)
+        monkeypatch.setattr("arena.model.classifier.takes_last_token", lambda decoder, safe=safe: safe)
         logits = model(batch)
         parameters = list(trainable(model.model).values())
         grads = torch.autograd.grad(loss_sum(logits, batch.label), parameters, allow_unused=True)
@@ -42,6 +42,7 @@ def test_equal_to_the_whole_layer(
     """The last layer has a sliding window in one of the two depths."""
     model = classifier(exact(make_base(tmp_path, family, num_hidden_layers=layers)))
     batch = shared_batch(swap_pairs(), 4) if share else pack(LENGTHS)
+    assert takes_last_token(backbone(model.model))
     whole, last = both_ways(model, batch, monkeypatch)
     assert max(relative(a, b) for a, b in zip(last, whole, strict=True)) <= 1e-5
 

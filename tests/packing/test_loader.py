@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from arena.data.tokens import TokenStore, tokenise
-from arena.packing.loader import PackedLoader, ahead
+from arena.packing.loader import PackedLoader
 from arena.packing.plan import epoch_order, plan_evaluation, plan_training
 from arena.packing.tree import find_prefixes
 from arena.training.order import example_labels, training_order
@@ -96,39 +93,6 @@ def test_random_swaps_are_even_and_change_each_epoch() -> None:
         drawn[epoch][part // 2] = part % 2
         assert 0.45 < drawn[epoch].mean() < 0.55
     assert 0.4 < (drawn[0] != drawn[1]).mean() < 0.6
-
-
-def test_made_ahead_in_order_and_no_further_than_asked() -> None:
-    made: list[int] = []
-
-    def source() -> Iterator[int]:
-        for at in range(20):
-            made.append(at)
-            yield at
-
-    items = ahead(source(), depth=2)
-    assert [next(items) for _ in range(3)] == [0, 1, 2]
-    time.sleep(0.1)
-    assert len(made) <= 5
-    assert list(items) == list(range(3, 20))
-
-
-def test_an_error_in_the_background_comes_where_the_item_would() -> None:
-    def source() -> Iterator[int]:
-        yield 1
-        raise ValueError("a bad batch")
-
-    items = ahead(source())
-    assert next(items) == 1
-    with pytest.raises(ValueError, match="a bad batch"):
-        next(items)
-
-
-def test_no_thread_is_left_behind_when_the_consumer_stops() -> None:
-    items = ahead(iter(range(100)))
-    next(items)
-    items.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 def test_micro_batches_one_by_one(store: TokenStore) -> None:

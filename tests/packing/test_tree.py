@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from arena.config import PackingSettings
 from arena.data.tokens import tokenise
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
-from arena.packing.plan import PackPlan, plan_evaluation, plan_training
+from arena.packing.plan import PackPlan, _tree_within, plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, Tree, find_prefixes, grow_tree, prefixes_for
-from tests.helpers import make_tokenizer, prompt_settings, random_family
+from tests.helpers import examples_of, make_tokenizer, prompt_settings, random_family
 
 BUDGET = 390
 
@@ -32,7 +32,10 @@ def sorted_tree(examples: list[np.ndarray], least: int) -> tuple[list[np.ndarray
     return ordered, grow_tree([len(each) for each in ordered], shared.tolist(), least)
 
 
-families = st.integers(0, 10_000).map(random_family)
+families = st.one_of(
+    st.integers(0, 10_000).map(random_family),
+    st.integers(0, 10_000).map(lambda seed: random_family(seed, longest=300)),  # past the blocks of the sort
+)
 long_families = st.integers(0, 10_000).map(lambda seed: random_family(seed, longest=BUDGET // 3))
 
 
@@ -82,21 +85,57 @@ def test_a_tree_by_hand() -> None:
     ordered, tree = sorted_tree(examples, least=3)
     assert [each.tolist() for each in ordered] == [examples[at].tolist() for at in (3, 0, 1, 2)]
     assert tree == Tree(
-        example=[0, 0, 1, 2, 3], start=[0, 5, 9, 9, 5], end=[5, 9, 11, 10, 6], parent=[-1, 0, 1, 1, 0],
-        ends_in=[1, 2, 3, 4],
+        example=[0, 0, 3, 1, 2], start=[0, 5, 5, 9, 9], end=[5, 9, 6, 11, 10], parent=[-1, 0, 0, 1, 1],
+        ends_in=[1, 3, 4, 2],
     )  # fmt: skip
     batch = collate([{"input_ids": each} for each in ordered], tree=tree)
-    assert batch.input_ids.tolist() == [[*instruction, *prompt, 3, 3, 4, 5]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 9, 5]]
-    assert batch.cu_seqlens.tolist() == [0, 5, 9, 11, 12, 13]
-    assert batch.cu_seqlens_k.tolist() == [0, 5, 14, 25, 35, 41]
+    assert batch.input_ids.tolist() == [[*instruction, *prompt, 5, 3, 3, 4]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 9, 10, 9]]
+    assert batch.cu_seqlens.tolist() == [0, 5, 9, 10, 12, 13]
+    assert batch.cu_seqlens_k.tolist() == [0, 5, 14, 20, 31, 41]
     assert batch.kv_index is not None
-    assert batch.kv_index[14:25].tolist() == list(range(11))
-    assert batch.kv_index[25:35].tolist() == [*range(9), 11]
-    assert batch.kv_index[35:].tolist() == [0, 1, 2, 3, 4, 12]
-    assert batch.segment.tolist() == [1, 2, 3, 4]
+    assert batch.kv_index[5:14].tolist() == list(range(9))
+    assert batch.kv_index[14:20].tolist() == [0, 1, 2, 3, 4, 9]
+    assert batch.kv_index[20:31].tolist() == [*range(9), 10, 11]
+    assert batch.kv_index[31:].tolist() == [*range(9), 12]
+    assert batch.segment.tolist() == [1, 3, 4, 2]
     assert batch.seq_lens == [9, 11, 10, 6]
     assert (batch.max_seq_len, batch.max_segment_len, batch.tokens) == (11, 5, 13)
+
+
+def test_deep_nesting_is_no_recursion() -> None:
+    """1,500 examples, each of which goes on where the one before ended."""
+    base = np.arange(48_000, dtype=np.int32)
+    examples = [np.append(base[: 32 * (at + 1)], np.int32(50_000 + at)).astype(np.int32) for at in range(1_500)]
+    lengths, prefixes = np.array([len(each) for each in examples]), find_prefixes(examples)
+    whole = plan_evaluation(lengths, np.arange(1_500), budget=50_000, prefixes=prefixes)
+    assert whole.n_micro_batches == 1 and whole.tokens.tolist() == [48_000 + 1_500]
+    cut = plan_evaluation(lengths, np.arange(1_500), budget=48_001, prefixes=prefixes)
+    check_plan(cut, examples, np.arange(1_500))
+
+
+def test_a_plan_of_nothing() -> None:
+    examples = random_family(0)
+    lengths = np.array([len(each) for each in examples])
+    plan = plan_evaluation(lengths, np.arange(0), budget=BUDGET, prefixes=find_prefixes(examples))
+    assert (plan.n_steps, plan.n_micro_batches) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
+def test_indices_of_any_integer_type(kind: type) -> None:
+    lengths = np.array([5, 6, 7])
+    plan = plan_evaluation(lengths, np.arange(3, dtype=kind), budget=BUDGET)
+    assert sorted(plan.examples.tolist()) == [0, 1, 2]
+
+
+def test_a_tree_over_the_budget_shares_every_token() -> None:
+    """Two examples share 31 tokens, one too few to pay; where the planner counted on them they are shared."""
+    common = np.arange(31)
+    examples = [np.concatenate([common, np.full(50, tail)]).astype(np.int32) for tail in (90, 91)]
+    shape = [81, 81], [0, 31]
+    assert _tree_within(*shape, budget=200).tokens == 162
+    assert _tree_within(*shape, budget=131).tokens == 131
+    assert find_prefixes(examples).between(np.array([0, 1])).tolist() == [0, 31]
 
 
 def check_plan(plan: PackPlan, examples: list[np.ndarray], wanted: np.ndarray) -> None:
@@ -110,7 +149,9 @@ def check_plan(plan: PackPlan, examples: list[np.ndarray], wanted: np.ndarray) -
         if len(members):
             tree = plan.tree(at, lengths)
             assert tree is not None and tree.tokens == tokens <= plan.logical_tokens[at]
-            collate([{"input_ids": examples[index]} for index in members], tree=tree)
+            batch = collate([{"input_ids": examples[index]} for index in members], tree=tree)
+            for index, read in zip(members, examples_of(batch), strict=True):
+                assert read.tolist() == examples[index].tolist()
 
 
 @settings(deadline=None)
@@ -184,3 +225,7 @@ def test_prefixes_are_kept_and_follow_the_store(tmp_path: Path, monkeypatch: pyt
     assert again is not None and again.rank.tolist() == found.rank.tolist()
     assert np.array_equal(again.shared, found.shared)
     assert prefixes_for(store, PackingSettings(share=False), tmp_path) is None
+    (kept,) = tmp_path.glob("prefixes-*.npz")
+    kept.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"prefixes-.* is damaged .*delete it"):
+        prefixes_for(store, PackingSettings(), tmp_path)
