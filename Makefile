@@ -32,7 +32,7 @@ notebook: .venv/dev  ## run notebooks/collated_batches.py and write it as .ipynb
 	$(BIN)/jupytext --quiet --to ipynb notebooks/collated_batches.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace notebooks/collated_batches.ipynb
 
-bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (half an hour)
+bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (20 minutes)
 	$(BIN)/arena bench $(ARGS)
 
 test: .venv/dev  ## run the tests

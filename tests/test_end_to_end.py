@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 METRICS = {
     "log_loss", "accuracy", "ece", "prior_log_loss", "bayes_log_loss", "n_eval", "n_train", "steps", "micro_batches",
     "fill_rate", "tokens", "unique_tokens", "tokens_per_second", "train_seconds", "peak_memory_bytes",
-    "trainable_parameters", "device", "attention_backend", "baseline_log_loss",
+    "trainable_parameters", "data_wait_seconds", "device", "attention_backend", "baseline_log_loss",
 }  # fmt: skip
 
 

@@ -141,9 +141,9 @@ def draw_bench(result: dict[str, Any], path: Path) -> None:
         names = [f"{each['variant']}  {each['title']}" for each in found]
         axis.barh(names, times, xerr=[below, above], color=[COLOURS[each["variant"]] for each in found], ecolor="0.3")
         for at, time in enumerate(times):
-            axis.text(0.03 * max(times), at, f"{time:.2f}", va="center", fontsize="small", color="white", weight="bold")
+            axis.text(time + above[at] + 0.02 * max(times), at, f"{time:.2f}", va="center", fontsize="small")
         axis.set_title(f"{workload}, {TASKS[task]}", fontsize="medium")
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.15 * max(times))
     axes[0][0].invert_yaxis()  # for all panels, which share it
     figure.supxlabel(f"time over that of {result['measured'][0]['title']}; bars: median, lines: least to most")
     figure.suptitle(f"{result['device']}, {result['date'][:10]}, {result['settings']['dtype']}, NF4 with LoRA")

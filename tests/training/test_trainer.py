@@ -19,11 +19,13 @@ from torch import Tensor
 
 from arena.config import save_recipe
 from arena.data.prepare import prepare_fold
+from arena.judging.inference import predict
 from arena.model.backbone import adapt, load_base, load_tokenizer
 from arena.packing.batch import PackedBatch, collate
 from arena.training import trainer as trainer_module
 from arena.training.checkpoint import checkpoints, load_weights
 from arena.training.optim import trainable
+from arena.training.order import training_order
 from arena.training.run import run_fold
 from arena.training.trainer import Trainer, accumulate, plan_fold
 from tests.helpers import classifier, exact, pack, tiny_recipe
@@ -147,9 +149,37 @@ def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest
     done = trainer.run()
     assert (done.best_step, done.best_log_loss, done.step) == (3, 0.5, 5)
     kept = weights(trainer).clone()
-    load_weights(trainer.best_folder, trainer.model)
+    judged = load_weights(trainer.best_folder, trainer.model)
     assert torch.equal(weights(trainer), kept)
+    assert np.array_equal(judged, trainer.judged)
+    data, rows = trainer.data, trainer.data.eval_rows[trainer.data.judgeable[trainer.data.eval_rows]]
+    again = predict(trainer.classifier, data.store, rows, budget=512, orders=[0], dtype=trainer.recipe.model.dtype)
+    np.testing.assert_allclose(judged, again, atol=1e-5)  # those of the best step, not of the last
     assert [path.name for path in checkpoints(trainer.folder / "checkpoints")] == ["step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("swap", ["random", "both"])
+def test_sharing_changes_nothing_but_the_work(gemma2: Path, tmp_path: Path, swap: str) -> None:
+    """Loss and gradient norm of every step, and the end weights, are those of the run that shares nothing."""
+    options = "model.quantization=none", f"train.swap={swap}"
+    runs = [make(tmp_path / share, gemma2, *options, f"packing.share={share}") for share in ("true", "false")]
+    shared, plain = (run.run() for run in runs)
+    assert shared.unique_tokens < 0.9 * shared.tokens
+    assert plain.unique_tokens == plain.tokens == shared.tokens
+    steps = [[line for line in log_lines(run.folder / "log.jsonl") if "loss" in line] for run in runs]
+    for one, other in zip(*steps, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    assert relative(weights(runs[0]), weights(runs[1])) <= 1e-3
+    assert 0 <= shared.waited < shared.seconds
+
+
+def test_both_orders_of_a_row_stand_side_by_side() -> None:
+    rows = np.array([4, 7, 9, 2, 5])
+    order = training_order(rows, 2, epochs=2, swap="both", seed=0)
+    assert (order[::2] + 1 == order[1::2]).all() and (order[::2] % 2 == 0).all()
+    assert sorted(order[:10:2] // 2) == sorted(order[10::2] // 2) == sorted(rows)
+    assert order[:10].tolist() != order[10:].tolist()
 
 
 def test_no_step_is_taken_on_a_loss_that_is_not_finite(
