@@ -1,4 +1,4 @@
-"""The data loader: for each optimizer step, the list of its micro-batches, made before they are asked for."""
+"""The data loader: for each optimizer step, the list of its micro-batches; `background.ahead` makes them early."""
 
 from __future__ import annotations
 
