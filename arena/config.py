@@ -65,16 +65,27 @@ class LoraSettings(Settings):
     alpha: float = Field(32.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    dora: bool = Field(False, description="learn each weight's length apart from its direction (DoRA)")
 
 
 class ModelSettings(Settings):
     base: str = Field(description="folder or hub name of the base model; `demo_base` ships with the package")
     revision: str | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="compute and frozen weights")
-    quantization: Literal["nf4", "none"] = "nf4"
-    lora: LoraSettings | None = LoraSettings()
-    attention: Literal["auto", "reference", "blockwise"] = "auto"
-    gradient_checkpointing: bool = True
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="compute and frozen weights; auto: bfloat16 where the device has it, else float16"
+    )
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    tune: Literal["lora", "head", "full"] = Field("lora", description="what is trained besides the head")
+    lora: LoraSettings = LoraSettings()
+    attention: Literal["auto", "flash", "flex", "blockwise", "reference"] = "auto"
+    checkpointing: Literal["auto", "full", "mlp", "light", "none"] = Field(
+        "auto",
+        description="recomputed in the backward: whole layers, their wide MLP products, what is cheap, or nothing; "
+        "auto: of each layer as little as the memory allows",
+    )
+    fuse: Literal["auto", "none"] | tuple[Literal["norm", "mlp", "rotary", "lora"], ...] = Field(
+        "auto", description="parts computed in fewer passes over memory; auto: those that pay on the device"
+    )
 
 
 class PackingSettings(Settings):
@@ -121,8 +132,8 @@ class Recipe(Settings):
                 f"prompt.max_length ({self.prompt.max_length}) is larger than packing.budget ({self.packing.budget}): "
                 "an example could not be placed in any micro-batch; raise the budget or lower max_length"
             )
-        if self.model.lora is None and self.model.quantization != "none":
-            raise ValueError("model.lora is null, but 4-bit weights cannot be trained: set model.quantization=none")
+        if self.model.tune == "full" and self.model.quantization != "none":
+            raise ValueError("model.tune=full, but quantised weights cannot be trained: set model.quantization=none")
         return self
 
 
@@ -211,7 +222,7 @@ def _explain(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     known = list(_group(path[:-1]).model_fields)
-    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
     return f"{where}: unknown key; {hint}"
 

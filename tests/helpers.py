@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from arena.config import ModelSettings, PromptSettings, Recipe, load_recipe
-from arena.model.backbone import adapt, load_base
+from arena.model.backbone import load_base
 from arena.model.classifier import PackedClassifier
+from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -95,7 +96,7 @@ def make_base(folder: Path, family: str = "gemma2", seed: int = 0, **changes: An
 def exact(base: Path, **changes: Any) -> ModelSettings:
     """Settings for parity tests: float32, unquantised."""
     return ModelSettings(
-        **{"base": str(base), "dtype": "float32", "quantization": "none", "gradient_checkpointing": False, **changes}
+        **{"base": str(base), "dtype": "float32", "quantization": "none", "checkpointing": "none", **changes}
     )
 
 

@@ -15,7 +15,7 @@ def test_shipped_recipes_are_valid() -> None:
         assert load_recipe(name).name == name
     large = load_recipe("gemma-2-9b")
     assert (large.packing.budget, large.train.batch_size, large.prompt.max_length) == (16384, 80, 4096)
-    assert large.model.quantization == "nf4" and large.model.lora is not None
+    assert large.model.quantization == "nf4" and large.model.tune == "lora"
     assert large.model.lora.targets == "all-linear"
 
 
@@ -29,9 +29,9 @@ def test_saved_recipe_reads_back_equal(tmp_path: Path) -> None:
 def test_overrides() -> None:
     recipe = load_recipe(
         "demo",
-        ["train.batch_size=7", "model.lora=null", "model.quantization=none", "data.extra=[a.csv, b.csv]", "name=mine"],
+        ["train.batch_size=7", "model.tune=full", "model.quantization=none", "data.extra=[a.csv, b.csv]", "name=mine"],
     )
-    assert recipe.train.batch_size == 7 and recipe.model.lora is None
+    assert recipe.train.batch_size == 7 and recipe.model.tune == "full"
     assert recipe.data.extra == ("a.csv", "b.csv") and recipe.name == "mine"
 
 
@@ -49,7 +49,7 @@ def test_overrides() -> None:
         ("train.lr.x=1", "'lr' is a single value"),
         ("train.lr={", "not YAML"),
         ("packing.budget=512", "max_length .* is larger than packing.budget"),
-        ("model.lora=null", "4-bit weights cannot be trained"),
+        ("model.tune=full", "quantised weights cannot be trained"),
         ("prompt.template=nope", "no template 'nope': name one of compact, judge"),
     ],
 )

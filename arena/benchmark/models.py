@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from arena.benchmark.settings import BenchSettings, Size
 from arena.config import LoraSettings, ModelSettings
 from arena.metrics import LABELS
-from arena.model.backbone import HEAD, adapt, load_base
+from arena.model.backbone import HEAD, load_base
+from arena.model.tuning import adapt
 from arena.training.optim import trainable
 
 PAD = 0
@@ -65,7 +66,7 @@ def adapted(base: Path, settings: BenchSettings, *, quantised: bool, dtype: str)
     ours = ModelSettings.model_validate(
         {
             "base": str(base), "dtype": dtype, "quantization": "nf4" if quantised else "none", "lora": LORA,
-            "gradient_checkpointing": settings.checkpointing,
+            "checkpointing": "full" if settings.checkpointing else "none",
         }
     )  # fmt: skip
     model: nn.Module = adapt(load_base(ours), ours)

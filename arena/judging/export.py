@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from arena.config import ModelSettings, Recipe
 from arena.files import write_json, written_whole
 from arena.judging.judge import read_card
-from arena.model.backbone import load_base, load_tokenizer, load_trained
+from arena.model.backbone import load_base, load_tokenizer
+from arena.model.tuning import load_trained
 
 
 def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:

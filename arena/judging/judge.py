@@ -18,8 +18,9 @@ from arena.data.prepare import source
 from arena.data.tokens import tokenise
 from arena.files import write_json, written_whole
 from arena.judging.inference import predict_or_prior
-from arena.model.backbone import base_digest, load_tokenizer, load_trained, save_model
+from arena.model.backbone import base_digest, load_tokenizer
 from arena.model.classifier import PackedClassifier
+from arena.model.tuning import load_trained, save_model
 from arena.packing.tree import prefixes_for
 
 FORMAT = 1

@@ -1,15 +1,14 @@
-"""Loads a base model, 4-bit or not, reads it through packed attention, and adds LoRA adapters and the head."""
+"""Loads a base model, quantised or not, and makes it read packed batches."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,11 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from arena.config import RECIPES, LoraSettings, ModelSettings
+from arena.config import RECIPES, ModelSettings
 from arena.files import fingerprint
 from arena.metrics import LABELS
 from arena.model.attention import NAME, choose_backend
-from arena.model.fused_lora import fuse_lora
 from arena.model.last_layer import is_safe, only_last_tokens
 
 DEMO_BASE = "demo_base"
@@ -63,53 +61,20 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
             attn_implementation=NAME,
             **options,
         )
+    take_over(model, settings)
+    return model
+
+
+def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Makes a sequence classifier of transformers ours: a fresh float32 `score`, and packed batches alone."""
     model.config.arena_backend = choose_backend(settings.attention)
     score = nn.Linear(model.score.in_features, len(LABELS), bias=False, dtype=torch.float32)
     nn.init.zeros_(score.weight)  # the first probabilities are even, whatever the scale of the hidden states
     model.score = score.to(next(model.parameters()).device)
     _keep_layout(model)
-    if is_safe(config.model_type):
+    if is_safe(model.config.model_type):
         only_last_tokens(backbone(model).layers[-1])
     backbone(model).register_forward_pre_hook(_refuse_mask_and_cache, with_kwargs=True)
-    return model
-
-
-def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
-    """Adds LoRA adapters, and makes them and the head trainable, in float32; without LoRA all weights train.
-
-    Raises:
-        ValueError: the base has no modules of the names in `model.lora.targets`.
-    """
-    if settings.lora is not None:
-        try:
-            model = get_peft_model(model, _lora(settings.lora))
-        except ValueError as error:
-            raise ValueError(f"model.lora.targets {settings.lora.targets} do not fit this base: {error}") from None
-        fuse_lora(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if settings.gradient_checkpointing:
-        underlying(model).gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes what training changed, as safetensors and JSON: adapter and head; the whole model without LoRA."""
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-
-
-def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
-    """The model that `save_model` wrote, ready for inference."""
-    if (folder / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(load_base(settings), str(folder)).eval()
-        fuse_lora(model)
-        return model
-    whole = settings.model_copy(update={"base": str(folder), "revision": None})
-    model = load_base(whole)
-    _load_head(model, folder)
-    return model.eval()
 
 
 def underlying(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,28 +146,6 @@ def _keep_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _lora(settings: LoraSettings) -> LoraConfig:
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    return LoraConfig(
-        task_type=TaskType.SEQ_CLS,  # without it the head stays frozen
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        modules_to_save=[HEAD],
-    )
-
-
-def _load_head(model: PreTrainedModel, folder: Path) -> None:
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    name = f"{HEAD}.weight"
-    file = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
-    with safe_open(folder / file, framework="pt") as tensors, torch.no_grad():
-        model.score.weight.copy_(tensors.get_tensor(name))
 
 
 def _refuse_mask_and_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from arena.judging.inference import predict_or_prior
 from arena.judging.judge import save_judge
 from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
 from arena.model.attention import choose_backend
-from arena.model.backbone import adapt, base_digest, load_base, load_tokenizer
+from arena.model.backbone import base_digest, load_base, load_tokenizer
+from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
 from arena.progress import console
 from arena.training.folder import claim, finished, identity

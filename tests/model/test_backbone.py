@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from arena.config import ModelSettings, load_recipe, recipe_names
-from arena.model.backbone import backbone, load_base, load_tokenizer, load_trained, save_model, underlying
+from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.classifier import PackedClassifier, loss_sum
+from arena.model.tuning import load_trained, save_model
 from arena.packing.batch import collate
 from arena.training.optim import trainable
 from tests.helpers import classifier, exact, make_base, pack
@@ -71,7 +72,7 @@ def test_adapter_saved_and_loaded_gives_the_same_logits(gemma2: Path, quantizati
 
 
 def test_fully_trained_model_saved_and_loaded_gives_the_same_logits(gemma2: Path, tmp_path: Path) -> None:
-    settings = exact(gemma2, lora=None)
+    settings = exact(gemma2, tune="full")
     model = classifier(settings).eval()
     save_model(model.model, tmp_path)
     loaded = PackedClassifier(load_trained(tmp_path, settings))

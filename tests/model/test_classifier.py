@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from arena.config import LoraSettings
-from arena.model.backbone import _lora, backbone
+from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
+from arena.model.tuning import _lora
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
 from arena.training.optim import trainable
@@ -62,7 +63,7 @@ def compare(
         change: is done to the packed model alone.
         shared: what the packed model reads in place of examples that share nothing.
     """
-    packed = classifier(exact(base, **({} if lora else {"lora": None})))
+    packed = classifier(exact(base, **({} if lora else {"tune": "full"})))
     batch = shared or pack(lengths)
     expected = plain_model(base, packed, lora)
     right = logits_and_gradients(expected, one_by_one(expected, batch), batch)
@@ -185,8 +186,8 @@ def test_one_row_of_logits_per_example_in_its_place(gemma2: Path) -> None:
 def test_gradient_checkpointing_changes_nothing(gemma2: Path) -> None:
     batch = pack(LENGTHS)
     results = []
-    for checkpointing in (False, True):
-        model = classifier(exact(gemma2, gradient_checkpointing=checkpointing)).train()
+    for checkpointing in ("none", "full"):
+        model = classifier(exact(gemma2, checkpointing=checkpointing)).train()
         results.append(logits_and_gradients(model.model, model(batch), batch))
     for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-5)

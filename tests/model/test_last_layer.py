@@ -51,9 +51,9 @@ def test_every_family_that_is_called_safe_is_tested() -> None:
     assert set(FAMILIES) == set(CONFIGS)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_queries_and_mlp_see_one_token_a_segment(gemma2: Path, checkpointing: bool) -> None:
-    model = classifier(exact(gemma2, gradient_checkpointing=checkpointing)).train()
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_queries_and_mlp_see_one_token_a_segment(gemma2: Path, checkpointing: str) -> None:
+    model = classifier(exact(gemma2, checkpointing=checkpointing)).train()
     rows: list[int] = []
     for layer in backbone(model.model).layers[-2:]:
         layer.mlp.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))

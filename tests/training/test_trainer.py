@@ -20,7 +20,8 @@ from torch import Tensor
 from arena.config import save_recipe
 from arena.data.prepare import prepare_fold
 from arena.judging.inference import predict
-from arena.model.backbone import adapt, load_base, load_tokenizer
+from arena.model.backbone import load_base, load_tokenizer
+from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.training import trainer as trainer_module
 from arena.training.checkpoint import checkpoints, load_weights
