@@ -8,10 +8,12 @@ ARGS   ?=
 BIN   := .venv/bin
 # compat: a plain path entry, so that a clone in a folder called arena is not taken for the package
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
+# the recipe where one was named: `make bench` alone is about no recipe
+CHOSEN := $(if $(filter file,$(origin RECIPE)),,$(RECIPE))
 FLAGS  = --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train infer inspect notebook bench test check format demo-base clean
+.PHONY: help setup train infer inspect notebook bench gpu test check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,8 +34,11 @@ notebook: .venv/dev  ## run notebooks/collated_batches.py and write it as .ipynb
 	$(BIN)/jupytext --quiet --to ipynb notebooks/collated_batches.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace notebooks/collated_batches.ipynb
 
-bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (20 minutes)
-	$(BIN)/arena bench $(ARGS)
+bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (20 minutes); RECIPE=gemma-2-9b: at real size
+	$(BIN)/arena bench $(if $(CHOSEN),--recipe $(CHOSEN)) $(ARGS)
+
+gpu: .venv/ready  ## tests, benchmark and techniques on a GPU, 9 minutes a call: call it until it is done
+	$(BIN)/arena gpu --recipe $(or $(CHOSEN),gemma-2-9b) $(ARGS)
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from arena.benchmark.command import Bench
+from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, change, load_recipe
-from arena.progress import console
+from arena.progress import console, quiet
 
 Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
 Data = Annotated[
@@ -162,32 +164,18 @@ class Export:
 
 
 @dataclass
-class Bench:
-    """Time our packed batches beside transformers' own, on the same weights, rows and precision."""
+class Memory:
+    """Show what a recipe takes and becomes on common cards: dtype, budget, what is computed again in the backward."""
 
-    rows: Annotated[int, arg(help="Auto-J conversations in a step, a multiple of 8, at most 160.")] = 32
-    repeats: Annotated[int, arg(help="How often each variant is timed, in turn; (e) is timed once.")] = 3
-    check_rows: Annotated[int, arg(help="Conversations on which all variants must agree first.")] = 2
-    layers: Annotated[int, arg(help="Of the random Gemma-2.")] = 4
-    budget: Annotated[int, arg(help="Tokens in a packed micro-batch at most.")] = 8192
-    dtype: Annotated[Literal["bfloat16", "float32"], arg(help="Precision, the same for all.")] = "bfloat16"
-    variants: Annotated[str, arg(help="Some of the letters abcde; times are compared with the first.")] = "abcde"
-    workloads: Annotated[tuple[str, ...], arg(help="Whose lengths: autoj, competition.")] = ("autoj", "competition")
-    out: Annotated[Path, arg(help="The folder for bench-cpu (or bench-gpu) .json, .md and .png.")] = Path("docs")
+    overrides: Overrides = ()
+    recipe: Name = "gemma-2-9b"
 
     def run(self) -> None:
-        from arena.benchmark.report import print_bench, write_bench
-        from arena.benchmark.run import run_bench
-        from arena.benchmark.settings import BenchSettings, Size
+        from arena.model.create import known_config
+        from arena.reporting.memory import print_cards
 
-        settings = BenchSettings(
-            rows=self.rows, repeats=self.repeats, check_rows=self.check_rows, budget=self.budget, dtype=self.dtype,
-            variants=self.variants, workloads=self.workloads, size=Size(layers=self.layers),
-        )  # fmt: skip
-        self.out.mkdir(parents=True, exist_ok=True)  # half an hour later would be late to find that it cannot be
-        result = run_bench(settings)
-        print_bench(result)
-        console.print(f"written: {', '.join(map(str, write_bench(result, self.out)))}")
+        recipe = load_recipe(self.recipe, self.overrides)
+        print_cards(recipe, known_config(recipe.model))
 
 
 @dataclass
@@ -211,6 +199,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": Inspect,
     "export": Export,
     "bench": Bench,
+    "gpu": Gpu,
+    "memory": Memory,
     "demo-base": DemoBase,
 }
 
@@ -219,7 +209,7 @@ def main() -> None:
     """Runs a subcommand. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
     about = "Train and run judges of pairwise preference on packed, padding-free batches."
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena")
-    _quiet()
+    quiet()
     try:
         command.run()
     except (ValueError, OSError, FloatingPointError) as error:
@@ -227,21 +217,6 @@ def main() -> None:
             raise
         console.print(f"arena: {error}", style="red")
         sys.exit(2)
-
-
-def _quiet() -> None:
-    """Keeps the libraries' own notices off the screen; what matters of them is said by this package."""
-    import logging as python_logging
-    import warnings
-
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
-    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
-    logging.set_verbosity_error()
-    if not console.is_terminal:
-        logging.disable_progress_bar()
 
 
 def _recipe(name: str, data: str | None, overrides: tuple[str, ...]) -> Recipe:

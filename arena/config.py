@@ -10,6 +10,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+Part = Literal["norm", "mlp", "rotary", "lora"]  # of a decoder, that can be fused
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -83,7 +85,7 @@ class ModelSettings(Settings):
         description="recomputed in the backward: whole layers, their wide MLP products, what is cheap, or nothing; "
         "auto: of each layer as little as the memory allows",
     )
-    fuse: Literal["auto", "none"] | tuple[Literal["norm", "mlp", "rotary", "lora"], ...] = Field(
+    fuse: Literal["auto", "none"] | tuple[Part, ...] = Field(
         "auto", description="parts computed in fewer passes over memory; auto: those that pay on the device"
     )
 

@@ -16,6 +16,21 @@ PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 Advance = Callable[..., None]
 
 
+def quiet() -> None:
+    """Keeps the libraries' own notices off the screen; what matters of them is said by this package."""
+    import logging as python_logging
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
+    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
+    logging.set_verbosity_error()
+    if not console.is_terminal:
+        logging.disable_progress_bar()
+
+
 @contextmanager
 def progress(title: str, total: int | None, unit: str = "rows") -> Iterator[Advance]:
     """Shows how far some work is. Gives `advance(count, note="")`, to be called as `count` more units are done.

@@ -69,9 +69,9 @@ def as_markdown(result: dict[str, Any], picture: str) -> str:
         "products it computes 4-bit layers in bfloat16, whatever the precision.",
     ]
     for (workload, task), found in _panels(result).items():
-        parts += [f"## {workload}, {TASKS[task]}", _markdown(HEADER, time_rows(found))]
-    parts += ["## Packing", f"{_packing_title(packing)}.", _markdown(WHOLE_HEADER, whole_rows(packing))]
-    parts += [f"In steps of {packing['step']} examples:", _markdown(STEPS_HEADER, step_rows(packing))]
+        parts += [f"## {workload}, {TASKS[task]}", markdown_table(HEADER, time_rows(found))]
+    parts += ["## Packing", f"{_packing_title(packing)}.", markdown_table(WHOLE_HEADER, whole_rows(packing))]
+    parts += [f"In steps of {packing['step']} examples:", markdown_table(STEPS_HEADER, step_rows(packing))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -179,7 +179,8 @@ def _print(title: str, header: list[str], rows: Rows) -> None:
     console.print(table)
 
 
-def _markdown(header: list[str], rows: Rows) -> str:
+def markdown_table(header: list[str], rows: Rows) -> str:
+    """Cells as a Markdown table; columns of numbers stand to the right."""
     left = ("", "variant", header[0])
     rule = ["---" if name in left else "---:" for name in header]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))

@@ -6,12 +6,10 @@ compared. First they must agree on the numbers.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,6 +24,7 @@ from arena.benchmark.agreement import check_agreement
 from arena.benchmark.models import Models, load_models, make_base
 from arena.benchmark.packing import measure_packing
 from arena.benchmark.settings import ONCE, TASKS, WORKLOADS, BenchSettings
+from arena.benchmark.timing import measure
 from arena.benchmark.variants import VARIANTS, Reading, readings, work
 from arena.benchmark.workload import Workload, field_lengths, make_workload
 from arena.distributed import device_name, fix_threads
@@ -134,17 +133,6 @@ def time_task(
     ]  # fmt: skip
 
 
-def measure(once: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
-    """Seconds of one call, and the most bytes it held above what was held before."""
-    before = _reset_peak(device)
-    _finish(device)
-    start = time.perf_counter()
-    once()
-    _finish(device)
-    seconds = time.perf_counter() - start
-    return seconds, None if before is None else _peak(device) - before
-
-
 def _once(
     key: str, models: Models, passes: list[Reading], task: str, dtype: str, device: torch.device
 ) -> Callable[[], Any]:
@@ -156,35 +144,3 @@ def _workload(name: str, fields: np.ndarray, folder: Path, settings: BenchSettin
     return make_workload(
         name, fields, folder, vocabulary=size.vocabulary, longest=settings.longest, seed=settings.seed
     )  # fmt: skip
-
-
-def _finish(device: torch.device) -> None:
-    """Waits for what the device was told to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Forgets the peak so far and gives the bytes held now; None where the machine does not keep them."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # else memory that an earlier variant freed would count as held
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-        return _status("VmRSS")
-    except (OSError, AttributeError):
-        return None
-
-
-def _peak(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
-
-
-def _status(key: str) -> int:
-    """Bytes, of a line such as `VmHWM: 1234 kB` of Linux's /proc/self/status."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    (found,) = (line.split()[1] for line in lines if line.startswith(f"{key}:"))
-    return int(found) * 1024

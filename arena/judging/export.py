@@ -12,14 +12,15 @@ from arena.config import ModelSettings, Recipe
 from arena.files import write_json, written_whole
 from arena.judging.judge import read_card
 from arena.model.backbone import load_base, load_tokenizer
-from arena.model.tuning import load_trained
+from arena.model.tuning import HEAD_FILE, load_trained, with_head
 
 
 def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
     """Writes a judge so that `AutoModelForSequenceClassification.from_pretrained(folder)` gives its logits.
 
-    The adapter was trained over the base's 4-bit weights, so it is added to those, dequantised, in float32, and the sum
-    is rounded to `dtype` once. Merging into 4-bit weights would lose the adapter in their rounding.
+    An adapter or head trained over quantised weights is put to those, dequantised, in float32, and the sum is rounded
+    to `dtype` once. Merging into 4-bit weights would lose the adapter in their rounding. 8-bit layers also round their
+    inputs, which a plain model does not, so its logits differ from such a judge's by that rounding.
 
     Args:
         judge: a `model` folder of a run.
@@ -42,10 +43,13 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
 
 
 def merge(judge: Path, settings: ModelSettings) -> PreTrainedModel:
-    """The judge's model with its adapter added to freshly loaded float32 weights."""
-    if not (judge / "adapter_config.json").is_file():
+    """The judge's model in float32: freshly loaded weights, dequantised, its adapter added or its head put in place."""
+    adapter, head = (judge / "adapter_config.json").is_file(), (judge / HEAD_FILE).is_file()
+    if not adapter and not head:
         return load_trained(judge, settings).float()
     base = load_base(settings)
-    if settings.quantization == "nf4":
+    if settings.quantization != "none":
         base = base.dequantize(dtype=torch.float32)
+    if head:
+        return with_head(base.float(), judge / HEAD_FILE)
     return PeftModel.from_pretrained(base.float(), str(judge)).merge_and_unload()

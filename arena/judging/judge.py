@@ -18,8 +18,10 @@ from arena.data.prepare import source
 from arena.data.tokens import tokenise
 from arena.files import write_json, written_whole
 from arena.judging.inference import predict_or_prior
-from arena.model.backbone import base_digest, load_tokenizer
+from arena.model.backbone import attention_choice, base_digest, load_tokenizer
+from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
+from arena.model.precision import with_dtype
 from arena.model.tuning import load_trained, save_model
 from arena.packing.tree import prefixes_for
 
@@ -35,12 +37,14 @@ class Judge:
         device: where to run; the GPU if there is one.
 
     Raises:
-        ValueError: the folder holds no judge, or one of another version.
+        ValueError: the folder holds no judge, or one of another version; or the recipe names an attention backend or a
+            dtype that cannot run here.
     """
 
     def __init__(self, folder: Path, overrides: Sequence[str] = (), device: torch.device | str | None = None) -> None:
         card = read_card(folder)
-        self.recipe = change(Recipe.model_validate(card["recipe"]), overrides)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.recipe = with_dtype(change(Recipe.model_validate(card["recipe"]), overrides), card_of(self.device))
         moved = any(override.startswith("model.base=") for override in overrides)
         if base_digest(self.recipe.model.base) != card["base"] and not moved:
             raise ValueError(
@@ -49,8 +53,8 @@ class Judge:
             )
         self.prior = np.asarray(card["prior"])
         self.tokenizer = load_tokenizer(str(folder))
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.classifier = PackedClassifier(load_trained(folder, self.recipe.model)).to(self.device).eval()
+        attention_choice(self.classifier.model, self.recipe.model.dtype, training=False)
 
     def probabilities(self, rows: Dataset, cache: Path) -> np.ndarray:
         """Judges conversations from `read_conversations`.

@@ -7,21 +7,21 @@ of a segment sees all of its keys. No mask over the whole row is ever built.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from arena.model.blockwise import blockwise
+from arena.model.backends import BACKENDS, choose_backend
+from arena.model.card import card_of, product_dtype
+from arena.model.gather import gather
 from arena.model.last_layer import KeptKeys
+from arena.model.recompute import remake
 
 NAME = "arena_varlen"  # under this name transformers finds `transformers_attention`
-
-QUERY_CHUNK = 512  # queries handled at once by `reference`, which bounds the memory for its scores
-
-Backend = Callable[..., Tensor]
+USED = "arena_used_backend"  # each attention module's last backend
 
 
 def varlen_attention(
@@ -72,75 +72,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: 
     for name, ends, rows in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
         if ends.device.type == "cpu" and (int(ends[0]) != 0 or int(ends[-1]) != rows):
             raise ValueError(f"{name} must go from 0 to {rows}, it goes from {int(ends[0])} to {int(ends[-1])}")
+    # on other devices the boundaries are not looked at: that would wait for the device in every layer
+    if cu_seqlens_q.device.type == "cpu" and bool((cu_seqlens_k.diff() < cu_seqlens_q.diff()).any()):
+        raise ValueError("a segment has more queries than keys: each query needs the key at its own place")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} keys shows nothing: it counts the query's own place")
-
-
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> Tensor:
-    """The exact backend, for any device: float32 scores and softmax, segment by segment. Others are held to it."""
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    out: list[Tensor] = []
-    with torch.autocast(q.device.type, enabled=False):
-        for i in range(len(starts_q) - 1):
-            keys = slice(starts_k[i], starts_k[i + 1])
-            out += _segment(q[starts_q[i] : starts_q[i + 1]], k[keys], v[keys], scale, softcap, window)
-    return torch.cat(out) if out else torch.empty_like(q)
-
-
-def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> list[Tensor]:
-    """One segment, a chunk of queries at a time, each with just the keys that some of its queries see."""
-    n_q, n_k = len(q), len(k)
-    offset = n_k - n_q  # the key at the place of the segment's first query
-    if offset < 0:
-        raise ValueError(f"a segment has {n_q} queries but {n_k} keys: each query needs the key at its own place")
-    out = []
-    for start in range(0, n_q, QUERY_CHUNK):
-        end = min(start + QUERY_CHUNK, n_q)
-        first = 0 if window is None else max(0, start + offset - window + 1)
-        last = end + offset
-        out.append(_chunk(q[start:end], k[first:last], v[first:last], start + offset - first, scale, softcap, window))
-    return out
-
-
-def _chunk(
-    q: Tensor, k: Tensor, v: Tensor, offset: int, scale: float, softcap: float | None, window: int | None
-) -> Tensor:
-    """Queries against keys; query i stands at the place of key i + `offset`. Keys are shared by a group of heads."""
-    n_q, heads, head_dim = q.shape
-    n_k, kv_heads, _ = k.shape
-    group = heads // kv_heads
-    queries = q.float().view(n_q, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-    scores = torch.bmm(queries, k.float().permute(1, 2, 0)).view(kv_heads, group, n_q, n_k) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    at = torch.arange(n_q, device=q.device)[:, None] + offset
-    keys = torch.arange(n_k, device=q.device)[None, :]
-    hidden = keys > at
-    if window is not None:
-        hidden |= keys <= at - window
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
-    mixed = torch.bmm(weights.view(kv_heads, group * n_q, n_k), v.float().transpose(0, 1))
-    return mixed.view(kv_heads, group, n_q, head_dim).permute(2, 0, 1, 3).reshape(n_q, heads, head_dim).to(q.dtype)
-
-
-BACKENDS: dict[str, Backend] = {"reference": reference, "blockwise": blockwise}
-
-
-def choose_backend(setting: str) -> str:
-    """The backend that a recipe's `model.attention` stands for; `auto` is `blockwise`, on any device."""
-    return "blockwise" if setting == "auto" else setting
 
 
 def transformers_attention(
@@ -169,11 +105,15 @@ def transformers_attention(
         kv_index: int64 (T_k,), the keys of all segments, one after another, as places among the T; None: as they stand.
         last_layer: set where queries are wanted for the last tokens alone (`model/last_layer.py`).
 
+    The backend is chosen here, for the device and the dtype that the tensors have by now: a model may be moved, or
+    run under autocast, at any time after it was loaded. Its name is left with the module (`used_backends`).
+
     Returns:
         (1, T_q, heads, head_dim) and no attention weights.
 
     Raises:
-        ValueError: a mask, dropout, missing or misspelt boundaries, or a model that is not causal.
+        ValueError: a mask, dropout, missing or misspelt boundaries, a model that is not causal, or a backend that was
+            asked for and cannot run here.
     """
     boundaries = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     _check_call(module, query, attention_mask, dropout, boundaries, others)
@@ -183,13 +123,19 @@ def transformers_attention(
         key, value = last_layer.keys_and_values(key, value)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if kv_index is not None:
-        k, v = k.index_select(0, kv_index), v.index_select(0, kv_index)
+        gathered = partial(gather, index=kv_index)
+        k, v = remake(gathered, k), remake(gathered, v)
+    choice = choose_backend(
+        getattr(module.config, "arena_backend", "reference"),
+        card_of(q.device), product_dtype(q, k, v), q.shape[-1], softcap,
+    )  # fmt: skip
+    setattr(module, USED, choice.name)
     out = varlen_attention(
         q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k,
         scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         window=sliding_window,
-        backend=getattr(module.config, "arena_backend", "reference"),
+        backend=choice.name,
     )  # fmt: skip
     return out[None], None
 
@@ -218,6 +164,11 @@ def _check_call(
         raise ValueError(f"packed attention takes one row of examples end to end, not {query.shape[0]} rows")
     if not getattr(module, "is_causal", True):
         raise ValueError(f"packed attention is causal, {type(module).__name__} is not")
+
+
+def used_backends(model: torch.nn.Module) -> str:
+    """The backends that the model's layers used when they were last called, such as `flash`."""
+    return ", ".join(sorted({getattr(module, USED) for module in model.modules() if hasattr(module, USED)}))
 
 
 # Only the attention function is registered and no mask function: transformers then builds no mask at all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ from transformers import (
 from arena.config import RECIPES, ModelSettings
 from arena.files import fingerprint
 from arena.metrics import LABELS
-from arena.model.attention import NAME, choose_backend
+from arena.model.attention import NAME
+from arena.model.backends import Choice, choose_backend
+from arena.model.card import card_of
 from arena.model.last_layer import is_safe, only_last_tokens
 
 DEMO_BASE = "demo_base"
@@ -44,30 +47,42 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
     Raises:
         ValueError: the base is missing, gated, or no decoder that takes an attention function; says what to do.
     """
-    with _found(settings.base):
-        config = AutoConfig.from_pretrained(base_path(settings.base), revision=settings.revision)
-    config.num_labels = len(LABELS)
-    config.id2label = dict(enumerate(LABELS))
-    config.label2id = {label: index for index, label in enumerate(LABELS)}
-    config.use_cache = False
+    config = base_config(settings)
+    as_judge(config)
     _keep_head(config)
-    options = {"quantization_config": _nf4(settings)} if settings.quantization == "nf4" else {}
     with _found(settings.base):
         model = AutoModelForSequenceClassification.from_pretrained(
-            base_path(settings.base),
-            revision=settings.revision,
-            config=config,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=NAME,
-            **options,
+            base_path(settings.base), revision=settings.revision, config=config, **loader_options(settings)
         )
     take_over(model, settings)
     return model
 
 
+def base_config(settings: ModelSettings) -> Any:
+    """The config of a base model, as transformers reads it. Errors as `load_base`."""
+    with _found(settings.base):
+        return AutoConfig.from_pretrained(base_path(settings.base), revision=settings.revision)
+
+
+def as_judge(config: Any) -> None:
+    """Changes a base's config into that of a classifier over A, B and tie, which keeps no cache."""
+    config.num_labels = len(LABELS)
+    config.id2label = dict(enumerate(LABELS))
+    config.label2id = {label: index for index, label in enumerate(LABELS)}
+    config.use_cache = False
+
+
+def loader_options(settings: ModelSettings) -> dict[str, Any]:
+    """How transformers is to load or create a base: in which precision, with which attention."""
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attn_implementation": NAME}
+    if settings.quantization != "none":
+        options["quantization_config"] = _quantization(settings)
+    return options
+
+
 def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
     """Makes a sequence classifier of transformers ours: a fresh float32 `score`, and packed batches alone."""
-    model.config.arena_backend = choose_backend(settings.attention)
+    model.config.arena_backend = settings.attention  # or `auto`; chosen when called, by device and dtype
     score = nn.Linear(model.score.in_features, len(LABELS), bias=False, dtype=torch.float32)
     nn.init.zeros_(score.weight)  # the first probabilities are even, whatever the scale of the hidden states
     model.score = score.to(next(model.parameters()).device)
@@ -86,6 +101,22 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder below the head."""
     inner = underlying(model)
     return getattr(inner, inner.base_model_prefix)
+
+
+def attention_choice(model: PreTrainedModel, dtype: str, *, training: bool) -> Choice:
+    """The attention backend that a model will use on the device where it is now.
+
+    Args:
+        dtype: compute dtype of the recipe.
+
+    Raises:
+        ValueError: the recipe names a backend that cannot run there; said before anything is computed.
+    """
+    config = underlying(model).config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    card = card_of(next(model.parameters()).device)
+    return choose_backend(config.arena_backend, card, getattr(torch, dtype), head_dim, softcap, training=training)
 
 
 def base_digest(base: str) -> str:
@@ -109,9 +140,7 @@ def sliding_window(settings: ModelSettings) -> int | None:
     place = base_path(settings.base)
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         return None
-    with _found(settings.base):
-        config = AutoConfig.from_pretrained(place, revision=settings.revision)
-    return getattr(config, "sliding_window", None)
+    return getattr(base_config(settings), "sliding_window", None)
 
 
 def base_path(base: str) -> str:
@@ -119,9 +148,13 @@ def base_path(base: str) -> str:
     return str(RECIPES / DEMO_BASE) if base == DEMO_BASE else base
 
 
-def _nf4(settings: ModelSettings) -> BitsAndBytesConfig:
-    """4-bit NormalFloat with double quantisation (Dettmers et al., 2023, arXiv:2305.14314)."""
+def _quantization(settings: ModelSettings) -> BitsAndBytesConfig:
+    """4-bit NormalFloat with double quantisation (Dettmers et al., 2023, arXiv:2305.14314), or LLM.int8()."""
     # No list of modules to skip is given: only without one does the library leave the head alone.
+    if settings.quantization == "int8":
+        # else each product says that it rounds its input to float16, as LLM.int8() does
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -28,22 +28,28 @@ class PackedClassifier(nn.Module):
         decoder = backbone(self.model)
         last_token = batch.cu_seqlens[1:].long() - 1
         only_last = takes_last_token(decoder)
-        hidden = decoder(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens,
-            cu_seq_lens_k=batch.cu_seqlens_k,
-            max_length_q=batch.max_segment_len,
-            max_length_k=batch.max_seq_len,
-            kv_index=batch.kv_index,
-            **({"last_token": last_token} if only_last else {}),
-        ).last_hidden_state[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(decoder)):
+            hidden = decoder(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_k=batch.cu_seqlens_k,
+                max_length_q=batch.max_segment_len,
+                max_length_k=batch.max_seq_len,
+                kv_index=batch.kv_index,
+                **({"last_token": last_token} if only_last else {}),
+            ).last_hidden_state[0]
         ends = hidden if only_last else hidden[last_token]
         assert len(ends) == len(last_token), "the last layer gave another number of states than segments"
         with torch.autocast(hidden.device.type, enabled=False):
             logits: Tensor = underlying(self.model).score(ends[batch.segment].float())
         return logits
+
+
+def _trains(decoder: nn.Module) -> bool:
+    """Whether anything below the head is trained; if not, nothing of the decoder's forward has to be kept."""
+    return any(parameter.requires_grad for parameter in decoder.parameters())
 
 
 def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,14 +10,12 @@ goes no further; then over the last tokens, whose attention is given those keys 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from inspect import unwrap
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 # Decoders whose layers treat each token by itself but for attention and take `position_embeddings` (tests/model/
 # test_last_layer.py holds each to the whole layer's result).
@@ -55,18 +53,14 @@ def only_last_tokens(layer: nn.Module) -> None:
     It does so in calls with `last_token`, int64 (s,), the places of these tokens; other calls are left as they are.
     """
     whole = layer.forward
-    # without the gradient checkpointing that transformers wraps around a layer: here the two runs have their own
+    # without the gradient checkpointing that transformers may have wrapped around it
     bare = MethodType(unwrap(type(layer).forward), layer)
 
     def run(hidden_states: Tensor, *, last_token: Tensor | None = None, **given: Any) -> Any:
         if last_token is None:
             return whole(hidden_states, **given)
-        keep = partial(_keys_and_values, bare, given)
         stage = KeptKeys()
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
-            stage.kept = checkpoint(keep, hidden_states, use_reentrant=False)
-        else:
-            stage.kept = keep(hidden_states)
+        stage.kept = _keys_and_values(bare, given, hidden_states)
         return bare(hidden_states[:, last_token], **_of_last_tokens(given, last_token), last_layer=stage)
 
     layer.forward = run

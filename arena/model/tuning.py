@@ -7,16 +7,27 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from arena.config import LoraSettings, ModelSettings
 from arena.model.backbone import HEAD, backbone, load_base
 from arena.model.checkpointing import set_policies
-from arena.model.fused_lora import fuse_lora
+from arena.model.dora import install_dora
+from arena.model.fused import install
+
+HEAD_FILE = "head.safetensors"  # of a judge of which nothing else was trained
+WHOLE_FILE = "model.safetensors"
+HEAD_WEIGHT = f"{HEAD}.weight"
 
 
 def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
-    """Adds LoRA adapters, and makes them and the head trainable, in float32; without LoRA all weights train.
+    """Makes what `model.tune` names trainable, in float32: LoRA or DoRA adapters, added here, all weights, or nothing.
+
+    The head always trains. In float32 a trainable parameter takes 16 bytes with its gradient and AdamW's two means:
+    little for adapters, four times the weights themselves for `full` (42 GB for 2.6 billion), where autocast holds
+    another 2 bytes in half precision. Frozen weights stay as they were loaded.
 
     Raises:
         ValueError: the base has no modules of the names in `model.lora.targets`.
@@ -26,7 +37,11 @@ def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
             model = get_peft_model(model, _lora(settings.lora))
         except ValueError as error:
             raise ValueError(f"model.lora.targets {settings.lora.targets} do not fit this base: {error}") from None
-        fuse_lora(model)
+        install_dora(model, fresh=True)
+    elif settings.tune == "head":
+        model.requires_grad_(False)
+        model.score.requires_grad_(True)
+    install(backbone(model), settings.fuse)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -36,7 +51,12 @@ def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes what training changed, as safetensors and JSON: adapter and head; the whole model without LoRA."""
+    """Writes what training changed, as safetensors and JSON: adapter and head, the head alone, or the whole model."""
+    trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    if trained.keys() == {HEAD_WEIGHT}:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({HEAD_WEIGHT: trained[HEAD_WEIGHT].detach().contiguous()}, folder / HEAD_FILE)
+        return
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
@@ -44,13 +64,22 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """The model that `save_model` wrote, ready for inference."""
     if (folder / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(load_base(settings), str(folder)).eval()
-        fuse_lora(model)
-        return model
-    whole = settings.model_copy(update={"base": str(folder), "revision": None})
-    model = load_base(whole)
-    _load_head(model, folder)
+        model = PeftModel.from_pretrained(load_base(settings), str(folder))
+        install_dora(model, fresh=False)
+    elif (folder / HEAD_FILE).is_file():
+        model = with_head(load_base(settings), folder / HEAD_FILE)
+    else:
+        model = load_base(settings.model_copy(update={"base": str(folder), "revision": None}))
+        with_head(model, _file_of_head(folder))
+    install(backbone(model), settings.fuse)
     return model.eval()
+
+
+def with_head(model: PreTrainedModel, file: Path) -> PreTrainedModel:
+    """The model, its head replaced by the one that a safetensors file holds."""
+    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+        model.score.weight.copy_(tensors.get_tensor(HEAD_WEIGHT))
+    return model
 
 
 def _lora(settings: LoraSettings) -> LoraConfig:
@@ -62,14 +91,11 @@ def _lora(settings: LoraSettings) -> LoraConfig:
         lora_dropout=settings.dropout,
         target_modules=targets,
         modules_to_save=[HEAD],
+        use_dora=settings.dora,
     )
 
 
-def _load_head(model: PreTrainedModel, folder: Path) -> None:
-    from safetensors import safe_open
-
+def _file_of_head(folder: Path) -> Path:
+    """Which of the files of a whole model, one or many, holds the head."""
     index = folder / "model.safetensors.index.json"
-    name = f"{HEAD}.weight"
-    file = json.loads(index.read_text())["weight_map"][name] if index.is_file() else "model.safetensors"
-    with safe_open(folder / file, framework="pt") as tensors, torch.no_grad():
-        model.score.weight.copy_(tensors.get_tensor(name))
+    return folder / (json.loads(index.read_text())["weight_map"][HEAD_WEIGHT] if index.is_file() else WHOLE_FILE)

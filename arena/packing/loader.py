@@ -59,10 +59,10 @@ class PackedLoader:
 
     def _step(self, step: int) -> Iterator[PackedBatch]:
         every = self.plan.of_step(step, self.rank)
-        return (self._collate(index) for index in every if len(self.plan.micro_batch(index)))
+        return (self.micro_batch(index) for index in every if len(self.plan.micro_batch(index)))
 
-    def _collate(self, index: int) -> PackedBatch:
-        """One micro-batch of the plan."""
+    def micro_batch(self, index: int) -> PackedBatch:
+        """One micro-batch of the plan, by its number there."""
         members = self.plan.micro_batch(index)
         ids = self.store.take(members)
         unlabelled = np.full((len(members), 3), np.nan, dtype=np.float32)

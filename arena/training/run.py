@@ -16,8 +16,11 @@ from arena.judging.baseline import baseline_probabilities
 from arena.judging.inference import predict_or_prior
 from arena.judging.judge import save_judge
 from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
-from arena.model.attention import choose_backend
-from arena.model.backbone import base_digest, load_base, load_tokenizer
+from arena.model.attention import used_backends
+from arena.model.backbone import base_config, base_digest, load_base, load_tokenizer
+from arena.model.card import card_of
+from arena.model.memory import fit
+from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
 from arena.progress import console
@@ -40,17 +43,15 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     Raises:
         ValueError: settings or files that cannot be used, or an interrupted run of another recipe.
     """
-    if recipe.model.dtype == "float16":
-        raise ValueError(
-            "model.dtype float16 is for inference: gradients underflow in it; train in bfloat16 or float32"
-        )
     folder = runs / recipe.name / f"fold{fold}"
     track = recipe.train.track
     accelerator = start(recipe.seed, track, str(folder))
+    recipe = with_dtype(recipe, card_of(accelerator.device))
     main = accelerator.is_main_process
     console.quiet = not main
     data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    asked, recipe = recipe, fit(recipe, base_config(recipe.model), card_of(accelerator.device))
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         data = prepare_fold(recipe, fold, tokenizer)
         prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
@@ -66,6 +67,11 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     if track != "none":
         accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
     _say(recipe, data, trainer)
+    if recipe.packing.budget < asked.packing.budget:
+        console.print(
+            f"micro-batches hold at most {recipe.packing.budget:,} tokens, not {asked.packing.budget:,}: that is what "
+            f"{device_name(accelerator.device)} has memory for"
+        )
     trainer.run()
     held_out = data.eval_rows
     probabilities = predict_or_prior(
@@ -106,9 +112,11 @@ def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
         f"{recipe.name}: {len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held out; "
         f"{plan.n_steps:,} steps, {plan.n_micro_batches:,} micro-batches of at most {plan.budget:,} tokens, "
         f"fill rate {plan.fill_rate:.1%}, {plan.unique_share:.1%} of the examples' tokens computed, the rest shared; "
-        f"{count:,} trainable parameters; {device_name(trainer.accelerator.device)}"
+        f"{count:,} trainable parameters; {device_name(trainer.accelerator.device)}; attention {trainer.attention}"
         + (f"; {plan.ranks} processes" if plan.ranks > 1 else "")
     )
+    if trainer.kept is not None:
+        console.print(str(trainer.kept))
     cut = int((data.store.tokens_cut > 0).sum())
     if cut:
         console.print(f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens")
@@ -147,7 +155,7 @@ def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory(device),
         "trainable_parameters": sum(parameter.numel() for parameter in trainable(trainer.model).values()),
         "device": device_name(device),
-        "attention_backend": choose_backend(trainer.recipe.model.attention),
+        "attention_backend": used_backends(trainer.model),
     }
 
 

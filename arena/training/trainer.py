@@ -22,6 +22,7 @@ from arena.distributed import compute_in, first_rank, sum_gradients, total
 from arena.files import write_text
 from arena.judging.inference import predict
 from arena.metrics import log_loss
+from arena.model.backbone import attention_choice
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
@@ -38,6 +39,8 @@ from arena.training.checkpoint import (
 )
 from arena.training.optim import make_optimizer, make_schedule, trainable
 from arena.training.order import example_labels, training_order
+from arena.training.probe import keep_what_fits
+from arena.training.scaling import LossScaling
 
 
 @dataclass
@@ -60,6 +63,9 @@ class Trainer:
     Args:
         model: what `backbone.adapt` gave.
         folder: the run's folder; the log and the checkpoints go there.
+
+    Raises:
+        ValueError: the recipe names an attention backend that cannot train here.
     """
 
     def __init__(
@@ -68,11 +74,14 @@ class Trainer:
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
         self.model = model
         self.classifier = PackedClassifier(model).to(accelerator.device)
+        self.attention = attention_choice(model, recipe.model.dtype, training=True)
         self.prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
         self.plan = plan_fold(recipe, data, accelerator.num_processes, self.prefixes)
         self.optimizer = make_optimizer(model, recipe.train)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.plan.n_steps)
+        self.scaling = LossScaling(recipe.model.dtype, accelerator.device)
         self.done = Done()
+        self.kept = keep_what_fits(self.classifier, self._loader(), recipe)
         self.judged: np.ndarray | None = None  # by the best weights, once trained: held-out rows in straight order
         self.pledge = {"data": data.fingerprint, "plan": self.plan.fingerprint}
 
@@ -116,6 +125,7 @@ class Trainer:
                 "number of processes of that run to go on with it, or --fresh to set it aside and train anew"
             )
         load_checkpoint(found[-1], self.model, self.optimizer, self.schedule)
+        self.scaling.restore(state.get("scaling", {}))
         self.done = Done(**state["done"])
 
     @property
@@ -131,31 +141,35 @@ class Trainer:
     def _step(self, batch: list[PackedBatch], start: float) -> dict[str, Any]:
         """One optimizer step; its time counts from `start`, before its data were loaded.
 
+        In float16 a step whose gradients overflow changes no weight, but counts as done: its examples are used up, and
+        the learning rate goes on, which depends on the place in the plan alone.
+
         Raises:
             FloatingPointError: a number is not finite; no weight was changed.
         """
         size = self.plan.step_size(self.done.step)
-        loss = accumulate(self.classifier, batch, size, self.accelerator.device, self.recipe.model.dtype)
+        device, dtype = self.accelerator.device, self.recipe.model.dtype
+        loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling)
         parameters = list(trainable(self.model).values())
         sum_gradients(self.accelerator, parameters)
+        self.scaling.unscale(self.optimizer)
         loss = total(self.accelerator, loss)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not self.scaling.forgives(loss, norm):
             rows = sorted({int(index) // self.data.store.orders for each in batch for index in each.index})
             raise FloatingPointError(
                 f"step {self.done.step + 1}: loss {loss}, gradient norm {norm}; the step was not taken. "
                 f"Rows of the step: {rows[:20]}. "
                 "The checkpoints are intact; look at these rows, or train anew with a lower learning rate (--fresh)"
             )
-        rate = self.schedule.get_last_lr()[-1]
-        self.optimizer.step()
+        facts = {"loss": loss, "grad_norm": norm, "lr": self.schedule.get_last_lr()[-1]}
+        facts |= self.scaling.step(self.optimizer, norm)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        seconds = time.monotonic() - start
-        return self._count(size, loss, norm, rate, seconds)
+        return self._count(size, facts, time.monotonic() - start)
 
-    def _count(self, size: int, loss: float, norm: float, rate: float, seconds: float) -> dict[str, Any]:
-        """Books a step and logs it."""
+    def _count(self, size: int, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Books a step and logs it with `facts` about it."""
         ends = self.plan.step_ends
         micro = slice(int(ends[self.done.step - 1]) if self.done.step else 0, int(ends[self.done.step]))
         unique, tokens = self.plan.tokens[micro], int(self.plan.logical_tokens[micro].sum())
@@ -166,7 +180,7 @@ class Trainer:
         self.done.micro_batches += used
         self.done.seconds += seconds
         facts = {
-            "step": self.done.step, "loss": loss, "grad_norm": norm, "lr": rate, "examples": size,
+            "step": self.done.step, **facts, "examples": size,
             "micro_batches": used, "tokens": tokens, "unique_tokens": int(unique.sum()),
             "fill_rate": float(unique.sum() / (len(unique) * self.plan.budget)),
             "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1),
@@ -192,7 +206,7 @@ class Trainer:
         self._log({"step": self.done.step, "eval_log_loss": loss, "eval_rows": len(rows), "best": better})
 
     def _save(self) -> None:
-        state = {"done": asdict(self.done), "pledge": self.pledge}
+        state = {"done": asdict(self.done), "pledge": self.pledge, "scaling": self.scaling.state()}
         self._on_main(
             lambda: save_checkpoint(
                 self.folder / "checkpoints", self.done.step, self.model, self.optimizer, self.schedule, state
@@ -215,7 +229,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")
-        self.accelerator.log({key: value for key, value in facts.items() if key != "step"}, step=facts["step"])
+        tracked = {key: value for key, value in facts.items() if key != "step" and value is not None}
+        self.accelerator.log(tracked, step=facts["step"])
 
 
 def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes | None = None) -> PackPlan:
@@ -234,11 +249,15 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes
     )  # fmt: skip
 
 
-def accumulate(classifier: nn.Module, batch: list[PackedBatch], size: int, device: torch.device, dtype: str) -> float:
+def accumulate(
+    classifier: nn.Module, batch: list[PackedBatch], size: int, device: torch.device, dtype: str,
+    scaling: LossScaling | None = None,
+) -> float:  # fmt: skip
     """Adds the gradient of the step's mean loss, a micro-batch at a time, and gives this rank's share of that loss.
 
     Each micro-batch's summed loss is divided by `size`, the examples of the whole step over all its micro-batches and
-    ranks, so that the gradient does not depend on how the step was cut.
+    ranks, so that the gradient does not depend on how the step was cut. With `scaling` it is scaled up,
+    the loss that is given is not.
     """
     sums: list[Tensor] = []
     for micro_batch in batch:
@@ -246,7 +265,7 @@ def accumulate(classifier: nn.Module, batch: list[PackedBatch], size: int, devic
         with compute_in(device, dtype):
             logits = classifier(placed)
         loss = loss_sum(logits, placed.label) / size
-        loss.backward()
+        (loss if scaling is None else scaling.scaled(loss)).backward()
         sums.append(loss.detach())
     return float(torch.stack(sums).sum()) if sums else 0.0
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arena.model import attention
+from arena.model import reference as exact
 from arena.model.attention import transformers_attention, varlen_attention
 
 SCALE = 0.25
@@ -71,7 +71,7 @@ def test_reference_is_the_definition(
     n_k = [queries + before for queries, before in segments]
     q, k, v = random_qkv(sum(n_q), sum(n_k), *groups)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_CHUNK", chunk)
+        patch.setattr(exact, "QUERY_CHUNK", chunk)
         out = attend(q, k, v, n_q, n_k, softcap=softcap, window=window)
     parts = zip(q.split(n_q), k.split(n_k), v.split(n_k), strict=True)
     expected = torch.cat([written_out(*part, softcap, window) for part in parts])
@@ -89,7 +89,7 @@ def test_a_wrong_window_or_softcap_is_seen(changes: dict[str, object]) -> None:
 def test_gradients_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     grads = []
     for chunk in (512, 3):
-        monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
+        monkeypatch.setattr(exact, "QUERY_CHUNK", chunk)
         q, k, v = (tensor.double().requires_grad_() for tensor in random_qkv(20, 26))
         out = attend(q, k, v, [7, 13], [7, 19], softcap=1.5, window=5)
         grads.append(torch.autograd.grad((out * out.detach().cos()).sum(), (q, k, v)))

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from arena.config import ModelSettings, load_recipe, recipe_names
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
+from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier, loss_sum
+from arena.model.precision import with_dtype
 from arena.model.tuning import load_trained, save_model
 from arena.packing.batch import collate
 from arena.training.optim import trainable
@@ -21,7 +23,7 @@ LENGTHS = [20, 3, 11]
 
 
 def recipe_model(name: str, base: Path) -> ModelSettings:
-    return load_recipe(name).model.model_copy(update={"base": str(base)})
+    return with_dtype(load_recipe(name, [f"model.base={base}"]), card_of("cpu")).model
 
 
 @pytest.mark.parametrize("name", recipe_names())

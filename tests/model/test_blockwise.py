@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from arena.model import blocks
-from arena.model.attention import Backend, reference
+from arena.model.backends import Backend
 from arena.model.blocks import Form, Segment
 from arena.model.blockwise import blockwise
+from arena.model.reference import reference
 
 DIM = 16
 WINDOW = 24

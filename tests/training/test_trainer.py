@@ -87,6 +87,12 @@ def make(folder: Path, base: Path, *overrides: str) -> Trainer:
     return Trainer(recipe, data, model, run, Accelerator())
 
 
+def test_attention_that_cannot_train_here_is_said_before_the_first_step(gemma2: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="attention=flex cannot run here: it has no backward on a CPU"):
+        make(tmp_path, gemma2, "model.attention=flex")
+    assert make(tmp_path, gemma2).attention.name == "blockwise"
+
+
 def weights(trainer: Trainer) -> Tensor:
     return torch.cat([parameter.detach().reshape(-1) for parameter in trainable(trainer.model).values()])
 

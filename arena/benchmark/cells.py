@@ -1,0 +1,98 @@
+"""What is measured at real size: one cell is one task, done one way by one model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from arena.config import LoraSettings, ModelSettings, Recipe
+
+Fuse = Literal["auto", "none", "norm", "mlp", "rotary", "lora"]
+
+TASKS = ("train", "infer", "peak")
+PADDED_BATCH = 4  # examples in a padded batch
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        task: `train` times optimizer steps, `infer` passes over the same rows, `peak` one micro-batch that is full to
+            the last token, trained on, for the memory it takes.
+        way: `ours`, or `padded`, which is transformers' classifier with peft's adapters.
+        attention: a backend of ours (`model.attention`), or transformers' name of one where padded.
+        checkpointing: as `model.checkpointing`; padded recomputes whole layers or nothing.
+        share: compute common beginnings once.
+        orders: 1 reads each row as it stands, 2 both orders of A and B.
+        fuse: as `model.fuse`, or one part of it.
+        base: a base to take in place of the recipe's.
+        repeats: how often it is timed; None is as often as the benchmark says.
+    """
+
+    task: Literal["train", "infer", "peak"] = "train"
+    way: Literal["ours", "padded"] = "ours"
+    attention: str = "auto"
+    checkpointing: Literal["auto", "full", "mlp", "light", "none"] = "auto"
+    share: bool = True
+    orders: Literal[1, 2] = 1
+    fuse: Fuse = "auto"
+    tune: Literal["lora", "head", "full"] = "lora"
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    dora: bool = False
+    base: str | None = None
+    repeats: int | None = None
+
+    @property
+    def key(self) -> str:
+        """A name that no other cell has; it can name a file."""
+        default = asdict(Cell())
+        others = [
+            f"{name}={value}".replace("/", "_").lower()
+            for name, value in asdict(self).items()
+            if value != default[name] and name not in ("task", "way", "repeats")
+        ]
+        return ",".join([self.task, self.way, *others])
+
+    @property
+    def model_key(self) -> tuple[object, ...]:
+        """Cells with the same one can be measured on one model, without making another."""
+        transformers_own = self.attention if self.way == "padded" else None
+        return (self.way, transformers_own, self.fuse, self.tune, self.quantization, self.dora, self.base)
+
+    def settings(self, recipe: Recipe) -> ModelSettings:
+        """The recipe's model settings with what the cell changes."""
+        ours = self.way == "ours"
+        return ModelSettings.model_validate(
+            {
+                **recipe.model.model_dump(), "base": self.base or recipe.model.base, "revision": None,
+                "attention": self.attention if ours else "auto",
+                "checkpointing": self.checkpointing, "tune": self.tune, "quantization": self.quantization,
+                "fuse": self.fuse if self.fuse in ("auto", "none") else (self.fuse,),
+                "lora": LoraSettings.model_validate({**recipe.model.lora.model_dump(), "dora": self.dora}),
+            }
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RealSettings:
+    """One benchmark at real size.
+
+    Attributes:
+        rows: examples in a step, and in a pass of inference.
+        padded_rows: of these, the ones that padded batches are timed with: they take several times as long.
+        repeats: timed steps or passes of a cell, after one that is not counted.
+    """
+
+    recipe: Recipe
+    rows: int
+    padded_rows: int
+    repeats: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what cannot be measured."""
+        if self.repeats < 1 or self.rows < 1 or self.padded_rows < 1:
+            raise ValueError("a benchmark needs a repeat and a row at least")
+        if self.padded_rows > self.rows:
+            raise ValueError(f"padded batches are timed with some of the {self.rows} rows, not with {self.padded_rows}")

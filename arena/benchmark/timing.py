@@ -1,0 +1,68 @@
+"""Seconds and memory of a call, on a GPU or a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def measure(once: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
+    """Seconds of one call, and the most bytes it held above what was held before."""
+    before = reset_peak(device)
+    finish(device)
+    start = time.perf_counter()
+    once()
+    finish(device)
+    seconds = time.perf_counter() - start
+    return seconds, None if before is None else peak(device) - before
+
+
+def finish(device: torch.device) -> None:
+    """Waits for what the device was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> int | None:
+    """Forgets the peak so far and gives the bytes held now; None where the machine does not keep them."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that an earlier variant freed would count as held
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        return _status("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes held since `reset_peak`: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status("VmHWM")
+
+
+def reserved_peak(device: torch.device) -> int | None:
+    """The most bytes that the process took from the GPU since `reset_peak`; None on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def release(device: torch.device) -> None:
+    """Gives back the memory of what is no longer referred to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _status(key: str) -> int:
+    """Bytes, of a line such as `VmHWM: 1234 kB` of Linux's /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    (found,) = (line.split()[1] for line in lines if line.startswith(f"{key}:"))
+    return int(found) * 1024

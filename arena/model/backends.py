@@ -1,0 +1,152 @@
+"""The attention backends, what each needs, and which one a recipe's `model.attention` stands for on a device."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from arena.model.blockwise import blockwise
+from arena.model.card import Card
+from arena.model.flash import HALF, flash
+from arena.model.flex import flex
+from arena.model.reference import reference
+
+Backend = Callable[..., Tensor]
+
+BACKENDS: dict[str, Backend] = {"flash": flash, "flex": flex, "blockwise": blockwise, "reference": reference}
+BEST = {"cuda": ("flash", "flex", "blockwise"), "cpu": ("blockwise",)}  # what `auto` takes the first of that can run
+
+AMPERE = (8, 0)
+WIDEST_HEAD = 256
+FLASH_VERSION = "2.6.0"  # the first that takes a softcap
+FLASH_VERSION_SOFTCAP = "2.6.2"  # the first whose backward knows it
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it was taken, in one line."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def choose_backend(
+    setting: str, card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, *, training: bool = False
+) -> Choice:
+    """The backend that `model.attention` stands for.
+
+    Args:
+        setting: a backend's name, or `auto`: the fastest that can run.
+        dtype: that of the products.
+        training: whether gradients will be asked for.
+
+    Raises:
+        ValueError: a named backend that cannot run here.
+    """
+    needs = card, dtype, head_dim, softcap
+    if setting != "auto":
+        why = why_not(setting, *needs, training=training)
+        if why is not None:
+            instead = choose_backend("auto", *needs, training=training).name
+            raise ValueError(
+                f"model.attention={setting} cannot run here: {why}. Set model.attention=auto, which is {instead} here"
+            )
+        return Choice(setting, f"model.attention={setting}")
+    passed_over: list[str] = []
+    for name in BEST[card.kind]:
+        why = why_not(name, *needs, training=training)
+        if why is None:
+            return Choice(name, "; ".join(passed_over) or f"the fastest on {card.kind}")
+        passed_over.append(f"{name}: {why}")
+    raise AssertionError("blockwise runs everywhere")
+
+
+def why_not(
+    name: str, card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, *, training: bool = False
+) -> str | None:
+    """Why a backend cannot run, in a few words; None if it can. Arguments as in `choose_backend`."""
+    if name == "flash":
+        return _why_not_flash(card, dtype, head_dim, softcap)
+    if name == "flex":
+        return _why_not_flex(card, dtype, head_dim, training)
+    assert name in BACKENDS, name
+    return None
+
+
+def _why_not_flash(card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str | None:
+    if card.kind != "cuda":
+        return "it needs a CUDA device"
+    if card.capability < AMPERE:
+        return _too_old(card)
+    if dtype not in HALF:
+        return f"it computes in bfloat16 and float16, not {_name(dtype)}"
+    if head_dim > WIDEST_HEAD or head_dim % 8:
+        return f"it takes heads of at most {WIDEST_HEAD} numbers, a multiple of 8, not {head_dim}"
+    return flash_attn_missing(FLASH_VERSION if softcap is None else FLASH_VERSION_SOFTCAP)
+
+
+def _why_not_flex(card: Card, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
+    if dtype not in (*HALF, torch.float32):
+        return f"it computes in bfloat16, float16 and float32, not {_name(dtype)}"
+    if card.kind == "cpu":
+        return "it has no backward on a CPU" if training else compiler_missing(("g++", "clang++"), "CXX")
+    if card.capability < AMPERE:
+        return _too_old(card)
+    if not 16 <= head_dim <= WIDEST_HEAD:
+        return f"it takes heads of 16 to {WIDEST_HEAD} numbers, not {head_dim}"
+    return triton_missing() or compiler_missing(("gcc", "clang"), "CC")
+
+
+def _too_old(card: Card) -> str:
+    return f"it needs compute capability 8.0, {card.name} has {card.capability[0]}.{card.capability[1]}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def flash_attn_missing(least: str) -> str | None:
+    """Why flash-attn cannot be used: not there, older than version `least`, or built for another torch."""
+    try:
+        version = metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return "flash-attn is not installed"
+    if Version(version) < Version(least):
+        return f"flash-attn {version} is older than {least}, the first with what this model needs"
+    return _import_error("flash_attn", f"flash-attn {version}")
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why no kernel can be compiled for a GPU."""
+    return _import_error("triton", "triton")
+
+
+@cache
+def compiler_missing(names: tuple[str, ...], variable: str) -> str | None:
+    """Why kernels cannot be built: what torch generates goes through a compiler of the machine."""
+    if os.environ.get(variable) or any(map(shutil.which, names)):
+        return None
+    return f"it compiles its kernels, and there is no compiler ({' or '.join(names)})"
+
+
+def _import_error(module: str, title: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # a library built for another torch fails in any of them
+        lines = str(error).strip().splitlines()
+        return f"{title} cannot be imported ({lines[0] if lines else type(error).__name__})"
+    return None

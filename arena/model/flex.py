@@ -1,0 +1,194 @@
+"""Attention by compiled FlexAttention (Dong et al. 2024, arXiv:2412.05496): for CUDA cards without flash-attn.
+
+The compiled kernel is made for fixed numbers of queries and keys, so that both are padded to a few sizes. Padded
+queries see nothing and padded keys are seen by nobody: the kernel skips them in blocks, they cost memory alone.
+
+What is seen is one range of keys for each query: the keys of its own segment up to its own place, from the window's
+edge on. Two numbers a query make the mask, and as they are data, neither lengths nor the window need a new kernel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from arena.model.card import product_dtype
+
+BLOCK = 128  # queries and keys in a block of the mask; also the least size
+# Sizes in an octave. With these, micro-batches of 16,384 tokens from competition-like lengths come in four sizes of
+# queries and a dozen pairs of sizes, with 3% padding on average.
+STEPS = 8
+KERNELS = 256  # compiled at most: sizes of queries, sizes of keys, with and without gradients
+MASKS = 6  # kept: those of a micro-batch's sliding, full and last layer, and as many of the one before
+
+Mod = Callable[..., Tensor]
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attends within each segment, as `arena.model.attention.varlen_attention` says; forward only on a CPU.
+
+    Products are in bfloat16, float16 or float32: the dtype of autocast, or the widest of q, k and v; the softmax is in
+    float32. The gradient is the same bit by bit in each run.
+
+    Args and Returns: as there; q (T_q, heads, head_dim), k and v (T_k, kv_heads, head_dim), boundaries int32 (n + 1,).
+
+    Raises:
+        ValueError: gradients are wanted on a CPU.
+    """
+    _refuse_gradients_on_cpu(q, k, v)
+    if len(q) == 0:
+        return torch.empty_like(q)
+    sizes = bucket(len(q)), bucket(len(k))
+    mask = _masks.get(cu_seqlens_q, cu_seqlens_k, sizes, window)
+    dtype = product_dtype(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        queries = _padded(q.to(dtype), sizes[0])
+        keys, values = (_padded(states.to(dtype), sizes[1]) for states in (k, v))
+        out = _run(queries, keys, values, mask, scale, softcap)
+    return out[0].transpose(0, 1)[: len(q)].to(q.dtype)
+
+
+def _refuse_gradients_on_cpu(*states: Tensor) -> None:
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in states)
+    if wanted and states[0].device.type == "cpu":
+        raise ValueError("flex attention has no backward on a CPU: train with model.attention=blockwise, or auto")
+
+
+def bucket(n: int) -> int:
+    """The size that n queries or keys are padded to: at most an eighth more, or less than `BLOCK` more.
+
+    Eight sizes in an octave, all multiples of `BLOCK`.
+    """
+    assert n > 0
+    octave = 1 << ((n - 1).bit_length() - 1) if n > 1 else 1  # the power of two below n
+    step = max(BLOCK, octave // STEPS)
+    return -(-n // step) * step
+
+
+def _padded(states: Tensor, size: int) -> Tensor:
+    """(T, heads, head_dim) to (1, heads, size, head_dim), zeros behind; always a copy, whose strides are known."""
+    return F.pad(states, (0, 0, 0, 0, 0, size - len(states))).transpose(0, 1)[None]
+
+
+def visible(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: int, keys: int, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """The first and the last key that each query sees, int32 (rows,); padded rows see from `keys` to -1: none."""
+    row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens_q.device)
+    segment = torch.searchsorted(cu_seqlens_q, row, right=True).sub_(1).clamp_(max=len(cu_seqlens_q) - 2)
+    last = row + (cu_seqlens_k - cu_seqlens_q)[1:][segment]  # both end together
+    first = cu_seqlens_k[:-1][segment]
+    if window is not None:
+        first = torch.maximum(first, last - (window - 1))
+    padding = row >= cu_seqlens_q[-1]
+    return first.masked_fill(padding, keys), last.masked_fill(padding, -1)
+
+
+def block_mask(first: Tensor, last: Tensor, keys: int) -> BlockMask:
+    """Which blocks of keys each block of queries needs, in part or whole.
+
+    Made from the ranges, without a (rows, keys) mask and without waiting for the device: a query's range touches a
+    block or contains it, the largest tensor is bool (rows, keys / BLOCK).
+
+    Args:
+        first, last: int32 (rows,) of `visible`; rows and keys are multiples of `BLOCK`.
+    """
+    start = torch.arange(0, keys, BLOCK, dtype=torch.int32, device=first.device)
+    end = start + (BLOCK - 1)
+    low, high = (bound.view(-1, BLOCK, 1) for bound in (first, last))
+    touched = ((low <= end) & (high >= start)).any(1)
+    whole = ((low <= start) & (high >= end)).all(1)
+    return BlockMask.from_kv_blocks(
+        *_listed(touched & ~whole), *_listed(whole), BLOCK, mask_mod(first, last), (len(first), keys)
+    )
+
+
+def mask_mod(first: Tensor, last: Tensor) -> Mod:
+    """Whether a query sees a key, for places in the padded rows of queries and keys."""
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (first[query] <= key) & (key <= last[query])
+
+    return sees
+
+
+def score_mod(softcap: float | None) -> Mod | None:
+    """The soft cap of a score; through the sigmoid, as a GPU's exact tanh costs far more: c tanh(s / c) is 2c g - c."""
+    if softcap is None:
+        return None
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return 2 * softcap * torch.sigmoid(score * (2 / softcap)) - softcap
+
+    return capped
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool (rows, columns) as FlexAttention reads it: how many are set in each row, and these columns first; int32."""
+    count = blocks.sum(-1, dtype=torch.int32)
+    order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return count[None, None], order[None, None]
+
+
+class _Masks:
+    """The masks last made: all layers of a forward pass and of its backward ask for the same two or three.
+
+    A mask belongs to the very tensors that it was made from. They are held with it, so that no other tensor can come
+    to stand at their place in memory; boundaries are never changed in place.
+    """
+
+    def __init__(self) -> None:
+        self.kept: deque[tuple[tuple[Any, ...], BlockMask]] = deque(maxlen=MASKS)
+
+    def get(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sizes: tuple[int, int], window: int | None) -> BlockMask:
+        for (ends_q, ends_k, *rest), mask in self.kept:
+            if ends_q is cu_seqlens_q and ends_k is cu_seqlens_k and rest == [sizes, window]:
+                return mask
+        # Not inference tensors, even there: the same batch may be trained on next.
+        with torch.inference_mode(False), torch.no_grad():
+            first, last = visible(cu_seqlens_q, cu_seqlens_k, *sizes, window)
+            mask = block_mask(first, last, sizes[1])
+        self.kept.append(((cu_seqlens_q, cu_seqlens_k, sizes, window), mask))
+        return mask
+
+
+_masks = _Masks()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None) -> Tensor:
+    """What is compiled."""
+    out: Tensor = flex_attention(
+        q, k, v, score_mod=score_mod(softcap), block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    # fullgraph: where it cannot be compiled that is an error, never a silent (rows, keys) matrix of scores
+    return torch.compile(_attend, dynamic=False, fullgraph=True)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None) -> Tensor:
+    """The compiled kernel; while it runs the compiler may keep more of a function than it does by default."""
+    with torch._dynamo.config.patch(recompile_limit=KERNELS, accumulated_recompile_limit=KERNELS):
+        return _compiled()(q, k, v, mask, scale, softcap)

@@ -1,0 +1,121 @@
+"""Puts the fused parts into a decoder of transformers, and lets each layer keep less for its backward.
+
+The decoder's modules and weights stay what they are. Of norms, MLPs and LoRA layers the `forward` is replaced;
+the rotary embedding, a function in transformers, by one that hands on to it outside of our layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
+from types import MethodType
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from arena.config import Part
+from arena.model.kernels import gated, rms_norm, rotary
+from arena.model.lora import fuse_lora
+from arena.model.recompute import CHEAP, PRODUCT, keeping_less, remake
+
+PARTS: tuple[Part, ...] = get_args(Part)
+ROTARY = "apply_rotary_pos_emb"  # as each family's module of transformers calls it
+ADDED_TO_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm")  # norms whose weight is
+NORMS = (*ADDED_TO_ONE, "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+MLPS = ("GemmaMLP", "Gemma2MLP", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+ACTIVATIONS = {"GELUTanh": "gelu", "PytorchGELUTanh": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
+POLICY = "recomputes"  # the attribute of a layer that says what of it the backward computes again
+COSTS = {"light": CHEAP, "mlp": PRODUCT}
+
+Setting = tuple[Part, ...] | str
+_turning: ContextVar[Setting] = ContextVar("turning", default=())
+
+
+def install(decoder: nn.Module, fuse: Setting) -> None:
+    """Replaces what can be computed in fewer passes, and makes every layer heed its `POLICY`.
+
+    Args:
+        decoder: of a family of transformers; with modules of other kinds than those above, these run as they are.
+        fuse: parts; or `auto`, LoRA and on a GPU all the others; or `none`.
+    """
+    fuse = () if fuse == "none" else fuse
+    layers: Any = decoder.layers
+    for module in decoder.modules():
+        kind = type(module).__name__
+        if kind in NORMS:
+            module.forward = partial(remake, partial(_norm, fuse, module))
+        elif kind in MLPS:
+            module.forward = MethodType(partial(_mlp, fuse), module)
+    for layer in layers:
+        _replace_rotary(sys.modules[type(layer.self_attn).__module__])
+        layer.forward = partial(_in_layer, fuse, layer, layer.forward)
+    if fuse == "auto" or "lora" in fuse:
+        fuse_lora(decoder)
+
+
+def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
+    """`auto` compiles for a GPU only: on a CPU compiling takes longer than it saves in small models."""
+    return x.is_cuda if fuse == "auto" else part in fuse
+
+
+def _norm(fuse: Setting, module: Any, x: Tensor) -> Tensor:
+    if not _wanted("norm", fuse, x):
+        return torch.as_tensor(type(module).forward(module, x))
+    gemma = type(module).__name__ in ADDED_TO_ONE
+    eps = module.eps if gemma else module.variance_epsilon
+    return rms_norm(x, module.weight, eps, offset=1.0 if gemma else 0.0)
+
+
+def _mlp(fuse: Setting, module: Any, x: Tensor) -> Tensor:
+    gate, up = (_product(each, x) for each in (module.gate_proj, module.up_proj))
+    out: Tensor = module.down_proj(remake(partial(_gated, fuse, module.act_fn), gate, up))
+    return out
+
+
+def _gated(fuse: Setting, activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    name = ACTIVATIONS.get(type(activation).__name__)
+    if name is None or not _wanted("mlp", fuse, gate):
+        return torch.as_tensor(activation(gate) * up)
+    return gated(gate, up, name)
+
+
+def _product(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer's result, to be made again unless dropout would make it another."""
+    dropped = getattr(layer, "lora_dropout", {})
+    if layer.training and any(not isinstance(each, nn.Identity) for each in dropped.values()):
+        return torch.as_tensor(layer(x))
+    return remake(layer, x, cost=PRODUCT)
+
+
+def _in_layer(fuse: Setting, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    cost = COSTS.get(getattr(layer, POLICY, ""))
+    with _fused_rotary(fuse), nullcontext() if cost is None else keeping_less(cost):
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def _fused_rotary(fuse: Setting) -> Iterator[None]:
+    token = _turning.set(fuse)
+    try:
+        yield
+    finally:
+        _turning.reset(token)
+
+
+def _replace_rotary(module: Any) -> None:
+    """Puts `_rotary` in the place of a modeling module's function, once."""
+    function = getattr(module, ROTARY, None)
+    if function is not None and not isinstance(function, partial):
+        setattr(module, ROTARY, partial(_rotary, function))
+
+
+def _rotary(whole: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
+    """(1, heads, T, head_dim) turned by cos and sin (1, T, head_dim); outside of our layers transformers' own."""
+    fits = not rest and not more and len(q) == 1 and cos.shape[-1] == q.shape[-1]
+    if not (fits and _wanted("rotary", _turning.get(), q)):
+        return whole(q, k, cos, sin, *rest, **more)
+    return tuple(rotary(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))

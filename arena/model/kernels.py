@@ -1,0 +1,180 @@
+"""RMSNorm, gated MLP activation and rotary embedding: each one pass over memory forward, and one backward.
+
+Plain formulas that torch compiles (to Triton on a GPU, C++ on a CPU) into one loop each, in place of operations that
+each read and write the whole tensor. Inside they compute in float32 and round once, on writing. For the backward they
+save their inputs alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Compiled = Callable[..., Any]
+
+
+def _compiled(function: Compiled) -> Compiled:
+    """Compiled when first called, once for every number of tokens: `_open` marks that size."""
+    return torch.compile(function)
+
+
+def _open(x: Tensor) -> Tensor:
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
+
+
+# --- RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467) ---
+
+
+@_compiled
+def _norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * (offset + weight.float())).to(x.dtype)
+
+
+@_compiled
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    unit = wide * scale
+    inner = grad.float() * (offset + weight.float())
+    return ((inner - unit * (inner * unit).mean(-1, keepdim=True)) * scale).to(x.dtype)
+
+
+@_compiled
+def _norm_backward_weight(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (grad.float() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).sum(0)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.offset = eps, offset
+        out: Tensor = _norm(_open(x), weight, eps, offset)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad, x = _open(grad.contiguous()), _open(x)
+        grad_x = _norm_backward(grad, x, weight, ctx.eps, ctx.offset) if ctx.needs_input_grad[0] else None
+        grad_weight = _norm_backward_weight(grad, x, ctx.eps).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension, in the dtype of x.
+
+    Args:
+        x: (..., width).
+        weight: (width,).
+        offset: 1 for Gemma, whose weights are what is added to one.
+    """
+    out: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, offset)
+    return out.view(x.shape)
+
+
+# --- gated activation (Shazeer, 2020, arXiv:2002.05202) ---
+
+SQRT_2_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715  # of the tanh form of GELU (Hendrycks and Gimpel, arXiv:1606.08415)
+
+
+@_compiled
+def _gelu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    x = gate.float()
+    return (0.5 * x * (1 + torch.tanh(SQRT_2_PI * (x + CUBIC * x * x * x))) * up.float()).to(gate.dtype)
+
+
+@_compiled
+def _gelu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    x, wide = gate.float(), grad.float()
+    tanh = torch.tanh(SQRT_2_PI * (x + CUBIC * x * x * x))
+    slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * SQRT_2_PI * (1 + 3 * CUBIC * x * x)
+    return (wide * up.float() * slope).to(gate.dtype), (wide * 0.5 * x * (1 + tanh)).to(up.dtype)
+
+
+@_compiled
+def _silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    x = gate.float()
+    return (x * torch.sigmoid(x) * up.float()).to(gate.dtype)
+
+
+@_compiled
+def _silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    x, wide = gate.float(), grad.float()
+    open_ = torch.sigmoid(x)
+    slope = open_ * (1 + x * (1 - open_))
+    return (wide * up.float() * slope).to(gate.dtype), (wide * x * open_).to(up.dtype)
+
+
+GATES = {"gelu": (_gelu_gate, _gelu_gate_backward), "silu": (_silu_gate, _silu_gate_backward)}
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.name = name
+        out: Tensor = GATES[name][0](_open(gate), _open(up))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grads = GATES[ctx.name][1](_open(grad.contiguous()), _open(gate), _open(up))
+        return *grads, None
+
+
+def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """activation(gate) * up, in their dtype.
+
+    Args:
+        gate, up: (..., width).
+        name: one of `GATES`; `gelu` is the tanh form.
+    """
+    width = gate.shape[-1]
+    out: Tensor = _Gate.apply(gate.reshape(-1, width), up.reshape(-1, width), name)
+    return out.view(gate.shape)
+
+
+# --- rotary position embedding (Su et al., 2021, arXiv:2104.09864) ---
+
+
+@_compiled
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    half = x.shape[-1] // 2
+    first, second = x[..., :half].float(), x[..., half:].float()
+    c, s = cos[:, None].float(), sin[:, None].float() * sign
+    turned = first * c[..., :half] - second * s[..., :half], second * c[..., half:] + first * s[..., half:]
+    return torch.cat(turned, -1).to(x.dtype)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        out: Tensor = _rotate(_open(x), _open(cos), _open(sin), 1.0)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(_open(grad.contiguous()), _open(cos), _open(sin), -1.0), None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + head_dim / 2]) by its position's angle; the gradient is turned back by the same.
+
+    Args:
+        x: (T, heads, head_dim).
+        cos, sin: (T, head_dim), of the angles, twice over: the second half repeats the first.
+    """
+    out: Tensor = _Rotary.apply(x, cos, sin)
+    return out

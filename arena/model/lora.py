@@ -1,0 +1,91 @@
+"""A linear layer with LoRA in fewer passes over the activations than peft takes.
+
+peft copies the frozen layer's result, multiplies by both adapters, scales that product and adds it: four passes over
+memory beside the products, and three more in the backward. A matrix product can scale and add while it writes, so here
+the adapters' product is added in place, and so is its part of the gradient of the input.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+
+def fuse_lora(model: nn.Module) -> None:
+    """Makes a model's LoRA layers compute this way, where they are plain LoRA over a 4-bit or unquantised layer.
+
+    peft still computes the rest: DoRA and other variants, layers with dropout, 8-bit layers, merged or switched-off
+    adapters, several adapters at once.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
+            layer: Any = module
+            layer.forward = MethodType(_forward, layer)
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """In place of the forward of a peft layer."""
+    name = None if args or kwargs else _plain_adapter(layer)
+    if name is None:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    base = layer.get_base_layer()
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    down, up = (each[name].weight.to(dtype) for each in (layer.lora_A, layer.lora_B))
+    with torch.autocast(kind, enabled=False):
+        out: Tensor = _LoraLinear.apply(x.to(dtype), base, down, up, layer.scaling[name])
+    return out
+
+
+def _plain_adapter(layer: Any) -> str | None:
+    """The name of a layer's one adapter, if it is plain LoRA over weights that `_weight` can read."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
+        return None
+    name, base = names[0], layer.get_base_layer()
+    readable = (type(base) is nn.Linear and not base.weight.requires_grad) or isinstance(base, Linear4bit)
+    dropped = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
+    biased = layer.lora_B[name].bias is not None or (base.bias is not None and base.bias.requires_grad)
+    return name if readable and not dropped and not biased else None
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The frozen weight, (out, in), 4-bit ones dequantised."""
+    weight: Any = base.weight
+    if isinstance(base, Linear4bit):
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    return torch.as_tensor(weight).to(dtype)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x (..., in), down (r, in), up (out, r), all of one dtype, to (..., out); the frozen layer gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Module, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        bias = None if base.bias is None else torch.as_tensor(base.bias).to(x.dtype)
+        out = torch.nn.functional.linear(rows, _weight(base, x.dtype), bias)
+        low = rows @ down.t()
+        out.addmm_(low, up.t(), alpha=scaling)
+        ctx.save_for_backward(x, down, up, low)
+        ctx.base, ctx.scaling = base, scaling
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, up, low = ctx.saved_tensors
+        grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_low = (grad_rows @ up).mul_(ctx.scaling)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = (grad_rows @ _weight(ctx.base, grad.dtype)).addmm_(grad_low, down).view_as(x)
+            grad_down = grad_low.t() @ rows if ctx.needs_input_grad[2] else None
+            grad_up = grad_rows.t() @ low.mul(ctx.scaling) if ctx.needs_input_grad[3] else None
+        return grad_x, None, grad_down, grad_up, None

@@ -1,0 +1,59 @@
+"""What a recipe does on common cards, by arithmetic: dtype, attention, budget, what is computed again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from arena.config import Recipe
+from arena.model.card import Card
+from arena.model.memory import GIB, LADDER, WIDTH, describe, fit, mix, need, room, shape_of
+from arena.model.precision import resolve_dtype
+from arena.progress import console
+
+# memory as CUDA reports it, which is less than what the makers say
+CARDS = (
+    Card("cuda", "12 GB: RTX 4070", (8, 9), int(11.6 * GIB)),
+    Card("cuda", "16 GB: T4", (7, 5), int(14.6 * GIB)),
+    Card("cuda", "24 GB: L4, A10, RTX 3090 and 4090", (8, 6), int(22.0 * GIB)),
+    Card("cuda", "40 GB: A100", (8, 0), int(39.4 * GIB)),
+    Card("cuda", "80 GB: A100, H100", (9, 0), int(79.1 * GIB)),
+    Card("cuda", "141 GB: H200", (9, 0), int(139.7 * GIB)),
+)
+HEADER = ("card", "dtype", "attention", "budget", "least GiB", "kept for the backward", "again")
+
+
+def card_rows(recipe: Recipe, config: Any, cards: tuple[Card, ...] = CARDS) -> list[list[str]]:
+    """One row a card, under `HEADER`: what the recipe becomes there, or why it cannot.
+
+    `least GiB` is what a step takes with full recomputation; `again` the share of a forward that is computed twice.
+    """
+    return [[card.name, *_row(recipe, config, card)] for card in cards]
+
+
+def _row(recipe: Recipe, config: Any, card: Card) -> list[str]:
+    dtype = resolve_dtype("auto" if recipe.model.dtype == "bfloat16" else recipe.model.dtype, card)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+    ampere = "flex" if dtype == "float32" else "flash or flex"
+    attention = ampere if card.bfloat16 else "blockwise"
+    try:
+        budget = fit(recipe, config, card).packing.budget
+    except ValueError:
+        return [dtype, attention, "does not fit", "", "", ""]
+    shape, least = shape_of(config), need(shape_of(config), recipe.model, budget, recipe.train.optimizer).total
+    kept = {policy: float(WIDTH[dtype] * budget * shape.kept(policy)) for policy in LADDER}
+    again = {policy: shape.again(policy) for policy in LADDER}
+    policies = mix(kept, again, shape.layers, room(card) - least)
+    share = sum(again[policy] for policy in policies) / shape.layers
+    return [dtype, attention, f"{budget:,}", f"{least / GIB:.1f}", describe(policies), f"{share:.0%}"]
+
+
+def print_cards(recipe: Recipe, config: Any) -> None:
+    """Prints the table of `card_rows`."""
+    table = Table(title=f"{recipe.name}, training, by arithmetic", title_justify="left")
+    for name in HEADER:
+        table.add_column(name)
+    for row in card_rows(recipe, config):
+        table.add_row(*row)
+    console.print(table)

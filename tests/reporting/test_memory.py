@@ -1,0 +1,30 @@
+"""The table of cards: small ones degrade by rule."""
+
+from __future__ import annotations
+
+from arena.config import load_recipe
+from arena.model.create import known_config
+from arena.reporting.memory import CARDS, HEADER, card_rows
+
+
+def rows(name: str, *overrides: str) -> dict[str, list[str]]:
+    recipe = load_recipe(name, overrides)
+    found = card_rows(recipe, known_config(recipe.model))
+    assert len(found) == len(CARDS) and all(len(row) == len(HEADER) for row in found)
+    return {row[0].split(":")[0]: row[1:] for row in found}
+
+
+def test_small_cards_degrade_by_rule() -> None:
+    table = rows("gemma-2-9b")
+    assert table["16 GB"][:3] == ["float16", "blockwise", "8,192"]
+    assert table["24 GB"][:3] == ["bfloat16", "flash or flex", "16,384"]
+    assert [table[card][2] for card in ("12 GB", "80 GB")] == ["4,096", "16,384"]
+    again = [int(table[card][5].rstrip("%")) for card in ("24 GB", "40 GB", "80 GB", "141 GB")]
+    assert again == sorted(again, reverse=True) and again[0] > 90 and again[-1] == 0
+    assert float(table["80 GB"][3]) < 20
+
+
+def test_what_does_not_fit_says_so() -> None:
+    table = rows("gemma-2-2b", "model.tune=full", "model.quantization=none")
+    assert table["40 GB"][2] == "does not fit" and table["80 GB"][2] == "16,384"
+    assert rows("demo")["16 GB"][0] == "float32"
