@@ -34,7 +34,7 @@ notebook: .venv/dev  ## run notebooks/collated_batches.py and write it as .ipynb
 	$(BIN)/jupytext --quiet --to ipynb notebooks/collated_batches.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace notebooks/collated_batches.ipynb
 
-bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (20 minutes); RECIPE=gemma-2-9b: at real size
+bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (20 minutes)
 	$(BIN)/arena bench $(if $(CHOSEN),--recipe $(CHOSEN)) $(ARGS)
 
 gpu: .venv/ready  ## tests, benchmark and techniques on a GPU, 9 minutes a call: call it until it is done

@@ -51,7 +51,8 @@ class Technique:
 
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe that trains this way. It is evaluated at its end alone: no technique gets more chances."""
-        rates = f"train.lr={self.lr * recipe.train.lr}", f"train.head_lr={self.head_lr * recipe.train.head_lr}"
+        lr, head_lr = self.lr * recipe.train.lr, self.head_lr * recipe.train.head_lr
+        rates = f"train.lr={lr:.6g}", f"train.head_lr={head_lr:.6g}"
         return change(recipe, [*self.settings, *rates, "train.evaluate_every=0", "train.track=none"])
 
 
@@ -60,16 +61,16 @@ _HEAD = "model.tune=head", "model.quantization=nf4"
 _LORA = "model.tune=lora", "model.lora.dora=false"
 TECHNIQUES: Mapping[str, Technique] = {
     "full fine-tuning": Technique(_FULL, lr=0.1),
-    "head only, NF4": Technique(_HEAD, head_lr=4.0),
+    "head only, NF4": Technique(_HEAD),
     "LoRA, unquantised": Technique((*_LORA, "model.quantization=none")),
     "QLoRA, NF4": Technique((*_LORA, "model.quantization=nf4")),
     "LoRA, int8": Technique((*_LORA, "model.quantization=int8")),
     "DoRA, NF4": Technique(("model.tune=lora", "model.lora.dora=true", "model.quantization=nf4")),
 }
-# what the two rates above were chosen from; adapters have the rate of the recipe
+# what the rates of these two were chosen from; adapters have the rate of the recipe
 SWEEP: Mapping[str, Technique] = {
     **{f"full fine-tuning, lr x {factor}": Technique(_FULL, lr=factor) for factor in (0.03, 0.1, 0.3)},
-    **{f"head only, NF4, head_lr x {factor}": Technique(_HEAD, head_lr=factor) for factor in (1.0, 4.0, 16.0)},
+    **{f"head only, NF4, head_lr x {factor}": Technique(_HEAD, head_lr=factor) for factor in (0.25, 1.0, 4.0)},
 }
 
 
@@ -97,7 +98,9 @@ def run_techniques(
     parts.forget("failed")
     rows = []
     for name, technique in techniques.items():
-        result = parts.do(name, partial(_in_process, technique.of(recipe), folder / "runs"))
+        own = technique.of(recipe)
+        key = f"{name}, {fingerprint(own.model_dump(mode='json'))}"  # so that a rate that is changed is tried anew
+        result = parts.do(key, partial(_in_process, own, folder / "runs"))
         rows.append({"technique": name, **result})
     return rows
 

@@ -74,6 +74,7 @@ def as_judge(config: Any) -> None:
 
 def loader_options(settings: ModelSettings) -> dict[str, Any]:
     """How transformers is to load or create a base: in which precision, with which attention."""
+    assert settings.dtype != "auto", "the dtype is decided by the card first (arena.model.precision)"
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attn_implementation": NAME}
     if settings.quantization != "none":
         options["quantization_config"] = _quantization(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from transformers import Gemma2Config
 
-from arena.benchmark import real_run
+from arena.benchmark import real_models, real_run
 from arena.benchmark.cells import Cell, RealSettings
 from arena.benchmark.gpu import Gpu
 from arena.benchmark.matrix import SMALLER_ONE, in_order, main_cells, tables
@@ -48,6 +49,15 @@ def overrides(base: Path) -> list[str]:
         f"model.base={base}", "model.dtype=bfloat16", f"prompt.max_length={LONGEST}", f"packing.budget={BUDGET}",
         "train.batch_size=4", "name=tiny",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_collecting() -> Iterator[None]:
+    """Collecting garbage around each cell would take longer here than the cells."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (real_models, real_run):
+            patch.setattr(module, "release", lambda device: None)
+        yield
 
 
 @pytest.fixture(scope="module")

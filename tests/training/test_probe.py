@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate import Accelerator
 
+from arena.data.prepare import prepare_fold
+from arena.model.backbone import backbone, load_base, load_tokenizer
+from arena.model.fused import POLICY
 from arena.model.memory import LADDER
+from arena.model.tuning import adapt
+from arena.training import probe
+from arena.training.optim import trainable
 from arena.training.probe import choose
+from arena.training.trainer import Trainer
+from tests.helpers import tiny_recipe
 
 KEPT = {"full": 1.0, "mlp": 8.0, "light": 16.0, "none": 22.0}
 AGAIN = {"full": 1.0, "mlp": 0.55, "light": 0.05, "none": 0.0}
@@ -51,3 +62,72 @@ def test_nothing_fits() -> None:
 def test_a_policy_that_cannot_be_measured_is_not_used() -> None:
     policies, peak = choose(MadeUpCard(size=75.0).peak, AGAIN, 10, 75.0)
     assert set(policies) <= {"full", "mlp"} and peak is not None
+
+
+def trainer_of(tmp_path: Path, base: Path, *overrides: str) -> Trainer:
+    recipe = tiny_recipe(tmp_path, base, "model.checkpointing=auto", *overrides)
+    data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
+    model = adapt(load_base(recipe.model), recipe.model)
+    return Trainer(recipe, data, model, tmp_path / "run", Accelerator(cpu=True))
+
+
+def policies_of(trainer: Trainer) -> list[str]:
+    return [getattr(layer, POLICY) for layer in backbone(trainer.model).layers]
+
+
+def test_on_a_cpu_the_arithmetic_decides(tmp_path: Path, gemma2: Path) -> None:
+    trainer = trainer_of(tmp_path, gemma2)
+    assert trainer.kept is not None and trainer.kept.policies == policies_of(trainer) == ["none"] * 3
+    assert "3 none (by arithmetic" in str(trainer.kept)
+
+
+def test_a_setting_is_left_as_it_is(tmp_path: Path, gemma2: Path) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=light")
+    data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
+    trainer = Trainer(
+        recipe, data, adapt(load_base(recipe.model), recipe.model), tmp_path / "run", Accelerator(cpu=True)
+    )
+    assert trainer.kept is None and policies_of(trainer) == ["light"] * 3
+
+
+@pytest.fixture
+def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Runs the steps of the probe on the CPU, with the figures of a card that is made up."""
+    card = {"size": 1e9, "runs": 0.0}
+
+    def reserved(device: torch.device) -> float:
+        card["runs"] += 1
+        return 100.0 + card["runs"]
+
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", reserved)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (card["size"], card["size"]))
+    fork_rng = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=(), **more: fork_rng([], **more))
+    return card
+
+
+def test_the_probe_leaves_no_trace(tmp_path: Path, gemma2: Path, made_up_gpu: dict[str, float]) -> None:
+    trainer = trainer_of(tmp_path, gemma2)
+    before = {name: each.clone() for name, each in trainer.model.state_dict().items()}
+    trainer.classifier.eval()
+    kept = probe._by_running(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(LADDER))
+    assert made_up_gpu["runs"] >= 4 and kept.peak is not None and set(kept.policies) <= set(LADDER)
+    assert "measured" in str(kept)
+    assert not trainer.classifier.training
+    assert all(each.grad is None for each in trainable(trainer.model).values())
+    assert all(torch.equal(each, before[name]) for name, each in trainer.model.state_dict().items())
+
+
+def test_a_card_that_is_too_small_is_refused(tmp_path: Path, gemma2: Path, made_up_gpu: dict[str, float]) -> None:
+    trainer = trainer_of(tmp_path, gemma2)
+    made_up_gpu["size"] = 50.0
+    with pytest.raises(ValueError, match=r"lower packing\.budget \(now 512\)"):
+        probe._by_running(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(LADDER))
+
+
+def test_the_fullest_micro_batch_is_found(tmp_path: Path, gemma2: Path) -> None:
+    loader = trainer_of(tmp_path, gemma2)._loader()
+    assert probe.fullest(loader).tokens == loader.plan.tokens.max()
