@@ -183,12 +183,12 @@ class Gpu:
         if wrong:
             console.print(f"failed: {', '.join(wrong)}; --again failed measures them again")
             sys.exit(1)
-        console.print("everything is measured")
+        console.print("everything that was asked for is measured")
 
 
 def stop(left: list[str]) -> None:
     """Ends the process with `MORE_TO_DO`, and says what is left."""
-    shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
+    shown = "; ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
     console.print(f"more to do, run it again: {shown}")
     sys.exit(MORE_TO_DO)
 

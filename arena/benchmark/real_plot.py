@@ -38,7 +38,8 @@ def _panel(axis: Any, table: Table, cells: dict[str, Any]) -> None:
     for at, each in enumerate(done):
         axis.text(rates[at] + 0.01 * most, at, _said(each), va="center", fontsize="small")
     axis.set_title(table.title, fontsize="medium")
-    axis.set_xlim(0, 1.3 * most)
+    axis.set_xlim(0, 1.4 * most)
+    axis.locator_params(axis="x", nbins=5)
     axis.invert_yaxis()
 
 

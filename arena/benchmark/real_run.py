@@ -111,7 +111,8 @@ class RealBench:
             return {**facts, **failed(str(error).splitlines()[0], "cannot run")}
         except Exception as error:  # an hour of other cells must not be lost for one
             result = _told(error)
-        self.holder.drop()  # the error is gone here, and with it the tensors that its frames held
+        if not result.get("broken"):  # a broken device does not even give memory back
+            self.holder.drop()  # the error is gone here, and with it the tensors that its frames held
         return {**facts, **result}
 
     def _measure(self, cell: Cell, parts: Parts) -> Result:

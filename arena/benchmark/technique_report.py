@@ -22,6 +22,11 @@ from arena.progress import console
 
 HEADER = ["technique", "trainable", "lr", "head lr", "seconds", "tokens/s", "peak GiB", "log-loss", "over the floor"]
 
+ON_CPU = (
+    "On a CPU bitsandbytes' 8-bit layers round their inputs in evaluation but not in training; on a GPU they do so in "
+    "both: here such a judge is trained a little beside what it is judged by."
+)
+
 
 @dataclass
 class Techniques:
@@ -115,8 +120,8 @@ def _legend(recipe: dict[str, Any], done: list[Result]) -> str:
         f"{model['lora']['r']} on {model['lora']['targets']}. `log-loss` is of {first['n_eval']:,} held-out rows "
         f"after the last step; predicting the training prior gives {first['prior_log_loss']:.4f}{floor}. `seconds` and "
         "`tokens/s` are of training steps alone; `peak GiB` is the most held above what the process held before the "
-        "base was loaded."
-    )
+        "base was loaded. " + (ON_CPU if first["device"].startswith("CPU") else "")
+    ).strip()
 
 
 def _device(done: list[Result]) -> str:

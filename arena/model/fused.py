@@ -7,8 +7,8 @@ the rotary embedding, a function in transformers, by one that hands on to it out
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import partial
 from types import MethodType
@@ -52,7 +52,9 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
             module.forward = MethodType(partial(_mlp, fuse), module)
     for layer in layers:
         _replace_rotary(sys.modules[type(layer.self_attn).__module__])
-        layer.forward = partial(_in_layer, fuse, layer, layer.forward)
+        attention = layer.self_attn  # within what transformers may run again in the backward
+        attention.forward = partial(_turned, fuse, attention.forward)
+        layer.forward = partial(_in_layer, layer, layer.forward)
     if fuse == "auto" or "lora" in fuse:
         fuse_lora(decoder)
 
@@ -91,17 +93,17 @@ def _product(layer: Any, x: Tensor) -> Tensor:
     return remake(layer, x, cost=PRODUCT)
 
 
-def _in_layer(fuse: Setting, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _in_layer(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     cost = COSTS.get(getattr(layer, POLICY, ""))
-    with _fused_rotary(fuse), nullcontext() if cost is None else keeping_less(cost):
+    with nullcontext() if cost is None else keeping_less(cost):
         return forward(*args, **kwargs)
 
 
-@contextmanager
-def _fused_rotary(fuse: Setting) -> Iterator[None]:
+def _turned(fuse: Setting, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Attention's forward, with rotary embedding as `fuse` has it."""
     token = _turning.set(fuse)
     try:
-        yield
+        return forward(*args, **kwargs)
     finally:
         _turning.reset(token)
 

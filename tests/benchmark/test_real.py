@@ -193,6 +193,10 @@ def test_an_error_is_a_result_and_the_next_cell_runs(
     assert second["status"] == "done"
 
 
+def no_memory_back() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
 def test_a_broken_device_ends_the_process_and_is_not_tried_again(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,8 +205,12 @@ def test_a_broken_device_ends_the_process_and_is_not_tried_again(
     fail_once(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
     train = main_cells(bench.best)["train"]
     bench.cells = {cell.key: cell for cell in (train, replace(train, share=False))}
+    bench.holder.take(train)
+    monkeypatch.setattr(bench.holder, "drop", no_memory_back)
     with pytest.raises(BrokenDevice, match="illegal memory access"):
         bench.run(parts, Clock(None))
+    bench = bench_of(recipe)
+    bench.cells = {cell.key: cell for cell in (train, replace(train, share=False))}
     assert bench.run(parts, Clock(None)) == []
     assert [parts.get(key)["status"] for key in bench.cells] == ["failed", "done"]  # type: ignore[index]
 
@@ -250,6 +258,8 @@ def test_pages_with_and_without_figures(measured: tuple[RealBench, Parts], tmp_p
         for name in table.cells:
             assert f"| {name} |" in page
     assert "cannot run" in page and result["device"] in page and "2026-01-02" in page
+    assert "What was to be seen" not in page  # that is of a 9B
+    assert "What was to be seen" in as_page({**result, "linear_weights": 8.3e9}, bench.tables, "p.png")
     rows = {row[0]: row for row in aim_rows(result)}
     assert rows["training, logical tokens/s"][3] in ("met", "missed")
     empty = {**result, "cells": {}, "ceiling": None}

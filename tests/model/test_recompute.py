@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from arena.model.backbone import backbone
 from arena.model.checkpointing import POLICIES, set_policies
 from arena.model.classifier import PackedClassifier, loss_sum
+from arena.model.fused import PARTS
 from arena.model.recompute import CHEAP, PRODUCT, keeping_less, remake
 from tests.helpers import classifier, exact, pack, random_family
 from tests.model.test_classifier import logits_and_gradients, shared_batch
@@ -114,6 +115,16 @@ def kept_bytes(run: Callable[[], Any]) -> int:
     with saved_tensors_hooks(pack_, lambda tensor: tensor):
         held.append(run())
     return sum(found.values())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_hold_with_all_parts_fused(gemma2: Path, policy: str) -> None:
+    batch, results = pack(LENGTHS), []
+    for each in ("none", policy):
+        model = classifier(exact(gemma2, checkpointing=each, fuse=PARTS)).train()
+        results.append(logits_and_gradients(model.model, model(batch), batch))
+    for plain, other in zip(*results, strict=True):
+        assert torch.equal(plain, other)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
