@@ -149,7 +149,7 @@ def test_flash_attn_is_installed_where_it_travels(tmp_path: Path, monkeypatch: p
 def test_make_names_a_recipe_only_where_one_is_given() -> None:
     def told(*words: str) -> str:
         made = subprocess.run(
-            ["make", "--dry-run", "--assume-old=.venv/ready", *words],
+            ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/ready", *words],
             cwd=machine.ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
         return made.stdout

@@ -124,7 +124,7 @@ def test_policies_hold_with_all_parts_fused(gemma2: Path, policy: str) -> None:
         model = classifier(exact(gemma2, checkpointing=each, fuse=PARTS)).train()
         results.append(logits_and_gradients(model.model, model(batch), batch))
     for plain, other in zip(*results, strict=True):
-        assert torch.equal(plain, other)
+        torch.testing.assert_close(plain, other, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
