@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from tyro.conf import Positional, arg
 
 from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
-from arena.config import Recipe, change, load_recipe
-from arena.progress import console, quiet
+from arena.config import Recipe, change, load_recipe, run_place
+from arena.lock import locked
+from arena.progress import console, printable, quiet
+from arena.stopping import Stopped, ending_at_once
 
 Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
 Data = Annotated[
@@ -26,7 +29,7 @@ Overrides = Positional[
     Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings to change, such as train.batch_size=32.")]
 ]
 
-INFER_SETTINGS = ("judge.", "packing.", "model.base=", "model.dtype=", "model.attention=", "data.cache=")
+INFER_SETTINGS = ("judge.", "packing.", "model.base=", "model.dtype=", "model.attention=", "data.cache=", "data.max_")
 
 
 @dataclass
@@ -46,11 +49,11 @@ class Train:
         from arena.training.run import run_fold
 
         recipe = _recipe(self.recipe, self.data, self.overrides)
+        folder = run_place(self.runs, f"{recipe.name}/fold{self.fold}")
         _write_demo(recipe)
         metrics = run_fold(recipe, self.fold, self.runs, fresh=self.fresh)
         if is_main():
             print_report(metrics)
-            folder = self.runs / recipe.name / f"fold{self.fold}"
             console.print(f"written: {folder} (metrics.json, oof.csv, log.jsonl, model/, {draw_report(folder).name})")
 
 
@@ -69,29 +72,44 @@ class Infer:
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
 
     def run(self) -> None:
-        from arena.data.conversations import judgeable_rows, read_conversations
-        from arena.data.prepare import data_file
         from arena.distributed import fix_threads
-        from arena.judging.ensemble import average, fold_models
-        from arena.judging.judge import read_card
-        from arena.judging.submission import check_target, write_submission
+        from arena.judging.ensemble import fold_models
 
         fix_threads()
         odd = [each for each in self.overrides if not each.startswith(INFER_SETTINGS)]
         if odd:
             raise ValueError(f"{odd[0]} changes nothing about judging: here {', '.join(INFER_SETTINGS)} can be set")
-        models = fold_models(self.runs / load_recipe(self.recipe).name)
+        models = fold_models(run_place(self.runs, load_recipe(self.recipe).name))
+        parts = self.out.with_name(f"{self.out.name}.parts")
+        try:
+            with locked(self.out):
+                self._judge(models, parts)
+        except (Stopped, SystemExit):
+            if parts.is_dir():
+                console.print(f"what was judged is kept in {parts}: the same command goes on with it")
+            raise
+
+    def _judge(self, models: list[Path], parts: Path) -> None:
+        from arena.data.conversations import judgeable_rows, read_conversations
+        from arena.data.limits import Limits
+        from arena.data.prepare import data_file
+        from arena.judging.ensemble import average
+        from arena.judging.judge import read_card
+        from arena.judging.submission import check_target, write_submission
+
         data = change(Recipe.model_validate(read_card(models[0])["recipe"]), self.overrides).data
         cache = Path(data.cache)
         if self.data is None and Path(data.path).is_file():
             raise ValueError(f"the judge was trained on the file {data.path}: name the test file with DATA= or --data")
         test = data_file(self.data or data.path, "test")
-        rows = read_conversations([test], cache, labels="ignored")
+        limits = Limits(data.max_row_characters, data.max_turns)
+        rows = read_conversations([test], cache, labels="ignored", limits=limits)
         sample = test.parent / "sample_submission.csv"
-        known = sample if sample.is_file() else None
+        known = sample if os.path.lexists(sample) else None
         check_target(self.out, rows["id"], known)
-        probabilities = average(models, rows, cache, self.overrides)
+        probabilities = average(models, rows, cache, self.overrides, parts)
         write_submission(self.out, rows["id"], probabilities, known)
+        shutil.rmtree(parts, ignore_errors=True)  # what is left of them costs space, and no submission
         console.print(
             f"written: {self.out}, {len(rows):,} rows from {len(models)} fold{'s' if len(models) > 1 else ''}; "
             f"{int((~judgeable_rows(rows)).sum()):,} rows have nothing to judge and got the training prior"
@@ -124,7 +142,7 @@ class Inspect:
         from arena.packing.plan import plan_evaluation
         from arena.packing.tree import prefixes_for
         from arena.reporting.inspect import draw_attention, print_batch, print_evaluation_plan, print_plan
-        from arena.training.trainer import plan_fold
+        from arena.training.order import plan_fold
 
         recipe = _recipe(self.recipe, self.data, self.overrides)
         _write_demo(recipe)
@@ -156,10 +174,10 @@ class Export:
     def run(self) -> None:
         from arena.judging.export import export_judge
 
-        name = load_recipe(self.recipe).name
+        place = run_place(self.runs, f"{load_recipe(self.recipe).name}/fold{self.fold}")
         if self.out.exists():
             raise ValueError(f"{self.out} exists: name a new folder")
-        export_judge(self.runs / name / f"fold{self.fold}" / "model", self.out, self.dtype)
+        export_judge(place / "model", self.out, self.dtype)
         console.print(f"written: {self.out}; load it with AutoModelForSequenceClassification.from_pretrained")
 
 
@@ -205,6 +223,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
+@ending_at_once()
 def main() -> None:
     """Runs a subcommand. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
     about = "Train and run judges of pairwise preference on packed, padding-free batches."
@@ -215,8 +234,11 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("ARENA_DEBUG"):
             raise
-        console.print(f"arena: {error}", style="red")
+        console.print(f"arena: {printable(str(error))}", style="red")
         sys.exit(2)
+    except Stopped as stopped:
+        console.print(f"arena: {stopped}", style="yellow")
+        sys.exit(stopped.status)
 
 
 def _recipe(name: str, data: str | None, overrides: tuple[str, ...]) -> Recipe:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from arena.plain_yaml import read_yaml, read_yaml_file
+
+Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # a path, or a name on a hub
 Part = Literal["norm", "mlp", "rotary", "lora"]  # of a decoder, that can be fused
 
 RECIPES = Path(__file__).parent / "recipes"
+
+# of a row of data; the longest real one known has 66,000 characters
+MAX_ROW_CHARACTERS = 1_000_000
+MAX_TURNS = 1_000
 
 
 class Settings(BaseModel):
@@ -36,6 +43,14 @@ class Template(Settings):
     cut: str = Field(" [...] ", min_length=1, description="marks the place where a text was cut")
     cut_turns: str = Field("[earlier turns left out]\n\n", min_length=1, description="marks left-out turns")
 
+    @field_validator("*")
+    @classmethod
+    def _whole_characters(cls, text: str) -> str:
+        """YAML can spell half of a surrogate pair, which no tokenizer takes."""
+        if not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
+            raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff): write whole characters")
+        return text
+
 
 class PromptSettings(Settings):
     template: Template
@@ -47,16 +62,20 @@ class PromptSettings(Settings):
     def _read_template(cls, values: Any) -> Any:
         """A template may be given by name (shipped with the package), by path, or written out."""
         if isinstance(values, dict) and isinstance(values.get("template"), str):
-            return {**values, "template": _read_yaml(_find(values["template"], RECIPES / "templates", "template"))}
+            return {**values, "template": read_yaml_file(_find(values["template"], RECIPES / "templates", "template"))}
         return values
 
 
 class DataSettings(Settings):
-    path: str = Field(description="folder with train and test files, or one training file")
-    extra: tuple[str, ...] = Field((), description="files of labelled rows that are only ever trained on")
+    path: Place = Field(description="folder with train and test files, or one training file")
+    extra: tuple[Place, ...] = Field((), description="files of labelled rows that are only ever trained on")
     folds: int = Field(5, ge=2)
     fold_seed: int = 0
-    cache: str = Field("data/cache", description="where rows and tokens are kept between runs")
+    cache: Place = Field("data/cache", description="where rows and tokens are kept between runs")
+    max_row_characters: int = Field(
+        MAX_ROW_CHARACTERS, ge=1, le=10**8, description="a row with more characters, all columns together, is an error"
+    )
+    max_turns: int = Field(MAX_TURNS, ge=1, description="a prompt or answer of more turns is an error")
     synthetic_rows: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="(train, test) rows of demo data to write to `path` when nothing stands there"
     )
@@ -71,7 +90,7 @@ class LoraSettings(Settings):
 
 
 class ModelSettings(Settings):
-    base: str = Field(description="folder or hub name of the base model; `demo_base` ships with the package")
+    base: Place = Field(description="folder or hub name of the base model; `demo_base` ships with the package")
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="compute and frozen weights; auto: bfloat16 where the device has it, else float16"
@@ -108,7 +127,22 @@ class TrainSettings(Settings):
     swap: Literal["never", "random", "both"] = Field("random", description="train on A and B exchanged")
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept, the latest")
+    keep_best: int = Field(1, ge=1, description="checkpoints kept besides, those with the least held-out log-loss")
+    resume: str = Field(
+        "auto", description="go on from: auto, the latest checkpoint; best; the path of one; or never, train anew"
+    )
+    max_seconds: float | None = Field(None, gt=0, description="save and end after so long; called again it goes on")
+    mirror: str | None = Field(None, description="keep checkpoints also at this URL that fsspec knows, or folder")
     track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+
+    @field_validator("mirror")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        user = (url or "").partition("://")[2].partition("/")[0].rpartition("@")[0]
+        if ":" in user or url == "":
+            raise ValueError("give a folder or a URL without a password: recipes are kept and shown")
+        return url
 
 
 class JudgeSettings(Settings):
@@ -118,7 +152,7 @@ class JudgeSettings(Settings):
 class Recipe(Settings):
     """Everything that decides what a run computes. `name` is also the run's folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = 0
     data: DataSettings
     prompt: PromptSettings
@@ -148,7 +182,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: no such recipe, unknown key, or a value that does not fit; says which and what would.
     """
-    return _validated(name, _read_yaml(_find(name, RECIPES, "recipe")), overrides)
+    return _validated(name, read_yaml_file(_find(name, RECIPES, "recipe")), overrides)
 
 
 def change(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -159,6 +193,18 @@ def change(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 def save_recipe(recipe: Recipe) -> str:
     """The recipe as YAML text, every default written out; `load_recipe` reads it back equal."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def run_place(runs: Path, name: str) -> Path:
+    """The folder `runs/name` of a recipe called `name`, or of a fold of it.
+
+    Raises:
+        ValueError: a link there leads out of `runs`.
+    """
+    place = runs / name
+    if runs.resolve() not in place.resolve().parents:
+        raise ValueError(f"{place} is a link that leads out of {runs}, to {place.resolve()}: remove it, or name --runs")
+    return place
 
 
 def recipe_names() -> list[str]:
@@ -186,35 +232,29 @@ def _find(name: str, folder: Path, kind: str) -> Path:
     raise ValueError(f"there is no {kind} {name!r}: name one of {names}, or give the path of a YAML file")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds {type(tree).__name__}, not settings: write `key: value` lines")
-    return tree
-
-
 def _apply(tree: dict[str, Any], override: str) -> None:
     """Sets one dotted key of a nested dictionary, making the groups on its way."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"override {override!r} is not `key=value`, for example train.batch_size=32")
+        raise ValueError(f"override {_short(override)} is not `key=value`, for example train.batch_size=32")
     *groups, last = key.strip().split(".")
     for group in groups:
         below = tree.setdefault(group, {})
         if below is None:
             below = tree[group] = {}
         if not isinstance(below, dict):
-            raise ValueError(f"override {override!r}: {group!r} is a single value, it has no settings below it")
+            raise ValueError(f"override {_short(override)}: {group!r} is a single value, it has no settings below it")
         tree = below
     try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        tree[last] = read_yaml(text, "the value")
+    except ValueError as error:
         raise ValueError(
-            f"override {override!r}: the value is not YAML; quote it if it holds special characters"
+            f"override {_short(override)}: {error}; quote the value if it holds special characters"
         ) from None
+
+
+def _short(text: str, width: int = 100) -> str:
+    return repr(text if len(text) <= width else text[:width] + "...")
 
 
 def _explain(error: Any) -> str:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SCRATCH = ".scratch"
+
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
@@ -21,7 +23,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     path is removed. The rename is atomic for a file; an existing directory is swapped out before it is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SCRATCH, dir=target.parent))
     try:
         draft = scratch / target.name
         yield draft
@@ -34,6 +36,12 @@ def written_whole(target: Path) -> Iterator[Path]:
         _sync_one(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Removes what killed processes left of `written_whole` in a folder. No other process may be writing there."""
+    for path in folder.glob(f".*{SCRATCH}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -16,6 +16,12 @@ PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 Advance = Callable[..., None]
 
 
+def printable(text: str) -> str:
+    """A text that any terminal can show: what steers one, and what is no character, is spelled out."""
+    spelled = "".join(each if each in "\n\t" or each.isprintable() else repr(each)[1:-1] for each in text)
+    return spelled.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def quiet() -> None:
     """Keeps the libraries' own notices off the screen; what matters of them is said by this package."""
     import logging as python_logging

@@ -35,7 +35,7 @@ from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation
 from arena.packing.tree import prefixes_for
 from arena.reporting.inspect import draw_attention
-from arena.training.trainer import plan_fold
+from arena.training.order import plan_fold
 
 if Path.cwd().name == "notebooks":  # paths below are those of the project's folder
     os.chdir("..")

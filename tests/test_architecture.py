@@ -14,11 +14,16 @@ MODULES = sorted((ROOT / "arena").rglob("*.py"))
 # each room imports only from itself and from those before it
 ROOMS = [
     "files",
+    "manifest",
     "background",
     "progress",
+    "lock",
+    "stopping",
+    "plain_yaml",
     "config",
     "metrics",
     "distributed",
+    "mirror",
     "data",
     "packing",
     "model",

@@ -50,6 +50,8 @@ def test_overrides() -> None:
         ("train.lr={", "not YAML"),
         ("packing.budget=512", "max_length .* is larger than packing.budget"),
         ("model.tune=full", "quantised weights cannot be trained"),
+        ("train.mirror=sftp://me:secret@host/x", "train.mirror: give a folder or a URL without a password"),
+        ("train.mirror=''", "train.mirror: give a folder"),
         ("prompt.template=nope", "no template 'nope': name one of compact, judge"),
     ],
 )

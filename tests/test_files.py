@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from arena.files import file_digest, fingerprint, write_json, write_text, written_whole
+from arena.files import SCRATCH, file_digest, fingerprint, remove_scratch, write_json, write_text, written_whole
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -49,3 +51,18 @@ def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match="name a file"):
         write_text(tmp_path / "folder", "x")
     assert (tmp_path / "folder/precious").exists()
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from arena.files import written_whole\n"
+        "with written_whole(Path(sys.argv[1])) as draft: draft.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    (tmp_path / "kept").write_text("whole")
+    (tmp_path / ".hidden").write_text("another's")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "kept")], check=False)
+    left = [path.name for path in tmp_path.iterdir() if path.name not in ("kept", ".hidden")]
+    assert len(left) == 1 and left[0].endswith(SCRATCH)
+    remove_scratch(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "kept"]
+    assert (tmp_path / "kept").read_text() == "whole"

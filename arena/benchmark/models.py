@@ -15,6 +15,7 @@ from arena.benchmark.settings import BenchSettings, Size
 from arena.config import LoraSettings, ModelSettings
 from arena.metrics import LABELS
 from arena.model.backbone import HEAD, load_base
+from arena.model.safety import SAFE_WEIGHTS
 from arena.model.tuning import adapt
 from arena.training.optim import trainable
 
@@ -84,8 +85,9 @@ def stock_model(base: Path, settings: BenchSettings, *, quantised: bool, dtype: 
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     plain = AutoModelForSequenceClassification.from_pretrained(
-        str(base), num_labels=len(LABELS), dtype=getattr(torch, dtype), attn_implementation="eager", **options
-    )
+        str(base), num_labels=len(LABELS), dtype=getattr(torch, dtype), attn_implementation="eager",
+        **SAFE_WEIGHTS, **options,
+    )  # fmt: skip
     if settings.checkpointing:
         plain.gradient_checkpointing_enable({"use_reentrant": False})
     lora = LoraConfig(

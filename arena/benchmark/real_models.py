@@ -25,6 +25,7 @@ from arena.model.card import card_of
 from arena.model.checkpointing import set_policies
 from arena.model.classifier import PackedClassifier
 from arena.model.create import ARCHITECTURES, create_base
+from arena.model.safety import SAFE
 from arena.model.tuning import adapt
 from arena.packing.loader import PackedLoader
 from arena.training.optim import trainable
@@ -54,7 +55,7 @@ def architecture(base: str) -> Any:
     """
     place = base_path(base)
     if (Path(place) / "config.json").is_file():
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, **SAFE)
     if base not in ARCHITECTURES:
         raise ValueError(f"the architecture of {base} is not known here: give a folder, or {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[base]

@@ -24,7 +24,7 @@ from arena.packing.plan import plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, find_prefixes
 from arena.training.optim import make_optimizer, trainable
 from arena.training.scaling import LossScaling
-from arena.training.trainer import accumulate
+from arena.training.step import accumulate
 
 Step = list[Any]  # the micro-batches of a step, PackedBatch or PaddedBatch
 

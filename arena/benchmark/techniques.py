@@ -24,8 +24,8 @@ from arena.data.synthetic import ensure_demo
 from arena.files import fingerprint
 from arena.model.backbone import load_tokenizer
 from arena.packing.tree import prefixes_for
+from arena.training.order import plan_fold
 from arena.training.run import run_fold
-from arena.training.trainer import plan_fold
 
 FOLD = 0
 SWEEP_SHARE = 4  # a sweep takes the steps of the table over this

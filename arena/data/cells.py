@@ -22,6 +22,7 @@ WORDS = {
 }
 TOLERANCE = 1e-3  # how far from 1 the three numbers may sum: soft labels are often written with three digits
 LARGEST_EXACT_FLOAT = 2**53
+CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -44,6 +45,8 @@ def read_id(value: Any) -> str:
         raise FieldError("id", "is blank or missing; give every row its own")
     if not isinstance(value, str):
         raise FieldError("id", f"is {excerpt(value)}; write a text or a whole number")
+    if CONTROL.search(value):  # readers of CSV do not agree on where such a row ends
+        raise FieldError("id", f"is {excerpt(value)}, with a line break or control character; write it without")
     return whole_characters(value)
 
 
@@ -121,7 +124,7 @@ def _number(cell: Any, field: str) -> float:
 
 
 def _from_numbers(values: list[float]) -> list[float]:
-    total = math.fsum(values)
+    total = sum(values)
     if abs(total - 1) > TOLERANCE:
         raise FieldError(
             ", ".join(NUMBERS),
@@ -138,6 +141,8 @@ def excerpt(cell: Any, width: int = 60) -> str:
         return f"a {type(cell).__name__}"
     if isinstance(cell, str) and len(cell) > width:
         return f"{json.dumps(cell[:width])} and so on"
+    if isinstance(cell, int) and abs(cell) >= 10**width:
+        return f"a number of more than {width} digits"
     return json.dumps(cell)
 
 

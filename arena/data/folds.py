@@ -14,6 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
+from arena.data.cached import kept
 from arena.data.cells import excerpt
 from arena.files import fingerprint, written_whole
 
@@ -72,7 +73,8 @@ def load_or_assign_folds(rows: Dataset, n_folds: int, seed: int, cache_dir: Path
         assigned = assign_folds(rows, n_folds, seed, keys)
         with written_whole(stored) as draft:
             pq.write_table(pa.table({"id": ids, "fold": assigned}), draft)
-    table = pq.read_table(stored)
+    with kept(stored):
+        table = pq.read_table(stored, columns=["id", "fold"])
     if table["id"].to_pylist() != ids:
         raise ValueError(f"{stored} does not hold the ids of these rows; delete it to assign the folds again")
     folds: Folds = table["fold"].to_numpy().astype(np.int8)  # a copy, which the caller may change

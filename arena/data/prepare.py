@@ -10,8 +10,10 @@ import numpy as np
 from datasets import Dataset
 
 from arena.config import Recipe
-from arena.data.conversations import READERS, judgeable_rows, read_conversations, repeated
+from arena.data.conversations import judgeable_rows, read_conversations, repeated
 from arena.data.folds import leaking, load_or_assign_folds
+from arena.data.limits import Limits
+from arena.data.rows import READERS
 from arena.data.tokens import TokenStore, join, tokenise
 from arena.files import fingerprint
 
@@ -74,14 +76,15 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     if not 0 <= fold < settings.folds:
         raise ValueError(f"there is no fold {fold}: the recipe has folds 0 to {settings.folds - 1}")
     cache = Path(settings.cache)
-    rows = read_conversations([data_file(settings.path, "train")], cache, labels="required")
+    limits = Limits(settings.max_row_characters, settings.max_turns)
+    rows = read_conversations([data_file(settings.path, "train")], cache, labels="required", limits=limits)
     folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, cache)
     held_out = np.flatnonzero(folds == fold)
     stores = [_tokens(rows, recipe, tokenizer)]
     labels, usable, kept = [_labels(rows)], [judgeable_rows(rows)], [folds != fold]
     notes, sources = [], [source(rows)]
     if settings.extra:
-        extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required")
+        extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required", limits=limits)
         again, leaks = repeated(extra, rows), leaking(extra, rows.select(held_out))
         notes.append(
             f"extra rows: {len(extra):,}, of which {again.sum():,} repeat a row and {(leaks & ~again).sum():,} "

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from arena.background import ahead
 from arena.config import PromptSettings
+from arena.data.cached import kept
 from arena.data.prompt import Encoded, PromptEncoder, control_ids
 from arena.files import fingerprint, written_whole
 from arena.progress import progress
@@ -120,14 +121,18 @@ def tokenise(
     if not path.is_file():
         with written_whole(path) as draft:
             _write(draft, rows, encoder, both_orders)
-    store = open_tokens(path, orders=2 if both_orders else 1)
-    assert len(store) == store.orders * len(rows), "the store is of other rows"
+    with kept(path):
+        store = open_tokens(path, orders=2 if both_orders else 1)
+        if len(store) != store.orders * len(rows):
+            raise ValueError(f"it is of {len(store):,} examples, not {store.orders * len(rows):,}")
     return store
 
 
 def open_tokens(path: Path, orders: int) -> TokenStore:
     """Opens a token file, memory-mapped. Its name must tell its content, as it does for files of `tokenise`."""
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    if table.schema != _SCHEMA:
+        raise ValueError(f"{path} has the columns {', '.join(table.column_names)}, not those of tokens")
     chunks = [chunk for chunk in table["input_ids"].chunks if len(chunk)]
     offsets = tuple(chunk.offsets.to_numpy() for chunk in chunks)
     lengths = [np.diff(each) for each in offsets]

@@ -37,12 +37,18 @@ def fold_models(run: Path) -> list[Path]:
     return models
 
 
-def average(models: list[Path], rows: Dataset, cache: Path, overrides: Sequence[str] = ()) -> np.ndarray:
-    """Mean probabilities over the models, float64 (len(rows), 3), in the order of the rows; see `Judge`."""
+def average(
+    models: list[Path], rows: Dataset, cache: Path, overrides: Sequence[str] = (), parts: Path | None = None
+) -> np.ndarray:
+    """Mean probabilities over the models, float64 (len(rows), 3), in the order of the rows; see `Judge`.
+
+    Args:
+        parts: a folder in which the logits of each model are kept as they come, and from which the same call goes on.
+    """
     total = np.zeros((len(rows), 3))
     for model in models:
         judge = Judge(model, overrides)
         console.print(f"{model.parent.name} ({judge.recipe.model.base}): judging {len(rows):,} rows")
-        total += judge.probabilities(rows, cache)
+        total += judge.probabilities(rows, cache, parts / model.parent.name if parts else None)
         del judge  # two large models at once may not fit
     return total / len(models)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from arena.config import ModelSettings, Recipe
 from arena.files import write_json, written_whole
 from arena.judging.judge import read_card
 from arena.model.backbone import load_base, load_tokenizer
-from arena.model.tuning import HEAD_FILE, load_trained, with_head
+from arena.model.tuning import HEAD_FILE, load_trained, with_adapter, with_head
 
 
 def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
@@ -52,4 +51,4 @@ def merge(judge: Path, settings: ModelSettings) -> PreTrainedModel:
         base = base.dequantize(dtype=torch.float32)
     if head:
         return with_head(base.float(), judge / HEAD_FILE)
-    return PeftModel.from_pretrained(base.float(), str(judge)).merge_and_unload()
+    return with_adapter(base.float(), judge, settings).merge_and_unload()

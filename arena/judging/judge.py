@@ -12,18 +12,22 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from arena import __version__
 from arena.config import Recipe, change
 from arena.data.conversations import judgeable_rows
 from arena.data.prepare import source
 from arena.data.tokens import tokenise
-from arena.files import write_json, written_whole
+from arena.distributed import device_name
+from arena.files import file_digest, fingerprint, write_json, written_whole
 from arena.judging.inference import predict_or_prior
+from arena.judging.shards import Shards
 from arena.model.backbone import attention_choice, base_digest, load_tokenizer
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
 from arena.model.precision import with_dtype
 from arena.model.tuning import load_trained, save_model
 from arena.packing.tree import prefixes_for
+from arena.stopping import stopping
 
 FORMAT = 1
 
@@ -43,6 +47,7 @@ class Judge:
 
     def __init__(self, folder: Path, overrides: Sequence[str] = (), device: torch.device | str | None = None) -> None:
         card = read_card(folder)
+        self.folder = folder
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.recipe = with_dtype(change(Recipe.model_validate(card["recipe"]), overrides), card_of(self.device))
         moved = any(override.startswith("model.base=") for override in overrides)
@@ -56,21 +61,47 @@ class Judge:
         self.classifier = PackedClassifier(load_trained(folder, self.recipe.model)).to(self.device).eval()
         attention_choice(self.classifier.model, self.recipe.model.dtype, training=False)
 
-    def probabilities(self, rows: Dataset, cache: Path) -> np.ndarray:
+    def probabilities(self, rows: Dataset, cache: Path, parts: Path | None = None) -> np.ndarray:
         """Judges conversations from `read_conversations`.
 
         Args:
             cache: where tokens are kept between calls.
+            parts: a folder in which logits are kept as they come: the same call goes on with what is there, to the same
+                probabilities. SIGTERM and SIGINT then end the judging after the micro-batch that it is at. None keeps
+                nothing.
 
         Returns:
             float64 (len(rows), 3) in the order of the rows: A, B, tie. A row with nothing to judge gets the prior, the
             mean label of the training rows.
+
+        Raises:
+            FloatingPointError: logits of a row are not finite; its id is named.
+            Stopped: a signal came; what was judged till then is in `parts`.
         """
         swap = self.recipe.judge.swap
         store = tokenise(rows, source(rows), self.tokenizer, self.recipe.prompt, cache, both_orders=swap)
         everything, judgeable = np.arange(len(rows)), judgeable_rows(rows)
         prefixes = prefixes_for(store, self.recipe.packing, cache)
-        return predict_or_prior(self.classifier, store, everything, judgeable, self.prior, self.recipe, prefixes)
+        known = (self.classifier, store, everything, judgeable, self.prior, self.recipe, prefixes)
+        if parts is None:
+            return predict_or_prior(*known, ids=rows["id"])
+        keep = Shards(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
+        with stopping() as stop:
+            found = predict_or_prior(*known, ids=rows["id"], keep=keep, stop=stop)
+        if stop():  # it came after the last micro-batch
+            raise stop.stopped()
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides this judge's logits besides tokens and plan: its files, its base, and settings of the model."""
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        settings = self.recipe.model.model_dump(mode="json", exclude={"base"})  # the base counts by its content
+        return {
+            "judge": fingerprint([[path.name, file_digest(path)] for path in files]),
+            "base": base_digest(self.recipe.model.base),
+            "settings": settings,
+            "package": __version__,
+        }
 
 
 def save_judge(
@@ -99,12 +130,26 @@ def read_card(folder: Path) -> dict[str, Any]:
     """The settings of a saved judge.
 
     Raises:
-        ValueError: the folder holds no judge, or one of another version.
+        ValueError: the folder holds no judge, a damaged one, or one of another version.
     """
     path = folder / "judge.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no judge (no judge.json): train one first")
-    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if card.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {card.get('format')}, this version reads {FORMAT}: train the fold again")
+    try:
+        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = card.get("format")
+        if version == FORMAT:
+            Recipe.model_validate(card["recipe"])
+            _check_prior(card["prior"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): train the fold again") from None
+    if version != FORMAT:
+        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}: train the fold again")
     return card
+
+
+def _check_prior(prior: Any) -> None:
+    """Raises `ValueError` for anything but three probabilities."""
+    values = np.asarray(prior, dtype=np.float64)
+    if values.shape != (3,) or not np.isfinite(values).all() or (values < 0).any() or abs(values.sum() - 1) > 1e-6:
+        raise ValueError(f"the prior is {str(prior)[:100]}")

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from arena.data.cells import excerpt
 from arena.files import written_whole
 from arena.metrics import CLASSES
 
+COLUMNS = ["id", *CLASSES]
 TOLERANCE = 1e-6  # how far from 1 a row may sum
 
 
@@ -30,11 +32,20 @@ def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray, 
 
 
 def check_target(path: Path, ids: Sequence[str], sample: Path | None) -> None:
-    """Raises `ValueError` for what can be known to be wrong before anything is judged: the place, the sample's ids."""
+    """Raises `ValueError` for what can be known to be wrong before anything is judged: the place, the sample's rows."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write")
-    if sample and (odd := set(_read(sample)["id"]) ^ set(ids)):
-        raise ValueError(f"{sample} and the test file differ in {len(odd)} ids, such as {min(odd)!r}: are they a pair?")
+    if sample is None:
+        return
+    table = _read(sample)
+    if list(table.columns) != COLUMNS:
+        raise ValueError(f"{sample} has the columns {_few(table.columns)}, a submission has {COLUMNS}: fetch it again")
+    if repeated := table["id"][table["id"].duplicated()].tolist():
+        raise ValueError(f"{sample}, id: {len(repeated)} stand there more than once, such as {excerpt(repeated[0])}")
+    if odd := set(table["id"]) ^ set(ids):
+        raise ValueError(
+            f"{sample} and the test file differ in {len(odd)} ids, such as {excerpt(min(odd))}: are they a pair?"
+        )
 
 
 def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> None:
@@ -44,7 +55,7 @@ def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> Non
         ValueError: a column, an id or a number is not as it must be; says which.
     """
     table = _read(path)
-    expected = list(_read(sample).columns) if sample else ["id", *CLASSES]
+    expected = list(_read(sample).columns) if sample else COLUMNS
     if list(table.columns) != expected:
         raise ValueError(f"the submission has the columns {list(table.columns)}, it must have {expected}")
     if repeated := table["id"][table["id"].duplicated()].tolist():
@@ -67,4 +78,14 @@ def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> Non
 
 
 def _read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+    """The file's columns as text. Raises `ValueError`, which names it, when it is no CSV."""
+    if not path.is_file():  # reading a pipe or a device may never end
+        raise ValueError(f"{path} is no regular file: remove it, or put a CSV file in its place")
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (ValueError, OverflowError) as error:  # ValueError: also not UTF-8, empty, or rows that are too long
+        raise ValueError(f"{path} cannot be read as CSV: {str(error).strip()}; fetch or write it again") from None
+
+
+def _few(names: pd.Index) -> str:
+    return excerpt(", ".join(map(str, names)), 200)

@@ -26,6 +26,7 @@ from arena.model.attention import NAME
 from arena.model.backends import Choice, choose_backend
 from arena.model.card import card_of
 from arena.model.last_layer import is_safe, only_last_tokens
+from arena.model.safety import SAFE, SAFE_WEIGHTS, check_base, check_loaded
 
 DEMO_BASE = "demo_base"
 HEAD = "score"  # as in transformers' sequence classifiers, so that a merged model loads as one of them
@@ -38,7 +39,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
         ValueError: there is none at that place; says how to get it.
     """
     with _found(base):
-        return AutoTokenizer.from_pretrained(base_path(base), revision=revision)
+        return AutoTokenizer.from_pretrained(base_path(base), revision=revision, **SAFE)
 
 
 def load_base(settings: ModelSettings) -> PreTrainedModel:
@@ -50,10 +51,15 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
     config = base_config(settings)
     as_judge(config)
     _keep_head(config)
+    place = base_path(settings.base)
+    if Path(place).is_dir():
+        check_base(Path(place))
     with _found(settings.base):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base_path(settings.base), revision=settings.revision, config=config, **loader_options(settings)
-        )
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            place, revision=settings.revision, config=config, output_loading_info=True,
+            **SAFE_WEIGHTS, **loader_options(settings),
+        )  # fmt: skip
+    check_loaded(settings.base, model, found, HEAD)
     take_over(model, settings)
     return model
 
@@ -61,7 +67,7 @@ def load_base(settings: ModelSettings) -> PreTrainedModel:
 def base_config(settings: ModelSettings) -> Any:
     """The config of a base model, as transformers reads it. Errors as `load_base`."""
     with _found(settings.base):
-        return AutoConfig.from_pretrained(base_path(settings.base), revision=settings.revision)
+        return AutoConfig.from_pretrained(base_path(settings.base), revision=settings.revision, **SAFE)
 
 
 def as_judge(config: Any) -> None:
@@ -202,10 +208,20 @@ def _found(base: str) -> Iterator[None]:
         )
     try:
         yield
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, ValueError) and "nrecognized" not in str(error):
-            raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # what a broken config or tokenizer raises is of any kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "custom code" in reason:
+            raise ValueError(
+                f"model.base: {base!r} brings code of its own, which is never run: use a base of a family that "
+                "transformers has itself"
+            ) from error
+        if Path(base_path(base)).is_dir():
+            raise ValueError(
+                f"model.base: {base!r} could not be loaded ({reason}): config.json, tokenizer.json and *.safetensors "
+                "must be those of one model; fetch them again"
+            ) from error
         raise ValueError(
             f"model.base: {base!r} could not be loaded ({reason}). If it is a gated model, accept its licence on its "
             "Hugging Face page and run `hf auth login`; on a machine without internet, download it elsewhere "

@@ -16,6 +16,7 @@ from arena.model.backbone import HEAD, backbone, load_base
 from arena.model.checkpointing import set_policies
 from arena.model.dora import install_dora
 from arena.model.fused import install
+from arena.model.safety import check_adapter, undamaged
 
 HEAD_FILE = "head.safetensors"  # of a judge of which nothing else was trained
 WHOLE_FILE = "model.safetensors"
@@ -62,9 +63,13 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
-    """The model that `save_model` wrote, ready for inference."""
+    """The model that `save_model` wrote, ready for inference.
+
+    Raises:
+        ValueError: what was saved is damaged, not safetensors, or does not fit the base.
+    """
     if (folder / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(load_base(settings), str(folder))
+        model = with_adapter(load_base(settings), folder, settings)
         install_dora(model, fresh=False)
     elif (folder / HEAD_FILE).is_file():
         model = with_head(load_base(settings), folder / HEAD_FILE)
@@ -75,9 +80,16 @@ def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     return model.eval()
 
 
+def with_adapter(model: PreTrainedModel, folder: Path, settings: ModelSettings) -> PreTrainedModel:
+    """The model with the adapter that stands in a folder, as the settings describe it: its own config is not obeyed."""
+    check_adapter(folder)
+    with undamaged(folder):
+        return PeftModel.from_pretrained(model, str(folder), config=_lora(settings.lora))
+
+
 def with_head(model: PreTrainedModel, file: Path) -> PreTrainedModel:
     """The model, its head replaced by the one that a safetensors file holds."""
-    with safe_open(file, framework="pt") as tensors, torch.no_grad():
+    with undamaged(file.parent), safe_open(file, framework="pt") as tensors, torch.no_grad():
         model.score.weight.copy_(tensors.get_tensor(HEAD_WEIGHT))
     return model
 

@@ -6,6 +6,7 @@ neighbours between them share. So an order and one number a neighbour describe e
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -167,7 +168,7 @@ def prefixes_for(store: TokenStore, settings: PackingSettings, cache: Path) -> P
             rank, shared = kept["rank"], kept["shared"]
         if len(rank) != len(store) or len(shared) != len(store):
             raise ValueError(f"it is of {len(rank):,} examples, not {len(store):,}")
-    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, OSError, BadZipFile, zlib.error, NotImplementedError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to have it made again") from error
     return Prefixes(rank, _minima(shared))
 

@@ -1,9 +1,13 @@
-"""Checkpoints: everything a run needs to go on, as safetensors and JSON, each checkpoint whole or absent."""
+"""Checkpoints: all that a run needs to go on exactly, as safetensors and JSON, each whole or not there.
+
+`step-<n>` holds the run after step n: trained weights, optimizer, schedule, random states, and what `Done` counts.
+`judged-<n>` holds what these weights made of the held-out rows. Each is written aside, synced and renamed, with a
+manifest of the SHA-256 of every file; one whose files are not what its manifest says is never loaded.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,94 +16,108 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arena.files import write_json, written_whole
+from arena.files import written_whole
+from arena.manifest import damage, read_manifest, write_manifest
 from arena.training.optim import trainable
 
-FORMAT = 2
 TENSOR = "@tensor"  # stands in plain JSON for a tensor that is kept beside it
-KEPT = 2  # checkpoints that stay, the latest ones; the best weights stay besides
 
-
-def save_weights(folder: Path, model: nn.Module, facts: dict[str, Any], judged: np.ndarray) -> None:
-    """Writes the trainable weights, facts about them and the probabilities they gave into a folder of their own."""
-    with written_whole(folder) as draft:
-        draft.mkdir()
-        save_file(_contiguous(trainable(model)), draft / "weights.safetensors")
-        save_file({"judged": torch.from_numpy(judged)}, draft / "judged.safetensors")
-        write_json(draft / "facts.json", facts)
-
-
-def load_weights(folder: Path, model: nn.Module) -> np.ndarray:
-    """Puts the weights of `save_weights` into the model and gives the probabilities back."""
-    _restore(load_file(folder / "weights.safetensors"), trainable(model))
-    return np.asarray(load_file(folder / "judged.safetensors")["judged"].numpy())
+Random = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and what of the states is plain
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, state: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    state: dict[str, Any],
+    states: Random | None = None,
 ) -> None:
-    """Writes `folder/step-<step>` and removes the checkpoints before the last `KEPT`.
+    """Writes a checkpoint to `folder`.
 
     Args:
         state: what else the run must know to go on; plain JSON values.
+        states: random states to save; those of now where not given.
     """
     tensors: dict[str, Tensor] = {}
     plain = _split(optimizer.state_dict(), "", tensors)
-    with written_whole(folder / f"step-{step:08d}") as draft:
+    drawn, plain_random = states or random_states()
+    with written_whole(folder) as draft:
         draft.mkdir()
         save_file(_contiguous(trainable(model)), draft / "weights.safetensors")
         save_file(_contiguous(tensors), draft / "optimizer.safetensors")
-        save_file(_random_states(), draft / "random.safetensors")
-        facts = {"format": FORMAT, "step": step, "optimizer": plain, "schedule": _plain(schedule.state_dict())}
-        write_json(draft / "state.json", {**facts, **state})
-    for old in checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        save_file(drawn, draft / "random.safetensors")
+        facts = {"optimizer": plain, "schedule": _plain(schedule.state_dict()), "random": plain_random}
+        write_manifest(draft, {**state, **facts})
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, the latest last."""
-    return sorted(path.parent for path in folder.glob("step-*/state.json"))
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`, with `step`.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any
+) -> dict[str, Any]:  # fmt: skip
+    """Puts weights, optimizer, schedule and random states back as they were, and gives back `state`.
 
     Raises:
-        ValueError: the checkpoint is of another version of this package.
+        ValueError: the checkpoint is not whole; nothing was changed then.
     """
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{checkpoint} has format {state.get('format')}, not {FORMAT}: train anew with --fresh")
+    why = damage(folder)
+    if why is not None:
+        raise ValueError(f"{folder} is not whole: {why}")
+    state = read_manifest(folder)
+    load_weights(folder, model)
+    saved = _join(state["optimizer"], load_file(folder / "optimizer.safetensors"))
+    optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in saved["state"].items()}})
+    schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
+    set_random_states((load_file(folder / "random.safetensors"), state["random"]))
     return state
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    """Puts weights, optimizer, schedule and random states back as they were."""
-    state = read_state(checkpoint)
-    _restore(load_file(checkpoint / "weights.safetensors"), trainable(model))
-    saved = _join(state["optimizer"], load_file(checkpoint / "optimizer.safetensors"))
-    optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in saved["state"].items()}})
-    schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
-    random = load_file(checkpoint / "random.safetensors")
-    torch.set_rng_state(random["cpu"])
-    if torch.cuda.is_available() and "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"])
-
-
-def _restore(saved: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Puts the trained weights of a checkpoint into the model."""
+    saved, parameters = load_file(folder / "weights.safetensors"), trainable(model)
     if saved.keys() != parameters.keys():
         odd = sorted(saved.keys() ^ parameters.keys())
-        raise ValueError(f"the checkpoint is of another model: {len(odd)} weights do not match, such as {odd[0]}")
+        raise ValueError(f"{folder} is of another model: {len(odd)} weights do not match, such as {odd[0]}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
 
 
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+def save_judged(folder: Path, facts: dict[str, Any], probabilities: np.ndarray) -> None:
+    """Writes what weights made of the held-out rows: float64 (n, 3), and facts such as the log-loss."""
+    with written_whole(folder) as draft:
+        draft.mkdir()
+        save_file({"probabilities": torch.from_numpy(probabilities)}, draft / "judged.safetensors")
+        write_manifest(draft, facts)
+
+
+def load_judged(folder: Path) -> np.ndarray:
+    """The probabilities of `save_judged`."""
+    return np.asarray(load_file(folder / "judged.safetensors")["probabilities"].numpy())
+
+
+def random_states() -> Random:
+    """Those of torch on the CPU and the GPU, of numpy and of Python."""
+    version, python, gauss = random.getstate()
+    _, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
+    tensors = {
+        "cpu": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "python": torch.tensor(python, dtype=torch.int64),
+    }
     if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors, {"numpy": [int(place), int(has_gauss), float(cached)], "python": [version, gauss]}
+
+
+def set_random_states(states: Random) -> None:
+    """Puts them back."""
+    tensors, plain = states
+    torch.set_rng_state(tensors["cpu"])
+    if torch.cuda.is_available() and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"])
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *plain["numpy"]))
+    version, gauss = plain["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
 
 
 def _contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,16 +10,28 @@ from typing import Any
 from arena.config import Recipe, save_recipe
 from arena.files import fingerprint, write_json, write_text
 from arena.progress import console
-from arena.training.checkpoint import checkpoints
+from arena.training.shelf import Shelf
+
+APART = {
+    "train": ("track", "checkpoint_every", "keep_last", "keep_best", "resume", "max_seconds", "mirror"),
+    # of files the content counts, which has fingerprints of its own
+    "data": ("cache", "path", "synthetic_rows", "max_row_characters", "max_turns"),
+    "model": ("base", "checkpointing"),
+}
 
 
 def identity(recipe: Recipe, data: str, base: str) -> dict[str, str]:
     """What makes two runs the same: recipe, data and base, each by its fingerprint."""
+    return {"recipe": of_recipe(recipe), "data": data, "base": base}
+
+
+def of_recipe(recipe: Recipe) -> str:
+    """Fingerprint of what of a recipe decides the numbers: not where things lie, nor how a run is watched and kept."""
     tree = recipe.model_dump(mode="json")
-    del tree["train"]["track"], tree["train"]["checkpoint_every"]
-    # of these the content counts, and that is in `data` and `base`
-    del tree["data"]["cache"], tree["data"]["path"], tree["data"]["synthetic_rows"], tree["model"]["base"]
-    return {"recipe": fingerprint(tree), "data": data, "base": base}
+    for group, names in APART.items():
+        for name in names:
+            del tree[group][name]
+    return fingerprint(tree)
 
 
 def finished(folder: Path, run: dict[str, str]) -> dict[str, Any] | None:
@@ -42,7 +54,7 @@ def claim(folder: Path, run: dict[str, str], recipe: Recipe, *, fresh: bool) -> 
     owner = _owner(folder)
     if owner == run and not fresh:
         return
-    unfinished = owner is not None and not (folder / "metrics.json").is_file() and checkpoints(folder / "checkpoints")
+    unfinished = owner is not None and not (folder / "metrics.json").is_file() and Shelf(folder / "checkpoints").steps()
     if unfinished and not fresh:
         raise ValueError(
             f"{folder} holds an unfinished run of another recipe, other data or another base: run that one to its end, "

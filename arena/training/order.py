@@ -1,14 +1,18 @@
-"""Which examples training sees, and in which order: decided by the seed before the first step."""
+"""Which examples training sees, in which order and micro-batches: decided by the seed before the first step."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 
+from arena.config import Recipe
+from arena.data.prepare import FoldData
 from arena.data.tokens import TokenStore
 from arena.metrics import SWAPPED
-from arena.packing.plan import epoch_order
+from arena.packing.plan import PackPlan, epoch_order, plan_training
+from arena.packing.tree import Prefixes, prefixes_for
 
 SWAP_STREAM = 1  # keeps the draws of swaps apart from the draws of shuffles
 
@@ -43,3 +47,19 @@ def example_labels(labels: np.ndarray, store: TokenStore) -> np.ndarray:
     if store.orders == 2:
         expanded[1::2] = expanded[1::2][:, SWAPPED]
     return expanded
+
+
+def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes | None = None) -> PackPlan:
+    """The plan of a whole training: the same for the same recipe and data.
+
+    Args:
+        prefixes: what the store's examples share (`prefixes_for`); looked up where not given.
+    """
+    settings = recipe.train
+    order = training_order(
+        data.train_rows, data.store.orders, epochs=settings.epochs, swap=settings.swap, seed=recipe.seed
+    )
+    return plan_training(
+        data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks,
+        prefixes=prefixes or prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),
+    )  # fmt: skip

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from accelerate import Accelerator
 
-from arena.config import Recipe, save_recipe
+from arena.config import Recipe, run_place, save_recipe
 from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.distributed import device_name, peak_memory, start
-from arena.files import write_json, written_whole
+from arena.files import fingerprint, remove_scratch, write_json, written_whole
 from arena.judging.baseline import baseline_probabilities
 from arena.judging.inference import predict_or_prior
 from arena.judging.judge import save_judge
+from arena.lock import locked
 from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
+from arena.mirror.mirror import Mirror
 from arena.model.attention import used_backends
 from arena.model.backbone import base_config, base_digest, load_base, load_tokenizer
 from arena.model.card import card_of
@@ -24,9 +30,13 @@ from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
 from arena.progress import console
+from arena.stopping import stopping
 from arena.training.folder import claim, finished, identity
 from arena.training.optim import trainable
 from arena.training.trainer import Trainer
+
+FILES = ("recipe.yaml", "log.jsonl", "oof.csv", "metrics.json")  # of a finished run, besides its model
+PATIENT, HURRIED = 600.0, 15.0  # seconds that a run waits for its mirror at its end, and where it is ended
 
 
 def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> dict[str, Any]:
@@ -41,14 +51,23 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
         What `metrics.json` holds; without the scores on processes other than the first.
 
     Raises:
-        ValueError: settings or files that cannot be used, or an interrupted run of another recipe.
+        ValueError: settings or files that cannot be used, an interrupted run of another recipe, or another process at
+            work in the folder.
+        Stopped: a signal or `train.max_seconds` ended it; everything is saved, and the same call goes on.
     """
-    folder = runs / recipe.name / f"fold{fold}"
-    track = recipe.train.track
-    accelerator = start(recipe.seed, track, str(folder))
-    recipe = with_dtype(recipe, card_of(accelerator.device))
+    folder = run_place(runs, f"{recipe.name}/fold{fold}")
+    accelerator = start(recipe.seed, recipe.train.track, str(folder))
+    console.quiet = not accelerator.is_main_process
+    with locked(folder) if accelerator.is_main_process else nullcontext():
+        for place in (folder, folder / "checkpoints") if accelerator.is_main_process else ():
+            remove_scratch(place)
+        return _run(recipe, fold, folder, accelerator, fresh or recipe.train.resume == "never")
+
+
+def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
+    """`run_fold` in a folder that no other process is at work on."""
     main = accelerator.is_main_process
-    console.quiet = not main
+    recipe = with_dtype(recipe, card_of(accelerator.device))
     data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     asked, recipe = recipe, fit(recipe, base_config(recipe.model), card_of(accelerator.device))
@@ -60,32 +79,60 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
         console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
         return metrics
     model = adapt(load_base(recipe.model), recipe.model)
-    trainer = Trainer(recipe, data, model, folder, accelerator)
-    if main:  # only now: what cannot be trained must not take the place of what was
-        claim(folder, run, recipe, fresh=fresh)
-    accelerator.wait_for_everyone()
-    if track != "none":
-        accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
-    _say(recipe, data, trainer)
-    if recipe.packing.budget < asked.packing.budget:
-        console.print(
-            f"micro-batches hold at most {recipe.packing.budget:,} tokens, not {asked.packing.budget:,}: that is what "
-            f"{device_name(accelerator.device)} has memory for"
-        )
-    trainer.run()
-    held_out = data.eval_rows
-    probabilities = predict_or_prior(
-        trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe,
-        trainer.prefixes, straight=trainer.judged,
-    )  # fmt: skip
-    metrics = {"recipe": recipe.name, "fold": fold, **_effort(data, trainer)}
-    if main:
-        save_judge(folder / "model", model, tokenizer, recipe, data.prior, data.trained_on, run["base"])
-        write_oof(folder / "oof.csv", data, probabilities)
-        metrics |= _scores(recipe, data, probabilities)
-        write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
-    accelerator.end_training()
+    with stopping(recipe.train.max_seconds) as stop, _mirror(recipe, folder, run, main, fresh) as mirror:
+        trainer = Trainer(recipe, data, model, folder, accelerator, stop, mirror)
+        if main:  # only now: what cannot be trained must not take the place of what was
+            claim(folder, run, recipe, fresh=fresh)
+        if mirror is not None and not fresh:
+            mirror.pull(folder)
+        accelerator.wait_for_everyone()
+        if recipe.train.track != "none":
+            accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
+        _say(recipe, asked, data, trainer)
+        try:
+            trainer.run()
+            probabilities = _judge_held_out(recipe, data, trainer)
+        finally:
+            accelerator.end_training()
+        metrics = {"recipe": recipe.name, "fold": fold, **_effort(data, trainer)}
+        if main:
+            save_judge(folder / "model", model, tokenizer, recipe, data.prior, data.trained_on, run["base"])
+            write_oof(folder / "oof.csv", data, probabilities)
+            metrics |= _scores(recipe, data, probabilities)
+            write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
+            shutil.rmtree(folder / "judging", ignore_errors=True)
+        if mirror is not None:
+            mirror.push_files("model", [folder / "model"])
+            mirror.push_files("files", [folder / name for name in FILES])
     return metrics
+
+
+@contextmanager
+def _mirror(recipe: Recipe, folder: Path, run: dict[str, str], main: bool, fresh: bool) -> Iterator[Mirror | None]:
+    """The store that `train.mirror` names, on the first rank; waits for what is on its way when the run ends."""
+    if recipe.train.mirror is None or not main:
+        yield None
+        return
+    place = f"{recipe.name}/{folder.name}/{fingerprint(run)}"
+    aside = folder.with_name(f".{folder.name}.mirror")
+    mirror = Mirror(recipe.train.mirror, place, aside, anew=fresh or recipe.train.resume != "auto")
+    patience = HURRIED
+    try:
+        yield mirror
+        patience = PATIENT
+    finally:
+        mirror.close(patience)
+
+
+def _judge_held_out(recipe: Recipe, data: FoldData, trainer: Trainer) -> np.ndarray:
+    """Probabilities (n, 3) of the held-out rows by the best weights, both orders averaged where the recipe says so."""
+    held_out, best = data.eval_rows, trainer.shelf.best
+    assert best is not None, "the last step is always judged"
+    return predict_or_prior(
+        trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe,
+        trainer.prefixes, straight=trainer.judged, ids=trainer.ids, keep=trainer.keep("held-out", best),
+        stop=trainer.stop if trainer.alone else None,
+    )  # fmt: skip
 
 
 def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
@@ -103,7 +150,7 @@ def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
         table.to_csv(draft, index=False, lineterminator="\n")
 
 
-def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
+def _say(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -> None:
     for note in data.notes:
         console.print(note)
     plan = trainer.plan
@@ -115,6 +162,11 @@ def _say(recipe: Recipe, data: FoldData, trainer: Trainer) -> None:
         f"{count:,} trainable parameters; {device_name(trainer.accelerator.device)}; attention {trainer.attention}"
         + (f"; {plan.ranks} processes" if plan.ranks > 1 else "")
     )
+    if plan.budget < asked.packing.budget:
+        console.print(
+            f"micro-batches hold at most {plan.budget:,} tokens, not {asked.packing.budget:,}: that is what "
+            f"{device_name(trainer.device)} has memory for"
+        )
     if trainer.kept is not None:
         console.print(str(trainer.kept))
     cut = int((data.store.tokens_cut > 0).sum())
@@ -144,7 +196,7 @@ def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
         "n_eval": len(data.eval_rows),
         "n_train": len(data.train_rows),
         "steps": done.step,
-        "best_step": done.best_step,
+        "best_step": trainer.shelf.best,
         "micro_batches": done.micro_batches,
         "fill_rate": trainer.plan.fill_rate,
         "tokens": done.tokens,
@@ -173,7 +225,11 @@ def _truth(folder: Path, ids: list[str]) -> np.ndarray | None:
     path = folder / "truth.csv"
     if not path.is_file():
         return None
-    table = pd.read_csv(path, dtype={"id": str})
+    try:
+        table = pd.read_csv(path, dtype={"id": str})
+    except (ValueError, OSError) as error:  # a table of figures more must not cost a trained judge
+        console.print(f"{path} cannot be read, so the floor is not known: {error}")
+        return None
     if "id" not in table:
         return None
     table = table.set_index("id")

@@ -2,59 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from arena.background import ahead
 from arena.config import Recipe
 from arena.data.prepare import FoldData
-from arena.distributed import compute_in, first_rank, sum_gradients, total
-from arena.files import write_text
+from arena.distributed import device_name, first_rank, sum_gradients, total
 from arena.judging.inference import predict
+from arena.judging.shards import Shards
+from arena.manifest import damage, read_manifest
 from arena.metrics import log_loss
+from arena.mirror.mirror import Mirror
 from arena.model.backbone import attention_choice
-from arena.model.classifier import PackedClassifier, loss_sum
+from arena.model.classifier import PackedClassifier
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
-from arena.packing.plan import PackPlan, plan_training
-from arena.packing.tree import Prefixes, prefixes_for
+from arena.packing.tree import prefixes_for
 from arena.progress import progress
+from arena.stopping import Stop, Stopped
 from arena.training.checkpoint import (
-    checkpoints,
+    Random,
     load_checkpoint,
     load_weights,
-    read_state,
+    random_states,
     save_checkpoint,
-    save_weights,
+    set_random_states,
 )
+from arena.training.done import RUN_FILES, Done
+from arena.training.failure import describe_failure, note_failure
+from arena.training.folder import of_recipe
+from arena.training.log import EVALUATION, RunLog
 from arena.training.optim import make_optimizer, make_schedule, trainable
-from arena.training.order import example_labels, training_order
+from arena.training.order import example_labels, plan_fold
 from arena.training.probe import keep_what_fits
 from arena.training.scaling import LossScaling
-
-
-@dataclass
-class Done:
-    """How far a run is; kept in every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    unique_tokens: int = 0
-    micro_batches: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0  # of these seconds, for data
-    best_step: int = -1
-    best_log_loss: float | None = None
+from arena.training.shelf import Shelf
+from arena.training.step import accumulate
 
 
 class Trainer:
@@ -63,15 +56,20 @@ class Trainer:
     Args:
         model: what `backbone.adapt` gave.
         folder: the run's folder; the log and the checkpoints go there.
+        stop: asked between micro-batches whether the run is to end.
+        mirror: where checkpoints go besides, on the first rank.
 
     Raises:
         ValueError: the recipe names an attention backend that cannot train here.
     """
 
     def __init__(
-        self, recipe: Recipe, data: FoldData, model: nn.Module, folder: Path, accelerator: Accelerator
-    ) -> None:
+        self, recipe: Recipe, data: FoldData, model: nn.Module, folder: Path, accelerator: Accelerator,
+        stop: Stop | None = None, mirror: Mirror | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
+        self.device, self.alone = accelerator.device, accelerator.num_processes == 1
+        self.ids: list[str] = data.rows["id"][:]
         self.model = model
         self.classifier = PackedClassifier(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
@@ -83,54 +81,89 @@ class Trainer:
         self.done = Done()
         self.kept = keep_what_fits(self.classifier, self._loader(), recipe)
         self.judged: np.ndarray | None = None  # by the best weights, once trained: held-out rows in straight order
-        self.pledge = {"data": data.fingerprint, "plan": self.plan.fingerprint}
+        self.pledge = {"data": data.fingerprint, "plan": self.plan.fingerprint, "recipe": of_recipe(recipe)}
+        self.stop, self.mirror = stop or Stop(), mirror
+        self.shelf = Shelf(folder / "checkpoints", recipe.train.keep_last, recipe.train.keep_best)
+        self.log = RunLog(folder / "log.jsonl", writes=accelerator.is_main_process)
 
     def run(self) -> Done:
-        """Trains from the latest checkpoint, or the beginning, to the end; leaves the best weights in the model."""
+        """Trains from a checkpoint, or the beginning, to the end; leaves the best weights in the model.
+
+        Raises:
+            Stopped: the run was asked to end; everything is saved, and the same call goes on from there.
+            FloatingPointError: a loss, gradient or judgement is not finite; what was before it is saved.
+        """
         self.resume()
-        self._start_log()
-        settings = self.recipe.train
         self.classifier.train()
         with progress("training", self.plan.n_steps, "steps") as advance:
             advance(self.done.step)
+            if self._evaluates() and self.done.step not in self.shelf.losses:
+                self._evaluate()  # the run was ended before or within it
             start = time.monotonic()
             for batch in ahead(self._loader()):
                 self.done.waited += time.monotonic() - start
                 facts = self._step(batch, start)
                 advance(1, note=f"loss {facts['loss']:.4f}")
-                last = self.done.step == self.plan.n_steps
-                if last or (settings.evaluate_every and self.done.step % settings.evaluate_every == 0):
-                    self._evaluate()
-                    self._save()
-                elif self.done.step % settings.checkpoint_every == 0:
-                    self._save()
+                self._after_step()
                 start = time.monotonic()
-        self.judged = load_weights(self.best_folder, self.model)
+        self._take_best()
         return self.done
 
     def resume(self) -> None:
-        """Goes on from the latest checkpoint, if there is one.
+        """Goes on from the checkpoint that `train.resume` names, if there is one.
 
         Raises:
-            ValueError: it belongs to other data or another plan.
+            ValueError: it belongs to another recipe, other data or another plan, or none is whole.
         """
-        found = checkpoints(self.folder / "checkpoints")
-        if not found:
-            return
-        state = read_state(found[-1])
-        changed = [name for name, value in self.pledge.items() if state["pledge"][name] != value]
+        self._require_folder()
+        mode = self.recipe.train.resume
+        assert self.shelf.losses is not None  # read on all ranks before the first one writes
+        self.accelerator.wait_for_everyone()
+        found = None if mode == "never" else self.shelf.choose(mode)
+        if found is not None:
+            self._check_pledge(found, read_manifest(found)["pledge"])
+            state = load_checkpoint(found, self.model, self.optimizer, self.schedule)
+            self.scaling.restore(state["scaling"])
+            self.done = Done(**state["done"])
+            if mode != "auto":
+                self._on_main(lambda: self.shelf.leave_after(self.done.step))
+        self.log.cut(self.done.step)
+        if self.done.step in self.shelf.losses and self.done.step not in self.log.evaluated():
+            self.log.add(self.shelf.judgement(self.done.step)[0]["line"])
+
+    def _check_pledge(self, checkpoint: Path, pledge: dict[str, str]) -> None:
+        changed = [name for name, value in self.pledge.items() if pledge.get(name) != value]
         if changed:
             raise ValueError(
-                f"{found[-1]} was made with another {' and '.join(changed)}: give the settings, files and "
+                f"{checkpoint} was made with another {' and '.join(changed)}: give the settings, files and "
                 "number of processes of that run to go on with it, or --fresh to set it aside and train anew"
             )
-        load_checkpoint(found[-1], self.model, self.optimizer, self.schedule)
-        self.scaling.restore(state.get("scaling", {}))
-        self.done = Done(**state["done"])
 
-    @property
-    def best_folder(self) -> Path:
-        return self.folder / "checkpoints" / "best"
+    def _evaluates(self) -> bool:
+        """Whether the held-out rows are judged after the step that was done last."""
+        step, every = self.done.step, self.recipe.train.evaluate_every
+        return step == self.plan.n_steps or (every > 0 and step > 0 and step % every == 0)
+
+    def _after_step(self) -> None:
+        if self._evaluates():
+            self._save()  # before, so that a run that ends within an evaluation loses no step
+            self._evaluate()
+        elif self.done.step % self.recipe.train.checkpoint_every == 0:
+            self._save()
+        asked = float(self.stop())
+        if total(self.accelerator, asked) > 0 and self.done.step < self.plan.n_steps:
+            self._save()
+            raise self.stop.stopped()
+
+    def _take_best(self) -> None:
+        """Leaves the best weights in the model, and what they made of the held-out rows."""
+        best = self.shelf.best
+        assert best is not None, "the last step is always judged"
+        why = damage(self.shelf.step(best))
+        if why is not None:
+            raise ValueError(f"the best checkpoint was damaged since it was written ({why}): call again to judge anew")
+        load_weights(self.shelf.step(best), self.model)
+        self.judged = self.shelf.judgement(best)[1]
 
     def _loader(self) -> PackedLoader:
         labels = example_labels(self.data.labels, self.data.store)
@@ -146,27 +179,38 @@ class Trainer:
 
         Raises:
             FloatingPointError: a number is not finite; no weight was changed.
+            Stopped: the run was asked to end within the step, which is begun anew when it goes on.
         """
-        size = self.plan.step_size(self.done.step)
-        device, dtype = self.accelerator.device, self.recipe.model.dtype
-        loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling)
+        size, before = self.plan.step_size(self.done.step), random_states()
+        device, dtype = self.device, self.recipe.model.dtype
+        stop = self.stop if self.alone else None  # several ranks end after the same step
+        try:
+            loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling, stop)
+        except Stopped:
+            self._give_up_step(before)
+            raise
         parameters = list(trainable(self.model).values())
         sum_gradients(self.accelerator, parameters)
         self.scaling.unscale(self.optimizer)
         loss = total(self.accelerator, loss)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm))
         if not self.scaling.forgives(loss, norm):
+            self._give_up_step(before)
             rows = sorted({int(index) // self.data.store.orders for each in batch for index in each.index})
-            raise FloatingPointError(
-                f"step {self.done.step + 1}: loss {loss}, gradient norm {norm}; the step was not taken. "
-                f"Rows of the step: {rows[:20]}. "
-                "The checkpoints are intact; look at these rows, or train anew with a lower learning rate (--fresh)"
-            )
+            failed = self.folder, self.done.step + 1, loss, norm, [str(self.ids[row]) for row in rows]
+            self._on_main(lambda: note_failure(*failed))
+            raise FloatingPointError(describe_failure(*failed))
         facts = {"loss": loss, "grad_norm": norm, "lr": self.schedule.get_last_lr()[-1]}
         facts |= self.scaling.step(self.optimizer, norm)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return self._count(size, facts, time.monotonic() - start)
+
+    def _give_up_step(self, before: Random) -> None:
+        """Saves the run as it was before a step that was begun and not taken."""
+        self.optimizer.zero_grad(set_to_none=True)
+        set_random_states(before)
+        self._save()
 
     def _count(self, size: int, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Books a step and logs it with `facts` about it."""
@@ -189,90 +233,61 @@ class Trainer:
         return facts
 
     def _evaluate(self) -> None:
-        """Scores the held-out rows in their given order and keeps the weights if they are the best so far."""
+        """Judges the held-out rows in their given order, and keeps what came of it beside the checkpoint."""
         rows = self.data.eval_rows[self.data.judgeable[self.data.eval_rows]]
-        recipe = self.recipe
+        recipe, step = self.recipe, self.done.step
         found = predict(
             self.classifier, self.data.store, rows,
             budget=recipe.packing.budget, orders=[0], dtype=recipe.model.dtype, prefixes=self.prefixes,
-            title="evaluating",
+            title="evaluating", ids=self.ids, keep=self.keep("evaluation", step),
+            stop=self.stop if self.alone else None,
         )  # fmt: skip
         loss = first_rank(self.accelerator, log_loss(self.data.labels[rows], found))
-        better = self.done.best_log_loss is None or loss < self.done.best_log_loss
-        if better:
-            self.done.best_log_loss, self.done.best_step = loss, self.done.step
-            facts = {"step": self.done.step, "log_loss": loss}
-            self._on_main(lambda: save_weights(self.best_folder, self.model, facts, found))
-        self._log({"step": self.done.step, "eval_log_loss": loss, "eval_rows": len(rows), "best": better})
+        best = min(self.shelf.losses.values(), default=math.inf)
+        line = {"step": step, EVALUATION: loss, "eval_rows": len(rows), "best": loss < best}
+        self._on_main(lambda: self.shelf.judge(step, {"log_loss": loss, "line": line}, found))
+        self.shelf.losses[step] = loss
+        self._log(line)
+        if self.mirror is not None:
+            if self.shelf.best == step:
+                self.mirror.push(self.shelf.step(step), best=True)
+            self.mirror.push(self.shelf.judged(step))
+        self._on_main(self.shelf.tidy)
+
+    def keep(self, name: str, step: int) -> Shards | None:
+        """Where a judging by the weights of a checkpoint keeps what it has, to go on if it is ended; alone only."""
+        if not self.alone:
+            return None
+        weights = read_manifest(self.shelf.step(step))["files"]["weights.safetensors"]["sha256"]
+        return Shards(self.folder / "judging" / name, {**self.pledge, "weights": weights}, device_name(self.device))
 
     def _save(self) -> None:
+        """Writes the checkpoint of the step that was done last, if it is not there."""
+        target = self.shelf.step(self.done.step)
+        self._require_folder()
         state = {"done": asdict(self.done), "pledge": self.pledge, "scaling": self.scaling.state()}
-        self._on_main(
-            lambda: save_checkpoint(
-                self.folder / "checkpoints", self.done.step, self.model, self.optimizer, self.schedule, state
-            )
-        )
+
+        def write() -> None:  # whether it is there the first rank decides alone: another might see it come
+            if damage(target) is None:
+                return
+            save_checkpoint(target, self.model, self.optimizer, self.schedule, state)
+            if self.mirror is not None:
+                there = [self.folder / name for name in RUN_FILES if (self.folder / name).is_file()]
+                self.mirror.push(target, files=there)
+            self.shelf.tidy()
+
+        self._on_main(write)
+
+    def _require_folder(self) -> None:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} is gone, and with it the run: nothing more can be saved there")
 
     def _on_main(self, work: Callable[[], None]) -> None:
         if self.accelerator.is_main_process:
             work()
         self.accelerator.wait_for_everyone()
 
-    def _start_log(self) -> None:
-        """Drops the lines that an interrupted run wrote after its last checkpoint: those steps are done again."""
-        path = self.folder / "log.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= self.done.step]
-        self._on_main(lambda: write_text(path, "".join(line + "\n" for line in kept)))
-
     def _log(self, facts: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(facts) + "\n")
+        self.log.add(facts)
         tracked = {key: value for key, value in facts.items() if key != "step" and value is not None}
         self.accelerator.log(tracked, step=facts["step"])
-
-
-def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes | None = None) -> PackPlan:
-    """The plan of a whole training: the same for the same recipe and data.
-
-    Args:
-        prefixes: what the store's examples share (`prefixes_for`); looked up where not given.
-    """
-    settings = recipe.train
-    order = training_order(
-        data.train_rows, data.store.orders, epochs=settings.epochs, swap=settings.swap, seed=recipe.seed
-    )
-    return plan_training(
-        data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks,
-        prefixes=prefixes or prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),
-    )  # fmt: skip
-
-
-def accumulate(
-    classifier: nn.Module, batch: list[PackedBatch], size: int, device: torch.device, dtype: str,
-    scaling: LossScaling | None = None,
-) -> float:  # fmt: skip
-    """Adds the gradient of the step's mean loss, a micro-batch at a time, and gives this rank's share of that loss.
-
-    Each micro-batch's summed loss is divided by `size`, the examples of the whole step over all its micro-batches and
-    ranks, so that the gradient does not depend on how the step was cut. With `scaling` it is scaled up,
-    the loss that is given is not.
-    """
-    sums: list[Tensor] = []
-    for micro_batch in batch:
-        placed = micro_batch.to(device)
-        with compute_in(device, dtype):
-            logits = classifier(placed)
-        loss = loss_sum(logits, placed.label) / size
-        (loss if scaling is None else scaling.scaled(loss)).backward()
-        sums.append(loss.detach())
-    return float(torch.stack(sums).sum()) if sums else 0.0
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of the log; infinity for a line that was cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return math.inf

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +14,14 @@ import torch
 from datasets import Dataset
 
 from arena.data.tokens import TokenStore, tokenise
+from arena.judging import inference
 from arena.judging.inference import predict, predict_or_prior
+from arena.judging.shards import Shards
 from arena.metrics import softmax
 from arena.model.backbone import load_tokenizer
 from arena.packing.batch import collate
 from arena.packing.tree import find_prefixes
+from arena.stopping import Stop, Stopped
 from tests.helpers import classifier, exact, prompt_settings, tiny_recipe
 
 
@@ -98,3 +105,162 @@ def test_training_mode_is_given_back(gemma2: Path, store: TokenStore) -> None:
     model = classifier(exact(gemma2)).train()
     predict(model, store, np.array([0]), budget=512, orders=[0], dtype="float32")
     assert model.training
+
+
+def test_a_row_given_twice_is_judged_once_and_given_twice(gemma2: Path, store: TokenStore) -> None:
+    model, seen = classifier(exact(gemma2)).eval(), []
+    model.register_forward_hook(lambda module, args, output: seen.extend(args[0].index.tolist()))
+    settings: dict[str, Any] = {"budget": 256, "orders": [0, 1], "dtype": "float32"}
+    found = predict(model, store, np.array([5, 3, 5, 16, 3]), **settings)
+    assert len(seen) == len(set(seen)) == 6
+    np.testing.assert_array_equal(found[[0, 1, 3]], predict(model, store, np.array([5, 3, 16]), **settings))
+    np.testing.assert_array_equal(found[[2, 4]], found[[0, 1]])
+    assert predict(model, store, np.array([], dtype=int), **settings).shape == (0, 3)
+
+
+def test_logits_that_are_missing_are_no_numbers(gemma2: Path, store: TokenStore) -> None:
+    model = classifier(exact(gemma2)).eval()
+    model.register_forward_hook(lambda module, args, output: output[:-1])
+    with pytest.raises(AssertionError, match="every example has three logits"):
+        predict(model, store, np.arange(5), budget=256, orders=[0], dtype="float32")
+
+
+class CutError(Exception):
+    """What ends a judging in these tests."""
+
+
+class Bench:
+    """A judge whose micro-batches are counted, and which fails when so many have been asked for."""
+
+    def __init__(self, base: Path, store: TokenStore, folder: Path) -> None:
+        self.model, self.store, self.folder = classifier(exact(base)).eval(), store, folder
+        self.asked: list[list[int]] = []
+        self.limit = 10**9
+        self.settings: dict[str, Any] = {"budget": 256, "orders": [0, 1], "dtype": "float32"}
+        self.model.register_forward_pre_hook(self._count)
+
+    def _count(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        if len(self.asked) == self.limit:
+            raise CutError
+        self.asked.append(sorted(args[0].index.tolist()))
+
+    def __call__(self, limit: int = 10**9, rows: np.ndarray | None = None, **changes: Any) -> np.ndarray:
+        self.asked, self.limit = [], limit
+        keep = changes.pop("keep", Shards(self.folder, {"judge": "a"}, seconds=0))
+        chosen = np.arange(17) if rows is None else rows
+        return predict(self.model, self.store, chosen, **{**self.settings, "keep": keep, **changes})
+
+
+@pytest.fixture
+def judging(gemma2: Path, store: TokenStore, tmp_path: Path) -> Bench:
+    return Bench(gemma2, store, tmp_path / "parts")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_cut_anywhere_it_goes_on_to_the_same_bits(judging: Bench, seconds: float) -> None:
+    """Cut at every micro-batch, whether a shard is written for each or only at the end: nothing is computed twice."""
+    rows = np.arange(17 if seconds else 8)  # each shard is flushed to the disk, which takes time
+    whole = judging(keep=None, rows=rows)
+    every = judging.asked
+    assert len(every) > 6
+    for cut in range(len(every)):
+        shutil.rmtree(judging.folder, ignore_errors=True)
+        keep = Shards(judging.folder, {"judge": "a"}, seconds=seconds)
+        with pytest.raises(CutError):
+            judging(limit=cut, keep=keep, rows=rows)
+        assert judging.asked == every[:cut]
+        np.testing.assert_array_equal(judging(keep=keep, rows=rows), whole)
+        assert judging.asked == every[cut:]
+    np.testing.assert_array_equal(judging(rows=rows), whole)
+    assert judging.asked == []  # all of it is kept
+
+
+def test_cut_again_and_again_it_comes_to_the_end(judging: Bench) -> None:
+    whole, every = judging(keep=None), list(judging.asked)
+    for index in range(len(every)):
+        with pytest.raises(CutError):
+            judging(limit=1) if index < len(every) - 1 else judging(limit=0)
+        assert judging.asked == ([every[index]] if index < len(every) - 1 else [])
+    np.testing.assert_array_equal(judging(), whole)
+    assert judging.asked == every[-1:]
+
+
+def test_a_shard_that_is_gone_is_computed_again_and_nothing_else(judging: Bench) -> None:
+    whole = judging()
+    every = judging.asked
+    for at, shard in enumerate(sorted(next(judging.folder.glob("[!.]*")).iterdir())):
+        shard.unlink()
+        np.testing.assert_array_equal(judging(), whole)
+        assert judging.asked == [every[at]]
+
+
+def test_what_was_kept_of_something_else_is_not_used(judging: Bench, gemma2: Path) -> None:
+    judging()
+    count = len(judging.asked)
+    changes: list[tuple[str, Callable[[], Any]]] = [
+        ("judge", lambda: judging(keep=Shards(judging.folder, {"judge": "b"}, seconds=0))),
+        ("rows", lambda: judging(rows=np.arange(1, 17))),
+        ("order of rows", lambda: judging(rows=np.arange(17)[::-1])),
+        ("budget", lambda: judging(budget=300)),
+        ("orders", lambda: judging(orders=[0])),
+        ("dtype", lambda: judging(dtype="bfloat16")),
+        ("sharing", lambda: judging(prefixes=find_prefixes(judging.store))),
+    ]
+    for name, ask in changes:
+        ask()
+        assert len(judging.asked) > count // 3, name  # all that it needs
+        ask()
+        assert judging.asked == [], name  # control: asked again, it is
+    judging()
+    assert judging.asked == []
+
+
+def test_numbers_that_are_not_finite_are_not_kept(judging: Bench) -> None:
+    """The row is named by its id; its micro-batch is computed again, and no other."""
+    whole, every = judging(keep=None), judging.asked
+    victim = every[4][0]
+
+    def spoil(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        output[args[0].index == victim, 1] = float("inf")
+        return output
+
+    ids = [f"id-{row}" for row in range(17)]
+    for seconds in (0.0, 1e9):
+        shutil.rmtree(judging.folder, ignore_errors=True)
+        keep = Shards(judging.folder, {"judge": "a"}, seconds=seconds)
+        handle = judging.model.register_forward_hook(spoil)
+        with pytest.raises(FloatingPointError, match=f"not finite, first row {victim // 2}, id 'id-{victim // 2}'"):
+            judging(ids=ids, keep=keep)
+        reached = len(judging.asked)
+        handle.remove()
+        np.testing.assert_array_equal(judging(ids=ids, keep=keep), whole)
+        assert judging.asked == [every[4], *every[reached:]]
+
+
+def test_asked_to_stop_it_finishes_the_micro_batch_and_keeps_it(judging: Bench) -> None:
+    whole, every = judging(keep=None), judging.asked
+    stop = Stop()
+
+    def ask(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if len(judging.asked) == 3:
+            stop.signal = signal.SIGTERM
+
+    handle = judging.model.register_forward_hook(ask)
+    keep = Shards(judging.folder, {"judge": "a"})  # with the seconds that a user gets: only the stop writes a shard
+    with pytest.raises(Stopped, match="SIGTERM") as stopped:
+        judging(keep=keep, stop=stop)
+    assert stopped.value.status == 143
+    assert judging.asked == every[:3]
+    handle.remove()
+    np.testing.assert_array_equal(judging(keep=keep, stop=Stop()), whole)
+    assert judging.asked == every[3:]
+
+
+def test_a_shard_comes_every_few_seconds(judging: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(inference.time, "monotonic", lambda: clock[0])
+    judging.model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 9.0))
+    judging(keep=Shards(judging.folder, {"judge": "a"}))
+    names = sorted(path.name for path in next(judging.folder.glob("[!.]*")).iterdir())
+    assert [(int(name[:8]), int(name[9:17])) for name in names][:2] == [(0, 3), (3, 6)]  # 27 s of work are the most
+    assert len(names) == -(-len(judging.asked) // 3)

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from arena.config import save_recipe
+from arena.manifest import read_manifest
 from arena.packing.batch import PackedBatch
 from arena.training import scaling as scaling_module
+from arena.training import step as step_module
 from arena.training import trainer as trainer_module
-from arena.training.checkpoint import checkpoints, read_state
 from arena.training.optim import trainable
 from arena.training.run import run_fold
 from arena.training.scaling import FIRST, LossScaling
@@ -87,7 +88,9 @@ def test_other_dtypes_are_left_alone(dtype: str) -> None:
 def test_float16_learns_as_float32_does(gemma2: Path, tmp_path: Path) -> None:
     """Loss and gradient norm of each step are float32's, as far as half precision goes; no step is skipped."""
     runs = [make(tmp_path / dtype, gemma2, *LEARNING, f"model.dtype={dtype}") for dtype in ("float32", "float16")]
-    best = [run.run().best_log_loss for run in runs]
+    for run in runs:
+        run.run()
+    best = [min(run.shelf.losses.values()) for run in runs]
     full, half = (steps_of(run.folder) for run in runs)
     assert [step["loss"] for step in half[:8]] == pytest.approx([step["loss"] for step in full[:8]], rel=0.02)
     assert [step["grad_norm"] for step in half[:4]] == pytest.approx([step["grad_norm"] for step in full[:4]], rel=0.02)
@@ -101,7 +104,8 @@ def test_overflows_are_skipped_and_got_over(gemma2: Path, tmp_path: Path, monkey
     """From a scale that is too high: each skipped step halves it, counts, and leaves the schedule as it is."""
     monkeypatch.setattr(scaling_module, "FIRST", TOO_HIGH)
     runs = [make(tmp_path / dtype, gemma2, *LEARNING, f"model.dtype={dtype}") for dtype in ("float32", "float16")]
-    best = runs[1].run().best_log_loss
+    runs[1].run()
+    best = min(runs[1].shelf.losses.values())
     runs[0].run()
     full, half = (steps_of(run.folder) for run in runs)
     skipped = [step["skipped"] for step in half]
@@ -117,8 +121,8 @@ def test_overflows_are_skipped_and_got_over(gemma2: Path, tmp_path: Path, monkey
 def test_without_scaling_small_gradients_vanish(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a loss as small as an almost certain answer's, in float16, with a scale and without."""
     norms = {}
-    loss_sum = trainer_module.loss_sum
-    monkeypatch.setattr(trainer_module, "loss_sum", lambda logits, label: 1e-6 * loss_sum(logits, label))
+    loss_sum = step_module.loss_sum
+    monkeypatch.setattr(step_module, "loss_sum", lambda logits, label: 1e-6 * loss_sum(logits, label))
     for name, dtype, first in (("float32", "float32", 1.0), ("scaled", "float16", 2.0**16), ("bare", "float16", 1.0)):
         monkeypatch.setattr(scaling_module, "FIRST", first)
         trainer = make(tmp_path / name, gemma2, "model.quantization=none", "train.head_lr=1e-3", f"model.dtype={dtype}")
@@ -126,7 +130,7 @@ def test_without_scaling_small_gradients_vanish(gemma2: Path, tmp_path: Path, mo
             for key, each in trainable(trainer.model).items():
                 each.add_(torch.randn(each.shape, generator=torch.Generator().manual_seed(len(key))) * 0.05)
         (batch, *_) = trainer._loader()
-        trainer_module.accumulate(trainer.classifier, batch, 8, CPU, dtype, trainer.scaling)
+        step_module.accumulate(trainer.classifier, batch, 8, CPU, dtype, trainer.scaling)
         trainer.scaling.unscale(trainer.optimizer)
         grads = [each.grad.reshape(-1) for key, each in trainable(trainer.model).items() if "score" not in key]
         norms[name] = float(torch.cat(grads).norm())
@@ -162,7 +166,7 @@ def test_resumed_equals_uninterrupted(
     assert straight.scaling.state() == again.scaling.state()
     scales = [each["loss_scale"] for each in steps_of(straight.folder)]
     assert any(later > earlier for earlier, later in pairwise(scales))  # it has grown again
-    saved = read_state(checkpoints(straight.folder / "checkpoints")[-1])["scaling"]
+    saved = read_manifest(straight.shelf.step(straight.shelf.steps()[-1]))["scaling"]
     assert saved == straight.scaling.state() and saved["scale"] == straight.scaling.scale
 
 
@@ -187,7 +191,7 @@ def test_a_loss_that_is_not_finite_is_an_error_at_once(
     gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(tmp_path, gemma2, HALF)
-    monkeypatch.setattr(trainer_module, "loss_sum", lambda logits, label: (logits * float("nan")).sum())
+    monkeypatch.setattr(step_module, "loss_sum", lambda logits, label: (logits * float("nan")).sum())
     with pytest.raises(FloatingPointError, match=r"step 1: loss nan"):
         trainer.run()
 

@@ -20,15 +20,18 @@ from torch import Tensor
 from arena.config import save_recipe
 from arena.data.prepare import prepare_fold
 from arena.judging.inference import predict
+from arena.manifest import damage
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
+from arena.training import step as step_module
 from arena.training import trainer as trainer_module
-from arena.training.checkpoint import checkpoints, load_weights
+from arena.training.checkpoint import load_weights
 from arena.training.optim import trainable
-from arena.training.order import training_order
+from arena.training.order import plan_fold, training_order
 from arena.training.run import run_fold
-from arena.training.trainer import Trainer, accumulate, plan_fold
+from arena.training.step import accumulate
+from arena.training.trainer import Trainer
 from tests.helpers import classifier, exact, pack, tiny_recipe
 
 CPU = torch.device("cpu")
@@ -154,15 +157,16 @@ def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(trainer_module, "log_loss", lambda *_: next(losses))
     trainer = make(tmp_path, gemma2)
     done = trainer.run()
-    assert (done.best_step, done.best_log_loss, done.step) == (3, 0.5, 5)
+    assert (trainer.shelf.best, trainer.shelf.losses, done.step) == (3, {3: 0.5, 5: 0.9}, 5)
     kept = weights(trainer).clone()
-    judged = load_weights(trainer.best_folder, trainer.model)
+    load_weights(trainer.shelf.step(3), trainer.model)
     assert torch.equal(weights(trainer), kept)
-    assert np.array_equal(judged, trainer.judged)
+    judged = trainer.judged
+    assert judged is not None and np.array_equal(judged, trainer.shelf.judgement(3)[1])
     data, rows = trainer.data, trainer.data.eval_rows[trainer.data.judgeable[trainer.data.eval_rows]]
     again = predict(trainer.classifier, data.store, rows, budget=512, orders=[0], dtype=trainer.recipe.model.dtype)
     np.testing.assert_allclose(judged, again, atol=1e-5)  # those of the best step, not of the last
-    assert [path.name for path in checkpoints(trainer.folder / "checkpoints")] == ["step-00000004", "step-00000005"]
+    assert trainer.shelf.steps() == [3, 4, 5], "the best stays beside the last two"
 
 
 @pytest.mark.parametrize("swap", ["random", "both"])
@@ -194,21 +198,25 @@ def test_no_step_is_taken_on_a_loss_that_is_not_finite(
 ) -> None:
     trainer = make(tmp_path, gemma2)
     before = weights(trainer).clone()
-    monkeypatch.setattr(trainer_module, "loss_sum", lambda logits, label: (logits * float("nan")).sum())
-    with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*Rows of the step: \["):
+    monkeypatch.setattr(step_module, "loss_sum", lambda logits, label: (logits * float("nan")).sum())
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan.*Rows of the step: \d+, \d+") as error:
         trainer.run()
+    noted = json.loads((trainer.folder / "failure.json").read_text())
+    assert noted["step"] == 1 and len(noted["ids"]) == 8 and ", ".join(noted["ids"]) in str(error.value)
+    assert trainer.shelf.steps() == [0] and damage(trainer.shelf.step(0)) is None
     assert torch.equal(weights(trainer), before)
 
 
 def test_training_learns_what_the_rows_say(gemma2: Path, tmp_path: Path) -> None:
     """The label is told by a word: training must find it. A run on shuffled labels is the control that must not."""
     options = "train.epochs=8", "train.lr=0.003", "train.head_lr=0.01", "train.evaluate_every=0"
-    learned = make(tmp_path / "a", gemma2, *options).run()
+    learned = make(tmp_path / "a", gemma2, *options)
+    learned.run()
     shuffled = make(tmp_path / "b", gemma2, *options)
     np.random.default_rng(0).shuffle(shuffled.data.labels)
-    control = shuffled.run()
-    assert learned.best_log_loss is not None and control.best_log_loss is not None
-    assert learned.best_log_loss < 0.6 < control.best_log_loss
+    shuffled.run()
+    (found,), (control,) = (list(run.shelf.losses.values()) for run in (learned, shuffled))
+    assert found < 0.6 < control
 
 
 def test_plan_depends_on_ranks_only_in_its_cut(gemma2: Path, tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""Files that are kept between runs, read back: whole, or said to be damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream: one that is cut between two batches reads well without
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """Around reading a file of the cache back.
+
+    Raises:
+        ValueError: it is not what was written there; names it and says how to have it made again.
+    """
+    try:
+        if path.suffix == ".arrow" and not _is_whole(path):
+            raise ValueError("its end is missing")
+        yield
+    except (ValueError, KeyError, OSError, TypeError, pa.ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}): delete it to have it made again") from error
+
+
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - len(END)))
+        return file.read() == END

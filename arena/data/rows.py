@@ -1,0 +1,176 @@
+"""Rows of CSV, parquet and JSONL files, each with its place there: its cells, or what is wrong with it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from arena.data.cells import FieldError, Labels, excerpt, is_utf8, label_columns, read_json
+from arena.data.limits import TOO_LONG, LimitedLines, Limits, characters
+
+TEXTS = ("prompt", "response_a", "response_b")
+ROWS_AT_ONCE = 512  # rows held as Python objects, and in one Arrow record batch
+SLICED_BYTES = 2**25  # of a record batch whose rows become Python objects one by one
+CSV_FIELD_LIMIT = 2**31 - 1  # Python's own limit, 131,072 characters, is shorter than some conversations
+
+Cells = dict[str, Any]
+Row = tuple[str, Cells | FieldError]  # where it stands in its file, and its cells or what is wrong with it
+
+
+def read_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
+    """Every row of a file, good or bad, none larger than `limits`. What is wrong with the whole file comes last."""
+    row = None
+    try:
+        if path.stat().st_size == 0:
+            raise FieldError("any row", "is missing: the file is empty; fetch or write it again")
+        for row in READERS[path.suffix.lower()](path, labels, limits):
+            yield row
+        if row is None:
+            raise FieldError("any row", "is missing: there is none; fetch or write it again")
+    except FieldError as problem:
+        yield "the file", problem
+    except (pa.ArrowException, OSError, ValueError, OverflowError, NotImplementedError) as error:
+        yield "the file", FieldError("any row", f"cannot be read: {error}; fetch or write the file again")
+
+
+def _csv_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
+    """Rows of a CSV file, by the line on which each begins.
+
+    Read with Python's own reader, because pandas fills up rows that have too few fields and says nothing.
+    """
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        lines = LimitedLines(handle, limits)
+        reader = csv.reader(lines, strict=True)
+        start = 1
+        try:
+            names = next((fields for fields in reader if fields), [])
+            positions = {name: names.index(name) for name in _columns(names, labels)}
+            start = reader.line_num + 1
+            lines.begin_row()
+            for fields in reader:
+                if len(fields) == len(names):
+                    yield f"line {start}", _checked({name: fields[at] for name, at in positions.items()})
+                elif fields:  # a blank line has none
+                    what = f"has {len(fields)} fields, but the header has {len(names)}; quote commas in a field"
+                    yield f"line {start}", FieldError("the row", what)
+                start = reader.line_num + 1
+                lines.begin_row()
+        except csv.Error as error:
+            what = f"is broken CSV ({error}), so nothing below it was read; quote it rightly"
+            yield f"line {start}", FieldError("the row", what)
+        except FieldError as problem:
+            if problem.field != TOO_LONG:
+                raise
+            yield f"line {start}", problem  # the last one: where a row that is too long ends cannot be told
+
+
+def _parquet_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
+    """Rows of a parquet file, counted from 1."""
+    number = 0
+    with pq.ParquetFile(path) as file:
+        names = _columns(file.schema_arrow.names, labels)
+        for batch in _record_batches(file, names, limits):
+            columns = [_python_values(batch.column(name)) for name in names]
+            for values in zip(*columns, strict=True):
+                number += 1
+                cells = _within(dict(zip(names, values, strict=True)), limits)
+                yield f"row {number}", cells
+                if isinstance(cells, FieldError) and cells.field == TOO_LONG:
+                    return  # the rows below it may be as long, and take hours
+
+
+def _record_batches(file: pq.ParquetFile, names: list[str], limits: Limits) -> Iterator[pa.RecordBatch]:
+    for index in range(file.num_row_groups):
+        group = file.metadata.row_group(index)
+        chunks = map(group.column, range(group.num_columns))
+        sizes = [chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
+        at_once = limits.rows_at_once(group.num_rows, sizes, ROWS_AT_ONCE) if group.num_rows else 1
+        for batch in file.iter_batches(batch_size=at_once, row_groups=[index], columns=names):
+            if batch.nbytes > SLICED_BYTES:  # as Python's objects they would take as much again
+                yield from (batch.slice(row, 1) for row in range(len(batch)))
+            else:
+                yield batch
+
+
+def _jsonl_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
+    """Rows of a file with one JSON object a line; blank lines are passed over."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as handle:
+        lines = LimitedLines(handle, limits)
+        for number in count(1):
+            lines.begin_row()
+            try:
+                line = next(lines, None)
+            except FieldError as problem:
+                yield f"line {number}", problem
+                continue
+            if line is None:
+                return
+            if line.strip():
+                yield f"line {number}", _json_row(line)
+
+
+Reader = Callable[[Path, Labels, Limits], Iterator[Row]]
+READERS: dict[str, Reader] = {".csv": _csv_rows, ".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
+
+
+def _json_row(line: str) -> Cells | FieldError:
+    try:
+        if not is_utf8(line):
+            raise FieldError("the row", "is not UTF-8; save the file as UTF-8")
+        cells = read_json(line, "the row")
+    except FieldError as problem:
+        return problem
+    if not isinstance(cells, dict):
+        return FieldError("the row", "is not an object; write one JSON object a line")
+    return cells
+
+
+def _columns(names: Sequence[str], labels: Labels) -> list[str]:
+    """The columns to read, given those of a file. Raises `FieldError` if one is missing or stands twice."""
+    for name in names:
+        if not is_utf8(name):
+            raise FieldError("a column name", "is not UTF-8; save the file as UTF-8")
+        if names.count(name) > 1:
+            raise FieldError(f'column "{name}"', "stands twice; rename or remove one of the two")
+    wanted = ("id", *TEXTS)
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise FieldError(", ".join(missing), f"is missing; the columns found are {excerpt(', '.join(names), 200)}")
+    return [*wanted, *label_columns(names, labels)]
+
+
+def _checked(cells: Cells) -> Cells | FieldError:
+    """The cells, unless one of them was not UTF-8."""
+    broken = next((name for name, cell in cells.items() if isinstance(cell, str) and not is_utf8(cell)), None)
+    return cells if broken is None else FieldError(broken, "is not UTF-8; save the file as UTF-8")
+
+
+def _within(cells: Cells, limits: Limits) -> Cells | FieldError:
+    """The cells, unless they are too long or not UTF-8."""
+    try:
+        limits.check_row(characters(cells))
+    except FieldError as problem:
+        return problem
+    return _checked(cells)
+
+
+def _python_values(column: pa.Array) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:  # one by one, to find out which
+        values = [_python_value(scalar) for scalar in column]
+    return values
+
+
+def _python_value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return "\udcff"  # a bad byte as `surrogateescape` gives it, which `_checked` reports

@@ -1,0 +1,100 @@
+"""Ending a run well: a signal or a deadline is noted, and the work ends at the next place where nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from arena.progress import console
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MORE_TO_DO = 3  # exit status of a run that came to its deadline
+
+
+class Stopped(Exception):  # noqa: N818 - it ends a run, it is no error
+    """A run ended before its end, with everything saved.
+
+    Attributes:
+        status: exit status of the process, 128 and the signal's number, as shells count; 3 at a deadline.
+    """
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Stop:
+    """Whether a run has been asked to end; called between micro-batches.
+
+    Args:
+        seconds: from now on, after which it is; None: never.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.signal: signal.Signals | None = None
+        self.seconds = seconds
+        self.start = time.monotonic()
+
+    def __call__(self) -> bool:
+        return self.signal is not None or (self.seconds is not None and time.monotonic() - self.start >= self.seconds)
+
+    def stopped(self) -> Stopped:
+        """What to raise once everything is saved."""
+        if self.signal is not None:
+            return Stopped(f"ended by {self.signal.name}", 128 + self.signal)
+        return Stopped(f"ended after {self.seconds:g} seconds, as asked", MORE_TO_DO)
+
+
+@contextmanager
+def stopping(seconds: float | None = None) -> Iterator[Stop]:
+    """Notes SIGTERM and SIGINT instead of dying of them; a second one ends the process at once.
+
+    Files are written whole, so that even then none is left half-written. Outside of the main thread signals cannot be
+    caught and only the deadline counts.
+    """
+    stop = Stop(seconds)
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.signal = signal.Signals(number)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else signal.default_int_handler)
+        console.print(f"{stop.signal.name}: ending at the next micro-batch; a second one ends at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    for each in SIGNALS:
+        signal.signal(each, note)
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Ends the process, with status 128 and the signal's number, wherever SIGTERM or SIGINT find it.
+
+    For work that has nothing to save; `stopping` within it is more patient. Outside of the main thread signals cannot
+    be caught, and nothing changes.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        console.print(f"ended by {signal.Signals(number).name}")
+        raise SystemExit(128 + number)  # libraries swallow an `Exception` here and there, this they let through
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, end) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -1,0 +1,44 @@
+"""`log.jsonl`: one line a step and one an evaluation, cut back to the checkpoint from which a run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from arena.files import write_text
+
+EVALUATION = "eval_log_loss"  # the key that tells an evaluation's line from a step's
+
+
+class RunLog:
+    """The log of a run; on all but the first rank nothing is written."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        self.path, self.writes = path, writes
+
+    def cut(self, step: int) -> None:
+        """Drops the lines after a step, which are to be written again, and one that was cut short."""
+        if not self.writes:
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
+        write_text(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+
+    def evaluated(self) -> set[int]:
+        """The steps whose evaluation has a line."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        return {json.loads(line)["step"] for line in lines if EVALUATION in json.loads(line)}
+
+    def add(self, facts: dict[str, Any]) -> None:
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for one that was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
