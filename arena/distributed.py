@@ -30,6 +30,8 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
     if track != "none" and importlib.util.find_spec(track) is None:
         raise ValueError(f"train.track={track} needs a package that is not installed: pip install {track}")
     fix_threads()
+    # micro-batches differ in size, and memory that falls to pieces is memory lost; read when CUDA is first used
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     set_seed(seed)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one rank tokenises while the others wait
     return Accelerator(log_with=None if track == "none" else track, project_dir=folder, kwargs_handlers=[patience])
@@ -96,3 +98,9 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory is used up: torch's own, or one of the libraries below it."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "alloc_failed" in said

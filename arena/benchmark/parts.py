@@ -112,6 +112,10 @@ class Clock:
     def spent(self, kind: str, seconds: float) -> None:
         """Books a part."""
         self.begun = True
+        self.expect(kind, seconds)
+
+    def expect(self, kind: str, seconds: float) -> None:
+        """Takes it that a part of a kind may last so long."""
         self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
 
 

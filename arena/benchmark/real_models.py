@@ -22,7 +22,7 @@ from arena.config import ModelSettings, Recipe
 from arena.model.backbone import HEAD, attention_choice, backbone, base_path, underlying
 from arena.model.backends import choose_backend
 from arena.model.card import card_of
-from arena.model.checkpointing import set_policies
+from arena.model.checkpointing import policies_of, set_policies
 from arena.model.classifier import PackedClassifier
 from arena.model.create import ARCHITECTURES, create_base
 from arena.model.safety import SAFE
@@ -194,16 +194,15 @@ def set_checkpointing(classifier: nn.Module, cell: Cell, recipe: Recipe, loader:
     if cell.way == "padded":
         return ["full"] * layers  # as `stock` made it
     if cell.checkpointing != "auto" or cell.tune == "head":
-        policies: list[str] = ["none" if cell.tune == "head" else cell.checkpointing] * layers
-        set_policies(packed.model, policies)
-        return policies
+        set_policies(packed.model, ["none" if cell.tune == "head" else cell.checkpointing] * layers)
+        return policies_of(packed.model)
     assert loader is not None, "auto is probed with the micro-batches of a plan"
     try:
         kept = keep_what_fits(packed, loader, recipe.model_copy(update={"model": cell.settings(recipe)}))
     except ValueError as error:
         raise CannotRun(_first_line(error)) from None
     assert kept is not None
-    return kept.policies
+    return policies_of(packed.model)
 
 
 def _first_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from arena.benchmark.real_models import CannotRun, Holder, architecture, best_ba
 from arena.benchmark.real_passes import Times, Work, infer, train, work_of
 from arena.benchmark.timing import peak, release, reserved_peak, reset_peak
 from arena.benchmark.workload import Workload, field_lengths, make_workload
-from arena.distributed import device_name
+from arena.distributed import device_name, is_out_of_memory
 from arena.model.attention import used_backends
 from arena.model.card import card_of
 from arena.model.memory import fit
@@ -181,7 +181,7 @@ def figures(work: Work, times: Times) -> Result:
 def _told(error: Exception) -> Result:
     """An error as a result."""
     said = " ".join((str(error).strip() or type(error).__name__).split())[:500]
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in said.lower():
+    if is_out_of_memory(error):
         return failed(said, "out of memory")
     broken = "CUDA error" in said or type(error).__name__ == "AcceleratorError"
     return {**failed(f"{type(error).__name__}: {said}"), **({"broken": True} if broken else {})}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from arena.judging.judge import Judge, read_card
@@ -51,4 +53,7 @@ def average(
         console.print(f"{model.parent.name} ({judge.recipe.model.base}): judging {len(rows):,} rows")
         total += judge.probabilities(rows, cache, parts / model.parent.name if parts else None)
         del judge  # two large models at once may not fit
+        gc.collect()  # a model's layers and their forwards refer to one another
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return total / len(models)

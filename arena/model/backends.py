@@ -106,7 +106,7 @@ def _why_not_flex(card: Card, dtype: torch.dtype, head_dim: int, training: bool)
         return _too_old(card)
     if not 16 <= head_dim <= WIDEST_HEAD:
         return f"it takes heads of 16 to {WIDEST_HEAD} numbers, not {head_dim}"
-    return triton_missing() or compiler_missing(("gcc", "clang"), "CC")
+    return cannot_compile()
 
 
 def _too_old(card: Card) -> str:
@@ -127,6 +127,11 @@ def flash_attn_missing(least: str) -> str | None:
     if Version(version) < Version(least):
         return f"flash-attn {version} is older than {least}, the first with what this model needs"
     return _import_error("flash_attn", f"flash-attn {version}")
+
+
+def cannot_compile() -> str | None:
+    """Why torch cannot compile for a GPU here."""
+    return triton_missing() or compiler_missing(("gcc", "clang"), "CC")
 
 
 @cache

@@ -102,7 +102,8 @@ class _Blockwise(torch.autograd.Function):
         lse = q.new_empty(k.shape[1], len(q), q.shape[1] // k.shape[1], dtype=space.wide)
         for segment in segments:
             _forward(q, k, v, out, lse, segment, form, space)
-        ctx.save_for_backward(q, k, v, out, lse)
+        # detached: under saved-tensor hooks a function that saves its own result is never freed after an error
+        ctx.save_for_backward(q, k, v, out.detach(), lse)
         ctx.segments, ctx.form = segments, form
         return out
 

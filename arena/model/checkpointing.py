@@ -13,6 +13,11 @@ from arena.model.last_layer import MARK
 POLICIES = ("none", *COSTS, "full")  # from the least to the most that is computed again
 
 
+def policies_of(model: PreTrainedModel) -> list[str]:
+    """The policy that each decoder layer has now."""
+    return [getattr(layer, POLICY) for layer in backbone(model).layers]
+
+
 def set_policies(model: PreTrainedModel, policies: Sequence[str]) -> None:
     """Gives each decoder layer its policy, one of `POLICIES`; it may be called again at any time.
 

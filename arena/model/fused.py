@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from arena.config import Part
+from arena.model.backends import cannot_compile
 from arena.model.kernels import gated, rms_norm, rotary
 from arena.model.lora import fuse_lora
 from arena.model.recompute import CHEAP, PRODUCT, keeping_less, remake
@@ -60,8 +61,8 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
 
 
 def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
-    """`auto` compiles for a GPU only: on a CPU compiling takes longer than it saves in small models."""
-    return x.is_cuda if fuse == "auto" else part in fuse
+    """`auto` compiles for a GPU only, where it can: on a CPU compiling takes longer than it saves in small models."""
+    return x.is_cuda and cannot_compile() is None if fuse == "auto" else part in fuse
 
 
 def _norm(fuse: Setting, module: Any, x: Tensor) -> Tensor:

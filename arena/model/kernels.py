@@ -9,22 +9,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Compiled = Callable[..., Any]
+VARIANTS = 64  # of one function: dtypes, widths, a single row, tensors of inference mode
 
 
 def _compiled(function: Compiled) -> Compiled:
-    """Compiled when first called, once for every number of tokens: `_open` marks that size."""
-    return torch.compile(function)
+    """Compiled when first called, once for all numbers of rows; anew for another dtype or width.
+
+    Beyond `VARIANTS`, and where it cannot be compiled, that is an error: never a slow run without a word. Gradients and
+    autocast are left outside, as each would make variants of its own.
+    """
+    made = torch.compile(function, fullgraph=True)
+
+    @wraps(function)
+    def run(*given: Any) -> Any:
+        plain = [_open(each) if isinstance(each, Tensor) else each for each in given]
+        limits = torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=16 * VARIANTS)
+        with limits, torch.no_grad(), torch.autocast(plain[0].device.type, enabled=False):
+            return made(*plain)
+
+    return run
 
 
 def _open(x: Tensor) -> Tensor:
-    torch._dynamo.maybe_mark_dynamic(x, 0)
-    return x
+    """Without its history, and with the number of rows left open."""
+    bare = x.detach()
+    if bare.ndim > 1:  # a norm's weight has one width
+        torch._dynamo.maybe_mark_dynamic(bare, 0)
+    return bare
 
 
 # --- RMSNorm (Zhang and Sennrich, 2019, arXiv:1910.07467) ---
@@ -57,13 +75,13 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps, ctx.offset = eps, offset
-        out: Tensor = _norm(_open(x), weight, eps, offset)
+        out: Tensor = _norm(x, weight, eps, offset)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad, x = _open(grad.contiguous()), _open(x)
+        grad = grad.contiguous()
         grad_x = _norm_backward(grad, x, weight, ctx.eps, ctx.offset) if ctx.needs_input_grad[0] else None
         grad_weight = _norm_backward_weight(grad, x, ctx.eps).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None, None
@@ -122,13 +140,13 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.name = name
-        out: Tensor = GATES[name][0](_open(gate), _open(up))
+        out: Tensor = GATES[name][0](gate, up)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        grads = GATES[ctx.name][1](_open(grad.contiguous()), _open(gate), _open(up))
+        grads = GATES[ctx.name][1](grad.contiguous(), gate, up)
         return *grads, None
 
 
@@ -160,13 +178,13 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        out: Tensor = _rotate(_open(x), _open(cos), _open(sin), 1.0)
+        out: Tensor = _rotate(x, cos, sin, 1.0)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotate(_open(grad.contiguous()), _open(cos), _open(sin), -1.0), None, None
+        return _rotate(grad.contiguous(), cos, sin, -1.0), None, None
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

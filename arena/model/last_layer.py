@@ -10,6 +10,7 @@ goes no further; then over the last tokens, whose attention is given those keys 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from inspect import unwrap
 from types import MethodType
 from typing import Any
@@ -56,15 +57,20 @@ def only_last_tokens(layer: nn.Module) -> None:
     # without the gradient checkpointing that transformers may have wrapped around it
     bare = MethodType(unwrap(type(layer).forward), layer)
 
-    def run(hidden_states: Tensor, *, last_token: Tensor | None = None, **given: Any) -> Any:
-        if last_token is None:
-            return whole(hidden_states, **given)
-        stage = KeptKeys()
-        stage.kept = _keys_and_values(bare, given, hidden_states)
-        return bare(hidden_states[:, last_token], **_of_last_tokens(given, last_token), last_layer=stage)
-
-    layer.forward = run
+    layer.forward = partial(_run, whole, bare)  # no closure: a copy of the layer must run with its own weights
     setattr(layer, MARK, True)
+
+
+def _run(
+    whole: Callable[..., Any], bare: Callable[..., Any], hidden_states: Tensor, *,
+    last_token: Tensor | None = None, **given: Any,
+) -> Any:  # fmt: skip
+    """In place of the layer's forward: all of it, or with `last_token` the last tokens alone."""
+    if last_token is None:
+        return whole(hidden_states, **given)
+    stage = KeptKeys()
+    stage.kept = _keys_and_values(bare, given, hidden_states)
+    return bare(hidden_states[:, last_token], **_of_last_tokens(given, last_token), last_layer=stage)
 
 
 def takes_last_token(decoder: nn.Module) -> bool:

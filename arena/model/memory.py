@@ -109,8 +109,8 @@ def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "a
     width = WIDTH["bfloat16" if settings.dtype == "auto" else settings.dtype]
     embeddings = shape.vocabulary * shape.hidden
     state = 4 + 4 + (2 if optimizer == "adamw8bit" else 8)
-    if settings.tune == "full":
-        weights, trained = 0.0, float(state * (shape.linear_weights + embeddings))
+    if settings.tune == "full":  # float32 weights and streams; autocast holds the products' weights once more
+        weights, trained = float(width * shape.linear_weights), float(state * (shape.linear_weights + embeddings))
     else:
         bytes_of = {"nf4": NF4, "int8": 1.0, "none": float(width)}[settings.quantization]
         weights = bytes_of * shape.linear_weights + width * embeddings
@@ -118,7 +118,8 @@ def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "a
     # at the most a layer's everything, gradients of its wide tensors and streams, and one dequantised weight or two
     per_token = shape.kept("none") + 4 * shape.intermediate + 4 * shape.hidden
     dequantised = 2 * width * shape.hidden * shape.intermediate
-    kept = 0 if settings.tune == "head" else width * shape.layers * shape.kept("full") * tokens
+    stream = 4 if settings.tune == "full" else width
+    kept = 0 if settings.tune == "head" else stream * shape.layers * shape.kept("full") * tokens
     return Need(weights, trained, kept, width * per_token * tokens + dequantised)
 
 
@@ -128,7 +129,7 @@ def room(card: Card) -> float:
 
 
 def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
-    """The recipe as it runs on a card: the dtype resolved, and the budget halved until a micro-batch fits.
+    """The recipe as it runs on a card: the budget halved until a micro-batch fits.
 
     A CPU's memory is not looked at. Rows and checkpoints are made for the budget, so it never changes within a run.
 

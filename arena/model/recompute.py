@@ -38,6 +38,10 @@ class _Note:
         self.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self.result: Tensor | None = None
 
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the result's memory is all of it."""
+        return tensor.numel() == self.numel and tensor.dtype == self.dtype and tensor.is_contiguous()
+
     def value(self) -> Tensor:
         if self.result is None:
             kind, dtype, enabled = self.autocast
@@ -56,7 +60,15 @@ class _View:
     shape: torch.Size
 
 
-_Saved = Tensor | _View
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor that is kept, and torch's count of changes in place of its memory: under hooks torch does not look."""
+
+    tensor: Tensor
+    version: int
+
+
+_Saved = _Kept | _View
 
 
 class _Scope:
@@ -72,10 +84,10 @@ class _Scope:
 
     def pack(self, tensor: Tensor) -> _Saved:
         note, result = self.notes.get(tensor.untyped_storage().data_ptr(), (None, None))
-        if note is None or result is None or result._version != note.version:
-            return tensor
-        same = tensor.numel() == note.numel and tensor.dtype == note.dtype and tensor.is_contiguous()
-        return _View(note, tensor.shape) if same else tensor
+        if note is not None and result is not None and result._version == note.version and note.is_of(tensor):
+            return _View(note, tensor.shape)
+        # detached: a function's own result would else hold the function, and the function what it has saved
+        return _Kept(tensor.detach(), tensor._version)
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
@@ -95,6 +107,7 @@ def keeping_less(most: int) -> Iterator[None]:
             yield
     finally:
         _scope.reset(token)
+        scope.notes.clear()  # what autograd saved holds the hook, and by it this scope, until the backward
 
 
 def remake(make: Callable[..., Tensor], *inputs: Tensor, cost: int = CHEAP) -> Tensor:
@@ -113,4 +126,8 @@ def remake(make: Callable[..., Tensor], *inputs: Tensor, cost: int = CHEAP) -> T
 
 
 def _unpack(saved: _Saved) -> Tensor:
-    return saved.note.value().view(saved.shape) if isinstance(saved, _View) else saved
+    if isinstance(saved, _View):
+        return saved.note.value().view(saved.shape)
+    if saved.tensor._version != saved.version:
+        raise RuntimeError("a tensor that the backward needs was changed in place after the forward")
+    return saved.tensor

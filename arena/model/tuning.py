@@ -47,6 +47,8 @@ def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     policy = "full" if settings.checkpointing == "auto" else settings.checkpointing
+    if settings.tune == "head":
+        policy = "none"  # nothing below the head has a backward
     set_policies(model, [policy] * len(backbone(model).layers))
     return model
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from arena.config import Recipe
-from arena.distributed import compute_in
+from arena.distributed import compute_in, is_out_of_memory
 from arena.model.backbone import backbone
 from arena.model.checkpointing import set_policies
 from arena.model.classifier import PackedClassifier, loss_sum
@@ -26,10 +26,10 @@ from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.training.optim import trainable
 
-TRIED = 8  # of the fullest micro-batches, from which the one with most keys is run
+CANDIDATES = 2000  # micro-batches, those with most tokens, among which the largest is looked for
 MEASURED = 2  # layers that are given a policy to see what it adds
 TRIES = 6
-MOMENTS = {"adamw": 8, "adamw8bit": 2}  # bytes a trained weight that the optimizer takes at its first step
+STATE = {"adamw": 12, "adamw8bit": 2}  # bytes a trained weight that the optimizer takes: moments, and room to work
 
 Peak = Callable[[list[str]], float | None]  # bytes at the most with these policies; None: out of memory
 
@@ -88,8 +88,8 @@ def _by_running(
     classifier: PackedClassifier, loader: PackedLoader, recipe: Recipe, layers: int, usable: list[str]
 ) -> Kept:
     device = next(classifier.parameters()).device
-    batch = fullest(loader).to(device)
-    moments = MOMENTS[recipe.train.optimizer] * sum(each.numel() for each in trainable(classifier.model).values())
+    batch = fullest(loader, shape_of(classifier.model.config)).to(device)
+    moments = STATE[recipe.train.optimizer] * sum(each.numel() for each in trainable(classifier.model).values())
     limit = USABLE * _held_at_most(device) - moments
     shape = shape_of(classifier.model.config)
 
@@ -99,6 +99,9 @@ def _by_running(
 
     with _untouched(classifier, device):
         classifier.train()
+        for parameter in trainable(classifier.model).values():  # they are there from a step's second micro-batch on
+            parameter.grad = torch.zeros_like(parameter)
+        peak(["full"] * layers)  # compiles, and tunes what it compiles, which takes memory once
         policies, found = choose(peak, {each: shape.again(each) for each in usable}, layers, limit)
     if found is None:
         raise ValueError(
@@ -137,11 +140,17 @@ def choose(peak: Peak, again: dict[str, float], layers: int, limit: float) -> tu
     return full, most
 
 
-def fullest(loader: PackedLoader) -> PackedBatch:
-    """Of the micro-batches with most tokens the one whose segments see most keys."""
-    tokens = loader.plan.tokens
-    found = [loader.micro_batch(int(index)) for index in tokens.argsort()[::-1][:TRIED] if tokens[index]]
-    return max(found, key=lambda batch: (batch.tokens // 1024, int(batch.cu_seqlens_k[-1])))
+def fullest(loader: PackedLoader, shape: Shape) -> PackedBatch:
+    """The micro-batch that takes most memory, by what is kept of its tokens and of the keys that its segments see."""
+    plan, lengths = loader.plan, loader.store.lengths
+    each_key = 2 * shape.kv_heads * shape.head_dim
+
+    def numbers(index: int) -> int:
+        tree, tokens = plan.tree(index, lengths), int(plan.tokens[index])
+        return tokens * shape.kept("none") + each_key * (tokens if tree is None else sum(tree.end))
+
+    candidates = [int(index) for index in plan.tokens.argsort()[::-1][:CANDIDATES] if plan.tokens[index]]
+    return loader.micro_batch(max(candidates, key=numbers))
 
 
 def _peak(classifier: PackedClassifier, batch: PackedBatch, dtype: str) -> float | None:
@@ -154,10 +163,12 @@ def _peak(classifier: PackedClassifier, batch: PackedBatch, dtype: str) -> float
             logits = classifier(batch)
         loss_sum(logits, batch.label).backward()
         return float(torch.cuda.max_memory_reserved(device))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     finally:
-        classifier.zero_grad(set_to_none=True)
+        classifier.zero_grad(set_to_none=False)
 
 
 @contextmanager

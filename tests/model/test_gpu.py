@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from arena.config import ModelSettings
+from arena.data.prepare import prepare_fold
 from arena.distributed import compute_in
 from arena.model.attention import used_backends, varlen_attention
-from arena.model.backbone import attention_choice
+from arena.model.backbone import attention_choice, backbone, load_base, load_tokenizer
 from arena.model.backends import BACKENDS, why_not
 from arena.model.card import card_of
+from arena.model.checkpointing import POLICIES, set_policies
 from arena.model.classifier import loss_sum
 from arena.model.flex import block_mask as flex_mask
 from arena.model.flex import bucket, flex, visible
+from arena.model.fused import PARTS
+from arena.model.tuning import adapt
 from arena.training.optim import trainable
-from tests.helpers import classifier, exact, make_base, pack
+from arena.training.trainer import Trainer
+from tests.helpers import classifier, exact, make_base, pack, tiny_recipe
 from tests.model.test_classifier import shared_batch, swap_pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -240,3 +247,56 @@ def test_four_bit_training_step(gemma2: Path, dtype: str) -> None:
     loss_sum(logits, batch.label).backward()
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in trainable(model.model).values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_policies_and_fused_parts_change_no_number(gemma2: Path, dtype: str) -> None:
+    """Each policy, plain and with all parts fused, against nothing recomputed and nothing fused."""
+    found, batch = {}, pack([400, 1, 90, 80, 330]).to("cuda")
+    for fuse in ("none", PARTS):
+        for policy in POLICIES:
+            settings = exact(gemma2, dtype=dtype, quantization="nf4", checkpointing=policy, fuse=fuse)
+            model = classifier(settings).to("cuda").train()
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss_sum(model(batch), batch.label).backward()
+            found[fuse, policy] = torch.cat([each.grad.reshape(-1) for each in trainable(model.model).values()])
+    bound = 0.1 if dtype == "bfloat16" else 1e-4
+    for key, grads in found.items():
+        assert (grads - found["none", "none"]).norm() / found["none", "none"].norm() < bound, key
+
+
+def test_each_policy_holds_less_than_the_one_before(gemma2: Path) -> None:
+    model, batch = classifier(exact(gemma2, fuse=PARTS)).to("cuda").train(), pack([400] * 5).to("cuda")
+    held = []
+    for policy in POLICIES:
+        set_policies(model.model, [policy] * 3)
+        for _ in range(2):  # the first compiles
+            before = torch.cuda.memory_allocated()
+            loss = loss_sum(model(batch), batch.label)
+            kept = torch.cuda.memory_allocated() - before
+            loss.backward()
+            model.zero_grad()
+        held.append(kept)
+    assert held == sorted(held, reverse=True) and held[0] > 2 * held[-1]
+
+
+def test_nothing_is_left_of_a_forward_that_ran_out_of_memory(gemma2: Path) -> None:
+    model, batch = classifier(exact(gemma2, fuse=PARTS)).to("cuda").train(), pack([400] * 5).to("cuda")
+    handle = backbone(model.model).layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+    for policy in POLICIES:
+        set_policies(model.model, [policy] * 3)
+        for turn in range(2):
+            before = torch.cuda.memory_allocated()
+            with pytest.raises(MemoryError):
+                model(batch)
+            gc.collect()
+            assert not turn or torch.cuda.memory_allocated() == before, policy
+    handle.remove()
+
+
+def test_the_probe_measures_on_this_card(gemma2: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=auto")
+    data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
+    trainer = Trainer(recipe, data, adapt(load_base(recipe.model), recipe.model), tmp_path, Accelerator())
+    assert trainer.kept is not None and trainer.kept.peak is not None
+    assert trainer.kept.policies == ["none"] * 3 and 0 < trainer.kept.peak < trainer.kept.limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,13 @@ def test_a_call_without_last_token_gives_the_states_of_all(gemma2: Path) -> None
         max_length_q=batch.max_seq_len, max_length_k=batch.max_seq_len,
     ).last_hidden_state  # fmt: skip
     assert hidden.shape[1] == sum(LENGTHS)
+
+
+def test_a_copy_runs_with_its_own_weights(gemma2: Path) -> None:
+    model, batch = classifier(exact(gemma2)).eval(), pack(LENGTHS)
+    with torch.no_grad():
+        copied, before = copy.deepcopy(model), model(batch)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(copied(batch), before)
+        assert relative(model(batch), before) > 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from arena.model.backbone import backbone
 from arena.model.checkpointing import POLICIES, set_policies
@@ -102,19 +103,49 @@ def test_autocast_is_the_forwards() -> None:
     assert seen == [torch.bfloat16, torch.bfloat16]
 
 
-def kept_bytes(run: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps of a run, each memory counted once; parameters aside."""
-    found: dict[int, int] = {}
-    held = []
+@pytest.mark.parametrize("most", [None, CHEAP, PRODUCT])
+def test_what_is_made_again_is_not_held(most: int | None) -> None:
+    """The memory itself, not what hooks are shown of it: a result's storage is gone with the forward."""
+    x = torch.ones(1000, requires_grad=True)
+    with nullcontext() if most is None else keeping_less(most):
+        result = remake(torch.sin, x * 1)  # which saves its input, not its result
+        held = StorageWeakRef(result.untyped_storage())
+        loss = result.square().sum()
+        del result
+    assert held.expired() is (most is not None)
+    loss.backward()
+    assert held.expired()
 
-    def pack_(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    with saved_tensors_hooks(pack_, lambda tensor: tensor):
-        held.append(run())
-    return sum(found.values())
+def test_an_error_in_the_forward_leaves_nothing_behind(gemma2: Path) -> None:
+    """Out of memory, say, while the probe runs: no cycle of a function and what it saved keeps the layers' tensors."""
+    model, batch, held = classifier(exact(gemma2, fuse=PARTS)).train(), pack(LENGTHS), []
+    for policy in ("light", "mlp"):
+        set_policies(model.model, [policy] * 3)
+        layer: Any = backbone(model.model).layers[0]
+        handles = [
+            layer.self_attn.register_forward_hook(
+                lambda _m, _a, out: held.append(StorageWeakRef(out[0].untyped_storage()))
+            ),
+            backbone(model.model).layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError)),
+        ]
+        with pytest.raises(MemoryError):
+            model(batch)
+        for handle in handles:
+            handle.remove()
+    gc.collect()
+    assert len(held) == 2 and all(each.expired() for each in held)
+
+
+def test_a_kept_tensor_that_is_changed_in_place_is_an_error() -> None:
+    x = torch.ones(8, requires_grad=True)
+    with keeping_less(CHEAP):
+        doubled = x * 2
+        loss = (doubled * doubled).sum()
+    with torch.no_grad():
+        doubled.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

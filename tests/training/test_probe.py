@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from arena.data.prepare import prepare_fold
 from arena.model.backbone import backbone, load_base, load_tokenizer
 from arena.model.fused import POLICY
-from arena.model.memory import LADDER
+from arena.model.memory import LADDER, shape_of
 from arena.model.tuning import adapt
 from arena.training import probe
 from arena.training.optim import trainable
@@ -129,5 +129,6 @@ def test_a_card_that_is_too_small_is_refused(tmp_path: Path, gemma2: Path, made_
 
 
 def test_the_fullest_micro_batch_is_found(tmp_path: Path, gemma2: Path) -> None:
-    loader = trainer_of(tmp_path, gemma2)._loader()
-    assert probe.fullest(loader).tokens == loader.plan.tokens.max()
+    trainer = trainer_of(tmp_path, gemma2)
+    loader = trainer._loader()
+    assert probe.fullest(loader, shape_of(trainer.model.config)).tokens == loader.plan.tokens.max()
