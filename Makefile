@@ -13,7 +13,7 @@ CHOSEN := $(if $(filter file,$(origin RECIPE)),,$(RECIPE))
 FLAGS  = --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train infer inspect notebook bench gpu test check format demo-base clean
+.PHONY: help setup train infer inspect notebook bench gpu test torture check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ gpu: .venv/ready  ## tests, benchmark and techniques on a GPU, 9 minutes a call:
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest
+
+torture: .venv/dev  ## kill, signal, damage and fill the disk of real runs, write docs/torture.* (4 minutes)
+	$(BIN)/python -m tests.torture $(ARGS)
 
 check: .venv/dev  ## ruff, mypy and the tests
 	$(BIN)/ruff check .

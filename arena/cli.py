@@ -236,6 +236,9 @@ def main() -> None:
             raise
         console.print(f"arena: {printable(str(error))}", style="red")
         sys.exit(2)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        console.print("ended at once")
+        sys.exit(130)
     except Stopped as stopped:
         console.print(f"arena: {stopped}", style="yellow")
         sys.exit(stopped.status)

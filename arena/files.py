@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,16 +27,42 @@ def written_whole(target: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SCRATCH, dir=target.parent))
     try:
         draft = scratch / target.name
-        yield draft
+        with _os_errors(target):
+            yield draft
         if target.is_dir() and not draft.is_dir():
             raise IsADirectoryError(f"{target} is a folder: name a file")
         _sync(draft)
-        if target.is_dir() and not target.is_symlink():
-            target.replace(scratch / "replaced")
-        draft.replace(target)
+        _swap(draft, target, scratch / "replaced")
         _sync_one(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(draft: Path, target: Path, aside: Path) -> None:
+    """Puts the draft in the target's place; a folder that stands there is put back if that fails."""
+    is_folder = target.is_dir() and not target.is_symlink()
+    if is_folder:
+        target.replace(aside)
+    try:
+        draft.replace(target)
+    except BaseException:
+        if is_folder:
+            aside.replace(target)
+        raise
+
+
+@contextmanager
+def _os_errors(target: Path) -> Iterator[None]:
+    """Makes an `OSError` of what libraries in other languages raise in its place, such as on a full disk."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
 
 
 def remove_scratch(folder: Path) -> None:

@@ -66,3 +66,33 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     remove_scratch(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "kept"]
     assert (tmp_path / "kept").read_text() == "whole"
+
+
+def test_errors_of_other_languages_are_errors_of_the_system(tmp_path: Path) -> None:
+    class RustError(Exception):
+        pass
+
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.txt") as found, written_whole(tmp_path / "a.txt"):
+        raise RustError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert found.value.errno == 28
+    with pytest.raises(RustError), written_whole(tmp_path / "a.txt"):
+        raise RustError("something else")
+
+
+def test_a_folder_is_put_back_if_its_successor_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").write_text("old")
+    replace = Path.replace
+
+    def fails(self: Path, other: Path) -> Path:
+        if self.name == "folder" and Path(other) == target and not (self / "old").exists():
+            raise OSError("no")
+        return replace(self, other)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="no"), written_whole(target) as draft:
+        draft.mkdir()
+    assert (target / "old").read_text() == "old"

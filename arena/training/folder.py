@@ -60,7 +60,7 @@ def claim(folder: Path, run: dict[str, str], recipe: Recipe, *, fresh: bool) -> 
             f"{folder} holds an unfinished run of another recipe, other data or another base: run that one to its end, "
             "or set it aside and train this one with --fresh (ARGS=--fresh)"
         )
-    if folder.exists():
+    if folder.exists() and {path.name for path in folder.iterdir()} - {"recipe.yaml"}:  # that alone was never a run
         _set_aside(folder)
     write_text(folder / "recipe.yaml", save_recipe(recipe))
     write_json(folder / "run.json", run)

@@ -10,6 +10,7 @@ from typing import Any
 from arena.files import write_text
 
 EVALUATION = "eval_log_loss"  # the key that tells an evaluation's line from a step's
+LINE = ("step", EVALUATION, "eval_rows", "best")  # of an evaluation, in this order
 
 
 class RunLog:

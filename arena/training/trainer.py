@@ -41,7 +41,7 @@ from arena.training.checkpoint import (
 from arena.training.done import RUN_FILES, Done
 from arena.training.failure import describe_failure, note_failure
 from arena.training.folder import of_recipe
-from arena.training.log import EVALUATION, RunLog
+from arena.training.log import LINE, RunLog
 from arena.training.optim import make_optimizer, make_schedule, trainable
 from arena.training.order import example_labels, plan_fold
 from arena.training.probe import keep_what_fits
@@ -129,7 +129,8 @@ class Trainer:
                 self._on_main(lambda: self.shelf.leave_after(self.done.step))
         self.log.cut(self.done.step)
         if self.done.step in self.shelf.losses and self.done.step not in self.log.evaluated():
-            self.log.add(self.shelf.judgement(self.done.step)[0]["line"])
+            line = self.shelf.judgement(self.done.step)[0]["line"]
+            self._log({key: line[key] for key in LINE})
 
     def _check_pledge(self, checkpoint: Path, pledge: dict[str, str]) -> None:
         changed = [name for name, value in self.pledge.items() if pledge.get(name) != value]
@@ -244,7 +245,7 @@ class Trainer:
         )  # fmt: skip
         loss = first_rank(self.accelerator, log_loss(self.data.labels[rows], found))
         best = min(self.shelf.losses.values(), default=math.inf)
-        line = {"step": step, EVALUATION: loss, "eval_rows": len(rows), "best": loss < best}
+        line = dict(zip(LINE, (step, loss, len(rows), loss < best), strict=True))
         self._on_main(lambda: self.shelf.judge(step, {"log_loss": loss, "line": line}, found))
         self.shelf.losses[step] = loss
         self._log(line)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from arena.judging import shards
+from arena.judging.shards import Shards
 from arena.mirror.mirror import Mirror
 from arena.stopping import MORE_TO_DO, Stop, Stopped, stopping
+from arena.training import trainer as trainer_module
 from arena.training.run import run_fold
 from tests.helpers import tiny_recipe
 from tests.training.test_trainer import log, make, weights
@@ -36,8 +38,7 @@ class Asked(Stop):
 
 @pytest.fixture(autouse=True)
 def shards_of_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SECONDS", 0.0)
-    monkeypatch.setattr("arena.judging.inference.SECONDS", 0.0)
+    monkeypatch.setattr(trainer_module, "Shards", partial(Shards, seconds=0.0))
 
 
 def run(folder: Path, base: Path, at: int | None) -> tuple[Any, Asked]:
