@@ -51,7 +51,11 @@ class Train:
         recipe = _recipe(self.recipe, self.data, self.overrides)
         folder = run_place(self.runs, f"{recipe.name}/fold{self.fold}")
         _write_demo(recipe)
-        metrics = run_fold(recipe, self.fold, self.runs, fresh=self.fresh)
+        try:
+            metrics = run_fold(recipe, self.fold, self.runs, fresh=self.fresh)
+        except Stopped:
+            console.print(f"everything is saved in {folder}: the same command goes on from there")
+            raise
         if is_main():
             print_report(metrics)
             console.print(f"written: {folder} (metrics.json, oof.csv, log.jsonl, model/, {draw_report(folder).name})")

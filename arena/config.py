@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -108,6 +108,16 @@ class ModelSettings(Settings):
         "auto", description="parts computed in fewer passes over memory; auto: those that pay on the device"
     )
 
+    @field_validator("fuse", mode="before")
+    @classmethod
+    def _parts(cls, value: Any) -> Any:
+        if value in ("auto", "none"):
+            return value
+        parts = [value] if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)) and set(map(str, parts)) <= set(get_args(Part)):
+            return tuple(parts)
+        raise ValueError(f"{value!r}: write auto, none, or some of [{', '.join(get_args(Part))}]")
+
 
 class PackingSettings(Settings):
     budget: int = Field(16384, ge=16, description="tokens in a micro-batch at most")
@@ -132,6 +142,14 @@ class TrainSettings(Settings):
     resume: str = Field(
         "auto", description="go on from: auto, the latest checkpoint; best; the path of one; or never, train anew"
     )
+
+    @field_validator("resume")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ("auto", "best", "never") and not Path(value).is_dir():
+            raise ValueError(f"{value!r}: write auto, best, never, or the path of a checkpoint, a folder that is there")
+        return value
+
     max_seconds: float | None = Field(None, gt=0, description="save and end after so long; called again it goes on")
     mirror: str | None = Field(None, description="keep checkpoints also at this URL that fsspec knows, or folder")
     track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
@@ -265,7 +283,8 @@ def _explain(error: Any) -> str:
         return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     known = list(_group(path[:-1]).model_fields)
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+    below = [f"{name}.{path[-1]}" for name in known if path[-1] in _group([*path[:-1], name]).model_fields]
+    hint = f"did you mean {(near or below)[0]!r}?" if near or below else f"known here: {', '.join(known)}"
     return f"{where}: unknown key; {hint}"
 
 

@@ -25,7 +25,8 @@ def fold_models(run: Path) -> list[Path]:
     models = [fold / "model" for fold in sorted(folds, key=lambda fold: int(fold.name.removeprefix("fold")))]
     if not models:
         raise ValueError(
-            f"there is no finished fold under {run}: run `make train FOLD=0` first, or name the run's recipe"
+            f"there is no finished fold under {run}: run `make train FOLD=0 RECIPE={run.name}` first, or "
+            "name the run's recipe or folder"
         )
     cards = [read_card(model) for model in models]
     odd = [model for model, card in zip(models, cards, strict=True) if card["trained_on"] != cards[0]["trained_on"]]

@@ -60,10 +60,17 @@ def claim(folder: Path, run: dict[str, str], recipe: Recipe, *, fresh: bool) -> 
             f"{folder} holds an unfinished run of another recipe, other data or another base: run that one to its end, "
             "or set it aside and train this one with --fresh (ARGS=--fresh)"
         )
-    if folder.exists() and {path.name for path in folder.iterdir()} - {"recipe.yaml"}:  # that alone was never a run
+    if folder.exists() and not _never_began(folder):
         _set_aside(folder)
     write_text(folder / "recipe.yaml", save_recipe(recipe))
     write_json(folder / "run.json", run)
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether a folder holds only what a run that failed before its first step leaves."""
+    names = {path.name for path in folder.iterdir()}
+    empty = not (folder / "log.jsonl").is_file() or (folder / "log.jsonl").stat().st_size == 0
+    return names <= {"recipe.yaml", "run.json", "log.jsonl"} and empty
 
 
 def _owner(folder: Path) -> dict[str, str] | None:

@@ -68,6 +68,7 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
     """`run_fold` in a folder that no other process is at work on."""
     main = accelerator.is_main_process
     recipe = with_dtype(recipe, card_of(accelerator.device))
+    console.print(f"{recipe.name}, fold {fold}: rows of {recipe.data.path}, base {recipe.model.base}")
     data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     asked, recipe = recipe, fit(recipe, base_config(recipe.model), card_of(accelerator.device))
@@ -84,7 +85,9 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         if main:  # only now: what cannot be trained must not take the place of what was
             claim(folder, run, recipe, fresh=fresh)
         if mirror is not None and not fresh:
-            mirror.pull(folder)
+            fetched = mirror.pull(folder)
+            if fetched:
+                console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
         accelerator.wait_for_everyone()
         if recipe.train.track != "none":
             accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})

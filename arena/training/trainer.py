@@ -28,7 +28,7 @@ from arena.model.classifier import PackedClassifier
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.packing.tree import prefixes_for
-from arena.progress import progress
+from arena.progress import console, progress
 from arena.stopping import Stop, Stopped
 from arena.training.checkpoint import (
     Random,
@@ -125,6 +125,7 @@ class Trainer:
             state = load_checkpoint(found, self.model, self.optimizer, self.schedule)
             self.scaling.restore(state["scaling"])
             self.done = Done(**state["done"])
+            console.print(f"going on after step {self.done.step:,} of {self.plan.n_steps:,} ({found})")
             if mode != "auto":
                 self._on_main(lambda: self.shelf.leave_after(self.done.step))
         self.log.cut(self.done.step)
