@@ -137,6 +137,7 @@ def whole(infer: Infer) -> bytes:
     return infer.out.read_bytes()
 
 
+@pytest.mark.slow  # and in `make torture`
 def test_killed_at_random_moments_it_goes_on_to_the_same_submission(infer: Infer, whole: bytes) -> None:
     rng = np.random.default_rng(0)
     killed = done = went_on = 0
@@ -185,6 +186,7 @@ def test_shards_are_what_it_goes_on_with(infer: Infer, whole: bytes) -> None:
     assert infer.out.read_bytes() == whole
 
 
+@pytest.mark.slow  # and in `make torture`
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_well(infer: Infer, whole: bytes, number: int, status: int) -> None:
     for shards in (0, 3, 8):
