@@ -83,14 +83,23 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes ever held: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # Linux's other count, below, takes in the process that started this one
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-        found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-        if found:
-            return found[0] * 1024
+    try:
+        return process_memory("VmHWM")  # Linux's other count, below, takes in the process that started this one
+    except (OSError, ValueError):
+        pass
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def process_memory(key: str) -> int:
+    """Bytes of a line such as `VmHWM: 1234 kB` of Linux's /proc/self/status.
+
+    Raises:
+        OSError: there is no such file here; ValueError: no such line.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    (found,) = (line.split()[1] for line in lines if line.startswith(f"{key}:"))
+    return int(found) * 1024
 
 
 def device_name(device: torch.device) -> str:

@@ -31,11 +31,11 @@ from arena.benchmark.machine import (
 from arena.benchmark.parts import BrokenDevice, Clock, Parts
 from arena.config import Recipe, load_recipe
 from arena.progress import console, quiet
+from arena.stopping import MORE_TO_DO
 
 if TYPE_CHECKING:
     from arena.benchmark.real_run import RealBench
 
-MORE_TO_DO = 3  # exit status of a run that stopped in time, before it was done
 LEAST_SECONDS = 60.0  # that a file of tests is given, however little is left
 PADDED_ROWS = 24  # six batches: a step of all rows would take padded batches half a minute
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from arena.distributed import process_memory
+
 
 def measure(once: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
     """Seconds of one call, and the most bytes it held above what was held before."""
@@ -37,7 +39,7 @@ def reset_peak(device: torch.device) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # else memory that an earlier variant freed would count as held
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-        return _status("VmRSS")
+        return process_memory("VmRSS")
     except (OSError, AttributeError):
         return None
 
@@ -46,7 +48,7 @@ def peak(device: torch.device) -> int:
     """The most bytes held since `reset_peak`: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
+    return process_memory("VmHWM")
 
 
 def reserved_peak(device: torch.device) -> int | None:
@@ -59,10 +61,3 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _status(key: str) -> int:
-    """Bytes, of a line such as `VmHWM: 1234 kB` of Linux's /proc/self/status."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    (found,) = (line.split()[1] for line in lines if line.startswith(f"{key}:"))
-    return int(found) * 1024

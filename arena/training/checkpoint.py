@@ -31,17 +31,15 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     schedule: Any,
     state: dict[str, Any],
-    states: Random | None = None,
 ) -> None:
     """Writes a checkpoint to `folder`.
 
     Args:
         state: what else the run must know to go on; plain JSON values.
-        states: random states to save; those of now where not given.
     """
     tensors: dict[str, Tensor] = {}
     plain = _split(optimizer.state_dict(), "", tensors)
-    drawn, plain_random = states or random_states()
+    drawn, plain_random = random_states()
     with written_whole(folder) as draft:
         draft.mkdir()
         save_file(_contiguous(trainable(model)), draft / "weights.safetensors")

@@ -97,8 +97,9 @@ class Trainer:
         self.classifier.train()
         with progress("training", self.plan.n_steps, "steps") as advance:
             advance(self.done.step)
-            if self._evaluates() and self.done.step not in self.shelf.losses:
-                self._evaluate()  # the run was ended before or within it
+            if self._evaluates() and self.done.step not in self.shelf.losses:  # it was ended before or within it
+                self._save()  # where it goes on from a checkpoint that stands elsewhere
+                self._evaluate()
             start = time.monotonic()
             for batch in ahead(self._loader()):
                 self.done.waited += time.monotonic() - start
@@ -128,6 +129,7 @@ class Trainer:
             console.print(f"going on after step {self.done.step:,} of {self.plan.n_steps:,} ({found})")
             if mode != "auto":
                 self._on_main(lambda: self.shelf.leave_after(self.done.step))
+                self.shelf.losses = {step: loss for step, loss in self.shelf.losses.items() if step <= self.done.step}
         self.log.cut(self.done.step)
         if self.done.step in self.shelf.losses and self.done.step not in self.log.evaluated():
             line = self.shelf.judgement(self.done.step)[0]["line"]

@@ -187,3 +187,12 @@ def test_resumed_from_a_mirror_equals_resumed_from_disk(
     ]
     assert steps[0] == steps[1] == whole["steps"]
     assert list(store.rglob("model/adapter_model.safetensors")), "the finished judge is there too"
+
+
+def test_from_a_checkpoint_elsewhere_that_was_not_judged(gemma2: Path, tmp_path: Path) -> None:
+    straight = make(tmp_path / "straight", gemma2, "train.keep_last=9")
+    straight.run()
+    elsewhere = make(tmp_path / "new", gemma2, "train.keep_last=9", f"train.resume={straight.shelf.step(3)}")
+    elsewhere.run()
+    assert torch.equal(weights(elsewhere), weights(straight))
+    assert elsewhere.shelf.losses == straight.shelf.losses and elsewhere.shelf.steps() == [3, 4, 5]
