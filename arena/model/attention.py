@@ -21,6 +21,11 @@ from arena.model.last_layer import KeptKeys
 from arena.model.recompute import remake
 
 NAME = "arena_varlen"  # under this name transformers finds `transformers_attention`
+# what a model call or a layer hands on to attention, and attention computes the same without
+NO_EFFECT = frozenset(
+    ("position_ids", "cache_position", "use_cache", "last_token", "output_attentions", "output_hidden_states",
+     "output_router_logits", "return_dict")
+)  # fmt: skip
 USED = "arena_used_backend"  # each attention module's last backend
 
 
@@ -65,6 +70,8 @@ def varlen_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: int | None) -> None:
+    if k.shape[:2] == v.shape[:2] and k.shape[-1] != v.shape[-1]:
+        raise ValueError(f"keys of {k.shape[-1]} numbers a head and values of {v.shape[-1]}: both must be as wide")
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
     if len(cu_seqlens_q) != len(cu_seqlens_k):
@@ -112,8 +119,8 @@ def transformers_attention(
         (1, T_q, heads, head_dim) and no attention weights.
 
     Raises:
-        ValueError: a mask, dropout, missing or misspelt boundaries, a model that is not causal, or a backend that was
-            asked for and cannot run here.
+        ValueError: a mask, dropout, missing or misspelt boundaries, a keyword that may change the result and is not
+            known here, a model that is not causal, or a backend that was asked for and cannot run here.
     """
     boundaries = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     _check_call(module, query, attention_mask, dropout, boundaries, others)
@@ -157,6 +164,10 @@ def _check_call(
         raise ValueError(
             "packed attention needs cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k in the model call"
             + (f"; it does not know {', '.join(wrong)}" if wrong else "")
+        )
+    if unknown := [name for name, value in others.items() if value is not None and name not in NO_EFFECT]:
+        raise ValueError(
+            f"{type(module).__name__} gives its attention {', '.join(unknown)}, which packed attention does not know"
         )
     if dropout:
         raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the model's config")

@@ -52,9 +52,10 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
         elif kind in MLPS:
             module.forward = MethodType(partial(_mlp, fuse), module)
     for layer in layers:
-        _replace_rotary(sys.modules[type(layer.self_attn).__module__])
-        attention = layer.self_attn  # within what transformers may run again in the backward
-        attention.forward = partial(_turned, fuse, attention.forward)
+        attention = getattr(layer, "self_attn", None)  # within what transformers may run again in the backward
+        if attention is not None:
+            _replace_rotary(sys.modules[type(attention).__module__])
+            attention.forward = partial(_turned, fuse, attention.forward)
         layer.forward = partial(_in_layer, layer, layer.forward)
     if fuse == "auto" or "lora" in fuse:
         fuse_lora(decoder)

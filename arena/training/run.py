@@ -25,6 +25,7 @@ from arena.mirror.mirror import Mirror
 from arena.model.attention import used_backends
 from arena.model.backbone import base_config, base_digest, load_base, load_tokenizer
 from arena.model.card import card_of
+from arena.model.exactness import check_exact
 from arena.model.memory import fit
 from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
@@ -71,8 +72,10 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
     console.print(f"{recipe.name}, fold {fold}: rows of {recipe.data.path}, base {recipe.model.base}")
     data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    asked, recipe = recipe, fit(recipe, base_config(recipe.model), card_of(accelerator.device))
+    config = base_config(recipe.model)
+    asked, recipe = recipe, fit(recipe, config, card_of(accelerator.device))
     with accelerator.main_process_first():  # the other ranks find the rows prepared
+        check_exact(config, recipe.model, recipe.prompt.max_length, Path(recipe.data.cache))
         data = prepare_fold(recipe, fold, tokenizer)
         prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     run = identity(recipe, data.fingerprint, base_digest(recipe.model.base))

@@ -1,0 +1,224 @@
+"""Whether packing changes a base's numbers: tried on a small model of the same kind, before the base is used.
+
+Attention is told where each row begins. But a base may mix rows in other ways too: by a state that is handed from token
+to token, by rotary frequencies that depend on the longest row of a batch, by something that its attention is given and
+ours does not know. No list of bases foresees that. So the base's config is made small, and the model it describes is
+run with random weights: packed, with shared beginnings, alone, and one row at a time through plain transformers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from arena import __version__
+from arena.config import ModelSettings
+from arena.files import fingerprint, write_json
+from arena.model.attention import NAME
+from arena.model.backbone import HEAD, as_judge, take_over
+from arena.model.classifier import PackedClassifier
+from arena.model.miniature import BEYOND, FIRST_TOKEN, LONGEST, ORIGINAL, VOCABULARY, WINDOW, miniature, without_weights
+from arena.model.tuning import adapt
+from arena.packing.batch import PackedBatch, collate
+from arena.packing.tree import find_prefixes, grow_tree
+
+TOLERANCE = 1e-5  # of the largest logit, in float32
+CONTROL = 1e-3  # what a boundary or a window in the wrong place must change at least
+
+SIMPLEST = {"dtype": "float32", "quantization": "none", "attention": "reference", "checkpointing": "none"}
+
+
+def check_exact(config: PretrainedConfig, settings: ModelSettings, max_length: int, cache: Path) -> None:
+    """Makes sure that a base gives each row of a packed batch the numbers that it gives that row alone.
+
+    Takes a second or two. A base that passes is remembered in `cache` by its config, the settings, and the versions of
+    the packages; a later call reads no more than that.
+
+    Args:
+        config: of the base; it is not changed.
+        max_length: tokens of the longest row that the base will be given.
+
+    Raises:
+        ValueError: a row's numbers would depend on the rows beside it, or the base cannot be read in packs at all.
+    """
+    settings = settings.model_copy(update=SIMPLEST)
+    versions = {"arena": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    longest = longest_row(config, max_length)
+    described = deepcopy(config).to_dict(), settings.model_dump(mode="json", exclude={"base", "revision"}), versions
+    note = cache / f"exact-{fingerprint(*described, longest)}.json"
+    if note.is_file():
+        return
+    if why := why_not_exact(config, settings, longest):
+        advice = _shorter_rows(config, settings, longest)
+        raise ValueError(f"model.base: {settings.base!r} cannot be used on packed batches: {why}{advice}")
+    with suppress(OSError):  # it is then tried again the next time
+        write_json(note, {"model_type": config.model_type, "longest_row": longest, **versions})
+
+
+def why_not_exact(config: PretrainedConfig, settings: ModelSettings, longest: int) -> str | None:
+    """Why rows would not be their own in a packed batch, in a few words; None where they are, to 1e-5 in float32.
+
+    Args:
+        settings: of a model in float32, with `SIMPLEST`.
+        longest: tokens of the longest row that the small model is given; see `longest_row`.
+    """
+    try:
+        if why := _wrong_kind(config):
+            return why
+        with _repeatable():
+            return _compare(miniature(config), settings, longest)
+    except Exception as error:  # whatever a modeling file raises that was not written for this
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return f"a small {config.model_type} could not be run in this way ({kind}{reason})"
+
+
+def longest_row(config: PretrainedConfig, max_length: int) -> int:
+    """Tokens of the small model's longest row: over each of its limits where `max_length` is over that of the base."""
+    original, most = _limits(config)
+    if max_length > most:
+        return BEYOND
+    return ORIGINAL if max_length <= original < math.inf else LONGEST
+
+
+def _limits(config: PretrainedConfig) -> tuple[float, float]:
+    """The positions that the rotary embedding was trained on before it was stretched, and all positions of a base."""
+    found = re.findall(r'"original_max_position_embeddings": (\d+)', config.to_json_string(use_diff=False))
+    most = getattr(config, "max_position_embeddings", None)
+    return min(map(int, found), default=math.inf), most if isinstance(most, int) else math.inf
+
+
+def _shorter_rows(config: PretrainedConfig, settings: ModelSettings, longest: int) -> str:
+    """What to set where a base is exact for shorter rows."""
+    original, most = _limits(config)
+    for limit, rows in ((most, LONGEST), (original, ORIGINAL)):
+        if rows < longest and limit < math.inf and why_not_exact(config, settings, rows) is None:
+            return f". Rows of at most {limit} tokens are exact: set prompt.max_length={limit}"
+    return ""
+
+
+def _wrong_kind(config: PretrainedConfig) -> str | None:
+    """What can be seen of a base that is no decoder of text, or one that cannot be told where rows begin."""
+    if config.is_encoder_decoder:
+        return "it has an encoder beside its decoder"
+    if config.get_text_config() is not config:
+        return "it reads more than text; use a model of its text part alone"
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return "transformers has no sequence classifier over it"
+    if not MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]._supports_attention_backend:
+        return "its attention cannot be replaced (transformers does not call it through AttentionInterface)"
+    model = without_weights(miniature(config))
+    if not isinstance(getattr(model, HEAD, None), nn.Linear):
+        return f"its classifier has no linear layer `{HEAD}` over the last token, as decoders have in transformers"
+    if not hasattr(getattr(model, model.base_model_prefix), "layers"):
+        return "its decoder does not hold its layers in `layers`"
+    return None
+
+
+def _compare(small: PretrainedConfig, settings: ModelSettings, longest: int) -> str | None:
+    plain, ours = _models(small, settings)
+    rows = _rows(longest)
+    expected = torch.cat([plain(input_ids=torch.from_numpy(row)[None].long()).logits for row in rows])
+    packed, order, shared = collate([{"input_ids": row} for row in rows]), *_sharing(rows)
+    alone = _apart(torch.cat([ours(collate([{"input_ids": row}])) for row in rows]), expected)
+    if not alone <= TOLERANCE:
+        return f"packed attention computes something else than its own, for a single row too (relative difference {alone:.1g})"
+    together = max(_apart(ours(packed), expected), _apart(ours(shared), expected[order]))
+    if not together <= TOLERANCE:
+        return f"a row's numbers depend on the rows beside it (relative difference {together:.1g})"
+    # what must be seen: two rows taken for one, a window that is a token too wide
+    if not _apart(ours(_in_pairs(packed)), expected[1::2]) > CONTROL:
+        return "two rows taken for one give the same numbers, so the comparison shows nothing"
+    windows: list[Any] = [each for each in ours.modules() if isinstance(getattr(each, "sliding_window", None), int)]
+    for module in windows:
+        module.sliding_window = WINDOW + 1
+    if windows and not _apart(ours(packed), expected) > CONTROL:
+        return "a wider window gives the same numbers, so the comparison shows nothing about it"
+    return None
+
+
+def _models(small: PretrainedConfig, settings: ModelSettings) -> tuple[PreTrainedModel, PackedClassifier]:
+    """The same random weights as transformers runs them, and as this package does, with adapters that add nothing."""
+    as_judge(small)
+    plain, ours = (
+        AutoModelForSequenceClassification.from_config(deepcopy(small), attn_implementation=name, dtype=torch.float32)
+        for name in ("eager", NAME)
+    )
+    for name, parameter in plain.named_parameters():
+        if parameter.ndim > 1:  # large enough for every part to show in the logits
+            parameter.normal_(std=1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    take_over(ours, settings)
+    ours.load_state_dict(plain.state_dict())
+    return plain.eval(), PackedClassifier(adapt(ours, settings)).eval()
+
+
+def _rows(longest: int) -> list[np.ndarray]:
+    """An even number of rows, int32 (n,) each, of lengths on both sides of each limit; they share beginnings."""
+    around = {1, 2, *(limit + off for limit in (WINDOW, ORIGINAL, LONGEST) for off in (-1, 0, 1)), longest}
+    lengths = [n for n in sorted(around) if n <= longest]
+    lengths += [longest // 2] * (len(lengths) % 2)
+    rng = np.random.default_rng(0)
+    rng.shuffle(lengths)
+    common = rng.integers(FIRST_TOKEN, VOCABULARY, longest, dtype=np.int32)
+    rows = [rng.integers(FIRST_TOKEN, VOCABULARY, n, dtype=np.int32) for n in lengths]
+    for at, row in enumerate(rows):
+        begins = (0, len(row) // 2, len(row) - 1)[at % 3]
+        row[:begins] = common[:begins]
+    return rows
+
+
+def _sharing(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, PackedBatch]:
+    """The rows with every common beginning laid out once, and their order in that batch."""
+    prefixes = find_prefixes(rows)
+    order = np.argsort(prefixes.rank)
+    shared = prefixes.between(prefixes.rank[order])
+    tree = grow_tree([len(rows[at]) for at in order], shared.tolist(), least=1)
+    return order, collate([{"input_ids": rows[at]} for at in order], tree=tree)
+
+
+def _in_pairs(batch: PackedBatch) -> PackedBatch:
+    """A batch that shares nothing, every two rows as one."""
+    ends = batch.cu_seqlens[::2]
+    longest, segment = int(ends.diff().max()), torch.arange(len(ends) - 1)
+    return replace(
+        batch, cu_seqlens=ends, cu_seqlens_k=ends, max_seq_len=longest, max_segment_len=longest, segment=segment
+    )
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest logit."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """Without warnings, with the same random numbers each time and none of the run's, in one thread: it is little work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,184 @@
+"""Bases whose rows are their own in a packed batch, bases whose rows are not, and how each is told from the other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig
+
+from arena.config import ModelSettings
+from arena.model import exactness, reference
+from arena.model.backbone import base_config
+from arena.model.create import ARCHITECTURES
+from arena.model.exactness import SIMPLEST, check_exact, longest_row, why_not_exact
+from arena.model.miniature import BEYOND, LONGEST, ORIGINAL, WINDOW, miniature
+from tests.model.every_base import PAGE, page, verdicts
+
+DEMO = ModelSettings(base="demo_base")
+SETTINGS = DEMO.model_copy(update=SIMPLEST)
+LAYERS = {"num_hidden_layers": 6}
+
+
+def stretched(kind: str, limit: int = 1024, **more: Any) -> LlamaConfig:
+    """A Llama whose rotary embedding is stretched from `limit` positions to eight times as many."""
+    rope = {"rope_type": kind, "factor": 8.0, "rope_theta": 10000.0, **more}
+    if kind in ("yarn", "longrope", "llama3"):
+        rope["original_max_position_embeddings"] = limit
+    most = limit if kind == "dynamic" else 8 * limit
+    return LlamaConfig(max_position_embeddings=most, rope_parameters=rope, **LAYERS)
+
+
+LONGROPE: dict[str, Any] = {"short_factor": [1.0] * 64, "long_factor": [1.0 + at / 8 for at in range(64)]}
+
+
+@pytest.mark.parametrize(
+    "family", ["gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
+)
+def test_decoders_whose_attention_alone_mixes_tokens_are_exact(family: str) -> None:
+    config = CONFIG_MAPPING[family](**LAYERS)
+    assert why_not_exact(config, SETTINGS, longest_row(config, 1024)) is None
+
+
+@pytest.mark.parametrize("tune", ["lora", "head", "full"])
+def test_it_holds_however_the_base_is_trained(tune: str) -> None:
+    assert why_not_exact(base_config(DEMO), SETTINGS.model_copy(update={"tune": tune}), LONGEST) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("linear", {}), ("yarn", {}), ("llama3", {"low_freq_factor": 1.0, "high_freq_factor": 4.0})],
+)
+def test_a_rotary_embedding_that_is_stretched_once_and_for_all_is_exact(kind: str, more: dict[str, Any]) -> None:
+    config = stretched(kind, **more)
+    assert why_not_exact(config, SETTINGS, longest_row(config, 4096)) is None
+
+
+@pytest.mark.parametrize(("kind", "more"), [("dynamic", {}), ("longrope", LONGROPE)])
+def test_a_rotary_embedding_of_the_longest_row_is_refused_where_rows_reach_so_far(
+    kind: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    config = stretched(kind, **more)
+    with pytest.raises(ValueError, match="depend on the rows beside it") as refused:
+        check_exact(config, DEMO, 1025, tmp_path)
+    assert str(refused.value).endswith("Rows of at most 1024 tokens are exact: set prompt.max_length=1024")
+    check_exact(config, DEMO, 1024, tmp_path)  # what the message says
+
+
+def test_also_where_both_factors_come_with_other_widths() -> None:
+    factors = {"short_factor": [1.0] * 48, "long_factor": [1.0 + at / 8 for at in range(48)]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    config = Phi3Config(
+        rope_parameters=rope, original_max_position_embeddings=4096, max_position_embeddings=131072, **LAYERS
+    )
+    assert why_not_exact(config, SETTINGS, longest_row(config, 4096)) is None
+    assert "depend on the rows" in str(why_not_exact(config, SETTINGS, longest_row(config, 4097)))
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("bert", "no linear layer `score`"),
+        ("bart", "encoder beside its decoder"),
+        ("bloom", "attention cannot be replaced"),  # ALiBi
+        ("gemma3", "more than text"),
+        ("gpt_oss", "s_aux"),  # attention sinks
+        ("gpt2", "in `layers`"),
+        ("mamba", "no sequence classifier"),
+        ("minimax", "depend on the rows beside it"),  # a state that goes from token to token
+    ],
+)
+def test_others_are_refused_with_the_reason(family: str, reason: str) -> None:
+    config = CONFIG_MAPPING[family](num_hidden_layers=4)
+    assert reason in str(why_not_exact(config, SETTINGS, LONGEST))
+
+
+def test_the_smaller_model_has_every_kind_of_layer_of_the_base() -> None:
+    config = CONFIG_MAPPING["gemma3_text"](num_hidden_layers=26)
+    small = miniature(config)
+    assert small.num_hidden_layers == 3 and set(small.layer_types) == set(config.layer_types)
+    assert (small.layer_types[-1], small.sliding_window) == (config.layer_types[-1], WINDOW)
+    # a layer that no list of the config tells from its neighbours
+    mixed = CONFIG_MAPPING["qwen3_moe"](num_hidden_layers=8, decoder_sparse_step=4)
+    assert miniature(mixed).num_hidden_layers == 8
+
+
+def test_rows_go_over_a_limit_just_where_the_recipe_does() -> None:
+    config = stretched("yarn")
+    asked = [longest_row(config, n) for n in (1024, 1025, 8192, 8193)]
+    assert asked == [ORIGINAL, LONGEST, LONGEST, BEYOND]
+    assert longest_row(Gemma2Config(), 4096) == LONGEST
+
+
+@pytest.mark.parametrize("fault", ["window", "softcap"])
+def test_wrong_attention_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check is worth what it catches."""
+    right = reference._chunk
+
+    def wrong(q: Any, k: Any, v: Any, offset: int, scale: float, softcap: Any, window: Any) -> Any:
+        if fault == "softcap":
+            return right(q, k, v, offset, scale, None, window)
+        return right(q, k, v, offset, scale, softcap, window and window + 1)
+
+    monkeypatch.setattr(reference, "_chunk", wrong)
+    config = base_config(DEMO)
+    config.attn_logit_softcapping = 1.0
+    assert "for a single row too" in str(why_not_exact(config, SETTINGS, LONGEST))
+
+
+def test_a_comparison_that_cannot_fail_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exactness, "_apart", lambda *_: 0.0)
+    assert "shows nothing" in str(why_not_exact(base_config(DEMO), SETTINGS, LONGEST))
+
+
+def test_it_is_remembered_and_costs_nothing_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ARCHITECTURES["google/gemma-2-9b"]
+    began = time.process_time()
+    check_exact(config, DEMO, 4096, tmp_path)
+    assert time.process_time() - began < 3
+    calls: list[PretrainedConfig] = []
+
+    def noted(*given: Any) -> str:
+        calls.append(given[0])
+        return "for some reason"
+
+    monkeypatch.setattr(exactness, "why_not_exact", noted)
+    began = time.process_time()
+    check_exact(config, DEMO, 4096, tmp_path)
+    assert not calls and time.process_time() - began < 0.1
+    for changed in (
+        lambda: check_exact(config, DEMO.model_copy(update={"tune": "head"}), 4096, tmp_path),
+        lambda: check_exact(config, DEMO, 9000, tmp_path),
+        lambda: check_exact(ARCHITECTURES["google/gemma-2-2b"], DEMO, 4096, tmp_path),
+        lambda: check_exact(ARCHITECTURES["google/gemma-2-2b"], DEMO, 4096, tmp_path),  # a refusal is not remembered
+    ):
+        calls.clear()
+        with pytest.raises(ValueError, match="for some reason"):
+            changed()
+        assert calls
+    monkeypatch.setattr(exactness.transformers, "__version__", "another")
+    with pytest.raises(ValueError, match="for some reason"):
+        check_exact(config, DEMO, 4096, tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_judge(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_exact(base_config(DEMO), DEMO, 1024, tmp_path / "file" / "cache")
+
+
+def test_the_run_s_random_numbers_and_threads_stay_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    check_exact(base_config(DEMO), DEMO, 1024, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
+
+
+@pytest.mark.slow
+def test_every_sequence_classifier_of_transformers_is_exact_or_refused() -> None:
+    """The page holds what is found here and now."""
+    found = verdicts()
+    assert PAGE.read_text(encoding="utf-8") == page(found)
+    assert sum(why is None for why in found.values()) >= 30
