@@ -140,7 +140,7 @@ def _compare(small: PretrainedConfig, settings: ModelSettings, longest: int) -> 
     packed, order, shared = collate([{"input_ids": row} for row in rows]), *_sharing(rows)
     alone = _apart(torch.cat([ours(collate([{"input_ids": row}])) for row in rows]), expected)
     if not alone <= TOLERANCE:
-        return f"packed attention computes something else than its own, for a single row too (relative difference {alone:.1g})"
+        return f"packed attention differs from its own for a single row too (relative difference {alone:.1g})"
     together = max(_apart(ours(packed), expected), _apart(ours(shared), expected[order]))
     if not together <= TOLERANCE:
         return f"a row's numbers depend on the rows beside it (relative difference {together:.1g})"
@@ -212,7 +212,7 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """Without warnings, with the same random numbers each time and none of the run's, in one thread: it is little work."""
+    """The same random numbers each time and none of the run's; one thread, as it is little work; no warnings."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
