@@ -191,7 +191,7 @@ def test_another_base_in_the_same_place_is_noticed(
     ("words", "message"),
     [
         (["--out", "folder"], "is a folder: name the file"),
-        (["train.lr=3"], "changes nothing about judging"),
+        (["train.lr=3"], "does not apply to a trained judge"),
         (["--data", "other"], "differ in 1 ids"),
     ],
 )

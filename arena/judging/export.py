@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from arena.config import ModelSettings, Recipe, change
 from arena.files import write_json, written_whole
-from arena.judging.judge import CARD, check_trained_on, read_card
+from arena.judging.find import CARD
+from arena.judging.judge import check_trained_on, read_card
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import HEAD_FILE, is_whole, load_trained, with_adapter, with_head
 

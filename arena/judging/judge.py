@@ -19,6 +19,7 @@ from arena.data.prepare import source
 from arena.data.tokens import tokenise
 from arena.distributed import device_name
 from arena.files import file_digest, fingerprint, write_json, written_whole
+from arena.judging.find import CARD
 from arena.judging.inference import predict_or_prior
 from arena.judging.shards import Shards
 from arena.model.backbone import attention_choice, load_tokenizer
@@ -30,7 +31,6 @@ from arena.model.tuning import is_whole, load_trained, save_model
 from arena.packing.tree import prefixes_for
 from arena.stopping import stopping
 
-CARD = "judge.json"
 FORMAT = 2  # 2: `base` is the digest of all that is loaded of a base
 
 
