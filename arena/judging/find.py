@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from arena.config import load_recipe, recipe_names
+from arena.hints import command
 from arena.progress import console
 
 CARD = "judge.json"  # its presence makes a folder a judge
@@ -87,8 +87,8 @@ def _run_of(name: str, runs: Path, renamed: Sequence[str]) -> Path:
     if _is_recipe(name):
         run = runs / load_recipe(name, renamed).name
         if not _folds(run):
-            words = shlex.join(["arena", "train", "--recipe", name, *_runs(runs), *renamed])
-            raise ValueError(f"there is no finished fold under {run}: train one with `{words}`, or name another judge")
+            train = command("arena", "train", "--recipe", name, *_runs(runs), *renamed)
+            raise ValueError(f"there is no finished fold under {run}: train one with `{train}`, or name another judge")
         return run
     if Path(name).name == name and (_folds(runs / name) or (runs / name / CARD).is_file()):
         return runs / name
@@ -140,7 +140,7 @@ def _how_to_finish(fold: Path) -> str:
     if number is None or load_recipe(str(recipe)).name != run.name:  # such as `earlier/fold0-...`
         return "it was moved, and is resumed only where it stood; move it back, or name another"
     runs = _runs(fold.parent.parent if fold.parent.name == run.name else run.parent)
-    return f"resume it with `{shlex.join(['arena', 'train', '--fold', number[1], '--recipe', str(recipe), *runs])}`"
+    return f"resume it with `{command('arena', 'train', '--fold', number[1], '--recipe', str(recipe), *runs)}`"
 
 
 def _runs(runs: Path) -> list[str]:

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 
 from arena.config import RECIPES
 from arena.files import file_digest, fingerprint
+from arena.hints import command
 from arena.model.safety import INDEX, WEIGHTS, check_base, weight_files
 
 CONFIG = "config.json"
@@ -108,6 +109,6 @@ def found(base: str) -> Iterator[None]:
             ) from error
         raise ValueError(
             f"model.base: {base!r} could not be loaded ({reason}). If it is a gated model, accept its licence on its "
-            "Hugging Face page and run `hf auth login`; on a machine without internet, download it elsewhere "
-            f"(`hf download {base} --local-dir FOLDER`) and pass model.base=FOLDER"
+            f"Hugging Face page and run `{command('hf', 'auth', 'login')}`; on a machine without internet, download it "
+            f"elsewhere (`hf download {base} --local-dir FOLDER`) and pass model.base=FOLDER"
         ) from error

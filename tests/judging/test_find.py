@@ -112,13 +112,13 @@ def test_an_unfinished_fold_beside_finished_ones_is_left_out_aloud(capsys: pytes
 @pytest.mark.parametrize(
     ("name", "overrides", "fold", "message"),
     [
-        ("runs/demo/fold3", [], None, r"fold3 is not finished: resume it with `arena train --fold 3 --recipe runs/d"),
+        ("runs/demo/fold3", [], None, r"is not finished: resume it with `\S*arena train --fold 3 --recipe runs/demo/f"),
         ("runs/demo/fold3/recipe.yaml", [], None, r"fold3 is not finished: resume it"),
         ("demo", [], 3, r"fold3 is not finished: resume it"),
-        ("open", [], None, r"no finished fold under runs/open: resume it with `arena train --fold 0 --recipe"),
+        ("open", [], None, r"no finished fold under runs/open: resume it with `\S*arena train --fold 0 --recipe"),
         ("demo", [], 4, r"runs/demo has no fold 4: it has 0, 2, 3, 10"),
-        ("gemma-2-9b", [], None, r"fold under runs/gemma-2-9b: train one with `arena train --recipe gemma-2-9b`"),
-        ("demo", ["name=new"], None, r"under runs/new: train one with `arena train --recipe demo name=new`"),
+        ("gemma-2-9b", [], None, r"fold under runs/gemma-2-9b: train one with `\S*arena train --recipe gemma-2-9b`"),
+        ("demo", ["name=new"], None, r"under runs/new: train one with `\S*arena train --recipe demo name=new`"),
         ("demo", ["name=../mine"], None, r"recipe demo: name"),
         ("runs/demo", ["name=mine"], None, r"name=mine names another one"),
         ("runs/demo/fold2/recipe.yaml", ["name=demo"], None, r"name=demo names another one"),
