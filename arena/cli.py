@@ -21,6 +21,9 @@ from arena.progress import console, printable, quiet
 from arena.stopping import Stopped, ending_at_once
 
 Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
+Judged = Annotated[
+    str, arg(metavar="RUN", help="A run or its recipe, by name or path; or the folder of one fold or judge (model).")
+]
 Data = Annotated[
     str | None,
     arg(metavar="PATH", help="Folder with train and test files, or one file; default: the recipe's."),
@@ -48,7 +51,7 @@ class Train:
         from arena.reporting.report import draw_report, print_report
         from arena.training.run import run_fold
 
-        recipe = _recipe(self.recipe, self.data, self.overrides)
+        recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
         folder = run_place(self.runs, f"{recipe.name}/fold{self.fold}")
         _write_demo(recipe)
         try:
@@ -63,12 +66,12 @@ class Train:
 
 @dataclass
 class Infer:
-    """Judge a test file with every finished fold of a run, averaged, and write a checked submission."""
+    """Judge a test file with a judge, or with every finished fold of a run, averaged; write a checked submission."""
 
     overrides: Positional[
         Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings, such as judge.swap=false.")]
     ] = ()
-    recipe: Name = "demo"
+    recipe: Judged = "demo"
     data: Annotated[
         str | None, arg(metavar="PATH", help="Folder with a test file, or one file; default: what was trained on.")
     ] = None
@@ -77,23 +80,23 @@ class Infer:
 
     def run(self) -> None:
         from arena.distributed import fix_threads
-        from arena.judging.ensemble import fold_models
+        from arena.judging.ensemble import check_alike
+        from arena.judging.find import find_models
 
         fix_threads()
-        odd = [each for each in self.overrides if not each.startswith(INFER_SETTINGS)]
-        if odd:
-            raise ValueError(f"{odd[0]} changes nothing about judging: here {', '.join(INFER_SETTINGS)} can be set")
-        models = fold_models(run_place(self.runs, load_recipe(self.recipe).name))
+        settings = _settings_of(self.overrides, INFER_SETTINGS)
+        models = find_models(self.recipe, self.runs, self.overrides)
+        check_alike(models)
         parts = self.out.with_name(f"{self.out.name}.parts")
         try:
             with locked(self.out):
-                self._judge(models, parts)
+                self._judge(models, settings, parts)
         except (Stopped, SystemExit):
             if parts.is_dir():
                 console.print(f"what was judged is kept in {parts}: the same command goes on with it")
             raise
 
-    def _judge(self, models: list[Path], parts: Path) -> None:
+    def _judge(self, models: list[Path], settings: list[str], parts: Path) -> None:
         from arena.data.conversations import judgeable_rows, read_conversations
         from arena.data.limits import Limits
         from arena.data.prepare import data_file
@@ -101,7 +104,7 @@ class Infer:
         from arena.judging.judge import read_card
         from arena.judging.submission import check_target, write_submission
 
-        data = change(Recipe.model_validate(read_card(models[0])["recipe"]), self.overrides).data
+        data = change(Recipe.model_validate(read_card(models[0])["recipe"]), settings).data
         cache = Path(data.cache)
         if self.data is None and Path(data.path).is_file():
             raise ValueError(f"the judge was trained on the file {data.path}: name the test file with DATA= or --data")
@@ -111,7 +114,7 @@ class Infer:
         sample = test.parent / "sample_submission.csv"
         known = sample if os.path.lexists(sample) else None
         check_target(self.out, rows["id"], known)
-        probabilities = average(models, rows, cache, self.overrides, parts)
+        probabilities = average(models, rows, cache, settings, parts)
         write_submission(self.out, rows["id"], probabilities, known)
         shutil.rmtree(parts, ignore_errors=True)  # what is left of them costs space, and no submission
         console.print(
@@ -132,6 +135,7 @@ class Inspect:
     fold: Annotated[int, arg(help="The fold held out.")] = 0
     recipe: Name = "demo"
     data: Data = None
+    runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
     step: Annotated[int, arg(help="The optimizer step to look at.")] = 0
     out: Annotated[Path, arg(help="The picture to write.")] = Path("runs/attention.png")
 
@@ -148,7 +152,7 @@ class Inspect:
         from arena.reporting.inspect import draw_attention, print_batch, print_evaluation_plan, print_plan
         from arena.training.order import plan_fold
 
-        recipe = _recipe(self.recipe, self.data, self.overrides)
+        recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
         _write_demo(recipe)
         tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
         data = prepare_fold(recipe, self.fold, tokenizer)
@@ -169,20 +173,27 @@ class Inspect:
 class Export:
     """Write a trained fold as a plain transformers model: adapter merged, head included."""
 
-    fold: Annotated[int, arg(help="The fold to export.")] = 0
-    recipe: Name = "demo"
+    overrides: Positional[
+        Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="model.base=FOLDER, where the base was moved.")]
+    ] = ()
+    fold: Annotated[int | None, arg(help="The fold of a run; needed where several are finished.")] = None
+    recipe: Judged = "demo"
     runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
     out: Annotated[Path, arg(help="The folder to write.")] = Path("runs/export")
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="Of the written weights.")] = "bfloat16"
 
     def run(self) -> None:
         from arena.judging.export import export_judge
+        from arena.judging.find import find_model
 
-        place = run_place(self.runs, f"{load_recipe(self.recipe).name}/fold{self.fold}")
+        settings = _settings_of(self.overrides, ("model.base=",))
+        model = find_model(self.recipe, self.runs, self.overrides, self.fold)
         if self.out.exists():
             raise ValueError(f"{self.out} exists: name a new folder")
-        export_judge(place / "model", self.out, self.dtype)
-        console.print(f"written: {self.out}; load it with AutoModelForSequenceClassification.from_pretrained")
+        export_judge(model, self.out, self.dtype, settings)
+        console.print(
+            f"written: {self.out}, from {model}; load it with AutoModelForSequenceClassification.from_pretrained"
+        )
 
 
 @dataclass
@@ -248,9 +259,21 @@ def main() -> None:
         sys.exit(stopped.status)
 
 
-def _recipe(name: str, data: str | None, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe; rows of one's own are never replaced by demo rows."""
-    recipe = load_recipe(name, overrides)
+def _settings_of(overrides: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
+    """The settings that change a judge. `name=` says which run is meant; any other would be ignored, and is refused."""
+    odd = [each for each in overrides if not each.startswith((*known, "name="))]
+    if odd:
+        raise ValueError(
+            f"{odd[0]} does not apply to a trained judge: only {', '.join(known)} and name= can be set here"
+        )
+    return [each for each in overrides if not each.startswith("name=")]
+
+
+def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe, also that of a run; rows of one's own are never replaced by demo rows."""
+    from arena.judging.find import recipe_of
+
+    recipe = load_recipe(recipe_of(name, runs), overrides)
     if data is None:
         return recipe
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data, "synthetic_rows": None})})

@@ -16,6 +16,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 
+from arena.hints import command
+
 
 def start(seed: int, track: str = "none", folder: str | None = None) -> Accelerator:
     """Fixes threads and seeds, and finds the device and the other ranks (`accelerate launch` sets those up).
@@ -28,7 +30,8 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
         ValueError: the tracker's package is not installed.
     """
     if track != "none" and importlib.util.find_spec(track) is None:
-        raise ValueError(f"train.track={track} needs a package that is not installed: pip install {track}")
+        install = command("pip", "install", track)
+        raise ValueError(f"train.track={track} needs a package that is not installed: `{install}`")
     fix_threads()
     # micro-batches differ in size, and memory that falls to pieces is memory lost; read when CUDA is first used
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -14,6 +14,7 @@ MODULES = sorted((ROOT / "arena").rglob("*.py"))
 # each room imports only from itself and from those before it
 ROOMS = [
     "files",
+    "hints",
     "manifest",
     "background",
     "progress",

@@ -13,7 +13,7 @@ from arena.distributed import device_name, fix_threads, is_main, peak_memory, st
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="the tracker is installed")
 def test_a_tracker_that_is_not_installed_is_said() -> None:
-    with pytest.raises(ValueError, match=r"train\.track=wandb needs a package .*: pip install wandb"):
+    with pytest.raises(ValueError, match=r"train\.track=wandb needs a package .*: `\S*pip install wandb`"):
         start(0, "wandb")
 
 

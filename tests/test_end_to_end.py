@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from arena import cli
+from arena.config import load_recipe
 from arena.metrics import CLASSES, log_loss
 from arena.training.run import run_fold
 from tests.helpers import SHARED, make_base, needs_shared, tiny_recipe, write_rows
@@ -72,6 +73,25 @@ def test_a_finished_run_is_kept_and_another_sets_it_aside(gemma2: Path, tmp_path
     assert again["log_loss"] == first["log_loss"]  # the same seed gives the same numbers
     run_fold(tiny_recipe(tmp_path, gemma2, "train.batch_size=9"), 0, tmp_path / "runs")
     assert len(list((tmp_path / "runs/demo/earlier").iterdir())) == 2
+
+
+def test_a_run_is_named_and_gets_another_fold_with_its_own_settings(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name is enough after `name=mine`: to train on, to look at a batch and to judge."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows", n=30)
+    arena(monkeypatch, "train", "--data", "rows", "name=mine", *tiny(gemma2))
+    arena(monkeypatch, "train", "--recipe", "mine", "--fold", "1")
+    first, second = (load_recipe(f"runs/mine/fold{fold}/recipe.yaml") for fold in (0, 1))
+    assert first == second and first.name == "mine" and first.data.path == "rows"
+    arena(monkeypatch, "inspect", "--recipe", "mine")
+    arena(monkeypatch, "infer", "--recipe", "mine")
+    assert "rows from 2 folds" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        arena(monkeypatch, "train", "--recipe", "mien")
+    assert "there is no recipe 'mien'" in capsys.readouterr().out
+    assert [path.name for path in Path("runs").glob("*/")] == ["mine"]
 
 
 def test_an_unfinished_run_of_another_recipe_is_not_touched(gemma2: Path, tmp_path: Path) -> None:
@@ -185,13 +205,19 @@ def test_another_base_in_the_same_place_is_noticed(
     with pytest.raises(SystemExit):
         arena(monkeypatch, "infer")
     assert "was trained on another base" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        arena(monkeypatch, "infer", f"model.base={base}")  # naming it does not make it another
+    assert "was trained on another base" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        arena(monkeypatch, "export", "--out", "plain")
+    assert "was trained on another base" in capsys.readouterr().out and not Path("plain").exists()
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--out", "folder"], "is a folder: name the file"),
-        (["train.lr=3"], "changes nothing about judging"),
+        (["train.lr=3"], "does not apply to a trained judge"),
         (["--data", "other"], "differ in 1 ids"),
     ],
 )

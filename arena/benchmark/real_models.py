@@ -19,8 +19,9 @@ from arena.benchmark.models import PAD, fill
 from arena.benchmark.timing import release
 from arena.benchmark.variants import padded_logits
 from arena.config import ModelSettings, Recipe
-from arena.model.backbone import HEAD, attention_choice, backbone, base_path, underlying
+from arena.model.backbone import HEAD, attention_choice, backbone, underlying
 from arena.model.backends import choose_backend
+from arena.model.base_files import base_path
 from arena.model.card import card_of
 from arena.model.checkpointing import policies_of, set_policies
 from arena.model.classifier import PackedClassifier

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,29 +14,24 @@ from arena.judging.judge import Judge, read_card
 from arena.progress import console
 
 
-def fold_models(run: Path) -> list[Path]:
-    """The models of the finished folds of a run, in the order of the folds.
+def check_alike(models: list[Path]) -> None:
+    """Looks at judges that are to be averaged.
 
     Raises:
-        ValueError: there is none, or they were trained on different data.
+        ValueError: one is damaged, or they were trained on different data.
     """
-    folds = [path.parent for path in run.glob("fold*/metrics.json") if re.fullmatch(r"fold\d+", path.parent.name)]
-    models = [fold / "model" for fold in sorted(folds, key=lambda fold: int(fold.name.removeprefix("fold")))]
-    if not models:
-        raise ValueError(
-            f"there is no finished fold under {run}: run `make train FOLD=0 RECIPE={run.name}` first, or "
-            "name the run's recipe or folder"
-        )
     cards = [read_card(model) for model in models]
     odd = [model for model, card in zip(models, cards, strict=True) if card["trained_on"] != cards[0]["trained_on"]]
     if odd:
         raise ValueError(
-            f"{models[0].parent} and {odd[0].parent} were trained on different data or splits: "
-            "train them alike, or move one away"
+            f"{models[0].parent} and {odd[0].parent} were trained on different data or splits: train them alike, or "
+            "name one of these folders alone"
         )
     if any({**card["recipe"], "data": None} != {**cards[0]["recipe"], "data": None} for card in cards):
-        console.print(f"the folds of {run} were not all trained with the same settings; they are averaged all the same")
-    return models
+        console.print(
+            f"the folds of {models[0].parent.parent} were not all trained with the same settings; they are averaged "
+            "all the same"
+        )
 
 
 def average(
@@ -51,8 +45,8 @@ def average(
     total = np.zeros((len(rows), 3))
     for model in models:
         judge = Judge(model, overrides)
-        console.print(f"{model.parent.name} ({judge.recipe.model.base}): judging {len(rows):,} rows")
-        total += judge.probabilities(rows, cache, parts / model.parent.name if parts else None)
+        console.print(f"{model} ({judge.recipe.model.base}): judging {len(rows):,} rows")
+        total += judge.probabilities(rows, cache, parts / model.resolve().parent.name if parts else None)
         del judge  # two large models at once may not fit
         gc.collect()  # a model's layers and their forwards refer to one another
         if torch.cuda.is_available():

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from arena.config import ModelSettings, Recipe
+from arena.config import ModelSettings, Recipe, change
 from arena.files import write_json, written_whole
-from arena.judging.judge import read_card
+from arena.judging.find import CARD
+from arena.judging.judge import check_trained_on, read_card
 from arena.model.backbone import load_base, load_tokenizer
-from arena.model.tuning import HEAD_FILE, load_trained, with_adapter, with_head
+from arena.model.tuning import HEAD_FILE, is_whole, load_trained, with_adapter, with_head
 
 
-def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
+def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: Sequence[str] = ()) -> None:
     """Writes a judge so that `AutoModelForSequenceClassification.from_pretrained(folder)` gives its logits.
 
     An adapter or head trained over quantised weights is put to those, dequantised, in float32, and the sum is rounded
@@ -24,12 +26,14 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
     Args:
         judge: a `model` folder of a run.
         dtype: of the written weights. The head is kept in the same; load with `dtype="float32"` for exact logits.
+        overrides: settings to change, such as `model.base=FOLDER` for a base that was moved.
 
     Raises:
-        ValueError: `judge` holds no judge.
+        ValueError: `judge` holds no judge, or its base has another content than the one that it was trained on.
     """
     card = read_card(judge)
-    settings = Recipe.model_validate(card["recipe"]).model
+    settings = change(Recipe.model_validate(card["recipe"]), overrides).model
+    check_trained_on(judge, settings)
     model = merge(judge, settings).to(getattr(torch, dtype))
     model.config._attn_implementation = "eager"  # ours is registered only where this package is imported
     del model.config.arena_backend
@@ -37,18 +41,20 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16") -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
     with written_whole(folder) as draft:
         model.save_pretrained(str(draft))
-        write_json(draft / "judge.json", card)  # the prompt that the model must be given stands in its recipe
+        # the prompt that the model must be given stands in its recipe
+        write_json(draft / CARD, {**card, "exported": True})
         tokenizer.save_pretrained(str(draft))
 
 
 def merge(judge: Path, settings: ModelSettings) -> PreTrainedModel:
     """The judge's model in float32: freshly loaded weights, dequantised, its adapter added or its head put in place."""
-    adapter, head = (judge / "adapter_config.json").is_file(), (judge / HEAD_FILE).is_file()
-    if not adapter and not head:
+    if is_whole(judge):
         return load_trained(judge, settings).float()
     base = load_base(settings)
     if settings.quantization != "none":
         base = base.dequantize(dtype=torch.float32)
-    if head:
+        # of a checkpoint that is stored quantised: how its weights were read, which saving would have to undo
+        base.__dict__.pop("_weight_conversions", None)
+    if (judge / HEAD_FILE).is_file():
         return with_head(base.float(), judge / HEAD_FILE)
     return with_adapter(base.float(), judge, settings).merge_and_unload()

@@ -13,23 +13,25 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from arena import __version__
-from arena.config import Recipe, change
+from arena.config import ModelSettings, Recipe, change
 from arena.data.conversations import judgeable_rows
 from arena.data.prepare import source
 from arena.data.tokens import tokenise
 from arena.distributed import device_name
 from arena.files import file_digest, fingerprint, write_json, written_whole
+from arena.judging.find import CARD
 from arena.judging.inference import predict_or_prior
 from arena.judging.shards import Shards
-from arena.model.backbone import attention_choice, base_digest, load_tokenizer
+from arena.model.backbone import attention_choice, load_tokenizer
+from arena.model.base_files import base_digest
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
 from arena.model.precision import with_dtype
-from arena.model.tuning import load_trained, save_model
+from arena.model.tuning import is_whole, load_trained, save_model
 from arena.packing.tree import prefixes_for
 from arena.stopping import stopping
 
-FORMAT = 1
+FORMAT = 2  # 2: `base` is the digest of all that is loaded of a base
 
 
 class Judge:
@@ -41,8 +43,8 @@ class Judge:
         device: where to run; the GPU if there is one.
 
     Raises:
-        ValueError: the folder holds no judge, or one of another version; or the recipe names an attention backend or a
-            dtype that cannot run here.
+        ValueError: the folder holds no judge, or one of another version; its base has another content than the one that
+            it was trained on; or the recipe names an attention backend or a dtype that cannot run here.
     """
 
     def __init__(self, folder: Path, overrides: Sequence[str] = (), device: torch.device | str | None = None) -> None:
@@ -50,12 +52,8 @@ class Judge:
         self.folder = folder
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.recipe = with_dtype(change(Recipe.model_validate(card["recipe"]), overrides), card_of(self.device))
-        moved = any(override.startswith("model.base=") for override in overrides)
-        if base_digest(self.recipe.model.base) != card["base"] and not moved:
-            raise ValueError(
-                f"{folder} was trained on another base than {self.recipe.model.base} is now: bring that base back, "
-                "train anew, or say with model.base= where it is"
-            )
+        check_trained_on(folder, self.recipe.model)
+        self._base = card["base"]
         self.prior = np.asarray(card["prior"])
         self.tokenizer = load_tokenizer(str(folder))
         self.classifier = PackedClassifier(load_trained(folder, self.recipe.model)).to(self.device).eval()
@@ -98,7 +96,7 @@ class Judge:
         settings = self.recipe.model.model_dump(mode="json", exclude={"base"})  # the base counts by its content
         return {
             "judge": fingerprint([[path.name, file_digest(path)] for path in files]),
-            "base": base_digest(self.recipe.model.base),
+            "base": self._base,
             "settings": settings,
             "package": __version__,
         }
@@ -123,18 +121,35 @@ def save_judge(
     with written_whole(folder) as draft:
         save_model(model, draft)
         tokenizer.save_pretrained(str(draft))
-        write_json(draft / "judge.json", card)
+        write_json(draft / CARD, card)
+
+
+def check_trained_on(folder: Path, settings: ModelSettings) -> None:
+    """Compares the base that a judge is to be put on with the one that it was trained on, by their content.
+
+    A judge of which all weights were trained holds them itself, and needs no base.
+
+    Raises:
+        ValueError: it is another one, wherever it stands and whatever it is called.
+    """
+    if is_whole(folder):
+        return
+    if base_digest(settings.base, settings.revision) != read_card(folder)["base"]:
+        raise ValueError(
+            f"{folder} was trained on another base than {settings.base} is now: bring that base back, or say where it "
+            "is with model.base=FOLDER"
+        )
 
 
 def read_card(folder: Path) -> dict[str, Any]:
     """The settings of a saved judge.
 
     Raises:
-        ValueError: the folder holds no judge, a damaged one, or one of another version.
+        ValueError: the folder holds no judge, a damaged one, one of another version, or an exported one.
     """
-    path = folder / "judge.json"
+    path = folder / CARD
     if not path.is_file():
-        raise ValueError(f"{folder} holds no judge (no judge.json): train one first")
+        raise ValueError(f"{folder} holds no judge (no {CARD}): train one first")
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = card.get("format")
@@ -144,7 +159,15 @@ def read_card(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): train the fold again") from None
     if version != FORMAT:
-        raise ValueError(f"{path} has format {version}, this version reads {FORMAT}: train the fold again")
+        raise ValueError(
+            f"{path} was written by another version of arena (format {version}, this one reads {FORMAT}): "
+            "train the fold again, or judge with that version"
+        )
+    if card.get("exported"):
+        raise ValueError(
+            f"{folder} was written by `arena export` for transformers: load it with "
+            "AutoModelForSequenceClassification.from_pretrained, or name the fold that it was made from"
+        )
     return card
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import fsspec
 
 from arena.files import file_digest, written_whole
+from arena.hints import command
 from arena.manifest import LARGEST, NAME, damage, read_manifest
 
 CHUNK = 2**22  # bytes read at a time
@@ -60,7 +61,7 @@ class Store:
             self.fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
         except ImportError as error:
             package = PACKAGES.get(protocol)
-            remedy = f"pip install {package}" if package else str(error)
+            remedy = f"`{command('pip', 'install', package)}`" if package else str(error)
             raise ValueError(f"train.mirror={url} needs a package that is not installed: {remedy}") from None
         except ValueError as error:
             raise ValueError(f"train.mirror={url}: {error}") from None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from arena.config import RECIPES, ModelSettings
-from arena.files import fingerprint
+from arena.config import ModelSettings
 from arena.metrics import LABELS
 from arena.model.attention import NAME
 from arena.model.backends import Choice, choose_backend
+from arena.model.base_files import base_folder, base_path, found
 from arena.model.card import card_of
 from arena.model.last_layer import is_safe, only_last_tokens
-from arena.model.safety import SAFE, SAFE_WEIGHTS, check_base, check_loaded
+from arena.model.safety import SAFE, SAFE_WEIGHTS, check_loaded, own_heads
+from arena.model.stored import check_stored, compute_in, keep_head, stored_quantization
+from arena.progress import console
 
-DEMO_BASE = "demo_base"
 HEAD = "score"  # as in transformers' sequence classifiers, so that a merged model loads as one of them
 
 
@@ -38,36 +37,57 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
     Raises:
         ValueError: there is none at that place; says how to get it.
     """
-    with _found(base):
+    with found(base):
         return AutoTokenizer.from_pretrained(base_path(base), revision=revision, **SAFE)
 
 
-def load_base(settings: ModelSettings) -> PreTrainedModel:
+def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedModel:
     """The sequence classifier over a base model: frozen weights in 4 bits or `dtype`, `score` fresh (zeros) in float32.
 
+    A base that has a head already, such as a reward model, is used without it.
+
+    Args:
+        announce: print a line where a head is left out.
+
     Raises:
-        ValueError: the base is missing, gated, or no decoder that takes an attention function; says what to do.
+        ValueError: the base is missing, gated, stored quantised in another way than the settings say, or no decoder
+            that takes an attention function; says what to do.
     """
-    config = base_config(settings)
+    folder = base_folder(settings.base, settings.revision)
+    config = base_config(settings, folder)
     as_judge(config)
-    _keep_head(config)
-    place = base_path(settings.base)
-    if Path(place).is_dir():
-        check_base(Path(place))
-    with _found(settings.base):
-        model, found = AutoModelForSequenceClassification.from_pretrained(
-            place, revision=settings.revision, config=config, output_loading_info=True,
-            **SAFE_WEIGHTS, **loader_options(settings),
-        )  # fmt: skip
-    check_loaded(settings.base, model, found, HEAD)
+    keep_head(config, HEAD)
+    options, stored = loader_options(settings), stored_quantization(config) is not None
+    if stored:
+        del options["quantization_config"]  # the checkpoint's own counts
+    with found(settings.base):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
+        )
+    check_loaded(settings.base, model, report, HEAD)
+    heads = own_heads(model.base_model_prefix, report, HEAD)
+    if heads and announce:
+        console.print(
+            f"{settings.base} has a head of its own ({', '.join(heads)}), which is not used: a new one is trained"
+        )
+    if stored:
+        compute_in(model, getattr(torch, settings.dtype))
+    model.name_or_path = model.config.name_or_path = base_path(settings.base)  # not the folder of a hub's cache
     take_over(model, settings)
     return model
 
 
-def base_config(settings: ModelSettings) -> Any:
-    """The config of a base model, as transformers reads it. Errors as `load_base`."""
-    with _found(settings.base):
-        return AutoConfig.from_pretrained(base_path(settings.base), revision=settings.revision, **SAFE)
+def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
+    """The config of a base model, as transformers reads it. Errors as `load_base`.
+
+    Args:
+        folder: where the base stands, if that is known: a hub is not asked then.
+    """
+    with found(settings.base):
+        place = folder or base_path(settings.base)
+        config = AutoConfig.from_pretrained(place, revision=settings.revision, **SAFE)
+    check_stored(config, settings)
+    return config
 
 
 def as_judge(config: Any) -> None:
@@ -75,6 +95,7 @@ def as_judge(config: Any) -> None:
     config.num_labels = len(LABELS)
     config.id2label = dict(enumerate(LABELS))
     config.label2id = {label: index for index, label in enumerate(LABELS)}
+    config.problem_type = None  # a reward model's may be regression
     config.use_cache = False
 
 
@@ -126,33 +147,12 @@ def attention_choice(model: PreTrainedModel, dtype: str, *, training: bool) -> C
     return choose_backend(config.arena_backend, card, getattr(torch, dtype), head_dim, softcap, training=training)
 
 
-def base_digest(base: str) -> str:
-    """Fingerprint of a base: of its files (names, sizes, first and last MiB), or of its name on the hub."""
-    place = Path(base_path(base))
-    if not place.is_dir():
-        return fingerprint(base)
-    files = sorted(path for ending in ("json", "safetensors") for path in place.glob(f"*.{ending}"))
-    return fingerprint(*(part for path in files for part in (path.name, path.stat().st_size, _ends(path))))
-
-
-def _ends(path: Path, size: int = 2**20) -> bytes:
-    with path.open("rb") as file:
-        first = file.read(size)
-        file.seek(max(size, path.stat().st_size - size))
-        return first + file.read(size)
-
-
 def sliding_window(settings: ModelSettings) -> int | None:
     """The keys that a query of the base's sliding-window layers sees; None without such layers or without a config."""
     place = base_path(settings.base)
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         return None
     return getattr(base_config(settings), "sliding_window", None)
-
-
-def base_path(base: str) -> str:
-    """Where a base stands: `demo_base` ships with the package, anything else is a folder or a hub name."""
-    return str(RECIPES / DEMO_BASE) if base == DEMO_BASE else base
 
 
 def _quantization(settings: ModelSettings) -> BitsAndBytesConfig:
@@ -168,13 +168,6 @@ def _quantization(settings: ModelSettings) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
     )
-
-
-def _keep_head(config: Any) -> None:
-    """Names the head among the modules that a checkpoint stored in 4 bits leaves unquantised."""
-    stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("llm_int8_skip_modules"):
-        stored["llm_int8_skip_modules"] = sorted({*stored["llm_int8_skip_modules"], HEAD})
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
@@ -197,33 +190,3 @@ def _refuse_mask_and_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dic
         raise ValueError("a packed model takes input_ids alone by position, and use_cache=False")
     if kwargs.get("position_ids") is None:
         raise ValueError("a packed model needs position_ids that start at 0 with each example")
-
-
-@contextmanager
-def _found(base: str) -> Iterator[None]:
-    """Turns the many errors of a missing or gated base into one message that says how to get it."""
-    if base.count("/") != 1 and base != DEMO_BASE and not Path(base).is_dir():
-        raise ValueError(
-            f"model.base: there is no folder {base}; give a folder, or a hub name such as google/gemma-2-9b-it"
-        )
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # what a broken config or tokenizer raises is of any kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "custom code" in reason:
-            raise ValueError(
-                f"model.base: {base!r} brings code of its own, which is never run: use a base of a family that "
-                "transformers has itself"
-            ) from error
-        if Path(base_path(base)).is_dir():
-            raise ValueError(
-                f"model.base: {base!r} could not be loaded ({reason}): config.json, tokenizer.json and *.safetensors "
-                "must be those of one model; fetch them again"
-            ) from error
-        raise ValueError(
-            f"model.base: {base!r} could not be loaded ({reason}). If it is a gated model, accept its licence on its "
-            "Hugging Face page and run `hf auth login`; on a machine without internet, download it elsewhere "
-            f"(`hf download {base} --local-dir FOLDER`) and pass model.base=FOLDER"
-        ) from error

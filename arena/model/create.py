@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification, Gemma2Config, Pretr
 
 from arena.config import ModelSettings
 from arena.files import fingerprint
-from arena.model.backbone import HEAD, as_judge, base_config, base_path, loader_options, take_over
+from arena.model.backbone import HEAD, as_judge, base_config, loader_options, take_over
+from arena.model.base_files import base_path
 
 PIECE = 2**22  # normals drawn at once in float32, before they are rounded to the weights' dtype
 
@@ -69,6 +70,7 @@ def create_base(
         seed: of the weights.
     """
     config = deepcopy(config)
+    config.__dict__.pop("quantization_config", None)  # of a checkpoint that is stored quantised: these weights are not
     as_judge(config)
     with torch.device("meta"):
         empty = AutoModelForSequenceClassification.from_config(config)

@@ -143,10 +143,11 @@ def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
     least = max(recipe.prompt.max_length, LEAST_BUDGET)
     while (found := need(shape, settings, budget, recipe.train.optimizer)).total > room(card):
         if budget // 2 < least:
+            smaller = "" if settings.quantization == "nf4" else ", or set model.tune=lora model.quantization=nf4"
             raise ValueError(
                 f"{recipe.name} takes about {found.total / GIB:.1f} GiB with micro-batches of {budget:,} tokens, and "
                 f"{card.name} has room for {room(card) / GIB:.1f}: lower prompt.max_length (now "
-                f"{recipe.prompt.max_length:,}), take a smaller base, or model.quantization=nf4"
+                f"{recipe.prompt.max_length:,}) or take a smaller base{smaller}"
             )
         budget //= 2
     return recipe.model_copy(update={"packing": recipe.packing.model_copy(update={"budget": budget})})

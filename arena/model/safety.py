@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors import SafetensorError
 from torch import OutOfMemoryError, nn
 
@@ -43,26 +44,54 @@ def check_base(folder: Path) -> None:
         raise ValueError(f"{folder / INDEX} names {odd!r}, not a safetensors file beside it: fetch the base again")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a base's weights are loaded from, by name; for a folder that `check_base` has looked at."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    return sorted({folder / name for name in _json(folder / INDEX)["weight_map"].values()})
+
+
 def check_loaded(base: str, model: nn.Module, found: Mapping[str, Any], head: str) -> None:
     """Looks at a base after loading: the library fills up what is missing with random weights.
 
     Args:
-        found: its report, of which `missing_keys` is read.
-        head: the module that a base does not have.
+        found: its report, of which `missing_keys` and `mismatched_keys` are read.
+        head: the module that a base need not have, and whose weights are not used.
 
     Raises:
-        ValueError: weights are missing, or those of a quantised layer have another shape than the config says.
+        ValueError: weights are missing, or have another shape than the config says.
     """
     lacks = sorted(name for name in found["missing_keys"] if not name.startswith(f"{head}."))
     if lacks:
         raise ValueError(f"model.base: {base!r} lacks {len(lacks)} weights, such as {lacks[0]}: fetch it again, whole")
-    for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+    shapes = [each for each in sorted(found["mismatched_keys"]) if not each[0].startswith(f"{head}.")]
+    for name, module in model.named_modules():  # the library does not compare those of quantised layers
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            weight, four = module.weight, isinstance(module, Linear4bit)
+            if getattr(weight, "quant_state" if four else "SCB", None) is None:
+                raise ValueError(
+                    f"model.base: {base!r} has {name}.weight unquantised, which its config.json says is quantised: "
+                    "fetch both again"
+                )
+            shape = weight.quant_state.shape if four else weight.shape
+            shapes.append((f"{name}.weight", shape, (module.out_features, module.in_features)))
+    for name, stored, expected in shapes:
+        if tuple(stored) != tuple(expected):
             raise ValueError(
-                f"model.base: {base!r} has {name} of shape {tuple(state.shape)}, its config.json says "
-                f"{(module.out_features, module.in_features)}: fetch both again"
+                f"model.base: {base!r} has {name} of shape {tuple(stored)}, its config.json says {tuple(expected)}: "
+                "fetch both again"
             )
+
+
+def own_heads(decoder: str, found: Mapping[str, Any], head: str) -> list[str]:
+    """Modules beside the decoder that a base brings and that are not used: heads, but for that of a language model.
+
+    Args:
+        decoder: the decoder's name in the model.
+        found, head: as in `check_loaded`.
+    """
+    names = {name.split(".")[0] for name in found["unexpected_keys"]} - {decoder, "lm_head"}
+    return sorted(names if f"{head}.weight" in found["missing_keys"] else {*names, head})
 
 
 def check_adapter(folder: Path) -> None:

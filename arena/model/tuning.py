@@ -64,6 +64,11 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether `save_model` wrote all weights of a model, not only what was trained on top of a base."""
+    return not (folder / "adapter_config.json").is_file() and not (folder / HEAD_FILE).is_file()
+
+
 def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """The model that `save_model` wrote, ready for inference.
 

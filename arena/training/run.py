@@ -23,7 +23,8 @@ from arena.lock import locked
 from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
 from arena.mirror.mirror import Mirror
 from arena.model.attention import used_backends
-from arena.model.backbone import base_config, base_digest, load_base, load_tokenizer
+from arena.model.backbone import base_config, load_base, load_tokenizer
+from arena.model.base_files import base_digest
 from arena.model.card import card_of
 from arena.model.exactness import check_exact
 from arena.model.memory import fit
@@ -78,11 +79,11 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         check_exact(config, recipe.model, recipe.prompt.max_length, Path(recipe.data.cache))
         data = prepare_fold(recipe, fold, tokenizer)
         prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
-    run = identity(recipe, data.fingerprint, base_digest(recipe.model.base))
+    run = identity(recipe, data.fingerprint, base_digest(recipe.model.base, recipe.model.revision))
     if not fresh and (metrics := finished(folder, run)) is not None:
         console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
         return metrics
-    model = adapt(load_base(recipe.model), recipe.model)
+    model = adapt(load_base(recipe.model, announce=True), recipe.model)
     with stopping(recipe.train.max_seconds) as stop, _mirror(recipe, folder, run, main, fresh) as mirror:
         trainer = Trainer(recipe, data, model, folder, accelerator, stop, mirror)
         if main:  # only now: what cannot be trained must not take the place of what was

@@ -23,7 +23,8 @@ from arena.judging import judge
 from arena.judging import submission as writing
 from arena.judging.judge import save_judge
 from arena.judging.shards import Shards
-from arena.model.backbone import base_digest, load_base, load_tokenizer
+from arena.model.backbone import load_base, load_tokenizer
+from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
 from tests.helpers import tiny_recipe, write_rows
 

@@ -35,7 +35,7 @@ def test_addresses_that_cannot_be_used(tmp_path: Path, url: str, message: str) -
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    with pytest.raises(ValueError, match=r"train.mirror=s3://bucket/x needs a package .*: pip install s3fs"):
+    with pytest.raises(ValueError, match=r"train.mirror=s3://bucket/x needs a package .*: `\S*pip install s3fs`"):
         mirror(tmp_path, "s3://bucket/x")
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
 
 from arena.config import ModelSettings, load_recipe, recipe_names
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.precision import with_dtype
+from arena.model.safety import WEIGHTS
 from arena.model.tuning import load_trained, save_model
 from arena.packing.batch import collate
 from arena.training.optim import trainable
-from tests.helpers import classifier, exact, make_base, pack
+from tests.helpers import classifier, exact, known_head, make_base, pack
 
 LENGTHS = [20, 3, 11]
 
@@ -113,15 +117,68 @@ def test_packed_four_bit_equals_one_by_one(gemma2: Path) -> None:
     assert (together - alone).abs().max() <= 1e-4
 
 
-def test_checkpoint_stored_in_four_bits(gemma2: Path, tmp_path: Path) -> None:
-    """A prequantised base, also one that lists modules to skip, keeps its head in float32."""
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head"])
-    stored = AutoModelForCausalLM.from_pretrained(gemma2, quantization_config=config, dtype=torch.float32)
-    stored.save_pretrained(tmp_path)
-    model = PackedClassifier(load_base(exact(tmp_path)))
-    assert isinstance(backbone(model.model).layers[0].mlp.up_proj, bnb.nn.Linear4bit)
-    assert type(model.model.score) is torch.nn.Linear
-    assert torch.isfinite(model(pack(LENGTHS))).all()
+def with_head(base: Path, folder: Path, head: dict[str, torch.Tensor], **config: Any) -> Path:
+    """A copy of a base whose weights file also holds those of a head, which its config describes."""
+    shutil.copytree(base, folder)
+    save_file(load_file(base / WEIGHTS) | head, folder / WEIGHTS, metadata={"format": "pt"})
+    described = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(described))
+    return folder
+
+
+def labels(count: int) -> dict[str, Any]:
+    return {"id2label": {str(at): f"LABEL_{at}" for at in range(count)}, "num_labels": count}
+
+
+OTHER_HEADS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
+    "reward model": (
+        {"score.weight": torch.randn(1, 64)},
+        {"architectures": ["Gemma2ForSequenceClassification"], "problem_type": "regression", **labels(1)},
+        "score",
+    ),
+    "three labels": (
+        {"score.weight": torch.randn(3, 64)},
+        {"architectures": ["Gemma2ForSequenceClassification"], **labels(3)},
+        "score",
+    ),
+    "token classifier": (
+        {"score.weight": torch.randn(5, 64), "score.bias": torch.randn(5)},
+        {"architectures": ["Gemma2ForTokenClassification"], **labels(5)},
+        "score",
+    ),
+    "value head": ({"v_head.summary.weight": torch.randn(1, 64), "v_head.summary.bias": torch.randn(1)}, {}, "v_head"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_HEADS)
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_a_base_with_a_head_of_its_own_is_used_without_it(
+    name: str, quantization: str, gemma2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head, config, said = OTHER_HEADS[name]
+    base = with_head(gemma2, tmp_path / "base", head, **config)
+    settings = exact(base, quantization=quantization)
+    fresh = load_base(settings, announce=True)
+    assert f"has a head of its own ({said}), which is not used" in capsys.readouterr().out
+    assert fresh.score.weight.shape == (3, 64) and not fresh.score.weight.any() and fresh.score.bias is None
+    assert fresh.config.num_labels == 3 and fresh.config.problem_type is None
+    plain = load_base(exact(gemma2, quantization=quantization))
+    found, expected = (known_head(model)(pack(LENGTHS)) for model in (fresh, plain))
+    assert torch.equal(found, expected) and found.abs().max() > 0.1
+
+
+def test_a_plain_base_has_no_head_to_leave_out(gemma2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_base(exact(gemma2), announce=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_another_shape_below_the_head_is_named(quantization: str, name: str, gemma2: Path, tmp_path: Path) -> None:
+    wrong = {name: load_file(gemma2 / WEIGHTS)[name][:-2].clone()}
+    base = with_head(gemma2, tmp_path / "base", {"score.weight": torch.randn(1, 64), **wrong})
+    with pytest.raises(ValueError, match=rf"has {name} of shape \({wrong[name].shape[0]},.*config.json says"):
+        load_base(exact(base, quantization=quantization))
 
 
 @pytest.mark.parametrize(

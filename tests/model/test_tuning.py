@@ -18,7 +18,8 @@ from arena.config import ModelSettings
 from arena.distributed import compute_in
 from arena.judging.export import export_judge
 from arena.judging.judge import Judge, save_judge
-from arena.model.backbone import backbone, base_digest, load_base, load_tokenizer, underlying
+from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
+from arena.model.base_files import base_digest
 from arena.model.card import Card
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.precision import resolve_dtype, with_dtype
@@ -104,7 +105,8 @@ def test_exported_gives_the_same_logits(gemma2: Path, tmp_path: Path, name: str)
     batch = pack(LENGTHS)
     with torch.no_grad():
         ours = model(batch)
-    save_judge(tmp_path / "judge", model.model, load_tokenizer(str(gemma2)), recipe, np.full(3, 1 / 3), "x", "y")
+    tokenizer, digest = load_tokenizer(str(gemma2)), base_digest(str(gemma2))
+    save_judge(tmp_path / "judge", model.model, tokenizer, recipe, np.full(3, 1 / 3), "x", digest)
     export_judge(tmp_path / "judge", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "plain", dtype="float32", attn_implementation="eager"
