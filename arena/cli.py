@@ -17,7 +17,7 @@ from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, change, load_recipe, run_place
 from arena.lock import locked
-from arena.progress import console, printable, quiet
+from arena.progress import console, guard_output, printable, quiet
 from arena.stopping import Stopped, ending_at_once
 
 Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
@@ -230,6 +230,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 @ending_at_once()
 def main() -> None:
     """Runs a subcommand. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
+    guard_output()
     about = "Train and run judges of pairwise preference on packed, padding-free batches."
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena")
     quiet()

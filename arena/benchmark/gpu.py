@@ -30,7 +30,7 @@ from arena.benchmark.machine import (
 )
 from arena.benchmark.parts import BrokenDevice, Clock, Parts
 from arena.config import Recipe, load_recipe
-from arena.progress import console, quiet
+from arena.progress import console, guard_output, quiet
 from arena.stopping import MORE_TO_DO
 
 if TYPE_CHECKING:
@@ -199,6 +199,7 @@ def stop(left: list[str]) -> None:
 
 def main() -> None:
     """Runs the script without the `arena` command: the checkout on PYTHONPATH is enough."""
+    guard_output()
     command = tyro.cli(Gpu, prog="python -m arena.benchmark.gpu")
     quiet()
     try:
