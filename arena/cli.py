@@ -17,7 +17,7 @@ from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, change, load_recipe, run_place
 from arena.lock import locked
-from arena.progress import console, guard_output, printable, quiet
+from arena.progress import console, guard_output, optional, printable, quiet
 from arena.stopping import Stopped, ending_at_once
 
 Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
@@ -57,8 +57,12 @@ class Train:
             console.print(f"everything is saved in {folder}: the same command goes on from there")
             raise
         if is_main():
-            print_report(metrics)
-            console.print(f"written: {folder} (metrics.json, oof.csv, log.jsonl, model/, {draw_report(folder).name})")
+            with optional("showing the result", f"it stands in {folder / 'metrics.json'}"):
+                print_report(metrics)
+            with optional("drawing report.png", "the same command draws it"):
+                draw_report(folder)
+            names = ["metrics.json", "oof.csv", "log.jsonl", "model", "report.png"]
+            console.print(f"written: {folder} ({', '.join(name for name in names if (folder / name).exists())})")
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
     Raises:
         ValueError: the tracker's package is not installed.
     """
-    if track != "none" and importlib.util.find_spec(track) is None:
+    if track != "none" and track not in map(str, get_available_trackers()):
         raise ValueError(f"train.track={track} needs a package that is not installed: pip install {track}")
     fix_threads()
     # micro-batches differ in size, and memory that falls to pieces is memory lost; read when CUDA is first used

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-
 class Output:
     """A text stream that passes what is written on to another one, and never raises when that fails.
 
@@ -84,14 +83,13 @@ def guard_output() -> None:
             os.fstat(descriptor)
         except OSError:  # closed (`>&-`): the next file to be opened would get its number, and what libraries print
             os.open(os.devnull, os.O_RDWR)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if not isinstance(stream, Output):
-            setattr(sys, name, Output(lambda stream=stream: stream))
+    stdout, stderr = sys.stdout, sys.stderr
+    if not isinstance(stdout, Output):
+        sys.stdout, sys.stderr = cast(TextIO, Output(lambda: stdout)), cast(TextIO, Output(lambda: stderr))
 
 
 def _stdout() -> TextIO | None:
-    """Standard output as it is now; rich replaces it while it draws a bar, and must not write to its own replacement."""
+    """Standard output as it is now, without what rich puts in its place while it draws a bar."""
     return cast("TextIO | None", getattr(sys.stdout, "rich_proxied_file", sys.stdout))
 
 
@@ -107,6 +105,25 @@ def printable(text: str) -> str:
     """A text that any terminal can show: what steers one, and what is no character, is spelled out."""
     spelled = "".join(each if each in "\n\t" or each.isprintable() else repr(each)[1:-1] for each in text)
     return spelled.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
+@contextmanager
+def optional(what: str, advice: str = "") -> Iterator[None]:
+    """Makes a warning of whatever fails within: for what is made besides a result, and must not cost it.
+
+    Args:
+        what: is made, for the warning.
+        advice: how to get it later.
+    """
+    try:
+        yield
+    except Exception as error:
+        console.print(printable(f"warning: {what} failed ({said(error)}){advice and f'; {advice}'}"), style="yellow")
 
 
 def quiet() -> None:
