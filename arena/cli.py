@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from arena.arguments import settings_first
 from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, change, load_recipe, run_place
+from arena.files import require_utf8
 from arena.lock import locked
 from arena.progress import console, guard_output, optional, printable, quiet
 from arena.stopping import Stopped, ending_at_once
@@ -236,9 +238,13 @@ def main() -> None:
     """Runs a subcommand. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
     guard_output()
     about = "Train and run judges of pairwise preference on packed, padding-free batches."
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena")
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        words[1:] = settings_first(COMMANDS[words[0]], words[1:])
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena", args=words)
     quiet()
     try:
+        require_utf8(*words)
         command.run()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("ARENA_DEBUG"):

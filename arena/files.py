@@ -111,6 +111,17 @@ def _sync_one(path: Path) -> None:
             raise
 
 
+def require_utf8(*values: object) -> None:
+    """Refuses paths and settings that cannot be written down: they would be used for hours, and then not saved.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, which is also how Python reads a path that is not UTF-8.
+    """
+    for text in map(str, values):
+        if text.encode("utf-8", "ignore").decode() != text:
+            raise ValueError(f"{text[:200]!a} is not UTF-8: rename that file or folder, or write whole characters")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8, whole or not at all."""
     with written_whole(path) as draft:

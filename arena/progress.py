@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,10 @@ def _stdout() -> TextIO | None:
     """Standard output as it is now, without what rich puts in its place while it draws a bar."""
     return cast("TextIO | None", getattr(sys.stdout, "rich_proxied_file", sys.stdout))
 
+
+for _name in ("COLUMNS", "LINES"):
+    if not re.fullmatch("[1-9][0-9]*", os.environ.get(_name, "80"), re.ASCII):
+        del os.environ[_name]  # a size of 0 would hide all that is printed
 
 # paths and texts may hold [brackets]
 console = Console(file=cast(TextIO, Output(_stdout)), highlight=False, soft_wrap=True, markup=False)

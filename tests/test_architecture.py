@@ -17,6 +17,7 @@ ROOMS = [
     "manifest",
     "background",
     "progress",
+    "arguments",
     "lock",
     "stopping",
     "plain_yaml",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from arena.arguments import settings_first
 from arena.benchmark.machine import (
     gpu_tests,
     install_flash,
@@ -200,7 +201,7 @@ def stop(left: list[str]) -> None:
 def main() -> None:
     """Runs the script without the `arena` command: the checkout on PYTHONPATH is enough."""
     guard_output()
-    command = tyro.cli(Gpu, prog="python -m arena.benchmark.gpu")
+    command = tyro.cli(Gpu, prog="python -m arena.benchmark.gpu", args=settings_first(Gpu, sys.argv[1:]))
     quiet()
     try:
         command.run()
