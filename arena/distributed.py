@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
@@ -94,6 +93,8 @@ def peak_memory(device: torch.device) -> int:
         return process_memory("VmHWM")  # Linux's other count, below, takes in the process that started this one
     except (OSError, ValueError):
         pass
+    import psutil
+
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows, which has no `resource`
         return int(memory.peak_wset)

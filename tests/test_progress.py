@@ -122,7 +122,6 @@ def test_a_write_that_was_interrupted_by_another_does_not_silence_the_stream(tmp
             return file.fileno()
 
     with (tmp_path / "x").open("w") as file:
-        output = Output(Busy)  # type: ignore[arg-type]
         busy = Busy()
         output = Output(lambda: busy)  # type: ignore[arg-type, return-value]
         output.write("lost ")

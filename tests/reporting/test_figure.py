@@ -21,11 +21,11 @@ print(os.environ["MPLBACKEND"], matplotlib.rcParams["backend"])
 """
 
 
-@pytest.mark.parametrize("backend", ["module://no.such.package", "nonsense", "", "svg"])
+@pytest.mark.parametrize("backend", ["module://no.such.package", "nonsense", "svg"])
 def test_a_figure_is_drawn_whatever_backend_is_named(tmp_path: Path, backend: str) -> None:
     command = [sys.executable, "-c", DRAW, str(tmp_path / "x.png")]
     environment = {**os.environ, "MPLBACKEND": backend, "PYTHONPATH": os.pathsep.join(sys.path)}
     shown = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
-    if backend not in ("nonsense", ""):  # what this process draws besides goes where it was to go
+    if backend != "nonsense":  # what this process draws besides goes where it was to go
         assert shown.split() == [backend, backend]
