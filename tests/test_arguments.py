@@ -26,5 +26,5 @@ def test_settings_come_first_and_values_stay_with_their_flags(typed: str, read: 
 
 
 def test_a_flag_of_many_values_keeps_them() -> None:
-    typed = "--workloads autoj odd=1 --recipe r c=3 --check-rows 2 d=4".split()
-    assert settings_first(Bench, typed) == "c=3 d=4 --workloads autoj odd=1 --recipe r --check-rows 2".split()
+    flags = ["--workloads", "autoj", "odd=1", "--recipe", "r"]
+    assert settings_first(Bench, [*flags, "c=3", "--layers", "2", "d=4"]) == ["c=3", "d=4", *flags, "--layers", "2"]

@@ -103,7 +103,11 @@ def test_never_two_at_once_where_there_is_no_fcntl(tmp_path: Path, monkeypatch: 
     assert most_at_once(tmp_path / "x", locked) == 1
     with pytest.raises(RuntimeError), locked(tmp_path / "y"):
         raise RuntimeError
-    with locked(tmp_path / "y"), pytest.raises(ValueError, match="another process is at work on"), locked(tmp_path / "y"):
+    with (
+        locked(tmp_path / "y"),
+        pytest.raises(ValueError, match="another process is at work on"),
+        locked(tmp_path / "y"),
+    ):
         pass
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written to"), locked(tmp_path / "file" / "x"):
