@@ -33,7 +33,7 @@ from arena.progress import console, optional
 from arena.stopping import stopping
 from arena.training.folder import claim, finished, identity
 from arena.training.optim import trainable
-from arena.training.tracking import finish_tracking, start_tracking
+from arena.training.tracking import start_tracking, tracking
 from arena.training.trainer import Trainer
 
 # what a judge's log-loss is compared with, besides the prior's
@@ -51,7 +51,7 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
         fresh: set aside whatever stands there and train anew.
 
     Returns:
-        What `metrics.json` holds; without the scores on processes other than the first.
+        What `metrics.json` holds; on processes other than the first only the recipe's name and the fold.
 
     Raises:
         ValueError: settings or files that cannot be used, an interrupted run of another recipe, or another process at
@@ -83,7 +83,11 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
         return metrics
     model = adapt(load_base(recipe.model), recipe.model)
-    with stopping(recipe.train.max_seconds) as stop, _mirror(recipe, folder, run, main, fresh) as mirror:
+    with (
+        stopping(recipe.train.max_seconds) as stop,
+        _mirror(recipe, folder, run, main, fresh) as mirror,
+        tracking(accelerator),
+    ):
         trainer = Trainer(recipe, data, model, folder, accelerator, stop, mirror)
         # only now: what cannot be trained must not take the place of what was
         if recipe.train.track != "tensorboard":
@@ -110,7 +114,6 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
             metrics |= {**_effort(data, trainer), **_scores(data, probabilities), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
             metrics |= _finish(recipe, data, folder, metrics, mirror)
-        finish_tracking(accelerator)
     return metrics
 
 

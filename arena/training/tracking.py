@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate import Accelerator
@@ -38,9 +40,13 @@ def track(accelerator: Accelerator, facts: dict[str, Any]) -> None:
         console.print(f"warning: the tracker failed ({said(error)}); training continues without it", style="yellow")
 
 
-def finish_tracking(accelerator: Accelerator) -> None:
-    """Ends the tracker's run. It may wait for a network: so only once everything is saved."""
-    for tracker in accelerator.trackers:
-        with optional("ending the tracker's run"):
-            tracker.finish()
-    accelerator.trackers.clear()
+@contextmanager
+def tracking(accelerator: Accelerator) -> Iterator[None]:
+    """Ends the tracker's run after the block, in which all is to be saved: it may wait for a network."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            with optional("ending the tracker's run"):
+                tracker.finish()
+        accelerator.trackers.clear()

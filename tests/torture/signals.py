@@ -96,7 +96,8 @@ def ends_well(ground: Ground) -> Found:
         slowest = max(slowest, seconds)
         found.count(why and f"started anew, {number.name}, {'' if is_read else 'no '}reader: {why}")
     found.note = f"slowest {slowest:.1f} s; " + ", ".join(f"{places.count(each)} {each}" for each in WORKS)
-    found.note += f", {len(fresh)} in an interpreter of its own, one of them into a closed pipe; the same command then ended as the undisturbed one"
+    found.note += f", {len(fresh)} in an interpreter of its own, the last into a pipe that nobody reads"
+    found.note += "; the same command then ended as the undisturbed one"
     return found
 
 

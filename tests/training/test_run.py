@@ -21,6 +21,7 @@ from arena.judging.judge import read_card
 from arena.metrics import CLASSES
 from arena.mirror.mirror import Mirror
 from arena.reporting import report
+from arena.stopping import Stopped
 from arena.training import run as run_module
 from arena.training.run import _truth, run_fold
 from tests.helpers import tiny_recipe, write_rows
@@ -58,6 +59,13 @@ def test_a_tracker_gets_every_line_and_is_ended_once_all_is_saved(
     lines = [json.loads(line) for line in (metrics.parent / "log.jsonl").read_text().splitlines()]
     assert wandb.run.logged == [line["step"] for line in lines] and len(lines) > 1
     assert wandb.run.ended == 1 and saved == [True]
+
+
+def test_a_run_that_is_stopped_ends_its_tracker(gemma2: Path, tmp_path: Path, wandb: SimpleNamespace) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2, "train.track=wandb", "train.max_seconds=0.001")
+    with pytest.raises(Stopped):
+        run_fold(recipe, 0, tmp_path / "runs")
+    assert wandb.run.ended == 1
 
 
 def test_a_tracker_without_a_key_is_refused_and_what_was_there_stays(
