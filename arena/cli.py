@@ -13,11 +13,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from arena.arguments import settings_first
 from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, change, load_recipe, run_place
+from arena.files import require_utf8
 from arena.lock import locked
-from arena.progress import console, printable, quiet
+from arena.progress import console, guard_output, optional, printable, quiet
 from arena.stopping import Stopped, ending_at_once
 
 Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
@@ -60,8 +62,12 @@ class Train:
             console.print(f"everything is saved in {folder}: the same command goes on from there")
             raise
         if is_main():
-            print_report(metrics)
-            console.print(f"written: {folder} (metrics.json, oof.csv, log.jsonl, model/, {draw_report(folder).name})")
+            with optional("showing the result", f"it stands in {folder / 'metrics.json'}"):
+                print_report(metrics)
+            with optional("drawing report.png", "the same command draws it"):
+                draw_report(folder)
+            names = ["metrics.json", "oof.csv", "log.jsonl", "model", "report.png"]
+            console.print(f"written: {folder} ({', '.join(name for name in names if (folder / name).exists())})")
 
 
 @dataclass
@@ -241,10 +247,15 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 @ending_at_once()
 def main() -> None:
     """Runs a subcommand. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
+    guard_output()
     about = "Train and run judges of pairwise preference on packed, padding-free batches."
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena")
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        words[1:] = settings_first(COMMANDS[words[0]], words[1:])
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena", args=words)
     quiet()
     try:
+        require_utf8(*words)
         command.run()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("ARENA_DEBUG"):

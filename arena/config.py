@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from arena.files import require_utf8
 from arena.plain_yaml import read_yaml, read_yaml_file
 
 Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # a path, or a name on a hub
@@ -27,6 +28,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        require_utf8(*(value if isinstance(value, list | tuple) else [value]))
+        return value
+
 
 class Template(Settings):
     """The words of the judge prompt; all are taken as plain text. Chat markers come from `PromptSettings.chat`."""
@@ -42,14 +49,6 @@ class Template(Settings):
     missing: str = Field("[no text]", description="stands for a null prompt or answer")
     cut: str = Field(" [...] ", min_length=1, description="marks the place where a text was cut")
     cut_turns: str = Field("[earlier turns left out]\n\n", min_length=1, description="marks left-out turns")
-
-    @field_validator("*")
-    @classmethod
-    def _whole_characters(cls, text: str) -> str:
-        """YAML can spell half of a surrogate pair, which no tokenizer takes."""
-        if not text.isascii() and text.encode("utf-8", "ignore").decode() != text:
-            raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff): write whole characters")
-        return text
 
 
 class PromptSettings(Settings):
@@ -219,6 +218,7 @@ def run_place(runs: Path, name: str) -> Path:
     Raises:
         ValueError: a link there leads out of `runs`.
     """
+    require_utf8(runs)
     place = runs / name
     if runs.resolve() not in place.resolve().parents:
         raise ValueError(f"{place} is a link that leads out of {runs}, to {place.resolve()}: remove it, or name --runs")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import resource
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -13,10 +11,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 
 from arena.hints import command
+from arena.progress import console
 
 
 def start(seed: int, track: str = "none", folder: str | None = None) -> Accelerator:
@@ -29,7 +29,7 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
     Raises:
         ValueError: the tracker's package is not installed.
     """
-    if track != "none" and importlib.util.find_spec(track) is None:
+    if track != "none" and track not in map(str, get_available_trackers()):
         install = command("pip", "install", track)
         raise ValueError(f"train.track={track} needs a package that is not installed: `{install}`")
     fix_threads()
@@ -48,7 +48,12 @@ def is_main() -> bool:
 def fix_threads() -> None:
     """One pool of as many threads as this process may use: two pools that fight over cores cost ten times the time."""
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(free)).split(",")[0]))
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    asked = given.split(",")[0].strip()  # one number for each level of nesting
+    is_count = asked.isdecimal() and int(asked) > 0
+    if given.strip() and not is_count:
+        console.print(f"OMP_NUM_THREADS={given} is not a number of threads: using {free}, one for each core")
+    torch.set_num_threads(int(asked) if is_count else free)
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
@@ -90,6 +95,13 @@ def peak_memory(device: torch.device) -> int:
         return process_memory("VmHWM")  # Linux's other count, below, takes in the process that started this one
     except (OSError, ValueError):
         pass
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows, which has no `resource`
+        return int(memory.peak_wset)
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 SCRATCH = ".scratch"
+NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a file system that cannot flush
 
 
 @contextmanager
@@ -21,7 +24,8 @@ def written_whole(target: Path) -> Iterator[Path]:
     """Gives a scratch path beside `target`; what stands there when the block ends well becomes `target`.
 
     The scratch path may be made a file or a directory. When the block raises, `target` stays as it was and the scratch
-    path is removed. The rename is atomic for a file; an existing directory is swapped out before it is removed.
+    path is removed. The rename is atomic for a file; an existing directory is swapped out before it is removed. Modes
+    follow the umask, whatever the library that writes makes of them.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SCRATCH, dir=target.parent))
@@ -31,8 +35,12 @@ def written_whole(target: Path) -> Iterator[Path]:
             yield draft
         if target.is_dir() and not draft.is_dir():
             raise IsADirectoryError(f"{target} is a folder: name a file")
-        _sync(draft)
-        _swap(draft, target, scratch / "replaced")
+        paths = [draft, *draft.rglob("*")]
+        with suppress(OSError):  # a file system without modes
+            _follow_umask(draft, paths)
+        for path in paths:
+            _sync_one(path)
+        _swap(draft, target, draft.with_name(f"{target.name}.replaced"))
         _sync_one(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -71,18 +79,47 @@ def remove_scratch(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Flushes a file, or a directory and every file in it, to the disk."""
-    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        _sync_one(each)
+def _follow_umask(draft: Path, paths: list[Path]) -> None:
+    """Gives files and folders the modes of ones made now beside the draft: some libraries write for the owner alone."""
+    sample = draft.with_name(f"{draft.name}.mode")
+    sample.touch()
+    file_mode = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
+    sample.mkdir()
+    folder_mode = stat.S_IMODE(sample.stat().st_mode)
+    sample.rmdir()
+    for path in paths:
+        if not path.is_symlink():
+            path.chmod(folder_mode if path.is_dir() else file_mode)
 
 
 def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Flushes a file or a folder to the disk, where the file system can: some cannot flush folders, or even open them.
+
+    Raises:
+        OSError: a file could not be flushed.
+    """
+    is_folder = path.is_dir()
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDWR if os.name == "nt" and not is_folder else os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC | ({errno.EACCES, errno.EISDIR} if is_folder else set()):
+            raise
+
+
+def require_utf8(*values: object) -> None:
+    """Refuses paths and settings that cannot be written down: they would be used for hours, and then not saved.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, which is also how Python reads a path that is not UTF-8.
+    """
+    for text in map(str, values):
+        if text.encode("utf-8", "ignore").decode() != text:
+            raise ValueError(f"{text[:200]!a} is not UTF-8: rename that file or folder, or write whole characters")
 
 
 def write_text(path: Path, text: str) -> None:

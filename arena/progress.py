@@ -2,14 +2,104 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(highlight=False, soft_wrap=True, markup=False)  # paths and texts may hold [brackets]
+
+class Output:
+    """A text stream that passes what is written on to another one, and never raises when that fails.
+
+    Output must not end a run: a reader that went away (`arena train | head`), a full disk behind `> log`, or a terminal
+    that was closed costs the rest of the output and nothing else. Characters that the stream cannot encode are escaped.
+
+    Args:
+        stream: gives the stream to write to; None where the process was started without one.
+    """
+
+    def __init__(self, stream: Callable[[], TextIO | None]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._guarded(lambda stream: stream.write(_encodable(text, stream)))
+        return len(text)
+
+    def flush(self) -> None:
+        self._guarded(lambda stream: stream.flush())
+
+    def _guarded(self, work: Callable[[TextIO], object]) -> None:
+        stream = self._stream()
+        if stream is None:
+            return
+        try:
+            work(stream)
+        except (BlockingIOError, RuntimeError):  # a full pipe that does not block, or within a signal handler that
+            pass  # interrupts another write: the next one may succeed
+        except Exception:
+            _silence(stream)
+
+    def isatty(self) -> bool:
+        try:
+            return bool(getattr(self._stream(), "isatty", bool)())
+        except ValueError:  # closed
+            return False
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream(), "encoding", None) or "utf-8"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream(), name)
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """The text with escapes for the characters that the stream cannot encode."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _silence(stream: TextIO) -> None:
+    """Sends what a stream still holds, and the rest of what goes to it, to the null device.
+
+    Otherwise the interpreter fails when it flushes the stream at exit, and the process ends with status 120.
+    """
+    with suppress(Exception):  # a closed stream, or one without a descriptor
+        descriptor = stream.fileno()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def guard_output() -> None:
+    """Makes standard output and error safe to write to for the rest of the process; call it once, at its start."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed (`>&-`): the next file to be opened would get its number, and what libraries print
+            os.open(os.devnull, os.O_RDWR)
+    stdout, stderr = sys.stdout, sys.stderr
+    if not isinstance(stdout, Output):
+        sys.stdout, sys.stderr = cast(TextIO, Output(lambda: stdout)), cast(TextIO, Output(lambda: stderr))
+
+
+def _stdout() -> TextIO | None:
+    """Standard output as it is now, without what rich puts in its place while it draws a bar."""
+    return cast("TextIO | None", getattr(sys.stdout, "rich_proxied_file", sys.stdout))
+
+
+for _name in ("COLUMNS", "LINES"):
+    if not re.fullmatch("[1-9][0-9]*", os.environ.get(_name, "80"), re.ASCII):
+        del os.environ[_name]  # a size of 0 would hide all that is printed
+
+# paths and texts may hold [brackets]
+console = Console(file=cast(TextIO, Output(_stdout)), highlight=False, soft_wrap=True, markup=False)
 
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 
@@ -20,6 +110,25 @@ def printable(text: str) -> str:
     """A text that any terminal can show: what steers one, and what is no character, is spelled out."""
     spelled = "".join(each if each in "\n\t" or each.isprintable() else repr(each)[1:-1] for each in text)
     return spelled.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
+@contextmanager
+def optional(what: str, advice: str = "") -> Iterator[None]:
+    """Makes a warning of whatever fails within: for what is made besides a result, and must not cost it.
+
+    Args:
+        what: is made, for the warning.
+        advice: how to get it later.
+    """
+    try:
+        yield
+    except Exception as error:
+        console.print(printable(f"warning: {what} failed ({said(error)}){advice and f'; {advice}'}"), style="yellow")
 
 
 def quiet() -> None:

@@ -11,8 +11,14 @@ from types import FrameType
 
 from arena.progress import console
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # a terminal that was closed; Windows has none
 MORE_TO_DO = 3  # exit status of a run that came to its deadline
+
+
+def _signals() -> list[signal.Signals]:
+    """Those that ask a process to end; without SIGHUP where it is ignored already, as under nohup."""
+    hang_up = [SIGHUP] if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN else []
+    return [signal.SIGTERM, signal.SIGINT, *hang_up]
 
 
 class Stopped(Exception):  # noqa: N818 - it ends a run, it is no error
@@ -51,24 +57,27 @@ class Stop:
 
 @contextmanager
 def stopping(seconds: float | None = None) -> Iterator[Stop]:
-    """Notes SIGTERM and SIGINT instead of dying of them; a second one ends the process at once.
+    """Notes SIGTERM, SIGINT and SIGHUP instead of dying of them; a second SIGTERM or SIGINT ends the process at once.
 
-    Files are written whole, so that even then none is left half-written. Outside of the main thread signals cannot be
-    caught and only the deadline counts.
+    A second SIGHUP does not: the shell and the kernel both send one when a terminal is closed. Files are written whole,
+    so that even then none is left half-written. Outside of the main thread signals cannot be caught and only the
+    deadline counts.
     """
     stop = Stop(seconds)
-    before = {each: signal.getsignal(each) for each in SIGNALS}
+    before = {each: signal.getsignal(each) for each in _signals()}
 
     def note(number: int, frame: FrameType | None) -> None:
         stop.signal = signal.Signals(number)
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if SIGHUP in before:
+            signal.signal(SIGHUP, signal.SIG_IGN)
         console.print(f"{stop.signal.name}: ending at the next micro-batch; a second one ends at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    for each in SIGNALS:
+    for each in before:
         signal.signal(each, note)
     try:
         yield stop
@@ -79,7 +88,7 @@ def stopping(seconds: float | None = None) -> Iterator[Stop]:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Ends the process, with status 128 and the signal's number, wherever SIGTERM or SIGINT find it.
+    """Ends the process, with status 128 and the signal's number, wherever SIGTERM, SIGINT or SIGHUP find it.
 
     For work that has nothing to save; `stopping` within it is more patient. Outside of the main thread signals cannot
     be caught, and nothing changes.
@@ -92,7 +101,7 @@ def ending_at_once() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {each: signal.signal(each, end) for each in SIGNALS}
+    before = {each: signal.signal(each, end) for each in _signals()}
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ ROOMS = [
     "manifest",
     "background",
     "progress",
+    "arguments",
     "lock",
     "stopping",
     "plain_yaml",

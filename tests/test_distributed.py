@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 
+from arena import distributed
 from arena.distributed import device_name, fix_threads, is_main, peak_memory, start, total
 
 
@@ -17,12 +24,72 @@ def test_a_tracker_that_is_not_installed_is_said() -> None:
         start(0, "wandb")
 
 
-def test_threads_follow_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_called_as_a_tracker_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trackio").mkdir()  # as trackers make one where they run
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("trackio") is not None
+    with pytest.raises(ValueError, match="pip install trackio"):
+        start(0, "trackio")
+
+
+@pytest.mark.parametrize(
+    ("given", "threads", "message"),
+    [
+        ("1,2", 1, ""),
+        (" 3 ", 3, ""),
+        ("", 2, ""),
+        ("0", 2, "OMP_NUM_THREADS=0 is not a number of threads: using 2"),
+        ("3500m", 2, "OMP_NUM_THREADS=3500m is not"),
+        ("-1", 2, "OMP_NUM_THREADS=-1 is not"),
+    ],
+)
+def test_threads_follow_openmp(
+    given: str, threads: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1,2")
-    fix_threads()
-    assert torch.get_num_threads() == 1
-    torch.set_num_threads(before)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    try:
+        fix_threads()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    shown = capsys.readouterr().out
+    assert message in shown and bool(message) == bool(shown)
+
+
+def test_memory_is_known_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(key: str) -> int:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(distributed, "process_memory", refuse)
+    memory = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=7))
+    monkeypatch.setattr(psutil, "Process", lambda: memory)
+    assert peak_memory(torch.device("cpu")) == 7
+    monkeypatch.undo()
+    monkeypatch.setattr(distributed, "process_memory", refuse)
+    assert peak_memory(torch.device("cpu")) > 2**20  # where there is neither: by `resource`
+
+
+WINDOWS = """
+import signal, sys
+sys.modules["fcntl"] = sys.modules["resource"] = None
+del signal.SIGHUP
+import arena.cli, arena.distributed
+from arena.lock import locked
+from arena.stopping import ending_at_once, stopping
+from pathlib import Path
+with ending_at_once(), stopping() as stop, locked(Path(sys.argv[1])):
+    signal.raise_signal(signal.SIGINT)
+print(stop.stopped().status)
+"""
+
+
+def test_the_commands_can_be_imported_without_what_windows_lacks(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WINDOWS, str(tmp_path / "x")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert shown.returncode == 0 and shown.stdout.split()[-1] == "130", shown.stderr
 
 
 def test_one_process_is_the_first_and_the_sum() -> None:

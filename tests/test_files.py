@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -96,3 +100,72 @@ def test_a_folder_is_put_back_if_its_successor_cannot_take_its_place(
     with pytest.raises(OSError, match="no"), written_whole(target) as draft:
         draft.mkdir()
     assert (target / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_modes_follow_the_umask_whatever_a_library_makes_of_them(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "mode", "x")  # called as the sample beside the draft might be
+        with written_whole(tmp_path / "deep" / "folder") as draft:
+            (draft / "inner").mkdir(parents=True)
+            (draft / "inner" / "x.safetensors").touch(mode=0o600)
+            tempfile.mkdtemp(dir=draft)
+    finally:
+        os.umask(before)
+    paths = list(tmp_path.rglob("*"))
+    assert len(paths) == 6
+    for path in paths:
+        assert mode(path) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+REFUSALS = ["EINVAL", "ENOTSUP", "ENOSYS", "EACCES"]
+
+
+def refuse_fsync(monkeypatch: pytest.MonkeyPatch, of_folders: bool, number: int) -> None:
+    real = os.fsync
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode) == of_folders:
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_file_system_that_cannot_flush_folders_takes_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    refuse_fsync(monkeypatch, True, getattr(errno, name))
+    with written_whole(tmp_path / "folder") as draft:
+        draft.mkdir()
+        (draft / "x").write_text("x")
+    write_text(tmp_path / "folder" / "y", "y")
+    assert [(tmp_path / "folder" / each).read_text() for each in "xy"] == ["x", "y"]
+
+
+def test_a_folder_that_fails_to_be_flushed_for_another_reason_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_fsync(monkeypatch, True, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "x", "x")
+
+
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC", "EACCES"])
+def test_a_file_that_cannot_be_flushed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    refuse_fsync(monkeypatch, False, getattr(errno, name))
+    with pytest.raises(OSError) as found:
+        write_text(tmp_path / "x", "x")
+    assert found.value.errno == getattr(errno, name) and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_cannot_flush_at_all_takes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_fsync(monkeypatch, False, errno.ENOTSUP)
+    write_text(tmp_path / "x", "x")
+    assert (tmp_path / "x").read_text() == "x"

@@ -98,6 +98,32 @@ def test_never_two_at_once_though_its_file_comes_and_goes(tmp_path: Path) -> Non
     assert most_at_once(tmp_path / "x", lambda target: nullcontext()) > 1  # control
 
 
+def test_never_two_at_once_where_there_is_no_fcntl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "fcntl", None)
+    assert most_at_once(tmp_path / "x", locked) == 1
+    with pytest.raises(RuntimeError), locked(tmp_path / "y"):
+        raise RuntimeError
+    with (
+        locked(tmp_path / "y"),
+        pytest.raises(ValueError, match="another process is at work on"),
+        locked(tmp_path / "y"),
+    ):
+        pass
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written to"), locked(tmp_path / "file" / "x"):
+        pass
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_its_file_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with locked(tmp_path / "x"):
+            assert (tmp_path / ".x.lock").stat().st_mode & 0o777 == 0o666 & ~umask
+    finally:
+        os.umask(before)
+
+
 def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written to"), locked(tmp_path / "file" / "x"):

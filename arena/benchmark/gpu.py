@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from arena.arguments import settings_first
 from arena.benchmark.machine import (
     gpu_tests,
     install_flash,
@@ -30,7 +31,7 @@ from arena.benchmark.machine import (
 )
 from arena.benchmark.parts import BrokenDevice, Clock, Parts
 from arena.config import Recipe, load_recipe
-from arena.progress import console, quiet
+from arena.progress import console, guard_output, quiet
 from arena.stopping import MORE_TO_DO
 
 if TYPE_CHECKING:
@@ -199,7 +200,8 @@ def stop(left: list[str]) -> None:
 
 def main() -> None:
     """Runs the script without the `arena` command: the checkout on PYTHONPATH is enough."""
-    command = tyro.cli(Gpu, prog="python -m arena.benchmark.gpu")
+    guard_output()
+    command = tyro.cli(Gpu, prog="python -m arena.benchmark.gpu", args=settings_first(Gpu, sys.argv[1:]))
     quiet()
     try:
         command.run()

@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from arena.benchmark.matrix import Table, rows_of
+from arena.reporting.figure import new_figure
 
 
 def draw(tables: list[Table], result: dict[str, Any], path: Path) -> None:
     """Bars of logical tokens a second, a panel a table, peak memory written beside them; missing cells stay empty."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = [table for table in tables if len(table.cells) > 1]
     lines = -(-len(panels) // 2)
-    figure, axes = pyplot.subplots(lines, 2, figsize=(14, 2.4 * lines + 0.8), layout="constrained", squeeze=False)
+    figure, axes = new_figure(lines, 2, figsize=(14, 2.4 * lines + 0.8))
     for axis, table in zip(axes.flat, panels, strict=False):
         _panel(axis, table, result["cells"])
     for axis in list(axes.flat)[len(panels) :]:
@@ -25,7 +21,6 @@ def draw(tables: list[Table], result: dict[str, Any], path: Path) -> None:
     figure.supxlabel("logical tokens a second")
     figure.suptitle(f"{result['recipe']['name']}, {result['device']}, {result['date'][:10]}")
     figure.savefig(path, dpi=120, format="png")
-    pyplot.close(figure)
 
 
 def _panel(axis: Any, table: Table, cells: dict[str, Any]) -> None:

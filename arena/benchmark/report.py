@@ -12,6 +12,7 @@ from rich.table import Table
 from arena.benchmark.settings import TASKS
 from arena.files import write_json, write_text, written_whole
 from arena.progress import console
+from arena.reporting.figure import new_figure
 
 Rows = list[list[str]]
 
@@ -121,17 +122,10 @@ def step_rows(packing: dict[str, Any]) -> Rows:
 
 def draw_bench(result: dict[str, Any], path: Path) -> None:
     """Bars of each variant's time over the first one's: a row of panels a workload, a panel a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = _panels(result)
     workloads = list(dict.fromkeys(workload for workload, _ in panels))
-    figure, axes = pyplot.subplots(
-        len(workloads), len(TASKS), figsize=(13, 2.6 * len(workloads) + 0.6), layout="constrained", squeeze=False,
-        sharey=True,
-    )  # fmt: skip
+    size = (13, 2.6 * len(workloads) + 0.6)
+    figure, axes = new_figure(len(workloads), len(TASKS), figsize=size, sharey=True)
     for (workload, task), found in panels.items():
         axis = axes[workloads.index(workload)][list(TASKS).index(task)]
         first = median(found[0]["seconds"])
@@ -148,7 +142,6 @@ def draw_bench(result: dict[str, Any], path: Path) -> None:
     figure.supxlabel(f"time over that of {result['measured'][0]['title']}; bars: median, lines: least to most")
     figure.suptitle(f"{result['device']}, {result['date'][:10]}, {result['settings']['dtype']}, NF4 with LoRA")
     figure.savefig(path, dpi=120, format="png")
-    pyplot.close(figure)
 
 
 def _panels(result: dict[str, Any]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -24,6 +24,7 @@ class FoldData:
 
     Attributes:
         rows: the training file's rows.
+        ids: what to call each row in messages; those of extra files with their file.
         labels: float64 (rows, 3), in the order A, B, tie.
         store: tokens of all rows.
         train_rows: rows to train on, those that cannot be judged left out.
@@ -36,6 +37,7 @@ class FoldData:
     """
 
     rows: Dataset
+    ids: list[str]
     labels: np.ndarray
     store: TokenStore
     train_rows: np.ndarray
@@ -82,7 +84,7 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     held_out = np.flatnonzero(folds == fold)
     stores = [_tokens(rows, recipe, tokenizer)]
     labels, usable, kept = [_labels(rows)], [judgeable_rows(rows)], [folds != fold]
-    notes, sources = [], [source(rows)]
+    notes, sources, ids = [], [source(rows)], list(rows["id"])
     if settings.extra:
         extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required", limits=limits)
         again, leaks = repeated(extra, rows), leaking(extra, rows.select(held_out))
@@ -95,6 +97,8 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
         usable.append(judgeable_rows(extra))
         kept.append(~again & ~leaks)
         sources.append(source(extra))
+        origin = Path(settings.extra[0]).name if len(settings.extra) == 1 else "data.extra"
+        ids += [f"{each} ({origin})" for each in extra["id"]]
     can, keep = np.concatenate(usable), np.concatenate(kept)
     every_label = np.concatenate(labels)
     train_rows = np.flatnonzero(keep & can)
@@ -107,6 +111,7 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     split = [sources, settings.folds, settings.fold_seed]
     return FoldData(
         rows=rows,
+        ids=ids,
         labels=every_label,
         store=join(stores) if len(stores) > 1 else stores[0],
         train_rows=train_rows,

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from arena.manifest import NAME, damage, write_manifest
 from arena.mirror.sender import Job, Sender
-from arena.mirror.store import Hopeless, Store, said
-from arena.progress import console
+from arena.mirror.store import Hopeless, Store
+from arena.progress import console, said
 
 CHECKPOINTS, STEP, JUDGED, FILES = "checkpoints", "step-", "judged-", "files-"
 SMALL = 2**24  # bytes; smaller files are copied, because a log grows; larger ones are never changed in place

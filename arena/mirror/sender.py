@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from arena.mirror.store import Hopeless, said
+from arena.mirror.store import Hopeless
+from arena.progress import said
 
 
 @dataclass

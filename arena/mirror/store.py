@@ -22,6 +22,7 @@ import fsspec
 from arena.files import file_digest, written_whole
 from arena.hints import command
 from arena.manifest import LARGEST, NAME, damage, read_manifest
+from arena.progress import said
 
 CHUNK = 2**22  # bytes read at a time
 MOST_FILES = 1000  # in a folder
@@ -262,8 +263,3 @@ def _wrong(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     read_only = isinstance(error, OSError) and error.errno == errno.EROFS
     return isinstance(error, WRONG) or bool(names & WRONG_NAMES) or read_only
-
-
-def said(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")

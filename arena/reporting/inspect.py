@@ -12,6 +12,7 @@ from arena.data.tokens import TokenStore
 from arena.packing.batch import PackedBatch
 from arena.packing.plan import PackPlan
 from arena.progress import console
+from arena.reporting.figure import new_figure
 
 SHOWN = 20  # tokens decoded at either end of a segment
 
@@ -70,12 +71,7 @@ def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
 
     The darker band is what a sliding-window layer sees of it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 7), layout="constrained")
+    figure, axes = new_figure(figsize=(7, 7))
     for at, (start, end) in enumerate(_segments(batch)):
         keys = _keys(batch, at)
         for first in np.split(keys, np.flatnonzero(np.diff(keys) != 1) + 1):
@@ -88,7 +84,6 @@ def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arena.progress import console
+from arena.reporting.figure import new_figure
 
 REFERENCES = (
     ("bayes_log_loss", "best possible (the probabilities the labels were drawn from)"),
@@ -42,16 +43,11 @@ def print_report(metrics: dict[str, Any]) -> None:
 
 def draw_report(folder: Path) -> Path:
     """Draws the course of training into `report.png` of a run's folder, beside what to compare it with."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     steps = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "eval_log_loss" in line]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = new_figure(figsize=(8, 4.5))
     axes.plot(
         [line["step"] for line in steps], [line["loss"] for line in steps], color="0.7", label="training, each step"
     )
@@ -66,5 +62,4 @@ def draw_report(folder: Path) -> Path:
     axes.legend(fontsize="small")
     path = folder / "report.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from accelerate import Accelerator
 
-from arena.config import Recipe, run_place, save_recipe
+from arena.config import Recipe, run_place
 from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.distributed import device_name, peak_memory, start
 from arena.files import fingerprint, remove_scratch, write_json, written_whole
@@ -31,12 +31,15 @@ from arena.model.memory import fit
 from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
-from arena.progress import console
+from arena.progress import console, optional
 from arena.stopping import stopping
 from arena.training.folder import claim, finished, identity
 from arena.training.optim import trainable
+from arena.training.tracking import start_tracking, tracking
 from arena.training.trainer import Trainer
 
+# what a judge's log-loss is compared with, besides the prior's
+REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
 FILES = ("recipe.yaml", "log.jsonl", "oof.csv", "metrics.json")  # of a finished run, besides its model
 PATIENT, HURRIED = 600.0, 15.0  # seconds that a run waits for its mirror at its end, and where it is ended
 
@@ -50,7 +53,7 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
         fresh: set aside whatever stands there and train anew.
 
     Returns:
-        What `metrics.json` holds; without the scores on processes other than the first.
+        What `metrics.json` holds; on processes other than the first only the recipe's name and the fold.
 
     Raises:
         ValueError: settings or files that cannot be used, an interrupted run of another recipe, or another process at
@@ -84,34 +87,53 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
         return metrics
     model = adapt(load_base(recipe.model, announce=True), recipe.model)
-    with stopping(recipe.train.max_seconds) as stop, _mirror(recipe, folder, run, main, fresh) as mirror:
+    with (
+        stopping(recipe.train.max_seconds) as stop,
+        _mirror(recipe, folder, run, main, fresh) as mirror,
+        tracking(accelerator),
+    ):
         trainer = Trainer(recipe, data, model, folder, accelerator, stop, mirror)
-        if main:  # only now: what cannot be trained must not take the place of what was
+        # only now: what cannot be trained must not take the place of what was
+        if recipe.train.track != "tensorboard":
+            start_tracking(accelerator, recipe, fold)
+        if main:
             claim(folder, run, recipe, fresh=fresh)
+        if recipe.train.track == "tensorboard":  # whose files go into the folder
+            start_tracking(accelerator, recipe, fold)
         if mirror is not None and not fresh:
             fetched = mirror.pull(folder)
             if fetched:
                 console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
         accelerator.wait_for_everyone()
-        if recipe.train.track != "none":
-            accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
         _say(recipe, asked, data, trainer)
         try:
             trainer.run()
             probabilities = _judge_held_out(recipe, data, trainer)
         finally:
-            accelerator.end_training()
-        metrics = {"recipe": recipe.name, "fold": fold, **_effort(data, trainer)}
+            accelerator.state.destroy_process_group()
+        metrics = {"recipe": recipe.name, "fold": fold}
         if main:
             save_judge(folder / "model", model, tokenizer, recipe, data.prior, data.trained_on, run["base"])
             write_oof(folder / "oof.csv", data, probabilities)
-            metrics |= _scores(recipe, data, probabilities)
+            metrics |= {**_effort(data, trainer), **_scores(data, probabilities), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
-            shutil.rmtree(folder / "judging", ignore_errors=True)
-        if mirror is not None:
+            metrics |= _finish(recipe, data, folder, metrics, mirror)
+    return metrics
+
+
+def _finish(
+    recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], mirror: Mirror | None
+) -> dict[str, float | None]:
+    """What is good to have besides a saved judge; anything in it may fail with a warning."""
+    references = _references(recipe, data)
+    with optional(f"adding what to compare with to {folder / 'metrics.json'}"):
+        write_json(folder / "metrics.json", metrics | references)
+    shutil.rmtree(folder / "judging", ignore_errors=True)
+    if mirror is not None:
+        with optional(f"sending the finished run to {recipe.train.mirror}", f"copy {folder} there yourself"):
             mirror.push_files("model", [folder / "model"])
             mirror.push_files("files", [folder / name for name in FILES])
-    return metrics
+    return references
 
 
 @contextmanager
@@ -128,7 +150,8 @@ def _mirror(recipe: Recipe, folder: Path, run: dict[str, str], main: bool, fresh
         yield mirror
         patience = PATIENT
     finally:
-        mirror.close(patience)
+        with optional(f"closing the mirror {recipe.train.mirror}"):
+            mirror.close(patience)
 
 
 def _judge_held_out(recipe: Recipe, data: FoldData, trainer: Trainer) -> np.ndarray:
@@ -137,7 +160,7 @@ def _judge_held_out(recipe: Recipe, data: FoldData, trainer: Trainer) -> np.ndar
     assert best is not None, "the last step is always judged"
     return predict_or_prior(
         trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe,
-        trainer.prefixes, straight=trainer.judged, ids=trainer.ids, keep=trainer.keep("held-out", best),
+        trainer.prefixes, straight=trainer.judged, ids=data.ids, keep=trainer.keep("held-out", best),
         stop=trainer.stop if trainer.alone else None,
     )  # fmt: skip
 
@@ -181,19 +204,28 @@ def _say(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -> Non
         console.print(f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens")
 
 
-def _scores(recipe: Recipe, data: FoldData, probabilities: np.ndarray) -> dict[str, float | None]:
-    """Ours, and what makes the number mean something: the prior, a plain baseline, and the floor where it is known."""
+def _scores(data: FoldData, probabilities: np.ndarray) -> dict[str, float]:
+    """How good the judge is on the held-out rows, and the prior that makes the number mean something."""
     labels = data.labels[data.eval_rows]
-    truth = _truth(Path(recipe.data.path), data.rows.select(data.eval_rows)["id"][:])
     return {
         "log_loss": log_loss(labels, probabilities),
         "accuracy": accuracy(labels, probabilities),
         "ece": calibration_error(labels, probabilities),
         "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1))),
-        "baseline_log_loss": _baseline(recipe, data),
-        "bayes_log_loss": None if truth is None else log_loss(labels, truth),
-        "bayes_log_loss_expected": None if truth is None else log_loss(truth, truth),
     }
+
+
+def _references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
+    """A plain baseline's log-loss, and the least possible where it is known; None for what could not be had."""
+    labels, found = data.labels[data.eval_rows], dict.fromkeys(REFERENCES)
+    with optional("fitting the plain baseline"):
+        found["baseline_log_loss"] = log_loss(labels, baseline_probabilities(data, recipe.seed))
+    path = Path(recipe.data.path) / "truth.csv"
+    with optional(f"reading {path}, so that the best possible log-loss is not known,"):
+        truth = _truth(path, data.rows.select(data.eval_rows)["id"][:])
+        if truth is not None:
+            found |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}
+    return found
 
 
 def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
@@ -218,25 +250,11 @@ def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _baseline(recipe: Recipe, data: FoldData) -> float | None:
-    """The baseline's log-loss; None, with a note, where it cannot be fitted: that must not cost a trained judge."""
-    try:
-        return log_loss(data.labels[data.eval_rows], baseline_probabilities(data, recipe.seed))
-    except ValueError as error:
-        console.print(f"the plain baseline could not be fitted: {error}")
-        return None
-
-
-def _truth(folder: Path, ids: list[str]) -> np.ndarray | None:
+def _truth(path: Path, ids: list[str]) -> np.ndarray | None:
     """The probabilities from which synthetic labels were drawn; None for rows that have none."""
-    path = folder / "truth.csv"
     if not path.is_file():
         return None
-    try:
-        table = pd.read_csv(path, dtype={"id": str})
-    except (ValueError, OSError) as error:  # a table of figures more must not cost a trained judge
-        console.print(f"{path} cannot be read, so the floor is not known: {error}")
-        return None
+    table = pd.read_csv(path, dtype={"id": str})
     if "id" not in table:
         return None
     table = table.set_index("id")

@@ -48,6 +48,7 @@ from arena.training.probe import keep_what_fits
 from arena.training.scaling import LossScaling
 from arena.training.shelf import Shelf
 from arena.training.step import accumulate
+from arena.training.tracking import track
 
 
 class Trainer:
@@ -69,7 +70,6 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
         self.device, self.alone = accelerator.device, accelerator.num_processes == 1
-        self.ids: list[str] = data.rows["id"][:]
         self.model = model
         self.classifier = PackedClassifier(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
@@ -201,7 +201,7 @@ class Trainer:
         if not self.scaling.forgives(loss, norm):
             self._give_up_step(before)
             rows = sorted({int(index) // self.data.store.orders for each in batch for index in each.index})
-            failed = self.folder, self.done.step + 1, loss, norm, [str(self.ids[row]) for row in rows]
+            failed = self.folder, self.done.step + 1, loss, norm, [self.data.ids[row] for row in rows]
             self._on_main(lambda: note_failure(*failed))
             raise FloatingPointError(describe_failure(*failed))
         facts = {"loss": loss, "grad_norm": norm, "lr": self.schedule.get_last_lr()[-1]}
@@ -243,7 +243,7 @@ class Trainer:
         found = predict(
             self.classifier, self.data.store, rows,
             budget=recipe.packing.budget, orders=[0], dtype=recipe.model.dtype, prefixes=self.prefixes,
-            title="evaluating", ids=self.ids, keep=self.keep("evaluation", step),
+            title="evaluating", ids=self.data.ids, keep=self.keep("evaluation", step),
             stop=self.stop if self.alone else None,
         )  # fmt: skip
         loss = first_rank(self.accelerator, log_loss(self.data.labels[rows], found))
@@ -293,5 +293,4 @@ class Trainer:
 
     def _log(self, facts: dict[str, Any]) -> None:
         self.log.add(facts)
-        tracked = {key: value for key, value in facts.items() if key != "step" and value is not None}
-        self.accelerator.log(tracked, step=facts["step"])
+        track(self.accelerator, facts)

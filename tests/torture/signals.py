@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT to real processes while they train, save, evaluate and infer; and a second signal."""
+"""SIGTERM, SIGINT and SIGHUP to real processes while they train, save, evaluate and infer; and a second signal."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _arguments(ground: Ground, place: Path, doing: str) -> list[str]:
 
 def ends_well(ground: Ground) -> Found:
     found = Found(
-        "SIGTERM, SIGINT while training, saving, evaluating, inferring", "saved and gone within 30 s, 20 of 20"
+        "SIGTERM, SIGINT, SIGHUP while training, saving, evaluating, inferring", "saved and gone within 30 s, 20 of 20"
     )
     draws, slowest, places = random.Random(0), 0.0, []
     for turn in range(ground.times(20, 4)):
@@ -89,21 +89,36 @@ def ends_well(ground: Ground) -> Found:
         why = _ended(ground, place, child, doing, 128 + number, seconds)
         places.append(doing)
         found.count(why and f"{doing}, {number.name}: {why}")
-    fresh = (signal.SIGTERM, signal.SIGINT)[: ground.times(2, 0)]
-    for number in fresh:
-        why, seconds = _started_anew(ground, number)
+    fresh = ((signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGHUP, True), (signal.SIGINT, False))
+    fresh = fresh[: ground.times(len(fresh), 0)]
+    for number, is_read in fresh:
+        why, seconds = _started_anew(ground, number, is_read)
         slowest = max(slowest, seconds)
-        found.count(why and f"started anew, {number.name}: {why}")
+        found.count(why and f"started anew, {number.name}, {'' if is_read else 'no '}reader: {why}")
     found.note = f"slowest {slowest:.1f} s; " + ", ".join(f"{places.count(each)} {each}" for each in WORKS)
-    found.note += f", {len(fresh)} in an interpreter of its own; the same command then ended as the undisturbed one"
+    found.note += f", {len(fresh)} in an interpreter of its own, the last into a pipe that nobody reads"
+    found.note += "; the same command then ended as the undisturbed one"
     return found
 
 
-def _started_anew(ground: Ground, number: signal.Signals) -> tuple[str | None, float]:
-    """As the others, but in an interpreter that was started for it; and the seconds from the signal to the end."""
-    place = ground.place(f"signals/{number.name}")
+def _started_anew(ground: Ground, number: signal.Signals, is_read: bool) -> tuple[str | None, float]:
+    """As the others, but in an interpreter that was started for it; and the seconds from the signal to the end.
+
+    Args:
+        is_read: whether anybody reads what it prints; otherwise it writes into a pipe whose reader is gone.
+    """
+    place = ground.place(f"signals/{number.name}-{is_read}")
     command = [sys.executable, "-W", "ignore", "-m", "arena.cli", *ground.train(place / "runs")]
-    child = Child(lambda announce: os.execv(sys.executable, command), place / "shown.txt")
+
+    def work(announce: Announce) -> None:
+        if not is_read:
+            read, write = os.pipe()
+            os.dup2(write, 1)
+            os.dup2(write, 2)
+            os.close(read)
+        os.execv(sys.executable, command)
+
+    child = Child(work, place / "shown.txt")
     until(lambda: steps_logged(place / "runs") > 0, 120)
     begin = time.monotonic()
     child.send(number)

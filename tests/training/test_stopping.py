@@ -13,7 +13,7 @@ import torch
 
 from arena.judging.shards import Shards
 from arena.mirror.mirror import Mirror
-from arena.stopping import MORE_TO_DO, Stop, Stopped, stopping
+from arena.stopping import MORE_TO_DO, Stop, Stopped, ending_at_once, stopping
 from arena.training import trainer as trainer_module
 from arena.training.run import run_fold
 from tests.helpers import tiny_recipe
@@ -107,6 +107,31 @@ def test_signals_are_noted_once_and_handlers_put_back() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_hang_up_is_noted_and_a_second_one_changes_nothing() -> None:
+    with ending_at_once():
+        at_once = signal.getsignal(signal.SIGHUP)
+        with stopping() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)  # the shell and the kernel both send one
+            assert stop() and stop.stopped().status == 129
+        assert signal.getsignal(signal.SIGHUP) == at_once
+        with pytest.raises(SystemExit) as end:
+            signal.raise_signal(signal.SIGHUP)
+    assert end.value.code == 129
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with ending_at_once(), stopping() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_resume_from_the_best_a_path_or_never(gemma2: Path, tmp_path: Path) -> None:

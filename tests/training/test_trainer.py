@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
@@ -32,7 +33,7 @@ from arena.training.order import plan_fold, training_order
 from arena.training.run import run_fold
 from arena.training.step import accumulate
 from arena.training.trainer import Trainer
-from tests.helpers import classifier, exact, pack, tiny_recipe
+from tests.helpers import classifier, exact, pack, tiny_recipe, write_rows
 
 CPU = torch.device("cpu")
 LENGTHS = [30, 4, 11, 9, 17, 2, 25, 8]
@@ -205,6 +206,22 @@ def test_no_step_is_taken_on_a_loss_that_is_not_finite(
     assert noted["step"] == 1 and len(noted["ids"]) == 8 and ", ".join(noted["ids"]) in str(error.value)
     assert trainer.shelf.steps() == [0] and damage(trainer.shelf.step(0)) is None
     assert torch.equal(weights(trainer), before)
+
+
+def test_a_failed_step_names_rows_of_other_files_too(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pd.read_csv(write_rows(tmp_path / "other", n=90, seed=1) / "train.csv", dtype=str)
+    rows["prompt"] = rows["prompt"].str.replace("better", "worse")
+    rows.to_csv(tmp_path / "more.csv", index=False)
+    trainer = make(tmp_path, gemma2, f"data.extra=[{tmp_path / 'more.csv'}]", "train.batch_size=64")
+    monkeypatch.setattr(step_module, "loss_sum", lambda logits, label: (logits * float("nan")).sum())
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan"):
+        trainer.run()
+    noted = set(json.loads((trainer.folder / "failure.json").read_text())["ids"])
+    known = [str(index) for index in range(60)] + [f"{index} (more.csv)" for index in range(90)]
+    assert trainer.data.ids == known and noted < set(known)
+    assert any("more.csv" in each for each in noted) and any("more.csv" not in each for each in noted)
 
 
 def test_training_learns_what_the_rows_say(gemma2: Path, tmp_path: Path) -> None:

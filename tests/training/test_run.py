@@ -1,0 +1,183 @@
+"""A trained judge is saved whatever else fails; what would fail later is refused before training."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import accelerate.tracking
+import numpy as np
+import pandas as pd
+import pytest
+from accelerate.utils import LoggerType
+
+from arena import cli
+from arena.judging.judge import read_card
+from arena.metrics import CLASSES
+from arena.mirror.mirror import Mirror
+from arena.reporting import report
+from arena.stopping import Stopped
+from arena.training import run as run_module
+from arena.training.run import _truth, run_fold
+from tests.helpers import tiny_recipe, write_rows
+
+SHORT = "train.epochs=0.3"
+
+
+def fails(error: BaseException) -> Callable[..., Any]:
+    def fail(*args: object, **kwargs: object) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A stand-in for the package, that can be made to fail; its `logged` holds what it was given."""
+    run = SimpleNamespace(logged=[], ended=0)
+    run.log = lambda values, step=None: run.logged.append(step)
+    run.finish = lambda: setattr(run, "ended", run.ended + 1)
+    module = ModuleType("wandb")
+    vars(module).update(run=run, init=lambda project: run, config=SimpleNamespace(update=lambda *_, **__: None))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB])
+    return module  # type: ignore[return-value]
+
+
+def test_a_tracker_gets_every_line_and_is_ended_once_all_is_saved(
+    gemma2: Path, tmp_path: Path, wandb: SimpleNamespace
+) -> None:
+    metrics = tmp_path / "runs/demo/fold0/metrics.json"
+    end, saved = wandb.run.finish, []
+    wandb.run.finish = lambda: (saved.append(metrics.is_file()), end())
+    run_fold(tiny_recipe(tmp_path, gemma2, SHORT, "train.track=wandb"), 0, tmp_path / "runs")
+    lines = [json.loads(line) for line in (metrics.parent / "log.jsonl").read_text().splitlines()]
+    assert wandb.run.logged == [line["step"] for line in lines] and len(lines) > 1
+    assert wandb.run.ended == 1 and saved == [True]
+
+
+def test_a_run_that_is_stopped_ends_its_tracker(gemma2: Path, tmp_path: Path, wandb: SimpleNamespace) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2, "train.track=wandb", "train.max_seconds=0.001")
+    with pytest.raises(Stopped):
+        run_fold(recipe, 0, tmp_path / "runs")
+    assert wandb.run.ended == 1
+
+
+def test_a_tracker_without_a_key_is_refused_and_what_was_there_stays(
+    gemma2: Path, tmp_path: Path, wandb: SimpleNamespace
+) -> None:
+    first = run_fold(tiny_recipe(tmp_path, gemma2, SHORT), 0, tmp_path / "runs")
+    wandb.init = fails(RuntimeError("api_key not configured (no-tty)"))
+    with pytest.raises(ValueError, match=r"train\.track=wandb cannot start \(RuntimeError: api_key not configured"):
+        run_fold(tiny_recipe(tmp_path, gemma2, SHORT, "train.track=wandb", "seed=1"), 0, tmp_path / "runs")
+    assert json.loads((tmp_path / "runs/demo/fold0/metrics.json").read_text()) == first
+
+
+def test_whatever_else_fails_the_judge_is_saved(
+    gemma2: Path, tmp_path: Path, wandb: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    recipe = tiny_recipe(tmp_path, gemma2, SHORT, "train.track=wandb", f"train.mirror={tmp_path / 'away'}")
+    (Path(recipe.data.path) / "truth.csv").write_bytes("id,é\n1,2\n".encode("latin-1"))
+    wandb.run.log = fails(ConnectionError("unreachable"))
+    monkeypatch.setattr(run_module, "baseline_probabilities", fails(MemoryError("sparse matrix")))
+    monkeypatch.setattr(Mirror, "push_files", fails(RuntimeError("can't start new thread")))
+    monkeypatch.setattr(Mirror, "close", fails(RuntimeError("no answer")))
+    metrics = run_fold(recipe, 0, tmp_path / "runs")
+    folder = tmp_path / "runs/demo/fold0"
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert metrics["baseline_log_loss"] is metrics["bayes_log_loss"] is None and metrics["log_loss"] > 0
+    assert read_card(folder / "model") and len(pd.read_csv(folder / "oof.csv")) == metrics["n_eval"]
+    shown = capsys.readouterr().out
+    for words in (
+        "the tracker failed (ConnectionError: unreachable)", "baseline failed (MemoryError: sparse matrix)",
+        "truth.csv", "away failed (RuntimeError: can't start new thread)", "mirror", "no answer",
+    ):  # fmt: skip
+        assert shown.count(words) >= 1, words
+    assert shown.count("the tracker failed") == 1  # and not at every step
+    assert wandb.run.ended == 0
+
+
+def test_the_result_stands_before_what_it_is_compared_with(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2, SHORT)
+    monkeypatch.setattr(run_module, "baseline_probabilities", fails(SystemExit(137)))  # as when memory runs out
+    with pytest.raises(SystemExit):
+        run_fold(recipe, 0, tmp_path / "runs")
+    monkeypatch.setattr(run_module, "save_judge", fails(AssertionError))
+    metrics = run_fold(recipe, 0, tmp_path / "runs")
+    assert metrics["log_loss"] > 0 and metrics["baseline_log_loss"] is None
+
+
+@pytest.mark.parametrize("kind", ["none", "folder", "other columns", "other ids"])
+def test_without_truth_there_is_no_floor(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "truth.csv"
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "none":
+        table = pd.DataFrame({"id": ["1"], **dict.fromkeys(CLASSES, 1 / 3)})
+        (table.drop(columns="id") if kind == "other columns" else table.assign(id="9")).to_csv(path, index=False)
+    assert _truth(path, ["1"]) is None
+
+
+def arena(monkeypatch: pytest.MonkeyPatch, folder: Path, base: Path, *words: str) -> None:
+    small = [f"model.base={base}", "prompt.max_length=128", "packing.budget=512", "data.folds=3", SHORT]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["arena", "train", *small, *words])
+    cli.main()
+
+
+def test_a_picture_that_fails_is_a_warning_also_of_a_finished_run_and_settings_stand_around_flags(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "rows")
+    monkeypatch.setattr(report, "draw_report", fails(ValueError("no backend")))
+    for _ in range(2):
+        arena(monkeypatch, tmp_path, gemma2, "name=mine", "--data", "rows", "train.batch_size=9")
+        shown = capsys.readouterr().out
+        assert "warning: drawing report.png failed (ValueError: no backend); the same command draws it" in shown
+        assert "written: runs/mine/fold0 (metrics.json, oof.csv, log.jsonl, model)" in shown
+    assert "batch_size: 9" in (tmp_path / "runs/mine/fold0/recipe.yaml").read_text()
+
+
+def test_all_that_is_written_follows_the_umask(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o027)
+    try:
+        write_rows(tmp_path / "rows")
+        arena(monkeypatch, tmp_path, gemma2, "--data", "rows", f"train.mirror={tmp_path / 'away'}")
+        monkeypatch.setattr(sys, "argv", ["arena", "infer"])
+        cli.main()
+        monkeypatch.setattr(sys, "argv", ["arena", "export", "--out", "exported"])
+        cli.main()
+    finally:
+        os.umask(before)
+    found = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {"submission.csv", "exported/model.safetensors", "runs/demo/fold0/report.png"} < found.keys()
+    odd = {name: oct(mode) for name, mode in found.items() if mode != (0o750 if (tmp_path / name).is_dir() else 0o640)}
+    assert not odd
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 alone")
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_done(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = write_rows(tmp_path / os.fsdecode(b"K\xf6ln"))
+    plain = write_rows(tmp_path / "rows")
+    for words in (
+        ["--data", str(odd)], ["--data", str(plain), "--runs", str(odd)], [f"data.extra=[{odd}/train.csv]"],
+        [f"train.mirror={odd}"], [f"data.cache={odd}"],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            arena(monkeypatch, tmp_path, gemma2, *words)
+        shown = capsys.readouterr().out
+        assert end.value.code == 2 and r"K\udcf6ln" in shown and "is not UTF-8: rename" in shown, words
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        run_fold(tiny_recipe(tmp_path, gemma2), 0, odd)
+    assert sorted(path.name for path in tmp_path.iterdir() if path != odd) == ["rows"]
+    assert np.all([path.suffix == ".csv" for path in odd.iterdir()])
