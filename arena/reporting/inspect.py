@@ -65,6 +65,13 @@ def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: i
         console.print(f"  {_ends(tokenizer, batch.input_ids[0, start:end])}")
 
 
+def picture_endings() -> list[str]:
+    """The endings of files that `draw_attention` can write, such as `.png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return [f".{ending}" for ending in sorted(FigureCanvasAgg.get_supported_filetypes())]
+
+
 def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
     """Draws which keys the queries of each segment see: a triangle of its own, and what is shared before it.
 

@@ -25,6 +25,7 @@ from arena.mirror.mirror import Mirror
 from arena.model.attention import used_backends
 from arena.model.backbone import base_config, base_digest, load_base, load_tokenizer
 from arena.model.card import card_of
+from arena.model.input_limits import check_ids, check_length
 from arena.model.memory import fit
 from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
@@ -71,10 +72,13 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
     console.print(f"{recipe.name}, fold {fold}: rows of {recipe.data.path}, base {recipe.model.base}")
     data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    asked, recipe = recipe, fit(recipe, base_config(recipe.model), card_of(accelerator.device))
+    config = base_config(recipe.model)
+    check_length(config, recipe.prompt.max_length, recipe.model.base)
+    asked, recipe = recipe, fit(recipe, config, card_of(accelerator.device))
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         data = prepare_fold(recipe, fold, tokenizer)
         prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+    check_ids(config, data.store, tokenizer, recipe.model.base)
     run = identity(recipe, data.fingerprint, base_digest(recipe.model.base))
     if not fresh and (metrics := finished(folder, run)) is not None:
         console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
