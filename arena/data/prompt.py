@@ -111,7 +111,7 @@ class PromptEncoder:
         self.max_length = settings.max_length
         self._memo = memo
         self._control = control_ids(tokenizer)
-        self._is_control = np.zeros(1 + max(len(tokenizer) - 1, *tokenizer.added_tokens_decoder), dtype=bool)
+        self._is_control = np.zeros(len(tokenizer), dtype=bool)
         known = set(self._control) - {tokenizer.unk_token_id}  # the unknown token stands for any strange character
         self._is_control[list(known)] = True
         self._control_text = any_of(tuple(self._control.values()))

@@ -96,6 +96,9 @@ def test_order_of_training(swap: str, each: int) -> None:
     if swap == "never":
         assert (order % 2 == 0).all()
     assert training_order(rows, 2, epochs=2, swap=swap, seed=1).tolist() == order.tolist()
+    if swap != "never":
+        with pytest.raises(ValueError, match=f"train.swap={swap} needs both orders"):
+            training_order(rows, 1, epochs=2, swap=swap, seed=1)
     assert len(training_order(rows, 2, epochs=0.5, swap=swap, seed=1)) == round(1.5 * each)
 
 
