@@ -86,4 +86,5 @@ def test_every_command_is_understood(line: str, monkeypatch: pytest.MonkeyPatch)
         cli.main()
     assert len(ran) == len(lines)
     for command in ran:
-        load_recipe("demo", getattr(command, "overrides", ()))  # the settings exist
+        settings = [each for each in getattr(command, "overrides", ()) if not each.endswith("=...")]
+        load_recipe("demo", settings)  # they exist
