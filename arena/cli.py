@@ -155,7 +155,7 @@ class Inspect:
             print_batch,
             print_evaluation_plan,
             print_plan,
-        )  # fmt: skip
+        )
         from arena.training.order import plan_fold
 
         local_path(self.out, "--out", picture_endings())
