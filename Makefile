@@ -10,7 +10,21 @@ BIN   := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
 # the recipe where one was named: `make bench` alone is about no recipe
 CHOSEN := $(if $(filter file,$(origin RECIPE)),,$(RECIPE))
-FLAGS  = --recipe $(RECIPE) $(if $(DATA),--data $(DATA)) $(ARGS)
+FLAGS  = --recipe $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
+
+# a value as one word for the shell, quoted where it holds more than letters, digits and what plain paths hold
+quoted = $(if $(or $(word 2,$(1)),$(strip $(foreach each,$(SPECIAL),$(findstring $(each),$(1))))),'$(subst ','\'',$(1))',$(1))
+SPECIAL := ' " ` $$ & ; | < > ( ) { } [ ] * ? ! ~ \ \#
+
+# make would ignore what nothing reads
+KNOWN  := PYTHON RECIPE FOLD DATA ARGS
+given   = $(if $(findstring command line,$(origin $(1))),$(1))
+UNREAD := $(strip $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(.VARIABLES)),$(call given,$(name))))
+upper   = $(filter $(shell echo '$(1)' | tr a-z A-Z),$(KNOWN))
+hint    = $(1)=$($(1)) is not read: write $(or $(addsuffix =$($(1)),$(call upper,$(1))),ARGS="$(1)=$($(1))" if it is a setting);
+ifneq ($(UNREAD),)
+$(error $(foreach name,$(UNREAD),$(call hint,$(name))) the variables are $(KNOWN), as in: make train FOLD=1 ARGS="train.epochs=2")
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train infer inspect notebook bench gpu test torture check format demo-base clean
@@ -22,23 +36,23 @@ help:  ## show this list
 setup: .venv/ready  ## create .venv and install the pinned versions
 
 train: .venv/ready  ## train a fold and score it
-	$(BIN)/arena train --fold $(FOLD) $(FLAGS)
+	$(BIN)/arena train --fold $(call quoted,$(FOLD)) $(FLAGS)
 
 infer: .venv/ready  ## judge the test file with the trained folds, write submission.csv
 	$(BIN)/arena infer $(FLAGS)
 
 inspect: .venv/ready  ## look at one real batch
-	$(BIN)/arena inspect --fold $(FOLD) $(FLAGS)
+	$(BIN)/arena inspect --fold $(call quoted,$(FOLD)) $(FLAGS)
 
 notebook: .venv/dev  ## run notebooks/collated_batches.py and write it as .ipynb with its outputs
 	$(BIN)/jupytext --quiet --to ipynb notebooks/collated_batches.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace notebooks/collated_batches.ipynb
 
 bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (20 minutes)
-	$(BIN)/arena bench $(if $(CHOSEN),--recipe $(CHOSEN)) $(ARGS)
+	$(BIN)/arena bench $(if $(CHOSEN),--recipe $(call quoted,$(CHOSEN))) $(ARGS)
 
 gpu: .venv/ready  ## tests, benchmark and techniques on a GPU, 9 minutes a call: call it until it is done
-	$(BIN)/arena gpu --recipe $(or $(CHOSEN),gemma-2-9b) $(ARGS)
+	$(BIN)/arena gpu --recipe $(call quoted,$(or $(CHOSEN),gemma-2-9b)) $(ARGS)
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest

@@ -17,7 +17,7 @@ from arena.arguments import settings_first
 from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, change, load_recipe, run_place
-from arena.files import require_utf8
+from arena.files import local_path, require_utf8
 from arena.lock import locked
 from arena.progress import console, guard_output, optional, printable, quiet
 from arena.stopping import Stopped, ending_at_once
@@ -54,6 +54,8 @@ class Train:
         from arena.training.run import run_fold
 
         recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
+        if self.fresh:
+            _refuse_both("--fresh", self.overrides, "train.resume")
         folder = run_place(self.runs, f"{recipe.name}/fold{self.fold}")
         _write_demo(recipe)
         try:
@@ -90,6 +92,7 @@ class Infer:
         from arena.judging.find import find_models
 
         fix_threads()
+        local_path(self.out, "--out", [".csv"])
         settings = _settings_of(self.overrides, INFER_SETTINGS)
         models = find_models(self.recipe, self.runs, self.overrides)
         check_alike(models)
@@ -155,9 +158,16 @@ class Inspect:
         from arena.packing.loader import PackedLoader
         from arena.packing.plan import plan_evaluation
         from arena.packing.tree import prefixes_for
-        from arena.reporting.inspect import draw_attention, print_batch, print_evaluation_plan, print_plan
+        from arena.reporting.inspect import (
+            draw_attention,
+            picture_endings,
+            print_batch,
+            print_evaluation_plan,
+            print_plan,
+        )
         from arena.training.order import plan_fold
 
+        local_path(self.out, "--out", picture_endings())
         recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
         _write_demo(recipe)
         tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
@@ -194,7 +204,7 @@ class Export:
 
         settings = _settings_of(self.overrides, ("model.base=",))
         model = find_model(self.recipe, self.runs, self.overrides, self.fold)
-        if self.out.exists():
+        if local_path(self.out, "--out").exists():
             raise ValueError(f"{self.out} exists: name a new folder")
         export_judge(model, self.out, self.dtype, settings)
         console.print(
@@ -229,7 +239,7 @@ class DemoBase:
     def run(self) -> None:
         from arena.demo.base import make_demo_base
 
-        make_demo_base(self.out, self.minutes * 60, self.seed, self.threads)
+        make_demo_base(local_path(self.out, "--out"), self.minutes * 60, self.seed, self.threads)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -287,7 +297,15 @@ def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...])
     recipe = load_recipe(recipe_of(name, runs), overrides)
     if data is None:
         return recipe
+    _refuse_both(f"--data {data}", overrides, "data", "data.path", "data.synthetic_rows")
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data, "synthetic_rows": None})})
+
+
+def _refuse_both(flag: str, overrides: tuple[str, ...], *keys: str) -> None:
+    """Raises `ValueError` where an override sets what a flag sets too: one of them would be ignored."""
+    for override in overrides:
+        if override.partition("=")[0].strip() in keys:
+            raise ValueError(f"{flag} and {override} set the same thing: give one of the two")
 
 
 def _write_demo(recipe: Recipe) -> None:

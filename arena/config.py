@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -10,8 +9,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from arena.files import require_utf8
-from arena.plain_yaml import read_yaml, read_yaml_file
+from arena.files import local_path, require_utf8
+from arena.overrides import apply_override, explain
+from arena.plain_yaml import read_yaml_file
 
 Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # a path, or a name on a hub
 Part = Literal["norm", "mlp", "rotary", "lora"]  # of a decoder, that can be fused
@@ -216,10 +216,10 @@ def run_place(runs: Path, name: str) -> Path:
     """The folder `runs/name` of a recipe called `name`, or of a fold of it.
 
     Raises:
-        ValueError: a link there leads out of `runs`.
+        ValueError: `runs` is a URL, or a link there leads out of it.
     """
     require_utf8(runs)
-    place = runs / name
+    place = local_path(runs, "--runs") / name
     if runs.resolve() not in place.resolve().parents:
         raise ValueError(f"{place} is a link that leads out of {runs}, to {place.resolve()}: remove it, or name --runs")
     return place
@@ -232,11 +232,13 @@ def recipe_names() -> list[str]:
 
 def _validated(name: str, tree: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"recipe {name}: " + "; ".join(_explain(each) for each in error.errors())) from None
+        raise ValueError(f"recipe {name}: " + "; ".join(explain(each, Recipe) for each in error.errors())) from None
+    local_path(recipe.data.cache, "data.cache")
+    return recipe
 
 
 def _find(name: str, folder: Path, kind: str) -> Path:
@@ -248,53 +250,3 @@ def _find(name: str, folder: Path, kind: str) -> Path:
         return Path(name)
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise ValueError(f"there is no {kind} {name!r}: name one of {names}, or give the path of a YAML file")
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted key of a nested dictionary, making the groups on its way."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"override {_short(override)} is not `key=value`, for example train.batch_size=32")
-    *groups, last = key.strip().split(".")
-    for group in groups:
-        below = tree.setdefault(group, {})
-        if below is None:
-            below = tree[group] = {}
-        if not isinstance(below, dict):
-            raise ValueError(f"override {_short(override)}: {group!r} is a single value, it has no settings below it")
-        tree = below
-    try:
-        tree[last] = read_yaml(text, "the value")
-    except ValueError as error:
-        raise ValueError(
-            f"override {_short(override)}: {error}; quote the value if it holds special characters"
-        ) from None
-
-
-def _short(text: str, width: int = 100) -> str:
-    return repr(text if len(text) <= width else text[:width] + "...")
-
-
-def _explain(error: Any) -> str:
-    """One validation error in words, with the nearest known key when a key is unknown."""
-    path = [str(part) for part in error["loc"]]
-    where = ".".join(path) or "the recipe"
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
-    known = list(_group(path[:-1]).model_fields)
-    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
-    below = [f"{name}.{path[-1]}" for name in known if path[-1] in _group([*path[:-1], name]).model_fields]
-    hint = f"did you mean {(near or below)[0]!r}?" if near or below else f"known here: {', '.join(known)}"
-    return f"{where}: unknown key; {hint}"
-
-
-def _group(path: Sequence[str]) -> type[BaseModel]:
-    """The settings class that stands at a dotted path of the recipe."""
-    group: type[BaseModel] = Recipe
-    for name in path:
-        field = group.model_fields.get(name)
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if below:
-            group = below[0]
-    return group

@@ -10,13 +10,33 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 SCRATCH = ".scratch"
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a file system that cannot flush
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` makes one slash of two; a single letter is a drive
+
+
+def local_path(path: str | Path, name: str, endings: Sequence[str] = ()) -> Path:
+    """A path that a person gave to write to.
+
+    Args:
+        name: the option or setting, for messages.
+        endings: of file names, such as `.csv`, one of which `path` must have; none given: any, or a folder.
+
+    Raises:
+        ValueError: `path` is a URL, has another ending, or is a folder where a file is to be written.
+    """
+    if URL.match(str(path)):
+        raise ValueError(f"{name} {path} is a URL: write to a local path, and copy what was written afterwards")
+    if endings and Path(path).is_dir():
+        raise ValueError(f"{name} {path} is a folder: name the file to write")
+    if endings and Path(path).suffix.lower() not in endings:
+        raise ValueError(f"{name} {path}: name a file that ends in {' or '.join(endings)}")
+    return Path(path)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import numpy as np
 CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
 LABELS = ("A", "B", "tie")  # the same classes, in short
 SWAPPED = [1, 0, 2]  # the classes when A and B are exchanged
+# how far from 1 the three numbers of a label may sum: each may be rounded to three digits; the rest is float noise
+SUM_TOLERANCE = 3 * 0.0005 + 1e-6
 SMALLEST = 1e-15  # probabilities are kept this far from 0, as the competition's scorer does
 
 

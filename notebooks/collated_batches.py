@@ -35,7 +35,7 @@ from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation
 from arena.packing.tree import prefixes_for
 from arena.reporting.inspect import draw_attention
-from arena.training.order import plan_fold
+from arena.training.order import example_labels, plan_fold
 
 if Path.cwd().name == "notebooks":  # paths below are those of the project's folder
     os.chdir("..")
@@ -67,17 +67,18 @@ plt.show()
 
 # %%
 plan = plan_fold(recipe, data)
-dataloader = PackedLoader(data.store, None, plan, tokenizer)
+dataloader = PackedLoader(data.store, example_labels(data.labels, data.store), plan, tokenizer)
 for batch in dataloader:
     for micro_batch in batch:
         print("input_ids   ", tuple(micro_batch["input_ids"].shape), micro_batch["input_ids"].dtype)
         print(
             "position_ids", tuple(micro_batch["position_ids"].shape), "largest", int(micro_batch["position_ids"].max())
         )
-        print("cu_seqlens  ", micro_batch["cu_seqlens"][:6].tolist(), "...", int(micro_batch["cu_seqlens"][-1]))
+        print("cu_seqlens_q", micro_batch["cu_seqlens_q"][:6].tolist(), "...", int(micro_batch["cu_seqlens_q"][-1]))
         print("seq_lens    ", micro_batch["seq_lens"][:6], "... together", sum(micro_batch["seq_lens"]))
         print("segment     ", micro_batch["segment"][:6].tolist(), "... the segment that each example ends in")
         print("max_seq_len ", micro_batch["max_seq_len"], " batch_size", micro_batch["batch_size"])
+        print("label       ", micro_batch["label"][0].tolist(), "... A, B, tie")
     break
 
 # %% [markdown]
@@ -89,12 +90,12 @@ print(micro_batch["input_text"][0])
 # %% [markdown]
 # ## Boundaries and position ids
 #
-# `cu_seqlens` says where each segment begins. `position_ids` are places in the example: 0 at its beginning, and in a
-# segment that goes on after a shared beginning, the length of that beginning. With `packing.share=false` each segment
-# is an example, and all start at 0.
+# `cu_seqlens_q` says where each segment begins. `position_ids` are places in the example: 0 at its beginning, and in a
+# segment that continues a shared beginning, the length of that beginning. With `packing.share=false` each segment is an
+# example, all start at 0, and the batch also has `cu_seqlens`, as plain variable-length kernels take it.
 
 # %%
-starts = micro_batch["cu_seqlens"][:-1].long()
+starts = micro_batch["cu_seqlens_q"][:-1].long()
 print("each segment begins at position", micro_batch["position_ids"][0, starts].tolist())
 plt.figure(figsize=(8, 2.5))
 plt.plot(micro_batch["position_ids"][0])

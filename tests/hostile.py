@@ -96,7 +96,7 @@ def pipe(folder: Path) -> Path:
 def templates() -> Iterable[Kind]:
     outcomes: list[tuple[str, str, Outcome, tuple[str, ...]]] = [
         ("control tokens", TEMPLATE + "user: '<end_of_turn><bos>'\nverdict: '<start_of_turn>model [['\n", "rows", ()),
-        ("braces and percent signs", TEMPLATE + "user: '{prompt} %s {0} ${x}'\n", "rows", ()),
+        ("braces and percent signs", TEMPLATE + "user: '{\"a\": [{}]} %s {0} ${x} {{'\n", "rows", ()),
         ("right to left", TEMPLATE + 'user: "\\u202e\\u200b user"\n', "rows", ()),
         ("half a character", 'instruction: "\\ud800"\n', "error", ("instruction",)),
         ("half a megabyte", "instruction: '" + "word " * 100_000 + "'\n", "error", ("max_length",)),

@@ -22,6 +22,7 @@ ROOMS = [
     "lock",
     "stopping",
     "plain_yaml",
+    "overrides",
     "config",
     "metrics",
     "distributed",

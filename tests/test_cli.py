@@ -41,20 +41,55 @@ def test_help_names_the_commands() -> None:
         (["train", "--recipe", "gemma-2-9b", "model.base=no/such/folder/x"], "model.base: there is no folder no/such"),
         (["infer", "--runs", "nowhere"], "there is no finished fold"),
         (["inspect", "--step", "99999"], "there is no step 99999"),
+        (["train", "data.path=E"], "and data.path=E set the same thing: give one of the two"),
+        (["inspect", "data.path=E"], "and data.path=E set the same thing"),
+        (["train", "data.synthetic_rows=[5,5]"], "and data.synthetic_rows=[5,5] set the same thing"),
+        (["train", "--fresh", "train.resume=best"], "--fresh and train.resume=best set the same thing"),
+        (["train", "--runs", "s3://b/runs"], "--runs s3:/b/runs is a URL: write to a local path"),
+        (["train", "data.cache=gs://b/cache"], "data.cache gs://b/cache is a URL"),
+        (["infer", "--out", "s3://b/x.csv"], "--out s3:/b/x.csv is a URL"),
+        (["infer", "--out", "x.parquet"], "--out x.parquet: name a file that ends in .csv"),
+        (["infer", "--runs", "s3://b/runs"], "--runs s3:/b/runs is a URL"),
+        (["inspect", "--out", "x.csv"], "--out x.csv: name a file that ends in"),
+        (["inspect", "--out", "s3://b/x.png"], "--out s3:/b/x.png is a URL"),
     ],
 )
 def test_mistakes_are_said_without_traceback(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "rows")
     if "--data" not in words:
-        words = [*words, "--data", str(write_rows(tmp_path / "rows"))]
+        words = [*words, "--data", str(rows)]
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *words)
     assert stop.value.code == 2
     shown = capsys.readouterr().out
     assert message in shown.replace("\n", " ")
     assert "Traceback" not in shown
+    assert not {"s3:", "gs:", "x.csv", "x.parquet"} & {path.name for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "--out", "s3://b/judge"], "--out s3:/b/judge is a URL"),
+        (["export", "--runs", "s3://b/runs"], "--runs s3:/b/runs is a URL"),
+        (["demo-base", "--out", "s3://b/base"], "--out s3:/b/base is a URL"),
+        (["bench", "--out", "s3://b/docs"], "--out s3:/b/docs is a URL"),
+        (["gpu", "--out", "s3://b/docs"], "--out s3:/b/docs is a URL"),
+        (["gpu", "--state", "s3://b/state"], "--state s3:/b/state is a URL"),
+    ],
+)
+def test_urls_are_not_written_to(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().out.replace("\n", " ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arena.config import load_recipe, recipe_names, save_recipe
+from arena.config import load_recipe, recipe_names, run_place, save_recipe
 
 
 def test_shipped_recipes_are_valid() -> None:
@@ -77,3 +77,10 @@ def test_own_template_by_path(tmp_path: Path) -> None:
     path.write_text("instruction: x\nuserr: y\n")
     with pytest.raises(ValueError, match="did you mean 'user'"):
         load_recipe("demo", [f"prompt.template={path}"])
+
+
+def test_a_cache_is_local() -> None:
+    with pytest.raises(ValueError, match=r"data\.cache s3://b/cache is a URL"):
+        load_recipe("demo", ["data.cache=s3://b/cache"])
+    with pytest.raises(ValueError, match=r"--runs s3:/b is a URL"):
+        run_place(Path("s3://b"), "demo")

@@ -258,5 +258,5 @@ def test_inspect_prints_and_draws(
     write_rows(tmp_path / "rows")
     arena(monkeypatch, "inspect", "--data", "rows", *tiny(gemma2))
     shown = capsys.readouterr().out
-    assert "cu_seqlens [0, " in shown and "fill rate" in shown and "[[" in shown
+    assert "cu_seqlens_q [0, " in shown and "fill rate" in shown and "[[" in shown
     assert Path("runs/attention.png").read_bytes().startswith(b"\x89PNG")

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from arena.files import SCRATCH, file_digest, fingerprint, remove_scratch, write_json, write_text, written_whole
+from arena.files import (
+    SCRATCH,
+    file_digest,
+    fingerprint,
+    local_path,
+    remove_scratch,
+    write_json,
+    write_text,
+    written_whole,
+)  # fmt: skip
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -169,3 +178,24 @@ def test_a_file_system_that_cannot_flush_at_all_takes_files(tmp_path: Path, monk
     refuse_fsync(monkeypatch, False, errno.ENOTSUP)
     write_text(tmp_path / "x", "x")
     assert (tmp_path / "x").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://b/x.csv", "s3:/b/x.csv", "https://host/x.csv", "file:///tmp/x.csv", Path("gs://b/x.csv")]
+)
+def test_urls_are_no_local_paths(path: str | Path) -> None:
+    with pytest.raises(ValueError, match=r"--out .* is a URL: write to a local path, and copy"):
+        local_path(path, "--out", [".csv"])
+
+
+def test_a_file_has_one_of_the_endings(tmp_path: Path) -> None:
+    for name in ("x", "x.parquet", "x.csv.gz", "csv"):
+        with pytest.raises(ValueError, match=r"--out x.*|--out csv.*ends in \.csv"):
+            local_path(name, "--out", [".csv"])
+    with pytest.raises(ValueError, match=r"ends in \.png or \.svg"):
+        local_path("x.docx", "--out", [".png", ".svg"])
+    with pytest.raises(ValueError, match="is a folder: name the file"):
+        local_path(tmp_path, "--out", [".csv"])
+    for path in ("x.csv", "a/b.CSV", "C:/x.csv", "C:\\x.csv", "a:b.csv", "./s3:/x.csv"):
+        assert local_path(path, "--out", [".csv"]) == Path(path)
+    assert local_path(tmp_path, "--runs") == tmp_path

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from arena.files import local_path
 from arena.progress import console
 
 SMALL_ONLY = ("rows", "check_rows", "layers", "budget", "dtype", "variants", "workloads")
@@ -39,6 +40,7 @@ class Bench:
     anyway: Annotated[bool, arg(help="With --recipe: measure a large model on a CPU too.")] = False
 
     def run(self) -> None:
+        local_path(self.out, "--out")
         if self.recipe is not None:
             self._run_real(self.recipe)
             return

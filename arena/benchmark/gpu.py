@@ -31,6 +31,7 @@ from arena.benchmark.machine import (
 )
 from arena.benchmark.parts import BrokenDevice, Clock, Parts
 from arena.config import Recipe, load_recipe
+from arena.files import local_path
 from arena.progress import console, guard_output, quiet
 from arena.stopping import MORE_TO_DO
 
@@ -70,8 +71,9 @@ class Gpu:
     def run(self) -> None:
         """All parts in order, as far as the time goes; exits with status 3 where some are left, 1 where some failed."""
         recipe = load_recipe(self.recipe, self.overrides)
+        local_path(self.out, "--out")
         clock = Clock(self.minutes)
-        folder = self.state / recipe.name
+        folder = local_path(self.state, "--state") / recipe.name
         use_packages(folder)  # before torch and transformers look for what is installed
         if self.install and "flash-attn" not in versions():
             install_flash(folder, self.wheels)

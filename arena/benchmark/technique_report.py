@@ -17,7 +17,7 @@ from arena.benchmark.parts import Result
 from arena.benchmark.report import markdown_table
 from arena.benchmark.techniques import SWEEP, SWEEP_SHARE, run_techniques
 from arena.config import Recipe, load_recipe
-from arena.files import write_json, write_text
+from arena.files import local_path, write_json, write_text
 from arena.progress import console
 
 HEADER = ["technique", "trainable", "lr", "head lr", "seconds", "tokens/s", "peak GiB", "log-loss", "over the floor"]
@@ -44,6 +44,8 @@ class Techniques:
 
     def run(self) -> list[Path]:
         """Does what is not done yet, writes both files and gives their paths."""
+        local_path(self.out, "--out")
+        local_path(self.folder, "--folder")
         recipe = load_recipe(self.recipe, self.overrides)
         rows = run_techniques(recipe, self.steps, self.folder / "table")
         steps = next((row["steps"] for row in rows if row["status"] == "done"), SWEEP_SHARE)

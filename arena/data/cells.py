@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-from arena.metrics import CLASSES
+from arena.metrics import CLASSES, SUM_TOLERANCE
 
 Labels = Literal["required", "optional", "ignored"]
 
@@ -20,7 +20,6 @@ WORDS = {
     "tie": [0.0, 0.0, 1.0],
     "tie (bothbad)": [0.0, 0.0, 1.0],
 }
-TOLERANCE = 1e-3  # how far from 1 the three numbers may sum: soft labels are often written with three digits
 LARGEST_EXACT_FLOAT = 2**53
 CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -125,7 +124,7 @@ def _number(cell: Any, field: str) -> float:
 
 def _from_numbers(values: list[float]) -> list[float]:
     total = sum(values)
-    if abs(total - 1) > TOLERANCE:
+    if abs(total - 1) > SUM_TOLERANCE:
         raise FieldError(
             ", ".join(NUMBERS),
             f"are {values}, which sum to {total:g}; write one 1 and two 0, or three that sum to 1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from arena.config import Recipe
+from arena.config import Recipe, Template
 from arena.data.conversations import judgeable_rows, read_conversations, repeated
 from arena.data.folds import leaking, load_or_assign_folds
 from arena.data.limits import Limits
 from arena.data.rows import READERS
 from arena.data.tokens import TokenStore, join, tokenise
 from arena.files import fingerprint
+
+# what the templates of other programs write where a text is to be put; other braces are ordinary text
+PLACEHOLDER = re.compile(
+    r"\{\{?\s*(prompt|response_[ab]|answer\w*|question|instruction|conversation|text)\s*\}\}?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,10 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     """Reads, splits and tokenises what fold `fold` of a recipe needs.
 
     Raises:
-        ValueError: a file that cannot be used, or a fold that does not exist; nothing is left half-written.
+        ValueError: a file that cannot be used, a fold that does not exist, or a template with placeholders; nothing is
+            left half-written.
     """
+    _refuse_placeholders(recipe.prompt.template)
     settings = recipe.data
     if not 0 <= fold < settings.folds:
         raise ValueError(f"there is no fold {fold}: the recipe has folds 0 to {settings.folds - 1}")
@@ -122,6 +130,16 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
         trained_on=fingerprint(split),
         notes=notes,
     )
+
+
+def _refuse_placeholders(template: Template) -> None:
+    """A placeholder would stand in every prompt as it is written. Judges that were trained so can still be used."""
+    for name, words in template:
+        if found := PLACEHOLDER.search(words):
+            raise ValueError(
+                f"prompt.template.{name} holds {found[0]}, but templates have no placeholders: texts are put between "
+                "the fields, the user's prompt after `user`, the answers after `answer_a` and `answer_b`. Remove it"
+            )
 
 
 def source(rows: Dataset) -> str:

@@ -23,10 +23,8 @@ Each prompt and answer is tokenised by itself, with control tokens in it kept as
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 from itertools import chain, pairwise
 from typing import Any
@@ -34,6 +32,8 @@ from typing import Any
 import numpy as np
 
 from arena.config import PromptSettings
+from arena.data.cells import excerpt
+from arena.data.control_tokens import any_of, control_ids
 from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
 
 # Chat markers by model family: what opens the user's turn, closes it, and opens the model's.
@@ -47,11 +47,6 @@ CHAT_MARKERS = {
     ),
     "plain": ("", "\n", ""),
 }
-
-# Added tokens that are ordinary text: white space, and the markup that some vocabularies hold as single tokens.
-_TEXT_TOKEN = re.compile(
-    r"[\s\u2581]*|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|p|br|li|ul|ol|pre)>"
-)
 
 Fields = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 token ids of a turn's prompt, answer A, answer B
 
@@ -103,7 +98,8 @@ class PromptEncoder:
         memo: remembers token ids from call to call, by a digest of the text; within a call no text is tokenised twice.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or `max_length` cannot hold the template and one cut turn.
+        ValueError: the tokenizer is not a fast one, or `max_length` cannot hold the template and one cut turn; from any
+            method, a text that cannot be told from a control token.
     """
 
     def __init__(
@@ -118,7 +114,7 @@ class PromptEncoder:
         self._is_control = np.zeros(len(tokenizer), dtype=bool)
         known = set(self._control) - {tokenizer.unk_token_id}  # the unknown token stands for any strange character
         self._is_control[list(known)] = True
-        self._control_text = _any_of(tuple(self._control.values()))
+        self._control_text = any_of(tuple(self._control.values()))
         self._is_continuation = continuation_bytes(tokenizer)
 
         template = settings.template
@@ -217,7 +213,12 @@ class PromptEncoder:
             if self._is_control[part].any():
                 part = [token for ids_ in self._encode(list(piece)) for token in ids_]
             ids += part
-        assert not self._is_control[ids].any(), "a control token came out of plain text"
+        if self._is_control[ids].any():
+            token = next(self._control[token] for token in ids if self._is_control[token])
+            raise ValueError(
+                f"the text {excerpt(text)} cannot be tokenised without {token!r}, which this tokenizer holds as a "
+                "control token: change the text, or use a base whose tokenizer keeps it apart from text"
+            )
         return ids
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
@@ -265,19 +266,6 @@ def _ids(ids: Sequence[int]) -> np.ndarray:
     return np.array(ids, dtype=np.int32)
 
 
-def control_ids(tokenizer: Any) -> dict[int, str]:
-    """The tokens, id to text, that steer a model and so must never come out of user text.
-
-    Every special token, and every added token that is not plain white space or markup (`<unused0>`, `[@BOS@]`).
-    """
-    added = tokenizer.added_tokens_decoder
-    return {
-        index: str(token.content)
-        for index, token in added.items()
-        if token.special or not _TEXT_TOKEN.fullmatch(token.content)
-    }
-
-
 def chat_family(tokenizer: Any, chat: str = "auto") -> str:
     """The key of `CHAT_MARKERS` that a tokenizer's vocabulary calls for, unless `chat` names one.
 
@@ -291,10 +279,3 @@ def chat_family(tokenizer: Any, chat: str = "auto") -> str:
     if chat != "plain" and marks[chat] not in known:
         raise ValueError(f"prompt.chat is {chat!r}, but the tokenizer has no {marks[chat]}: use `auto` or `plain`")
     return chat
-
-
-@lru_cache(maxsize=8)
-def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
-    """A pattern that finds any of the texts, the longest first."""
-    ordered = sorted(texts, key=lambda text: (-len(text), text))
-    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")

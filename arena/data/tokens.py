@@ -15,7 +15,8 @@ from datasets import Dataset
 from arena.background import ahead
 from arena.config import PromptSettings
 from arena.data.cached import kept
-from arena.data.prompt import Encoded, PromptEncoder, control_ids
+from arena.data.control_tokens import control_ids
+from arena.data.prompt import Encoded, PromptEncoder
 from arena.files import fingerprint, written_whole
 from arena.progress import progress
 
@@ -58,6 +59,10 @@ class TokenStore:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         return self.take(np.array([index]))[0]
+
+    def largest_id(self) -> int:
+        """The largest token id of all examples, -1 where there is none."""
+        return max((int(flat.max()) for flat in self._flat if len(flat)), default=-1)
 
     def take(self, indices: np.ndarray) -> list[np.ndarray]:
         """Token ids of many examples, each a view as of `store[index]`."""

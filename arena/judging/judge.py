@@ -22,10 +22,11 @@ from arena.files import file_digest, fingerprint, write_json, written_whole
 from arena.judging.find import CARD
 from arena.judging.inference import predict_or_prior
 from arena.judging.shards import Shards
-from arena.model.backbone import attention_choice, load_tokenizer
+from arena.model.backbone import attention_choice, load_tokenizer, underlying
 from arena.model.base_files import base_digest
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
+from arena.model.input_limits import check_ids
 from arena.model.precision import with_dtype
 from arena.model.tuning import is_whole, load_trained, save_model
 from arena.packing.tree import prefixes_for
@@ -74,10 +75,12 @@ class Judge:
 
         Raises:
             FloatingPointError: logits of a row are not finite; its id is named.
+            ValueError: a token of the rows has no row in the base's embedding.
             Stopped: a signal came; what was judged till then is in `parts`.
         """
         swap = self.recipe.judge.swap
         store = tokenise(rows, source(rows), self.tokenizer, self.recipe.prompt, cache, both_orders=swap)
+        check_ids(underlying(self.classifier.model).config, store, self.tokenizer, self.recipe.model.base)
         everything, judgeable = np.arange(len(rows)), judgeable_rows(rows)
         prefixes = prefixes_for(store, self.recipe.packing, cache)
         known = (self.classifier, store, everything, judgeable, self.prior, self.recipe, prefixes)

@@ -188,5 +188,17 @@ def _refuse_mask_and_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dic
             raise ValueError(f"a packed model takes no {name}: give cu_seq_lens_q, cu_seq_lens_k and position_ids")
     if kwargs.get("use_cache") or len(args) > 1:
         raise ValueError("a packed model takes input_ids alone by position, and use_cache=False")
-    if kwargs.get("position_ids") is None:
+    position_ids, begin = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
+    if position_ids is None:
         raise ValueError("a packed model needs position_ids that start at 0 with each example")
+    if kwargs.get("kv_index") is not None or begin is None:
+        return
+    # on a GPU it waits for the device, so it is done only for callers who do not say that they share nothing
+    if position_ids.device.type == "cpu" or "kv_index" not in kwargs:
+        first = begin[:-1][begin[:-1] < position_ids.shape[-1]].long()
+        if bool(position_ids[..., first].any()):
+            raise ValueError(
+                "without kv_index each segment of cu_seq_lens_q has to begin at position 0, but one continues a shared "
+                "beginning: give kv_index, cu_seqlens_k and max_seq_len of the batch too, or load batches without "
+                "sharing (packing.share=false, or share=False for VarlenCollator)"
+            )

@@ -26,14 +26,14 @@ class PackedClassifier(nn.Module):
     def forward(self, batch: PackedBatch) -> Tensor:
         """Float32 (n, 3), the classes A, B, tie, from the hidden state of each example's last token."""
         decoder = backbone(self.model)
-        last_token = batch.cu_seqlens[1:].long() - 1
+        last_token = batch.cu_seqlens_q[1:].long() - 1
         only_last = takes_last_token(decoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(decoder)):
             hidden = decoder(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 use_cache=False,
-                cu_seq_lens_q=batch.cu_seqlens,
+                cu_seq_lens_q=batch.cu_seqlens_q,
                 cu_seq_lens_k=batch.cu_seqlens_k,
                 max_length_q=batch.max_segment_len,
                 max_length_k=batch.max_seq_len,

@@ -198,10 +198,10 @@ def _sharing(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, PackedBatch]:
 
 def _in_pairs(batch: PackedBatch) -> PackedBatch:
     """A batch that shares nothing, every two rows as one."""
-    ends = batch.cu_seqlens[::2]
+    ends = batch.cu_seqlens_q[::2]
     longest, segment = int(ends.diff().max()), torch.arange(len(ends) - 1)
     return replace(
-        batch, cu_seqlens=ends, cu_seqlens_k=ends, max_seq_len=longest, max_segment_len=longest, segment=segment
+        batch, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seq_len=longest, max_segment_len=longest, segment=segment
     )
 
 

@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from arena.packing.examples import Item, read_examples
 from arena.packing.plan import plan_training
 from arena.packing.tree import Tree, find_prefixes
-
-
-class Item(TypedDict, total=False):
-    """One example, as `collate` and `VarlenCollator` take it: `input_ids` is required, the rest may be left out."""
-
-    input_ids: Sequence[int] | np.ndarray
-    label: Sequence[float] | np.ndarray
-    index: int
 
 
 @dataclass(frozen=True)
@@ -32,19 +25,22 @@ class PackedBatch:
     of the segments before it in its examples: of the row's keys, taken in the order `kv_index`, those from
     `cu_seqlens_k[i]` to `cu_seqlens_k[i + 1]`.
 
-    Its fields are also its keys (`batch["cu_seqlens"]`).
+    What it holds can also be read by key (`batch["input_ids"]`). A batch that cannot have a correct `cu_seqlens` or
+    `label` does not list it among its keys, and asking for it raises a `ValueError`.
 
     Attributes:
         batch_size: n.
         input_ids: int64 (1, T).
         position_ids: int64 (1, T), the place of each token in its example.
         seq_lens: tokens of each example, shared or not.
-        cu_seqlens: int32 (s + 1,), where each segment begins; 0 first, T last.
+        cu_seqlens_q: int32 (s + 1,), where each segment, and so its queries, begins; 0 first, T last.
+        cu_seqlens: int32 (n + 1,), where each example begins; only where nothing is shared, and then `cu_seqlens_q`.
         max_seq_len: the longest example's tokens.
-        label: float32 (n, 3), probabilities of A, B, tie; NaN where there is no label.
+        label: float32 (n, 3), probabilities of A, B, tie; only where the examples are labelled.
+        labels: what `label` gives, or None.
         index: int64 (n,), which example of the data set each one is.
         input_text: the examples decoded, or empty where texts were not asked for.
-        cu_seqlens_k: int32 (s + 1,), where each segment's keys begin; `cu_seqlens` itself where nothing is shared.
+        cu_seqlens_k: int32 (s + 1,), where each segment's keys begin; `cu_seqlens_q` itself where nothing is shared.
         kv_index: int64 (K,), the place in the row of each key; None where nothing is shared.
         max_segment_len: the longest segment's tokens.
         segment: int64 (n,), the segment that ends with each example's last token.
@@ -54,9 +50,9 @@ class PackedBatch:
     input_ids: Tensor
     position_ids: Tensor
     seq_lens: list[int]
-    cu_seqlens: Tensor
+    cu_seqlens_q: Tensor
     max_seq_len: int
-    label: Tensor
+    labels: Tensor | None
     index: Tensor
     input_text: list[str]
     cu_seqlens_k: Tensor
@@ -69,8 +65,32 @@ class PackedBatch:
         """Tokens that a model computes."""
         return self.input_ids.shape[1]
 
+    @property
+    def cu_seqlens(self) -> Tensor:
+        if not self._one_segment_each:
+            raise ValueError(
+                "this batch shares what its examples have in common, so it has no cu_seqlens: a plain variable-length "
+                "kernel would compute wrong numbers without an error. Load it without sharing (packing.share=false, or "
+                "share=False for VarlenCollator), or use attention that takes cu_seqlens_q, cu_seqlens_k and kv_index"
+            )
+        return self.cu_seqlens_q
+
+    @property
+    def label(self) -> Tensor:
+        if self.labels is None:
+            raise ValueError(
+                "this batch has no labels: give PackedLoader the labels of its examples, as in "
+                "example_labels(data.labels, data.store), or give each example a label"
+            )
+        return self.labels
+
+    @property
+    def _one_segment_each(self) -> bool:
+        """Whether segment i is the whole of example i. Equal examples may share one segment."""
+        return self.kv_index is None and len(self.cu_seqlens_q) == self.batch_size + 1
+
     def __getitem__(self, key: str) -> Any:
-        if key not in self.keys():
+        if key not in (*self.keys(), "cu_seqlens", "label"):
             raise KeyError(f"{key!r}: a PackedBatch has {', '.join(self.keys())}")
         return getattr(self, key)
 
@@ -78,7 +98,8 @@ class PackedBatch:
         return iter(self.keys())
 
     def keys(self) -> list[str]:
-        return [field.name for field in fields(self)]
+        held = [field.name for field in fields(self) if field.name != "labels"]
+        return held + ["cu_seqlens"] * self._one_segment_each + ["label"] * (self.labels is not None)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`; from pinned memory the copies do not block."""
@@ -89,7 +110,8 @@ class PackedBatch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: dict[str, Any] = {key: change(self[key]) for key in self if isinstance(self[key], Tensor)}
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: change(each) for name, each in held.items() if isinstance(each, Tensor)}
         return replace(self, **changed)
 
 
@@ -114,21 +136,22 @@ class VarlenCollator:
         """The least number of micro-batches that holds the examples, evenly loaded.
 
         Raises:
-            ValueError: no examples, an empty one, or one that is longer than the budget.
+            ValueError: no examples, one that is longer than the budget, or one that cannot be used (`read_examples`).
         """
-        ids = [np.asarray(example["input_ids"], dtype=np.int32) for example in examples]
+        ids, labels, index = read_examples(examples)
         lengths = np.array([len(each) for each in ids], dtype=np.int64)
-        if len(lengths) == 0:
-            raise ValueError("a step needs at least one example")
         prefixes = find_prefixes(ids) if self.share else None
         plan = plan_training(
             lengths, np.arange(len(lengths)), step_size=len(lengths), budget=self.budget, prefixes=prefixes
         )
-        named: list[Item] = [{"index": at, **example} for at, example in enumerate(examples)]
-        return [
-            collate([named[at] for at in plan.micro_batch(index)], self.tokenizer, plan.tree(index, lengths))
-            for index in plan.of_step(0)
-        ]
+        batches = []
+        for number in plan.of_step(0):
+            members = plan.micro_batch(number)
+            chosen, tree = [ids[at] for at in members], plan.tree(number, lengths)
+            batches.append(
+                lay_out(chosen, None if labels is None else labels[members], index[members], self.tokenizer, tree)
+            )
+        return batches
 
 
 def collate(examples: Sequence[Item], tokenizer: Any = None, tree: Tree | None = None) -> PackedBatch:
@@ -139,23 +162,23 @@ def collate(examples: Sequence[Item], tokenizer: Any = None, tree: Tree | None =
         tree: what the examples, in the order of the tree, share, which is laid out once; None shares nothing.
 
     Raises:
-        ValueError: no examples, or an empty one.
+        ValueError: no examples, or one that cannot be used (`read_examples`).
     """
-    ids = [np.asarray(example["input_ids"]) for example in examples]
-    missing = [float("nan")] * 3
-    labels = np.asarray([example.get("label", missing) for example in examples], dtype=np.float32)
-    index = np.array([example.get("index", at) for at, example in enumerate(examples)], dtype=np.int64)
-    return lay_out(ids, labels, index, tokenizer, tree)
+    return lay_out(*read_examples(examples), tokenizer, tree)
 
 
 def lay_out(
-    ids: Sequence[np.ndarray], labels: np.ndarray, index: np.ndarray, tokenizer: Any = None, tree: Tree | None = None
+    ids: Sequence[np.ndarray],
+    labels: np.ndarray | None,
+    index: np.ndarray,
+    tokenizer: Any = None,
+    tree: Tree | None = None,
 ) -> PackedBatch:
     """`collate` for columns.
 
     Args:
         ids: token ids of n examples.
-        labels: float32 (n, 3); index: int64 (n,).
+        labels: float32 (n, 3), or None; index: int64 (n,).
 
     Raises:
         ValueError: no examples, or an empty one.
@@ -166,19 +189,19 @@ def lay_out(
     tree = tree or _plain(seq_lens)
     assert [tree.end[node] for node in tree.ends_in] == seq_lens, "the tree is of other examples, or in another order"
     starts, ends = np.array(tree.start), np.array(tree.end)
-    cu_seqlens = np.concatenate([[0], np.cumsum(ends - starts)])
+    places = np.concatenate([[0], np.cumsum(ends - starts)])
     parts = [ids[at][start:end] for at, start, end in zip(tree.example, tree.start, tree.end, strict=True)]
-    boundaries = torch.from_numpy(cu_seqlens.astype(np.int32))
+    boundaries = torch.from_numpy(places.astype(np.int32))
     shares = max(tree.parent) >= 0
-    kv_index, cu_seqlens_k = _keys(tree, cu_seqlens) if shares else (None, boundaries)
+    kv_index, cu_seqlens_k = _keys(tree, places) if shares else (None, boundaries)
     return PackedBatch(
         batch_size=len(ids),
         input_ids=torch.from_numpy(np.concatenate(parts, dtype=np.int64))[None],
         position_ids=torch.from_numpy(_ranges(starts, ends - starts))[None],
         seq_lens=seq_lens,
-        cu_seqlens=boundaries,
+        cu_seqlens_q=boundaries,
         max_seq_len=max(seq_lens),
-        label=torch.from_numpy(labels),
+        labels=None if labels is None else torch.from_numpy(labels),
         index=torch.from_numpy(index),
         input_text=[] if tokenizer is None else [tokenizer.decode(each) for each in ids],
         cu_seqlens_k=cu_seqlens_k,

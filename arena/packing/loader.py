@@ -17,16 +17,20 @@ class PackedLoader:
 
         for batch in loader:                # one optimizer step
             for micro_batch in batch:       # at most `plan.budget` tokens
-                micro_batch["input_ids"], micro_batch["cu_seqlens"]
+                micro_batch["input_ids"], micro_batch["cu_seqlens_q"], micro_batch["label"]
 
     Args:
         store: token ids.
-        labels: float (n, 3) for the examples of the store, or None.
+        labels: float (n, 3) for the n examples of the store (`example_labels` makes them of the rows' labels); None
+            gives batches without `label`, for inference.
         plan: what to load; its example indices are indices into the store.
         tokenizer: decodes `input_text` for people who look at batches; None leaves it empty and costs nothing.
         rank: which of `plan.ranks` this process is.
         start: steps to leave out at the beginning, those an interrupted run has already done.
         pin: put batches into page-locked memory, from which a GPU copies by itself.
+
+    Raises:
+        ValueError: labels of another shape, such as those of rows where the store holds each row in both orders.
     """
 
     def __init__(
@@ -40,6 +44,11 @@ class PackedLoader:
         start: int = 0,
         pin: bool = False,
     ) -> None:
+        if labels is not None and labels.shape != (len(store), 3):
+            raise ValueError(
+                f"labels have the shape {labels.shape}, but the {len(store):,} examples of the store need "
+                f"({len(store)}, 3): pass example_labels(data.labels, data.store)"
+            )
         self.store, self.plan = store, plan
         self.labels = None if labels is None else labels.astype(np.float32)
         self.tokenizer, self.rank, self.start, self.pin = tokenizer, rank, start, pin
@@ -65,7 +74,6 @@ class PackedLoader:
         """One micro-batch of the plan, by its number there."""
         members = self.plan.micro_batch(index)
         ids = self.store.take(members)
-        unlabelled = np.full((len(members), 3), np.nan, dtype=np.float32)
-        labels = unlabelled if self.labels is None else self.labels[members]
+        labels = None if self.labels is None else self.labels[members]
         batch = lay_out(ids, labels, members, self.tokenizer, self.plan.tree(index, self.store.lengths))
         return batch.pin_memory() if self.pin else batch

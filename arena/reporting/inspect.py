@@ -44,11 +44,11 @@ def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: i
     total, logical = batch.tokens, sum(batch.seq_lens)
     longest = batch.max_seq_len * batch.batch_size
     console.print(
-        f"micro-batch: {batch.batch_size} examples of {logical:,} tokens as {len(batch.cu_seqlens) - 1} segments of "
+        f"micro-batch: {batch.batch_size} examples of {logical:,} tokens as {len(batch.cu_seqlens_q) - 1} segments of "
         f"{total:,}; budget {budget:,}, fill rate {total / budget:.1%}; padded to the longest example it would take "
         f"{longest:,} ({logical / longest:.1%} useful)"
     )
-    console.print(f"cu_seqlens {batch.cu_seqlens.tolist()}")
+    console.print(f"cu_seqlens_q {batch.cu_seqlens_q.tolist()}")
     ends_in = batch.segment.tolist()
     for at, (start, end) in enumerate(_segments(batch)):
         place = batch.position_ids[0, start]
@@ -64,6 +64,13 @@ def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: i
             f"{ends_in[at]}{cut}{dropped}"
         )
         console.print(f"  {_ends(tokenizer, batch.input_ids[0, start:end])}")
+
+
+def picture_endings() -> list[str]:
+    """The endings of files that `draw_attention` can write, such as `.png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    return [f".{ending}" for ending in sorted(FigureCanvasAgg.get_supported_filetypes())]
 
 
 def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
@@ -116,7 +123,7 @@ def _draw_block(
 
 
 def _segments(batch: PackedBatch) -> list[tuple[int, int]]:
-    return list(pairwise(batch.cu_seqlens.tolist()))
+    return list(pairwise(batch.cu_seqlens_q.tolist()))
 
 
 def _keys(batch: PackedBatch, segment: int) -> np.ndarray:

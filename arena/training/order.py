@@ -26,8 +26,15 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
         epochs: may be a fraction; the last epoch is then cut short.
         swap: `never`; `random`, each row in an order drawn anew each epoch; `both`, both orders as two
             examples, side by side.
+
+    Raises:
+        ValueError: `swap` needs both orders, and the store holds one.
     """
-    assert swap == "never" or orders == 2, "the store holds one order only"
+    if swap != "never" and orders != 2:
+        raise ValueError(
+            f"train.swap={swap} needs both orders of each row, but the tokens hold one: prepare the fold with the "
+            "recipe that it is planned for"
+        )
     parts = []
     for epoch in range(math.ceil(epochs)):
         shuffle = epoch_order(len(rows), seed, epoch)

@@ -27,6 +27,7 @@ from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.card import card_of
 from arena.model.exactness import check_exact
+from arena.model.input_limits import check_ids, check_length
 from arena.model.memory import fit
 from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
@@ -77,11 +78,13 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
     data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     config = base_config(recipe.model)
+    check_length(config, recipe.prompt.max_length, recipe.model.base)
     asked, recipe = recipe, fit(recipe, config, card_of(accelerator.device))
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         check_exact(config, recipe.model, recipe.prompt.max_length, Path(recipe.data.cache))
         data = prepare_fold(recipe, fold, tokenizer)
         prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+    check_ids(config, data.store, tokenizer, recipe.model.base)
     run = identity(recipe, data.fingerprint, base_digest(recipe.model.base, recipe.model.revision))
     if not fresh and (metrics := finished(folder, run)) is not None:
         console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")

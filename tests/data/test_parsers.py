@@ -165,3 +165,20 @@ def test_turns_are_counted_in_every_field() -> None:
         for turns, good in ((3, True), (4, False)):
             data = table([GOOD[0] | {name: json.dumps(["x"] * turns)}]).encode()
             assert (outcome("it.csv", data) is not None) is good
+
+
+@pytest.mark.parametrize(
+    ("numbers", "right"),
+    [
+        ((0.333, 0.333, 0.333), True), ((0.167, 0.167, 0.667), True), ((0.1, 0.2, 0.699), True),
+        ((0.5, 0.25, 0.2485), True), ((0.5, 0.25, 0.2515), True), ((0.5, 0.25, 0.2484), False),
+        ((0.5, 0.25, 0.2516), False), ((0.4, 0.4, 0.198), False), ((0.4, 0.4, 0.202), False),
+    ],
+)  # fmt: skip
+def test_three_digits_may_miss_1_by_their_rounding(numbers: tuple[float, ...], right: bool) -> None:
+    record = dict(zip(LABELS, map(str, numbers), strict=True))
+    if right:
+        assert sum(read_label(record, "required") or []) == pytest.approx(1, abs=1e-12)
+    else:
+        with pytest.raises(FieldError, match="sum to"):
+            read_label(record, "required")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from arena.config import change
 from arena.data.conversations import read_conversations
 from arena.data.folds import prompt_key
 from arena.data.prepare import FoldData, data_file, prepare_fold, source
@@ -93,3 +94,35 @@ def test_nothing_to_judge_in_a_fold_is_said_before_training(gemma2: Path, tmp_pa
     pd.read_csv(train, dtype=str).assign(response_a="[null]", response_b='[" "]').to_csv(train, index=False)
     with pytest.raises(ValueError, match=r"rows to train on|nothing to judge"):
         prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "{prompt}",
+        "A: {{ response_a }}",
+        "{response_b}",
+        "{answer_1}",
+        "{Question}",
+        "{instruction}",
+        "{conversation}",
+        "{{text}}",
+    ],
+)
+def test_placeholders_in_a_template_are_refused_before_anything_is_read(
+    gemma2: Path, tmp_path: Path, words: str
+) -> None:
+    recipe = change(tiny_recipe(tmp_path, gemma2), [f"prompt.template.user={json.dumps(words)}"])
+    with pytest.raises(ValueError, match=r"prompt\.template\.user holds \{.*templates have no placeholders"):
+        prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "words", ['Reply as {"verdict": "A"}.', "{a: {b}}", "{promptly}", "{ }", "{{", "the prompt", "%s $prompt"]
+)
+def test_other_braces_are_ordinary_text(gemma2: Path, tmp_path: Path, words: str) -> None:
+    recipe = change(
+        tiny_recipe(tmp_path, gemma2), ["prompt.max_length=256", f"prompt.template.user={json.dumps(words)}"]
+    )
+    assert len(prepare_fold(recipe, 0, load_tokenizer(str(gemma2))).store) == 120

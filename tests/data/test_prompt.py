@@ -233,3 +233,26 @@ def test_control_strings_among_many_texts_are_found_in_their_places(small: Any) 
         assert small.decode(prompt) == text and np.array_equal(prompt, a)
         assert not set(prompt.tolist()) & set(control_ids(small))
         assert missing.tolist() == encoder.missing
+
+
+def test_added_letters_are_text_and_added_markers_are_not(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path)
+    text = ["ü", "ß", "§", "नमस्ते", "New York", "▁the", "    ", "2024"]
+    markers = ["<unused1>", "[INST]", "<|tool|>", "__end__", "##", "</s"]
+    tokenizer.add_tokens([*text, *markers])
+    controls = set(control_ids(tokenizer).values())
+    assert not controls & set(text) and controls >= set(markers)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["speaker"]})
+    assert "speaker" in control_ids(tokenizer).values()  # a special token is one, whatever it is made of
+    example = one(PromptEncoder(tokenizer, prompt_settings()), row(("Grüße nach New York", "schön §", "Maß")))
+    assert "Grüße nach New York" in tokenizer.decode(example.input_ids)
+    assert tokenizer.convert_tokens_to_ids("ü") in example.input_ids
+
+
+def test_a_text_that_only_a_control_token_can_spell_is_named(tmp_path: Path) -> None:
+    """Here an ordinary letter of the vocabulary was declared special: nothing else stands for it."""
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["z"]})
+    encoder = PromptEncoder(tokenizer, prompt_settings())
+    with pytest.raises(ValueError, match=r'the text "a lazy dog" cannot be tokenised without \'z\'.*control token'):
+        encoder.tokenise(row(("which?", "a lazy dog", "bad")))

@@ -19,7 +19,7 @@ from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.precision import with_dtype
 from arena.model.safety import WEIGHTS
 from arena.model.tuning import load_trained, save_model
-from arena.packing.batch import collate
+from arena.packing.batch import PackedBatch, VarlenCollator, collate
 from arena.training.optim import trainable
 from tests.helpers import classifier, exact, known_head, make_base, pack
 
@@ -201,6 +201,29 @@ def test_mask_and_cache_are_refused(gemma2: Path, call: dict[str, object], messa
         model(**{**good, **call})
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
         model(**{**{key: value for key, value in good.items() if "len" not in key}, "cu_seqlens": ends})
+
+
+def tensors(batch: PackedBatch) -> dict[str, object]:
+    """What a model that knows plain variable-length batches alone would be given of a batch."""
+    return {
+        "input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False,
+        "cu_seq_lens_q": batch.cu_seqlens_q, "cu_seq_lens_k": batch.cu_seqlens_q,
+        "max_length_q": batch.max_segment_len, "max_length_k": batch.max_segment_len,
+    }  # fmt: skip
+
+
+def test_a_shared_batch_without_its_keys_is_refused(gemma2: Path) -> None:
+    """By any door: the classifier of transformers, its decoder, with kv_index left out or None."""
+    model = load_base(exact(gemma2))
+    begin = list(range(10, 60))
+    [shared] = VarlenCollator(share=True)([{"input_ids": [*begin, 1]}, {"input_ids": [*begin, 2, 3]}])
+    for call in (model, backbone(model)):
+        for more in ({}, {"kv_index": None}):
+            with pytest.raises(ValueError, match=r"without kv_index each segment .*packing\.share=false"):
+                call(**tensors(shared), **more)
+    right = {"cu_seq_lens_k": shared.cu_seqlens_k, "max_length_k": shared.max_seq_len, "kv_index": shared.kv_index}
+    backbone(model)(**{**tensors(shared), **right})
+    backbone(model)(**tensors(pack(LENGTHS)))
 
 
 def test_missing_base_says_how_to_get_it(tmp_path: Path) -> None:

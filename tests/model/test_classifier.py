@@ -126,7 +126,7 @@ def test_a_wrong_layout_fails_the_comparison(gemma2: Path, field: str) -> None:
     """Positions that start anew in each segment, keys of other ancestors, the state of another example."""
     batch = shared_batch(swap_pairs(), 4)
     wrong = {
-        "position_ids": torch.cat([torch.arange(n) for n in batch.cu_seqlens.diff()])[None],
+        "position_ids": torch.cat([torch.arange(n) for n in batch.cu_seqlens_q.diff()])[None],
         "kv_index": (batch.kv_index + 1) % batch.tokens,
         "segment": batch.segment.roll(1),
     }

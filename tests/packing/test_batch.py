@@ -32,6 +32,7 @@ def test_by_hand() -> None:
     assert batch["label"].tolist() == [[1, 0, 0], [0.25, 0.25, 0.5], [0, 1, 0]]
     assert batch["index"].tolist() == [40, 3, 7]
     assert batch["input_text"] == []
+    assert batch["cu_seqlens_q"] is batch["cu_seqlens"] is batch["cu_seqlens_k"]
     dtypes = {key: batch[key].dtype for key in ("input_ids", "position_ids", "cu_seqlens", "label")}
     assert dtypes == {
         "input_ids": torch.int64, "position_ids": torch.int64, "cu_seqlens": torch.int32, "label": torch.float32,
@@ -49,7 +50,6 @@ def test_every_token_in_its_place(lengths: list[int]) -> None:
     for at, (start, end) in enumerate(pairwise(ends)):
         assert batch.input_ids[0, start:end].tolist() == ids[at].tolist()
         assert batch.position_ids[0, start:end].tolist() == list(range(lengths[at]))
-    assert torch.isnan(batch.label).all()
 
 
 def test_texts_where_asked_for(tmp_path: Path) -> None:
@@ -81,6 +81,40 @@ def test_refusals() -> None:
         collate([{"input_ids": []}])
     with pytest.raises(ValueError, match="example 1 has 5 tokens"):
         VarlenCollator(budget=4)([{"input_ids": [1, 2]}, {"input_ids": [1, 2, 3, 4, 5]}])
-    with pytest.raises(KeyError, match="cu_seqlens"):
-        collate([{"input_ids": [1]}])["cu_seqlens_q"]
+    with pytest.raises(KeyError, match="cu_seqlens_q"):
+        collate([{"input_ids": [1]}])["cu_seqlens_z"]
     assert collate([{"input_ids": [1]}]).to("cpu").batch_size == 1
+
+
+def test_a_shared_batch_has_no_cu_seqlens() -> None:
+    """What a plain kernel would read wrongly is not there; the boundaries of segments are."""
+    begin = list(range(10, 60))
+    examples = [{"input_ids": [*begin, 1]}, {"input_ids": [*begin, 2, 3]}]
+    plain, shared = (VarlenCollator(share=share)(examples)[0] for share in (False, True))  # type: ignore[arg-type]
+    assert plain["cu_seqlens"].tolist() == plain["cu_seqlens_q"].tolist() == [0, 51, 103]
+    assert "cu_seqlens" in plain and "cu_seqlens" in list(plain)
+    assert shared["cu_seqlens_q"].tolist() == [0, 50, 51, 53]
+    for batch in (shared, shared.to("cpu")):
+        assert "cu_seqlens" not in batch and "cu_seqlens" not in list(batch) and "cu_seqlens" not in dict(batch)
+        for ask in (lambda batch=batch: batch["cu_seqlens"], lambda batch=batch: batch.cu_seqlens):
+            with pytest.raises(
+                ValueError, match=r"packing\.share=false.*share=False.*cu_seqlens_q, cu_seqlens_k and kv"
+            ):
+                ask()
+
+
+def test_equal_examples_that_share_one_segment_have_no_cu_seqlens() -> None:
+    """Nothing comes before any segment there, but the segments are not the examples."""
+    [batch] = VarlenCollator(share=True)([{"input_ids": list(range(40))}] * 2)
+    assert batch.kv_index is None and batch["cu_seqlens_q"].tolist() == [0, 40] and batch.batch_size == 2
+    assert "cu_seqlens" not in batch
+    with pytest.raises(ValueError, match="has no cu_seqlens"):
+        batch.cu_seqlens  # noqa: B018
+
+
+def test_a_batch_without_labels_says_so() -> None:
+    batch = collate([{"input_ids": [1, 2]}, {"input_ids": [3], "label": None}])  # type: ignore[typeddict-item]
+    assert "label" not in batch and "labels" not in batch and "label" not in dict(batch)
+    for ask in (lambda: batch["label"], lambda: batch.label):
+        with pytest.raises(ValueError, match=r"has no labels: .*example_labels"):
+            ask()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from arena.data.tokens import TokenStore, tokenise
@@ -55,6 +56,18 @@ def test_resumed_anywhere_it_gives_the_rest(store: TokenStore) -> None:
         assert len(loader) == plan.n_steps - start
 
 
+def test_labels_are_those_of_the_examples_or_are_not_there(store: TokenStore) -> None:
+    plan = plan_training(store.lengths, np.arange(len(store)), step_size=10, budget=512)
+    rows = np.eye(3)[np.arange(23) % 3]
+    with pytest.raises(ValueError, match=r"\(23, 3\), but the 46 examples .* example_labels"):
+        PackedLoader(store, rows, plan)
+    [step, *_] = PackedLoader(store, example_labels(rows, store), plan)
+    assert all(torch.isfinite(micro["label"]).all() for micro in step)
+    [step, *_] = PackedLoader(store, None, plan)
+    with pytest.raises(ValueError, match="has no labels"):
+        step[0]["label"]
+
+
 def test_ranks_together_have_each_example_once(store: TokenStore) -> None:
     plan = plan_training(store.lengths, np.arange(len(store)), step_size=10, budget=512, ranks=3)
     seen = [
@@ -83,6 +96,9 @@ def test_order_of_training(swap: str, each: int) -> None:
     if swap == "never":
         assert (order % 2 == 0).all()
     assert training_order(rows, 2, epochs=2, swap=swap, seed=1).tolist() == order.tolist()
+    if swap != "never":
+        with pytest.raises(ValueError, match=f"train.swap={swap} needs both orders"):
+            training_order(rows, 1, epochs=2, swap=swap, seed=1)
     assert len(training_order(rows, 2, epochs=0.5, swap=swap, seed=1)) == round(1.5 * each)
 
 

@@ -91,7 +91,7 @@ def test_a_tree_by_hand() -> None:
     batch = collate([{"input_ids": each} for each in ordered], tree=tree)
     assert batch.input_ids.tolist() == [[*instruction, *prompt, 5, 3, 3, 4]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 5, 9, 10, 9]]
-    assert batch.cu_seqlens.tolist() == [0, 5, 9, 10, 12, 13]
+    assert batch.cu_seqlens_q.tolist() == [0, 5, 9, 10, 12, 13]
     assert batch.cu_seqlens_k.tolist() == [0, 5, 14, 20, 31, 41]
     assert batch.kv_index is not None
     assert batch.kv_index[5:14].tolist() == list(range(9))

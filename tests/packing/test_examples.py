@@ -1,0 +1,76 @@
+"""What people bring to the collator: taken as it is meant, or refused with the example and the key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from arena.packing.batch import VarlenCollator, collate
+from arena.packing.examples import read_examples
+
+A = [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("door", [VarlenCollator(), VarlenCollator(share=True), collate])
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"input_ids": [5], "labels": A}, "example 1: unknown key 'labels'; did you mean 'label'?"),
+        (
+            {"input_ids": [5], "pixel_values": 1},
+            "example 1: unknown key 'pixel_values'; known keys: attention_mask, index, input_ids, label",
+        ),
+        ({"ids": [5], "label": A}, "example 1: unknown key 'ids'"),
+        ({"label": A}, "example 1 has no input_ids"),
+        ([5, 6], "example 1 is a list"),
+        (
+            {"input_ids": [5, 0], "attention_mask": [1, 0], "label": A},
+            "example 1, attention_mask: .*remove the padding",
+        ),
+        ({"input_ids": [5, 6], "attention_mask": [1], "label": A}, "example 1, attention_mask"),
+        ({"input_ids": torch.tensor([[5, 6]]), "label": A}, r"example 1, input_ids: the shape is \(1, 2\)"),
+        ({"input_ids": 5, "label": A}, r"example 1, input_ids: the shape is \(\)"),
+        ({"input_ids": [[5], [6, 7]], "label": A}, "example 1, input_ids"),
+        ({"input_ids": [], "label": A}, "example 1, input_ids: it is empty"),
+        ({"input_ids": [1.5], "label": A}, "example 1, input_ids: they are float64; give whole numbers"),
+        ({"input_ids": ["a"], "label": A}, "example 1, input_ids"),
+        ({"input_ids": [5, -100], "label": A}, "example 1, input_ids: -100 to 5 are no token ids"),
+        ({"input_ids": [2**31], "label": A}, "example 1, input_ids: 2147483648"),
+        ({"input_ids": [5], "label": 2}, "example 1, label: '2' is not three probabilities.*write .1, 0, 0. where A"),
+        ({"input_ids": [5], "label": [0.5, 0.5]}, "example 1, label"),
+        ({"input_ids": [5], "label": ["A", "B", "tie"]}, "example 1, label"),
+        ({"input_ids": [5], "label": [float("nan")] * 3}, "example 1, label"),
+        ({"input_ids": [5], "label": [1.5, -0.5, 0]}, "example 1, label"),
+        ({"input_ids": [5], "label": [1, 1, 0]}, "example 1, label: .*sum to 1"),
+        ({"input_ids": [5]}, "example 1 has no label, others have"),
+        ({"input_ids": [5], "label": A, "index": "x"}, "example 1, index"),
+        ({"input_ids": [5], "label": A, "index": 1.5}, "example 1, index"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(door: Any, example: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        door([{"input_ids": [1], "label": A}, example])
+
+
+def test_lists_arrays_and_tensors_mean_the_same() -> None:
+    lists = {"input_ids": [5, 6], "attention_mask": [1, 1], "label": [0.2, 0.3, 0.5], "index": 7}
+    arrays = {key: np.asarray(value) for key, value in lists.items()}
+    tensors = {key: torch.tensor(value) for key, value in lists.items()}
+    for examples in ([lists], [arrays], [tensors]):
+        batch = collate(examples)  # type: ignore[arg-type]
+        assert batch.input_ids.tolist() == [[5, 6]] and batch.index.tolist() == [7]
+        torch.testing.assert_close(batch.label, torch.tensor([[0.2, 0.3, 0.5]]))
+
+
+@pytest.mark.parametrize(("total", "right"), [(0.9984, False), (0.9985, True), (1.0015, True), (1.0016, False)])
+def test_labels_of_three_digits_may_miss_1_by_their_rounding(total: float, right: bool) -> None:
+    example: Any = {"input_ids": [5], "label": [0.25, 0.25, total - 0.5]}
+    if right:
+        _, labels, _ = read_examples([example])
+        assert labels is not None and abs(labels.sum() - 1) < 1e-6
+    else:
+        with pytest.raises(ValueError, match="sum to 1"):
+            read_examples([example])

@@ -1,0 +1,61 @@
+"""The Makefile: what it is given reaches the command whole, and what nothing reads is refused."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `make` would run, with nothing set up; not as a part of the make that may be running the tests."""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/ready", *words],
+        cwd=ROOT, env=plain | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        (["train", "fold=1"], ["fold=1 is not read: write FOLD=1;"]),
+        (
+            ["train", "fold=1", "train.epochs=2", "data=my data"],
+            ["write FOLD=1;", 'write ARGS="train.epochs=2"', "write DATA=my data;"],
+        ),
+        (["train", "infer", "Recipe=x"], ["Recipe=x is not read: write RECIPE=x;"]),
+        (["help", "V=1"], ['V=1 is not read: write ARGS="V=1" if it is a setting']),
+        (["train", "FOLD=1", "fold=2"], ["fold=2 is not read"]),
+    ],
+)
+def test_what_nothing_reads_is_refused(words: list[str], hints: list[str]) -> None:
+    done = make(*words)
+    assert done.returncode == 2 and done.stdout == ""
+    for hint in [*hints, 'as in: make train FOLD=1 ARGS="train.epochs=2"']:
+        assert hint in done.stderr
+
+
+@pytest.mark.parametrize(
+    "value", ["my data", "it's", "a;b", "a  b", "a&b", "a#b", "a\\b", "(a)", "*", 'a"b', "~x", "plain-1_2.csv"]
+)
+def test_paths_reach_the_command_as_they_are(value: str) -> None:
+    done = make("train", "infer", f"DATA={value}", f"RECIPE={value}", "FOLD=1", "ARGS=--fresh train.batch_size=80")
+    assert done.returncode == 0, done.stderr
+    train, infer = map(shlex.split, done.stdout.splitlines())
+    rest = ["--recipe", value, "--data", value, "--fresh", "train.batch_size=80"]
+    assert train == [".venv/bin/arena", "train", "--fold", "1", *rest]
+    assert infer == [".venv/bin/arena", "infer", *rest]
+
+
+def test_variables_of_the_environment_and_of_an_outer_make(tmp_path: Path) -> None:
+    assert "--fold 3 " in make("train", FOLD="3", fold="4").stdout  # the environment is full of other names
+    outer = tmp_path / "Makefile"
+    outer.write_text(f"all:\n\t$(MAKE) -C {ROOT} --assume-old=.venv/ready train\n")
+    assert "--fold 2 --recipe demo --data 'a b'" in make("-f", str(outer), "FOLD=2", "DATA=a b").stdout
+    assert "fold=2 is not read" in make("-f", str(outer), "fold=2").stderr
