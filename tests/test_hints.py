@@ -17,9 +17,10 @@ import pytest
 import tyro
 
 from arena.cli import COMMANDS
-from arena.config import RECIPES, Recipe, _group, load_recipe
+from arena.config import RECIPES, Recipe, load_recipe
 from arena.hints import command
 from arena.judging.find import find_models
+from arena.overrides import _group
 
 ROOT = Path(__file__).parents[1]
 SETTING = re.compile(r"(?<![\w./-])((?:[a-z]+\.)+[a-z_]+)=([^\s,;:)`]*[^\s,;:)`.])?")
@@ -67,8 +68,8 @@ def parse(words: list[str]) -> Any:
 def check_setting(key: str, value: str) -> None:
     """Raises `ValueError` for a setting that no recipe has, or a value that does not fit it."""
     *groups, name = key.split(".")
-    field = _group(groups).model_fields.get(name)
-    if field is None or (groups and _group(groups) is Recipe):
+    field = _group(Recipe, groups).model_fields.get(name)
+    if field is None or (groups and _group(Recipe, groups) is Recipe):
         raise ValueError(f"there is no setting {key}")
     if value and not re.search(r"[{A-Z]", value):  # such as model.base=FOLDER
         load_recipe("demo", ["model.quantization=none", f"{key}={value}"])

@@ -19,7 +19,8 @@ from arena.config import load_recipe
 from arena.data.synthetic import ensure_demo
 from arena.judging.export import export_judge
 from arena.judging.judge import save_judge
-from arena.model.backbone import base_digest, load_base, load_tokenizer
+from arena.model.backbone import load_base, load_tokenizer
+from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
 
 ROOT = Path(__file__).parents[1]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arena.config import load_recipe, recipe_names
+from arena.files import local_path
 from arena.hints import command
 from arena.progress import console
 
@@ -27,6 +28,7 @@ def find_models(name: str, runs: Path, overrides: Sequence[str] = (), fold: int 
     Raises:
         ValueError: nothing of that name, nothing finished there, or what contradicts itself; says what to do.
     """
+    runs = local_path(runs, "--runs")
     renamed = [each for each in overrides if each.startswith("name=")]
     place = _named_folder(name) or _run_of(name, runs, renamed)
     if renamed and not _is_recipe(name):

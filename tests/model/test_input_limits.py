@@ -23,7 +23,8 @@ from transformers import (
 from arena.data.conversations import read_conversations
 from arena.data.tokens import tokenise
 from arena.judging.judge import Judge, save_judge
-from arena.model.backbone import base_digest, load_base, load_tokenizer
+from arena.model.backbone import load_base, load_tokenizer
+from arena.model.base_files import base_digest
 from arena.model.input_limits import check_ids, check_length, positions
 from arena.model.tuning import adapt
 from arena.training.run import run_fold
