@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -10,7 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from arena.plain_yaml import read_yaml, read_yaml_file
+from arena.overrides import apply, explain
+from arena.plain_yaml import read_yaml_file
 
 Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # a path, or a name on a hub
 Part = Literal["norm", "mlp", "rotary", "lora"]  # of a decoder, that can be fused
@@ -31,7 +31,7 @@ class Settings(BaseModel):
 class Template(Settings):
     """The words of the judge prompt; all are taken as plain text. Chat markers come from `PromptSettings.chat`."""
 
-    instruction: str
+    instruction: str = Field(description="heads the whole prompt, once")
     opening: str = Field("", description="stands between the instruction and the first turn")
     user: str = Field("### User:\n", description="heads each user prompt")
     answer_a: str = Field("### Assistant A:\n", description="heads each answer of A")
@@ -53,8 +53,11 @@ class Template(Settings):
 
 
 class PromptSettings(Settings):
-    template: Template
-    chat: Literal["auto", "gemma", "chatml", "llama3", "plain"] = "auto"
+    template: Template = Field(description="a shipped template's name, the path of a YAML file, or fields as below")
+    chat: Literal["auto", "gemma", "chatml", "llama3", "plain"] = Field(
+        "auto",
+        description="markers of a chat put around the prompt; auto: those of the base's tokenizer, if it has any",
+    )
     max_length: int = Field(4096, ge=16, description="tokens an example may have")
 
     @model_validator(mode="before")
@@ -69,8 +72,8 @@ class PromptSettings(Settings):
 class DataSettings(Settings):
     path: Place = Field(description="folder with train and test files, or one training file")
     extra: tuple[Place, ...] = Field((), description="files of labelled rows that are only ever trained on")
-    folds: int = Field(5, ge=2)
-    fold_seed: int = 0
+    folds: int = Field(5, ge=2, description="parts that the labelled rows are split into, one of them held out")
+    fold_seed: int = Field(0, description="seed of the split into folds")
     cache: Place = Field("data/cache", description="where rows and tokens are kept between runs")
     max_row_characters: int = Field(
         MAX_ROW_CHARACTERS, ge=1, le=10**8, description="a row with more characters, all columns together, is an error"
@@ -82,23 +85,29 @@ class DataSettings(Settings):
 
 
 class LoraSettings(Settings):
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    r: int = Field(16, ge=1, description="rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapters' inputs that training sets to zero")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the layers that get adapters, such as [q_proj, v_proj]; or all-linear"
+    )
     dora: bool = Field(False, description="learn each weight's length apart from its direction (DoRA)")
 
 
 class ModelSettings(Settings):
     base: Place = Field(description="folder or hub name of the base model; `demo_base` ships with the package")
-    revision: str | None = None
+    revision: str | None = Field(None, description="branch, tag or commit of a base on the hub; null: the newest")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="compute and frozen weights; auto: bfloat16 where the device has it, else float16"
     )
-    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    quantization: Literal["nf4", "int8", "none"] = Field(
+        "nf4", description="how frozen weights are stored: in 4 bits (NF4), in 8 bits (LLM.int8), or in `dtype`"
+    )
     tune: Literal["lora", "head", "full"] = Field("lora", description="what is trained besides the head")
     lora: LoraSettings = LoraSettings()
-    attention: Literal["auto", "flash", "flex", "blockwise", "reference"] = "auto"
+    attention: Literal["auto", "flash", "flex", "blockwise", "reference"] = Field(
+        "auto", description="attention backend; auto: the fastest that the device, dtype and head size allow"
+    )
     checkpointing: Literal["auto", "full", "mlp", "light", "none"] = Field(
         "auto",
         description="recomputed in the backward: whole layers, their wide MLP products, what is cheap, or nothing; "
@@ -126,15 +135,21 @@ class PackingSettings(Settings):
 
 class TrainSettings(Settings):
     batch_size: int = Field(80, ge=1, description="examples in an optimizer step")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows; fractions are allowed")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of the adapters")
     head_lr: float = Field(1e-4, gt=0, description="peak learning rate of `score`")
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    swap: Literal["never", "random", "both"] = Field("random", description="train on A and B exchanged")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="course of the learning rate after the warmup"
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients of a larger norm are scaled down to it")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps the optimizer's state in 8 bits: 2 bytes a trained weight in place of 8"
+    )
+    swap: Literal["never", "random", "both"] = Field(
+        "random", description="exchange of A and B: never; random, drawn anew each epoch; or both orders of each row"
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept, the latest")
@@ -150,9 +165,13 @@ class TrainSettings(Settings):
             raise ValueError(f"{value!r}: write auto, best, never, or the path of a checkpoint, a folder that is there")
         return value
 
-    max_seconds: float | None = Field(None, gt=0, description="save and end after so long; called again it goes on")
+    max_seconds: float | None = Field(
+        None, gt=0, description="save and end after so many seconds; the same command resumes"
+    )
     mirror: str | None = Field(None, description="keep checkpoints also at this URL that fsspec knows, or folder")
-    track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = Field(
+        "none", description="experiment tracker that steps and evaluations are also sent to"
+    )
 
     @field_validator("mirror")
     @classmethod
@@ -170,8 +189,10 @@ class JudgeSettings(Settings):
 class Recipe(Settings):
     """Everything that decides what a run computes. `name` is also the run's folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    seed: int = 0
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="names the run: its folder is runs/NAME"
+    )
+    seed: int = Field(0, description="seed of the adapters, the order of the rows and the exchange of A and B")
     data: DataSettings
     prompt: PromptSettings
     model: ModelSettings
@@ -232,11 +253,11 @@ def recipe_names() -> list[str]:
 
 def _validated(name: str, tree: dict[str, Any], overrides: Sequence[str]) -> Recipe:
     for override in overrides:
-        _apply(tree, override)
+        apply(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"recipe {name}: " + "; ".join(_explain(each) for each in error.errors())) from None
+        raise ValueError(f"recipe {name}: " + "; ".join(explain(each, Recipe) for each in error.errors())) from None
 
 
 def _find(name: str, folder: Path, kind: str) -> Path:
@@ -248,53 +269,3 @@ def _find(name: str, folder: Path, kind: str) -> Path:
         return Path(name)
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise ValueError(f"there is no {kind} {name!r}: name one of {names}, or give the path of a YAML file")
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted key of a nested dictionary, making the groups on its way."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"override {_short(override)} is not `key=value`, for example train.batch_size=32")
-    *groups, last = key.strip().split(".")
-    for group in groups:
-        below = tree.setdefault(group, {})
-        if below is None:
-            below = tree[group] = {}
-        if not isinstance(below, dict):
-            raise ValueError(f"override {_short(override)}: {group!r} is a single value, it has no settings below it")
-        tree = below
-    try:
-        tree[last] = read_yaml(text, "the value")
-    except ValueError as error:
-        raise ValueError(
-            f"override {_short(override)}: {error}; quote the value if it holds special characters"
-        ) from None
-
-
-def _short(text: str, width: int = 100) -> str:
-    return repr(text if len(text) <= width else text[:width] + "...")
-
-
-def _explain(error: Any) -> str:
-    """One validation error in words, with the nearest known key when a key is unknown."""
-    path = [str(part) for part in error["loc"]]
-    where = ".".join(path) or "the recipe"
-    if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
-    known = list(_group(path[:-1]).model_fields)
-    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
-    below = [f"{name}.{path[-1]}" for name in known if path[-1] in _group([*path[:-1], name]).model_fields]
-    hint = f"did you mean {(near or below)[0]!r}?" if near or below else f"known here: {', '.join(known)}"
-    return f"{where}: unknown key; {hint}"
-
-
-def _group(path: Sequence[str]) -> type[BaseModel]:
-    """The settings class that stands at a dotted path of the recipe."""
-    group: type[BaseModel] = Recipe
-    for name in path:
-        field = group.model_fields.get(name)
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        below = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if below:
-            group = below[0]
-    return group

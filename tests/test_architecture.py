@@ -20,6 +20,7 @@ ROOMS = [
     "lock",
     "stopping",
     "plain_yaml",
+    "overrides",
     "config",
     "metrics",
     "distributed",
