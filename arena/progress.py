@@ -23,7 +23,11 @@ def printable(text: str) -> str:
 
 
 def quiet() -> None:
-    """Keeps the libraries' own notices off the screen; what matters of them is said by this package."""
+    """Keeps the libraries' own notices off the screen; what matters of them is said by this package.
+
+    bitsandbytes' warnings stay (see `arena/__init__.py` for the one that does not): a library that does not fit the
+    card is a real problem.
+    """
     import logging as python_logging
     import warnings
 
@@ -31,10 +35,26 @@ def quiet() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
-    python_logging.getLogger("bitsandbytes").setLevel(python_logging.ERROR)
     logging.set_verbosity_error()
     if not console.is_terminal:
         logging.disable_progress_bar()
+
+
+@contextmanager
+def loading_quietly() -> Iterator[None]:
+    """Without transformers' report of a head that the base does not have, and without its bar in plain output."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not console.is_terminal:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 @contextmanager
