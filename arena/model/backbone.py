@@ -204,7 +204,7 @@ def _keep_layout(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def _repacks() -> bool:
-    """Whether an evaluation forward changes what a small 4-bit layer's weights are read as, with `REPACKS` switched off.
+    """Whether an evaluation forward changes what a small 4-bit layer's weights are read as, though `REPACKS` is off.
 
     The library decides by the processor's instructions and by nothing else of a layer.
     """

@@ -1,4 +1,4 @@
-"""Settings of torch.compile that are not part of torch's public interface, used where this version of torch has them."""
+"""Settings of torch.compile outside of torch's public interface, used where this version of torch has them."""
 
 from __future__ import annotations
 

@@ -146,6 +146,7 @@ def test_a_peft_that_is_not_known_computes_itself(
                 self.lora_variant = None
 
         monkeypatch.setattr(LoraLayer, "__init__", changed)
+    peft_is_known.cache_clear()
     fuse_lora(model)
     assert "which is slower" in capsys.readouterr().out
     ours_ran.clear()  # of the comparison itself
