@@ -78,7 +78,7 @@ clean:  ## remove what the commands above made, but not .venv and not runs
 
 # torch comes first and by itself: a plain `pip install torch==2.13.0` takes the build that pip is set up for.
 .venv/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)) and "arena needs Python 3.11 to 3.13: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arena needs Python 3.11 or newer: make PYTHON=python3.12")'
 	@echo "setting up .venv with the versions in constraints.txt: a few minutes, torch alone can take gigabytes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch

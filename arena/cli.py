@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 import sys
@@ -13,16 +14,17 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from arena import __version__
 from arena.arguments import settings_first
 from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
-from arena.config import Recipe, change, load_recipe, run_place
+from arena.config import Recipe, change, load_recipe, recipe_names, run_place
 from arena.files import local_path, require_utf8
 from arena.lock import locked
 from arena.progress import console, guard_output, optional, printable, quiet
 from arena.stopping import Stopped, ending_at_once
 
-Name = Annotated[str, arg(help="A shipped recipe (demo, gemma-2-2b, gemma-2-9b) or the path of a YAML file.")]
+Name = Annotated[str, arg(help=f"A shipped recipe ({', '.join(recipe_names())}) or the path of a YAML file.")]
 Judged = Annotated[
     str, arg(metavar="RUN", help="A run or its recipe, by name or path; or the folder of one fold or judge (model).")
 ]
@@ -149,40 +151,12 @@ class Inspect:
     out: Annotated[Path, arg(help="The picture to write.")] = Path("runs/attention.png")
 
     def run(self) -> None:
-        import numpy as np
-        import torch
-
-        from arena.data.prepare import prepare_fold
-        from arena.distributed import peak_memory
-        from arena.model.backbone import load_tokenizer, sliding_window
-        from arena.packing.loader import PackedLoader
-        from arena.packing.plan import plan_evaluation
-        from arena.packing.tree import prefixes_for
-        from arena.reporting.inspect import (
-            draw_attention,
-            picture_endings,
-            print_batch,
-            print_evaluation_plan,
-            print_plan,
-        )
-        from arena.training.order import plan_fold
+        from arena.reporting.inspect import inspect_fold, picture_endings
 
         local_path(self.out, "--out", picture_endings())
         recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
         _write_demo(recipe)
-        tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-        data = prepare_fold(recipe, self.fold, tokenizer)
-        prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
-        plan = plan_fold(recipe, data, prefixes=prefixes)
-        if not 0 <= self.step < plan.n_steps:
-            raise ValueError(f"there is no step {self.step}: the plan has steps 0 to {plan.n_steps - 1}")
-        print_plan(plan)
-        straight = np.arange(0, len(data.store), data.store.orders)
-        print_evaluation_plan(plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=prefixes))
-        batch = next(iter(PackedLoader(data.store, None, plan, start=self.step)))[0]
-        print_batch(batch, data.store, tokenizer, plan.budget)
-        picture = draw_attention(batch, sliding_window(recipe.model), self.out)
-        console.print(f"written: {picture}; peak memory {peak_memory(torch.device('cpu')) / 2**30:.2f} GiB")
+        inspect_fold(recipe, self.fold, self.step, self.out)
 
 
 @dataclass
@@ -228,6 +202,22 @@ class Memory:
 
 
 @dataclass
+class Settings:
+    """List every setting of a recipe, with its type, default and meaning."""
+
+    words: Positional[
+        Annotated[
+            tuple[str, ...], arg(metavar="[WORD ...]", help="Only settings about these, such as train. or memory.")
+        ]
+    ] = ()
+
+    def run(self) -> None:
+        from arena.reporting.settings import print_settings
+
+        print_settings(self.words)
+
+
+@dataclass
 class DemoBase:
     """Make the tiny Gemma-2 that the demo recipe adapts: tokenizer and weights, trained from nothing."""
 
@@ -250,8 +240,22 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": Bench,
     "gpu": Gpu,
     "memory": Memory,
+    "settings": Settings,
     "demo-base": DemoBase,
 }
+
+
+def _check_command(words: list[str]) -> None:
+    """Answers `--version`, and names the nearest command where the first word is none."""
+    first = words[0] if words else "--help"
+    if first == "--version":
+        print(f"arena {__version__}")
+        sys.exit(0)
+    if not first.startswith("-") and first not in COMMANDS:
+        near = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        console.print(f"arena: there is no command {printable(first)!r}: {hint}", style="red")
+        sys.exit(2)
 
 
 @ending_at_once()
@@ -260,6 +264,7 @@ def main() -> None:
     guard_output()
     about = "Train and run judges of pairwise preference on packed, padding-free batches."
     words = sys.argv[1:]
+    _check_command(words)
     if words and words[0] in COMMANDS:
         words[1:] = settings_first(COMMANDS[words[0]], words[1:])
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena", args=words)

@@ -38,7 +38,7 @@ class Settings(BaseModel):
 class Template(Settings):
     """The words of the judge prompt; all are taken as plain text. Chat markers come from `PromptSettings.chat`."""
 
-    instruction: str
+    instruction: str = Field(description="heads the whole prompt, once")
     opening: str = Field("", description="stands between the instruction and the first turn")
     user: str = Field("### User:\n", description="heads each user prompt")
     answer_a: str = Field("### Assistant A:\n", description="heads each answer of A")
@@ -52,8 +52,11 @@ class Template(Settings):
 
 
 class PromptSettings(Settings):
-    template: Template
-    chat: Literal["auto", "gemma", "chatml", "llama3", "plain"] = "auto"
+    template: Template = Field(description="a shipped template's name, the path of a YAML file, or fields as below")
+    chat: Literal["auto", "gemma", "chatml", "llama3", "plain"] = Field(
+        "auto",
+        description="markers of a chat put around the prompt; auto: those of the base's tokenizer, if it has any",
+    )
     max_length: int = Field(4096, ge=16, description="tokens an example may have")
 
     @model_validator(mode="before")
@@ -68,8 +71,8 @@ class PromptSettings(Settings):
 class DataSettings(Settings):
     path: Place = Field(description="folder with train and test files, or one training file")
     extra: tuple[Place, ...] = Field((), description="files of labelled rows that are only ever trained on")
-    folds: int = Field(5, ge=2)
-    fold_seed: int = 0
+    folds: int = Field(5, ge=2, description="parts that the labelled rows are split into, one of them held out")
+    fold_seed: int = Field(0, description="seed of the split into folds")
     cache: Place = Field("data/cache", description="where rows and tokens are kept between runs")
     max_row_characters: int = Field(
         MAX_ROW_CHARACTERS, ge=1, le=10**8, description="a row with more characters, all columns together, is an error"
@@ -81,23 +84,29 @@ class DataSettings(Settings):
 
 
 class LoraSettings(Settings):
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    r: int = Field(16, ge=1, description="rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="the adapters' product is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapters' inputs that training sets to zero")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the layers that get adapters, such as [q_proj, v_proj]; or all-linear"
+    )
     dora: bool = Field(False, description="learn each weight's length apart from its direction (DoRA)")
 
 
 class ModelSettings(Settings):
     base: Place = Field(description="folder or hub name of the base model; `demo_base` ships with the package")
-    revision: str | None = None
+    revision: str | None = Field(None, description="branch, tag or commit of a base on the hub; null: the newest")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="compute and frozen weights; auto: bfloat16 where the device has it, else float16"
     )
-    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    quantization: Literal["nf4", "int8", "none"] = Field(
+        "nf4", description="how frozen weights are stored: in 4 bits (NF4), in 8 bits (LLM.int8), or in `dtype`"
+    )
     tune: Literal["lora", "head", "full"] = Field("lora", description="what is trained besides the head")
     lora: LoraSettings = LoraSettings()
-    attention: Literal["auto", "flash", "flex", "blockwise", "reference"] = "auto"
+    attention: Literal["auto", "flash", "flex", "blockwise", "reference"] = Field(
+        "auto", description="attention backend; auto: the fastest that the device, dtype and head size allow"
+    )
     checkpointing: Literal["auto", "full", "mlp", "light", "none"] = Field(
         "auto",
         description="recomputed in the backward: whole layers, their wide MLP products, what is cheap, or nothing; "
@@ -125,15 +134,21 @@ class PackingSettings(Settings):
 
 class TrainSettings(Settings):
     batch_size: int = Field(80, ge=1, description="examples in an optimizer step")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows; fractions are allowed")
     lr: float = Field(1e-4, gt=0, description="peak learning rate of the adapters")
     head_lr: float = Field(1e-4, gt=0, description="peak learning rate of `score`")
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    swap: Literal["never", "random", "both"] = Field("random", description="train on A and B exchanged")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="course of the learning rate after the warmup"
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients of a larger norm are scaled down to it")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps the optimizer's state in 8 bits: 2 bytes a trained weight in place of 8"
+    )
+    swap: Literal["never", "random", "both"] = Field(
+        "random", description="exchange of A and B: never; random, drawn anew each epoch; or both orders of each row"
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: at the end only")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept, the latest")
@@ -149,9 +164,13 @@ class TrainSettings(Settings):
             raise ValueError(f"{value!r}: write auto, best, never, or the path of a checkpoint, a folder that is there")
         return value
 
-    max_seconds: float | None = Field(None, gt=0, description="save and end after so long; called again it goes on")
+    max_seconds: float | None = Field(
+        None, gt=0, description="save and end after so many seconds; the same command resumes"
+    )
     mirror: str | None = Field(None, description="keep checkpoints also at this URL that fsspec knows, or folder")
-    track: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = Field(
+        "none", description="experiment tracker that steps and evaluations are also sent to"
+    )
 
     @field_validator("mirror")
     @classmethod
@@ -169,8 +188,10 @@ class JudgeSettings(Settings):
 class Recipe(Settings):
     """Everything that decides what a run computes. `name` is also the run's folder."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    seed: int = 0
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="names the run: its folder is runs/NAME"
+    )
+    seed: int = Field(0, description="seed of the adapters, the order of the rows and the exchange of A and B")
     data: DataSettings
     prompt: PromptSettings
     model: ModelSettings

@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from arena import cli
+from arena.config import recipe_names
 from tests.helpers import write_rows
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["arena", *words])
     cli.main()
+
+
+def test_version_and_misspelt_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    for words, status, shown in (
+        (["--version"], 0, f"arena {declared}\n"),
+        (["trian", "--fold", "0"], 2, "arena: there is no command 'trian': did you mean train?\n"),
+        (["qwertz"], 2, f"the commands are {', '.join(cli.COMMANDS)}\n"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *words)
+        assert stop.value.code == status
+        assert capsys.readouterr().out.endswith(shown)
+
+
+def test_help_lists_the_recipes_of_the_folder() -> None:
+    for name in recipe_names():
+        assert name in str(cli.Name.__metadata__)
+
+
+def test_a_misspelt_flag_gets_the_nearest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "train", "--fodl", "3")
+    assert stop.value.code == 2
+    assert "--fold" in capsys.readouterr().err
 
 
 def test_help_names_the_commands() -> None:

@@ -98,7 +98,7 @@ def test_an_unfinished_run_of_another_recipe_is_not_touched(gemma2: Path, tmp_pa
     recipe = tiny_recipe(tmp_path, gemma2)
     run_fold(recipe, 0, tmp_path / "runs")
     (tmp_path / "runs/demo/fold0/metrics.json").unlink()
-    with pytest.raises(ValueError, match=r"unfinished run of another recipe.*--fresh"):
+    with pytest.raises(ValueError, match=r"unfinished run.*train.batch_size is 8 there, 9 here\..*name=mine.*--fresh"):
         run_fold(tiny_recipe(tmp_path, gemma2, "train.batch_size=9"), 0, tmp_path / "runs")
     assert run_fold(recipe, 0, tmp_path / "runs")["steps"] == 5  # its own recipe goes on with it
 

@@ -14,11 +14,11 @@ from arena.benchmark.models import Models, gradients, load_models
 from arena.benchmark.settings import BenchSettings
 from arena.benchmark.variants import ONE_BY_ONE, VARIANTS, Variant, readings, work
 from arena.benchmark.workload import Workload
+from arena.model.backbone import REPACKS
 from arena.progress import progress
 
 EXACT = 1e-5  # relative, float32
 NOISE = 2.0  # times what transformers' padded batches differ by from the same rows one by one in float32
-REPACKS = "support_avx512bf16_for_cpu"  # what a 4-bit layer of bitsandbytes asks itself
 
 Numbers = dict[str, Tensor]  # probabilities of both orders, gradients of the head and of the adapters
 Differences = dict[str, dict[str, float]]  # by variant, then by which numbers

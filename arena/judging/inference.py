@@ -147,8 +147,8 @@ def _judge(
     was_training = classifier.training
     classifier.eval()
     try:
-        with progress(title, len(plan.examples), "examples") as advance:
-            advance(len(plan.examples) - sum(len(plan.micro_batch(index)) for index in found.todo))
+        known = len(plan.examples) - sum(len(plan.micro_batch(index)) for index in found.todo)
+        with progress(title, len(plan.examples), "examples", known) as advance:
             for index, micro_batch in zip(found.todo, ahead(map(loader.micro_batch, found.todo)), strict=True):
                 with compute_in(device, dtype):
                     found.add(index, classifier(micro_batch.to(device)))

@@ -6,7 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -26,8 +29,9 @@ from arena.model.card import card_of
 from arena.model.last_layer import is_safe, only_last_tokens
 from arena.model.safety import SAFE, SAFE_WEIGHTS, check_loaded, own_heads
 from arena.model.stored import check_stored, compute_in, keep_head, stored_quantization
-from arena.progress import console
+from arena.progress import console, loading_quietly
 
+REPACKS = "support_avx512bf16_for_cpu"  # what a 4-bit layer of bitsandbytes asks itself before it repacks
 HEAD = "score"  # as in transformers' sequence classifiers, so that a merged model loads as one of them
 
 
@@ -60,7 +64,7 @@ def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedM
     options, stored = loader_options(settings), stored_quantization(config) is not None
     if stored:
         del options["quantization_config"]  # the checkpoint's own counts
-    with found(settings.base):
+    with found(settings.base), loading_quietly():
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
         )
@@ -170,15 +174,39 @@ def _quantization(settings: ModelSettings) -> BitsAndBytesConfig:
     )
 
 
-def _keep_layout(model: PreTrainedModel) -> None:
+def _keep_layout(model: nn.Module) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights in place.
 
     On CPUs with bf16 instructions an evaluation forward does so, and what reads the weights by another way afterwards
     (a merge, a backward) gets garbage; the repacked product also depends on the batch's shape.
+
+    Raises:
+        ValueError: this version of bitsandbytes repacks them all the same.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, REPACKS):
+            setattr(module, REPACKS, False)
+    on_cpu = any(isinstance(each, Linear4bit) and each.weight.device.type == "cpu" for each in model.modules())
+    if on_cpu and _repacks():
+        raise ValueError(
+            f"bitsandbytes {bitsandbytes.__version__} changes 4-bit weights in place on this CPU, after which training "
+            "and merging read wrong numbers: install 'bitsandbytes<0.51', or set model.quantization=none"
+        )
+
+
+@torch.inference_mode()
+def _repacks() -> bool:
+    """Whether an evaluation forward changes what a small 4-bit layer's weights are read as, though `REPACKS` is off.
+
+    The library decides by the processor's instructions and by nothing else of a layer.
+    """
+    layer: Any = Linear4bit(128, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
+    if hasattr(layer, REPACKS):
+        setattr(layer, REPACKS, False)
+    before = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    layer(torch.ones(2, 128, dtype=torch.bfloat16))
+    after = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return bool((after - before).norm() > 0.05 * before.norm())  # repacked, they have nothing to do with one another
 
 
 def _refuse_mask_and_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

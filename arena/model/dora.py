@@ -13,22 +13,18 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 
-class _Dora(DoraLinearVariant):
-    """What a peft layer asks for its result; merging stays peft's own."""
-
-    @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **others: Any) -> Tensor:
-        length = module.lora_magnitude_vector[active_adapter].weight
-        change = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
-        bias = module.get_base_layer().bias
-        straight = result if bias is None else result - bias
-        factor = length / _lengths(module, active_adapter)  # float32: half precision has no room for its changes
-        found = (factor * (straight + module.scaling[active_adapter] * change.to(result.dtype))).to(result.dtype)
-        return torch.as_tensor(found if bias is None else found + bias)
+def _forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **others: Any) -> Tensor:
+    """What a peft layer asks its variant for."""
+    length = module.lora_magnitude_vector[active_adapter].weight
+    change = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
+    bias = module.get_base_layer().bias
+    straight = result if bias is None else result - bias
+    factor = length / _lengths(module, active_adapter)  # float32: half precision has no room for its changes
+    found = (factor * (straight + module.scaling[active_adapter] * change.to(result.dtype))).to(result.dtype)
+    return torch.as_tensor(found if bias is None else found + bias)
 
 
 def install_dora(model: nn.Module, *, fresh: bool) -> None:
@@ -41,9 +37,11 @@ def install_dora(model: nn.Module, *, fresh: bool) -> None:
         if not isinstance(module, LoraLayer):
             continue
         layer: Any = module
-        for adapter, variant in layer.lora_variant.items():
-            assert isinstance(variant, DoraLinearVariant), f"no other variant is asked for: {type(variant)}"
-            layer.lora_variant[adapter] = _Dora()
+        for adapter, variant in getattr(layer, "lora_variant", {}).items():
+            kind = type(variant)
+            assert "Dora" in kind.__name__, f"no other variant is asked for: {kind}"
+            # a kind of peft's own, so that merging stays peft's
+            layer.lora_variant[adapter] = type(kind.__name__, (kind,), {"forward": staticmethod(_forward)})()
             if fresh:
                 layer.lora_magnitude_vector[adapter].weight.data = _lengths(layer, adapter)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from arena.model.card import product_dtype
+from arena.model.compiler import variants_allowed
 
 BLOCK = 128  # queries and keys in a block of the mask; also the least size
 # Sizes in an octave. With these, micro-batches of 16,384 tokens from competition-like lengths come in four sizes of
@@ -190,5 +191,5 @@ def _compiled() -> Callable[..., Tensor]:
 
 def _run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None) -> Tensor:
     """The compiled kernel; while it runs the compiler may keep more of a function than it does by default."""
-    with torch._dynamo.config.patch(recompile_limit=KERNELS, accumulated_recompile_limit=KERNELS):
+    with variants_allowed(KERNELS, KERNELS):
         return _compiled()(q, k, v, mask, scale, softcap)

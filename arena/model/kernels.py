@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arena.model.compiler import leave_rows_open, variants_allowed
+
 Compiled = Callable[..., Any]
 VARIANTS = 64  # of one function: dtypes, widths, a single row, tensors of inference mode
 
@@ -30,7 +32,7 @@ def _compiled(function: Compiled) -> Compiled:
     @wraps(function)
     def run(*given: Any) -> Any:
         plain = [_open(each) if isinstance(each, Tensor) else each for each in given]
-        limits = torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=16 * VARIANTS)
+        limits = variants_allowed(VARIANTS, 16 * VARIANTS)
         with limits, torch.no_grad(), torch.autocast(plain[0].device.type, enabled=False):
             return made(*plain)
 
@@ -41,7 +43,7 @@ def _open(x: Tensor) -> Tensor:
     """Without its history, and with the number of rows left open."""
     bare = x.detach()
     if bare.ndim > 1:  # a norm's weight has one width
-        torch._dynamo.maybe_mark_dynamic(bare, 0)
+        leave_rows_open(bare)
     return bare
 
 

@@ -7,26 +7,57 @@ the adapters' product is added in place, and so is its part of the gradient of t
 
 from __future__ import annotations
 
+from functools import cache
 from types import MethodType
 from typing import Any
 
+import peft
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+
+from arena.progress import console
 
 
 def fuse_lora(model: nn.Module) -> None:
     """Makes a model's LoRA layers compute this way, where they are plain LoRA over a 4-bit or unquantised layer.
 
     peft still computes the rest: DoRA and other variants, layers with dropout, 8-bit layers, merged or switched-off
-    adapters, several adapters at once.
+    adapters, several adapters at once; and everything, with a note, where this version of peft is not as known here.
     """
+    if not any(isinstance(module, LoraLayer) for module in model.modules()):
+        return
+    if not peft_is_known():
+        console.print(
+            f"LoRA layers run as peft {peft.__version__} computes them, which is slower: it is not as known here"
+        )
+        return
     for module in model.modules():
         if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
             layer: Any = module
             layer.forward = MethodType(_forward, layer)
+
+
+@cache
+def peft_is_known() -> bool:
+    """Whether a small layer computed this way gives the result and the gradients that peft's own code gives."""
+    try:
+        with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.enable_grad():
+            torch.manual_seed(0)
+            config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], init_lora_weights=False)
+            small = inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 6)))
+            layer: Any = small[0]
+            x = torch.randn(5, 4)
+            adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+            assert _plain_adapter(layer) == "default"
+            outs = [_forward(layer, x), type(layer).forward(layer, x)]
+            ours, theirs = ((out, *torch.autograd.grad(out.square().sum(), adapters)) for out in outs)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError):
+        return False
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -7,14 +7,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from arena.config import Recipe
+from arena.data.prepare import prepare_fold
 from arena.data.tokens import TokenStore
+from arena.distributed import peak_memory
+from arena.model.backbone import load_tokenizer, sliding_window
 from arena.packing.batch import PackedBatch
-from arena.packing.plan import PackPlan
+from arena.packing.loader import PackedLoader
+from arena.packing.plan import PackPlan, plan_evaluation
+from arena.packing.tree import prefixes_for
 from arena.progress import console
 from arena.reporting.figure import new_figure
+from arena.training.order import plan_fold
 
 SHOWN = 20  # tokens decoded at either end of a segment
+
+
+def inspect_fold(recipe: Recipe, fold: int, step: int, out: Path) -> None:
+    """Prints the plan of a fold and the first micro-batch of an optimizer step, and draws it into the file `out`.
+
+    Raises:
+        ValueError: the plan has no such step.
+    """
+    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
+    data = prepare_fold(recipe, fold, tokenizer)
+    prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+    plan = plan_fold(recipe, data, prefixes=prefixes)
+    if not 0 <= step < plan.n_steps:
+        raise ValueError(f"there is no step {step}: the plan has steps 0 to {plan.n_steps - 1}")
+    print_plan(plan)
+    straight = np.arange(0, len(data.store), data.store.orders)
+    print_evaluation_plan(plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=prefixes))
+    batch = next(iter(PackedLoader(data.store, None, plan, start=step)))[0]
+    print_batch(batch, data.store, tokenizer, plan.budget)
+    picture = draw_attention(batch, sliding_window(recipe.model), out)
+    console.print(f"written: {picture}; peak memory {peak_memory(torch.device('cpu')) / 2**30:.2f} GiB")
 
 
 def print_plan(plan: PackPlan) -> None:

@@ -33,11 +33,26 @@ def print_report(metrics: dict[str, Any]) -> None:
         if metrics.get(key) is not None:
             table.add_row(f"{metrics[key]:.4f}", f"{ours - metrics[key]:+.4f}", words)
     console.print(table)
+    if (found := remark(metrics)) is not None:
+        console.print(found)
     console.print(
         f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f}; {metrics['tokens']:,} tokens "
         f"({metrics['unique_tokens'] / metrics['tokens']:.1%} computed, the rest shared) in "
         f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} a second), fill rate "
         f"{metrics['fill_rate']:.1%}, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB"
+    )
+
+
+def remark(metrics: dict[str, Any]) -> str | None:
+    """What to try where the judge is worse than the prior or the plain baseline; None where it beats both."""
+    names = {"prior_log_loss": "predicting the training prior", "baseline_log_loss": "the plain baseline"}
+    known = {name: metrics[key] for key, name in names.items() if metrics.get(key) is not None}
+    beaten_by = [name for name, loss in known.items() if loss <= metrics["log_loss"]]
+    if not beaten_by:
+        return None
+    return (
+        f"This judge is no better than {' and '.join(beaten_by)}: more rows, more steps (train.epochs), a larger base "
+        "(model.base) or another learning rate (train.lr, train.head_lr) usually help."
     )
 
 

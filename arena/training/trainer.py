@@ -40,7 +40,7 @@ from arena.training.checkpoint import (
 )
 from arena.training.done import RUN_FILES, Done
 from arena.training.failure import describe_failure, note_failure
-from arena.training.folder import of_recipe
+from arena.training.folder import of_recipe, require_same_run
 from arena.training.log import LINE, RunLog
 from arena.training.optim import make_optimizer, make_schedule, trainable
 from arena.training.order import example_labels, plan_fold
@@ -95,8 +95,7 @@ class Trainer:
         """
         self.resume()
         self.classifier.train()
-        with progress("training", self.plan.n_steps, "steps") as advance:
-            advance(self.done.step)
+        with progress("training", self.plan.n_steps, "steps", self.done.step) as advance:
             if self._evaluates() and self.done.step not in self.shelf.losses:  # it was ended before or within it
                 self._save()  # where it goes on from a checkpoint that stands elsewhere
                 self._evaluate()
@@ -104,8 +103,8 @@ class Trainer:
             for batch in ahead(self._loader()):
                 self.done.waited += time.monotonic() - start
                 facts = self._step(batch, start)
-                advance(1, note=f"loss {facts['loss']:.4f}")
                 self._after_step()
+                advance(1, note=self._note(facts["loss"]))
                 start = time.monotonic()
         self._take_best()
         return self.done
@@ -122,7 +121,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         found = None if mode == "never" else self.shelf.choose(mode)
         if found is not None:
-            self._check_pledge(found, read_manifest(found)["pledge"])
+            require_same_run(found, read_manifest(found)["pledge"], self.pledge, self.recipe)
             state = load_checkpoint(found, self.model, self.optimizer, self.schedule)
             self.scaling.restore(state["scaling"])
             self.done = Done(**state["done"])
@@ -135,13 +134,11 @@ class Trainer:
             line = self.shelf.judgement(self.done.step)[0]["line"]
             self._log({key: line[key] for key in LINE})
 
-    def _check_pledge(self, checkpoint: Path, pledge: dict[str, str]) -> None:
-        changed = [name for name, value in self.pledge.items() if pledge.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"{checkpoint} was made with another {' and '.join(changed)}: give the settings, files and "
-                "number of processes of that run to go on with it, or --fresh to set it aside and train anew"
-            )
+    def _note(self, loss: float) -> str:
+        """The loss of the last step, and the held-out log-loss that was measured last."""
+        losses = self.shelf.losses
+        held_out = f", held-out {losses[max(losses)]:.4f}" if losses else ""
+        return f"loss {loss:.4f}{held_out}"
 
     def _evaluates(self) -> bool:
         """Whether the held-out rows are judged after the step that was done last."""

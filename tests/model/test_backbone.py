@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
 
 from arena.config import ModelSettings, load_recipe, recipe_names
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
@@ -239,3 +242,36 @@ def test_missing_base_says_how_to_get_it(tmp_path: Path) -> None:
 def test_other_head_dim_and_single_kv_head(tmp_path: Path) -> None:
     base = make_base(tmp_path, head_dim=16, num_key_value_heads=1, query_pre_attn_scalar=16)
     assert torch.isfinite(PackedClassifier(load_base(exact(base)))(pack(LENGTHS))).all()
+
+
+def test_a_library_that_repacks_all_the_same_is_refused(gemma2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a rename of what switches it off. Unquantised bases need none of it."""
+    whole = bnb.nn.Linear4bit.forward
+
+    def repacking(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out = whole(self, x)
+        if not self.training:
+            self.weight.data = self.weight.data.flip(0)
+        return out
+
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", repacking)
+    with pytest.raises(ValueError, match=r"bitsandbytes .* changes 4-bit weights in place.*quantization=none"):
+        load_base(ModelSettings(base=str(gemma2), dtype="float32"))
+    load_base(exact(gemma2))
+
+
+def test_loading_a_base_is_quiet(
+    gemma2: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also for those who use the modules: the head that every base lacks is no news. What the user set comes back."""
+    level = transformers_logging.get_verbosity()
+    load_base(exact(gemma2))
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")
+    assert transformers_logging.get_verbosity() == level
+    AutoModelForSequenceClassification.from_pretrained(gemma2)  # the control
+    assert "MISSING" in caplog.text
+
+
+def test_of_bitsandbytes_one_note_is_left_out() -> None:
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("bitsandbytes.cextension").isEnabledFor(logging.WARNING)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from arena.model import lora
-from arena.model.lora import fuse_lora
+from arena.model.lora import fuse_lora, peft_is_known
 from arena.training.optim import trainable
 from tests.helpers import classifier, exact, pack
 from tests.model.test_classifier import relative
@@ -46,6 +47,7 @@ def logits_and_gradients(model: nn.Module, dtype: torch.dtype) -> tuple[Tensor, 
 
 @pytest.fixture
 def ours_ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    peft_is_known()  # once, before calls are counted
     calls: list[int] = []
     whole = lora._LoraLinear.apply
     monkeypatch.setattr(lora._LoraLinear, "apply", lambda *args: (calls.append(1), whole(*args))[1])
@@ -110,3 +112,43 @@ def test_switched_off_and_merged_adapters(gemma2: Path) -> None:
     assert relative(bare, adapted) > 1e-3
     torch.testing.assert_close(merged, adapted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(again, adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def unknown_peft() -> Iterator[None]:
+    peft_is_known.cache_clear()
+    yield
+    peft_is_known.cache_clear()
+
+
+def test_this_peft_is_known(unknown_peft: None) -> None:
+    with torch.inference_mode():
+        assert peft_is_known()
+
+
+@pytest.mark.parametrize("change", ["no variants", "variants of another shape", "another result"])
+def test_a_peft_that_is_not_known_computes_itself(
+    gemma2: Path, change: str, unknown_peft: None, ours_ran: list[int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = peft_model(gemma2)
+    if change == "another result":
+        whole = Linear.forward
+        monkeypatch.setattr(Linear, "forward", lambda self, x: 1.01 * whole(self, x))
+    else:
+        made = LoraLayer.__init__
+
+        def changed(self: Any, *args: Any, **kwargs: Any) -> None:
+            made(self, *args, **kwargs)
+            if change == "no variants":
+                self.lora_variants = self.__dict__.pop("lora_variant")
+            else:
+                self.lora_variant = None
+
+        monkeypatch.setattr(LoraLayer, "__init__", changed)
+    peft_is_known.cache_clear()
+    fuse_lora(model)
+    assert "which is slower" in capsys.readouterr().out
+    ours_ran.clear()  # of the comparison itself
+    model(input_ids=pack([20]).input_ids, use_cache=False)
+    assert not ours_ran

@@ -145,10 +145,12 @@ def test_resumed_equals_uninterrupted(
 
 
 def test_other_data_is_not_gone_on_with(gemma2: Path, tmp_path: Path) -> None:
-    make(tmp_path, gemma2).run()
-    with pytest.raises(ValueError, match=r"another plan.*--fresh"):
+    first = make(tmp_path, gemma2)
+    (first.folder / "recipe.yaml").write_text(save_recipe(first.recipe))
+    first.run()
+    with pytest.raises(ValueError, match=r"train.batch_size is 8 there, 9 here.*--fresh"):
         make(tmp_path, gemma2, "train.batch_size=9").run()
-    with pytest.raises(ValueError, match=r"another data and plan"):
+    with pytest.raises(ValueError, match=r"data.fold_seed is 0 there, 5 here"):
         make(tmp_path, gemma2, "data.fold_seed=5").run()
 
 

@@ -1,0 +1,81 @@
+"""A run's folder: what tells two runs apart, and how an error says it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from arena.config import Recipe, load_recipe, save_recipe
+from arena.files import write_json, write_text
+from arena.training.folder import APART, claim, differences, identity, require_same_run
+
+
+def unfinished(folder: Path, recipe: Recipe, data: str = "rows", base: str = "base") -> Path:
+    """A run with a checkpoint and without metrics."""
+    write_text(folder / "recipe.yaml", save_recipe(recipe))
+    write_json(folder / "run.json", identity(recipe, data, base))
+    (folder / "checkpoints/step-00000002").mkdir(parents=True)
+    return folder
+
+
+def test_what_is_left_out_of_an_identity_are_settings() -> None:
+    tree = load_recipe("demo").model_dump(mode="json")
+    assert all(name in tree[group] for group, names in APART.items() for name in names)
+    for key in ("train.checkpoint_every=7", "data.cache=elsewhere", "model.checkpointing=full"):
+        assert identity(load_recipe("demo", [key]), "", "") == identity(load_recipe("demo"), "", "")
+    assert identity(load_recipe("demo", ["train.lr=0.1"]), "", "") != identity(load_recipe("demo"), "", "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["train.lr=1e-2"], ["train.lr is 0.003 there, 0.01 here"]),
+        (
+            ["model.lora.r=8", "train.keep_last=9", "train.max_seconds=5", "data.extra=[more.csv]"],
+            ['data.extra is [] there, ["more.csv"] here', "model.lora.r is 16 there, 8 here"],
+        ),
+        (["prompt.max_length=64"], ["prompt.max_length is 1024 there, 64 here"]),
+    ],
+)
+def test_each_setting_that_differs_is_named(tmp_path: Path, changes: list[str], told: list[str]) -> None:
+    """With both values; those that change no number are not, nor rows that differ by the settings named."""
+    asked = load_recipe("demo", changes)
+    data = "others" if any(each.startswith(("prompt", "data")) for each in told) else "rows"
+    folder = unfinished(tmp_path / "fold0", load_recipe("demo"))
+    with pytest.raises(ValueError, match=r"name=mine.*--fresh") as error:
+        claim(folder, identity(asked, data, "base"), asked, fresh=False)
+    assert f"differs from this one: {'; '.join(told)}. Repeat its settings" in str(error.value)
+
+
+def test_other_rows_another_base_and_a_lost_recipe_are_told_apart(tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    folder = unfinished(tmp_path / "fold0", recipe)
+    ours, other = identity(recipe, "rows", "base"), identity(load_recipe("demo", ["train.lr=1"]), "rows", "base")
+    assert differences(folder, {**ours, "data": "others"}, ours, recipe) == [
+        "its rows are not those of data.path=data/demo now"
+    ]
+    assert differences(folder, {**ours, "base": "x"}, ours, recipe) == [
+        "its base model is not model.base=demo_base as it is now"
+    ]
+    (folder / "recipe.yaml").write_text("train: {epochs: 1}\nmore: 3\n")  # of another version
+    found = differences(folder, other, ours, recipe)
+    assert "train.lr is not set there, 0.003 here" in found and "more is 3 there, not set here" in found
+    for text in ("- no settings", save_recipe(recipe)):
+        (folder / "recipe.yaml").write_text(text)
+        (told,) = differences(folder, other, ours, recipe)
+        assert told.startswith("its settings (its recipe.yaml was changed")
+
+
+def test_a_checkpoint_of_another_run_says_why(tmp_path: Path) -> None:
+    recipe = load_recipe("demo", ["train.lr=0.5"])
+    checkpoint = unfinished(tmp_path / "fold0", load_recipe("demo")) / "checkpoints/step-00000002"
+    ours = {"recipe": "a", "data": "b", "plan": "c"}
+    require_same_run(checkpoint, dict(ours), ours, recipe)
+    with pytest.raises(ValueError, match=r"train.lr is 0.003 there, 0.5 here\..*--fresh"):
+        require_same_run(checkpoint, {**ours, "recipe": "x", "plan": "x"}, ours, recipe)
+    with pytest.raises(ValueError, match="another number of processes"):
+        require_same_run(checkpoint, {**ours, "plan": "x"}, ours, recipe)
+    named = load_recipe("demo", ["train.lr=0.5", f"train.resume={checkpoint}"])
+    with pytest.raises(ValueError, match=r"train.lr is.*leave train.resume out"):
+        require_same_run(checkpoint, {**ours, "recipe": "x"}, ours, named)
