@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from arena import __version__
 from arena.arguments import settings_first
 from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
-from arena.config import Recipe, change, load_recipe, recipe_names, run_place
+from arena.config import Recipe, load_recipe, recipe_names, run_place
 from arena.files import local_path, require_utf8
-from arena.lock import locked
 from arena.progress import console, guard_output, optional, printable, quiet
 from arena.stopping import Stopped, ending_at_once
 
@@ -90,52 +88,13 @@ class Infer:
 
     def run(self) -> None:
         from arena.distributed import fix_threads
-        from arena.judging.ensemble import check_alike
         from arena.judging.find import find_models
+        from arena.judging.infer import infer
 
         fix_threads()
         local_path(self.out, "--out", [".csv"])
         settings = _settings_of(self.overrides, INFER_SETTINGS)
-        models = find_models(self.recipe, self.runs, self.overrides)
-        check_alike(models)
-        parts = self.out.with_name(f"{self.out.name}.parts")
-        try:
-            with locked(self.out):
-                self._judge(models, settings, parts)
-        except (Stopped, SystemExit):
-            if parts.is_dir():
-                console.print(f"what was judged is kept in {parts}: the same command goes on with it")
-            raise
-
-    def _judge(self, models: list[Path], settings: list[str], parts: Path) -> None:
-        from arena.data.conversations import judgeable_rows, read_conversations
-        from arena.data.limits import Limits
-        from arena.data.prepare import data_file
-        from arena.judging.ensemble import average
-        from arena.judging.judge import read_card
-        from arena.judging.submission import check_target, write_submission
-
-        data = change(Recipe.model_validate(read_card(models[0])["recipe"]), settings).data
-        cache = Path(data.cache)
-        if self.data is None and Path(data.path).is_file():
-            raise ValueError(f"the judge was trained on the file {data.path}: name the test file with DATA= or --data")
-        test = data_file(self.data or data.path, "test")
-        limits = Limits(data.max_row_characters, data.max_turns)
-        rows = read_conversations([test], cache, labels="ignored", limits=limits)
-        sample = test.parent / "sample_submission.csv"
-        known = sample if os.path.lexists(sample) else None
-        check_target(self.out, rows["id"], known)
-        probabilities = average(models, rows, cache, settings, parts)
-        write_submission(self.out, rows["id"], probabilities, known)
-        shutil.rmtree(parts, ignore_errors=True)  # what is left of them costs space, and no submission
-        console.print(
-            f"written: {self.out}, {len(rows):,} rows from {len(models)} fold{'s' if len(models) > 1 else ''}; "
-            f"{int((~judgeable_rows(rows)).sum()):,} rows have nothing to judge and got the training prior"
-        )
-        if known is None:
-            console.print(
-                f"there is no {sample} to check it against: columns and ids were checked against the test file"
-            )
+        infer(find_models(self.recipe, self.runs, self.overrides), self.data, self.out, settings)
 
 
 @dataclass
@@ -176,10 +135,10 @@ class Export:
         from arena.judging.export import export_judge
         from arena.judging.find import find_model
 
-        settings = _settings_of(self.overrides, ("model.base=",))
-        model = find_model(self.recipe, self.runs, self.overrides, self.fold)
         if local_path(self.out, "--out").exists():
             raise ValueError(f"{self.out} exists: name a new folder")
+        settings = _settings_of(self.overrides, ("model.base=",))
+        model = find_model(self.recipe, self.runs, self.overrides, self.fold)
         export_judge(model, self.out, self.dtype, settings)
         console.print(
             f"written: {self.out}, from {model}; load it with AutoModelForSequenceClassification.from_pretrained"
