@@ -72,6 +72,13 @@ def test_a_run_whose_output_cannot_be_written_ends_as_it_would_have(tmp_path: Pa
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("name", ENDS)
+def test_a_script_that_only_uses_the_package_ends_well_too(tmp_path: Path, name: str) -> None:
+    """Standard output is Python's own there, and what it still holds is flushed at exit."""
+    code = "from arena.progress import console\nfor _ in range(9): console.print('x' * 5000)\nprint('more')"
+    assert ended(code, ENDS[name](), tmp_path) == 0
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_terminal_that_hangs_up_ends_a_run_well(tmp_path: Path) -> None:
     assert ended(TALKS, vanished_terminal(), tmp_path, str(int(signal.SIGHUP)), TTY_COMPATIBLE="1") == 129
