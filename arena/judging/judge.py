@@ -22,10 +22,11 @@ from arena.files import file_digest, fingerprint, write_json, written_whole
 from arena.judging.find import CARD
 from arena.judging.inference import predict_or_prior
 from arena.judging.shards import Shards
-from arena.model.backbone import attention_choice, load_tokenizer, underlying
+from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
 from arena.model.base_files import base_digest
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
+from arena.model.exactness import check_exact
 from arena.model.input_limits import check_ids
 from arena.model.precision import with_dtype
 from arena.model.tuning import is_whole, load_trained, save_model
@@ -45,7 +46,8 @@ class Judge:
 
     Raises:
         ValueError: the folder holds no judge, or one of another version; its base has another content than the one that
-            it was trained on; or the recipe names an attention backend or a dtype that cannot run here.
+            it was trained on, or mixes the rows of a packed batch; or the recipe names an attention backend or a dtype
+            that cannot run here.
     """
 
     def __init__(self, folder: Path, overrides: Sequence[str] = (), device: torch.device | str | None = None) -> None:
@@ -54,6 +56,9 @@ class Judge:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.recipe = with_dtype(change(Recipe.model_validate(card["recipe"]), overrides), card_of(self.device))
         check_trained_on(folder, self.recipe.model)
+        own = {"base": str(folder), "revision": None} if is_whole(folder) else {}
+        config = base_config(self.recipe.model.model_copy(update=own))
+        check_exact(config, self.recipe.model, self.recipe.prompt.max_length, Path(self.recipe.data.cache))
         self._base = card["base"]
         self.prior = np.asarray(card["prior"])
         self.tokenizer = load_tokenizer(str(folder))

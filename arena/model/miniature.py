@@ -45,6 +45,7 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     Whether several query heads share a key head, and whether all heads together are wider than the hidden size, stays.
     """
     small = deepcopy(config)
+    vars(small).pop("quantization_config", None)  # of a base that is stored quantised
     values = config.to_dict()
     for name, value in values.items():
         if isinstance(value, int) and not isinstance(value, bool):

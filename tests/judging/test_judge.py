@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -83,6 +84,24 @@ def test_a_judge_of_all_weights_needs_no_base(base: Path, tmp_path: Path) -> Non
     shutil.rmtree(base)
     Judge(model)
     export_judge(model, tmp_path / "plain")
+
+
+def stretched(base: Path) -> None:
+    """Makes a base's rotary embedding depend on the longest row of a batch."""
+    config = json.loads((base / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64, "rope_parameters": rope}))
+
+
+def test_a_judge_whose_rows_would_not_be_their_own_is_refused(base: Path, tmp_path: Path) -> None:
+    stretched(base)
+    for length in (64, 128):
+        model = saved(tmp_path / str(length), tiny_recipe(tmp_path, base, f"prompt.max_length={length}"))
+        if length == 64:
+            Judge(model)
+            continue
+        with pytest.raises(ValueError, match=r"depend on the rows beside it.*: set prompt\.max_length=64"):
+            Judge(model)
 
 
 def test_an_exported_judge_is_no_judge_of_ours(base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -181,3 +182,15 @@ def test_a_path_that_is_not_utf8_is_refused_before_anything_is_done(
         run_fold(tiny_recipe(tmp_path, gemma2), 0, odd)
     assert sorted(path.name for path in tmp_path.iterdir() if path != odd) == ["rows"]
     assert np.all([path.suffix == ".csv" for path in odd.iterdir()])
+
+
+def test_a_base_that_mixes_rows_is_refused_before_anything_is_prepared(gemma2: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(gemma2, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64, "rope_parameters": rope}))
+    with pytest.raises(ValueError, match=r"depend on the rows beside it.*: set prompt\.max_length=64"):
+        run_fold(tiny_recipe(tmp_path, base, SHORT), 0, tmp_path / "runs")
+    assert not list((tmp_path / "cache").glob("*"))
+    run_fold(tiny_recipe(tmp_path, base, SHORT, "prompt.max_length=64"), 0, tmp_path / "runs")
+    assert list((tmp_path / "cache").glob("exact-*.json"))

@@ -1,0 +1,65 @@
+"""A test file to a checked submission: read, judged by every judge given, averaged, written whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from arena.config import Recipe, change
+from arena.data.conversations import judgeable_rows, read_conversations
+from arena.data.limits import Limits
+from arena.data.prepare import data_file
+from arena.judging.ensemble import average, check_alike
+from arena.judging.judge import read_card
+from arena.judging.submission import check_target, write_submission
+from arena.lock import locked
+from arena.progress import console
+from arena.stopping import Stopped
+
+
+def infer(models: list[Path], data: str | None, out: Path, settings: Sequence[str] = ()) -> None:
+    """Writes the judges' mean probabilities of a test file's rows to `out`.
+
+    Args:
+        models: the judges' folders.
+        data: a folder with a test file, or the file; None: the folder that the first judge was trained on.
+        out: the submission to write. While it is being made, logits are saved in `OUT.parts`, from which the same call
+            resumes.
+        settings: overrides of the judges' recipes.
+
+    Raises:
+        ValueError: judges that do not belong together, a test file that cannot be used, or another process at `out`.
+        Stopped: a signal ended it; what was judged is saved.
+    """
+    check_alike(models)
+    parts = out.with_name(f"{out.name}.parts")
+    try:
+        with locked(out):
+            _infer(models, data, out, settings, parts)
+    except (Stopped, SystemExit):
+        if parts.is_dir():
+            console.print(f"what was judged is saved in {parts}: the same command resumes from it")
+        raise
+
+
+def _infer(models: list[Path], data: str | None, out: Path, settings: Sequence[str], parts: Path) -> None:
+    trained = change(Recipe.model_validate(read_card(models[0])["recipe"]), settings).data
+    cache = Path(trained.cache)
+    if data is None and Path(trained.path).is_file():
+        raise ValueError(f"the judge was trained on the file {trained.path}: name the test file with DATA= or --data")
+    test = data_file(data or trained.path, "test")
+    limits = Limits(trained.max_row_characters, trained.max_turns)
+    rows = read_conversations([test], cache, labels="ignored", limits=limits)
+    sample = test.parent / "sample_submission.csv"
+    known = sample if os.path.lexists(sample) else None
+    check_target(out, rows["id"], known)
+    write_submission(out, rows["id"], average(models, rows, cache, settings, parts), known)
+    shutil.rmtree(parts, ignore_errors=True)  # what is left of them costs space, and no submission
+    console.print(
+        f"written: {out}, {len(rows):,} rows from {len(models)} fold{'s' if len(models) > 1 else ''}; "
+        f"{int((~judgeable_rows(rows)).sum()):,} rows have nothing to judge and got the training prior"
+    )
+    if known is None:
+        console.print(f"there is no {sample} to check it against: columns and ids were checked against the test file")
