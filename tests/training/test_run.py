@@ -188,9 +188,9 @@ def test_a_base_that_mixes_rows_is_refused_before_anything_is_prepared(gemma2: P
     base = Path(shutil.copytree(gemma2, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64, "rope_parameters": rope}))
-    with pytest.raises(ValueError, match=r"depend on the rows beside it.*: set prompt\.max_length=64"):
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 127, "rope_parameters": rope}))
+    with pytest.raises(ValueError, match=r"depend on the rows beside it.*: set prompt\.max_length=127"):
         run_fold(tiny_recipe(tmp_path, base, SHORT), 0, tmp_path / "runs")
     assert not list((tmp_path / "cache").glob("*"))
-    run_fold(tiny_recipe(tmp_path, base, SHORT, "prompt.max_length=64"), 0, tmp_path / "runs")
+    run_fold(tiny_recipe(tmp_path, base, SHORT, "prompt.max_length=127"), 0, tmp_path / "runs")
     assert list((tmp_path / "cache").glob("exact-*.json"))
