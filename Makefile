@@ -27,7 +27,7 @@ $(error $(foreach name,$(UNREAD),$(call hint,$(name))) the variables are $(KNOWN
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train infer inspect notebook bench gpu test torture check format demo-base clean
+.PHONY: help setup train infer inspect notebook bench gpu test versions torture check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,15 @@ gpu: .venv/ready  ## tests, benchmark and techniques on a GPU, 9 minutes a call:
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest
+
+versions:  ## run the tests with the oldest and the newest versions that pyproject.toml allows (gigabytes, an hour)
+	set -e; for set in oldest newest; do \
+	  $(PYTHON) -m venv build/$$set; \
+	  build/$$set/bin/pip install --quiet --upgrade $$(test $$set = newest || echo --constraint constraints-oldest.txt) \
+	    --config-settings editable_mode=compat --editable '.[dev]'; \
+	  build/$$set/bin/pip freeze --exclude-editable > build/$$set.txt; \
+	  build/$$set/bin/python -m pytest; \
+	done
 
 torture: .venv/dev  ## kill, signal, damage and fill the disk of real runs, write docs/torture.* (4 minutes)
 	$(BIN)/python -m tests.torture $(ARGS)
