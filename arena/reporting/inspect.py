@@ -97,9 +97,8 @@ def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: i
 
 def picture_endings() -> list[str]:
     """The endings of files that `draw_attention` can write, such as `.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    return [f".{ending}" for ending in sorted(FigureCanvasAgg.get_supported_filetypes())]
+    figure, _ = new_figure()
+    return [f".{ending}" for ending in sorted(figure.canvas.get_supported_filetypes())]
 
 
 def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:

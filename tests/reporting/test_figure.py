@@ -29,3 +29,11 @@ def test_a_figure_is_drawn_whatever_backend_is_named(tmp_path: Path, backend: st
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     if backend != "nonsense":  # what this process draws besides goes where it was to go
         assert shown.split() == [backend, backend]
+
+
+def test_nothing_else_imports_matplotlib() -> None:
+    package = Path(__file__).parents[2] / "arena"
+    importing = [path.name for path in package.rglob("*.py") if "import matplotlib" in path.read_text(encoding="utf-8")]
+    assert importing == ["figure.py"] and not any(
+        "from matplotlib" in each.read_text() for each in package.rglob("*.py")
+    )
