@@ -13,6 +13,7 @@ Exponentials are powers of two, which cost less than half of those of e.
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -68,9 +69,17 @@ def _segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[Segment]:
 def _product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
     """The dtype of the matrix products."""
     dtype = torch.promote_types(q.dtype, torch.promote_types(k.dtype, v.dtype))
-    if dtype == torch.bfloat16 and (q.device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16")):
+    if dtype == torch.bfloat16 and (q.device.type != "cpu" or _bfloat16_instructions()):
         return dtype
     return dtype if dtype == torch.float64 else torch.float32
+
+
+@cache
+def _bfloat16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16; torch tells all of a CPU's capabilities from 2.10 on."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _rows(states: Tensor, kv_heads: int) -> Tensor:

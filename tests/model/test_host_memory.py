@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import Gemma2Config
 
 from arena.model.create import create_base
@@ -84,7 +86,9 @@ def test_a_base_is_held_once_and_in_four_bits(gemma2: Path, tmp_path: Path, laye
     """
     whole = stored(tmp_path, layers)
     largest = 4096 * 1024
-    ours, controls = ("load bfloat16 nf4", "create bfloat16 nf4"), ("create bfloat16 none", "load float32 none")
+    ours, controls = ["load bfloat16 nf4"], ["create bfloat16 none", "load float32 none"]
+    if Version(transformers.__version__) >= Version("5.8"):  # before, its loader draws all weights, then quantises them
+        ours.append("create bfloat16 nf4")
     found = watched(gemma2, tmp_path, *ours, *controls)
     for way in ours:
         peak, finished = found[way]
