@@ -58,7 +58,7 @@ class Judge:
         check_trained_on(folder, self.recipe.model)
         own = {"base": str(folder), "revision": None} if is_whole(folder) else {}
         config = base_config(self.recipe.model.model_copy(update=own))
-        check_exact(config, self.recipe.model, self.recipe.prompt.max_length, Path(self.recipe.data.cache))
+        check_exact(config, self.recipe.model, self.recipe.prompt.max_length, trained=True)
         self._base = card["base"]
         self.prior = np.asarray(card["prior"])
         self.tokenizer = load_tokenizer(str(folder))

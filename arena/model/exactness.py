@@ -9,12 +9,14 @@ run with random weights: packed, with shared beginnings, alone, and one row at a
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
+from functools import cache as cached
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from arena import __version__
-from arena.config import ModelSettings
+from arena.config import LoraSettings, ModelSettings
 from arena.files import fingerprint, write_json
 from arena.model.attention import NAME
 from arena.model.backbone import HEAD, as_judge, take_over
@@ -43,34 +44,47 @@ from arena.packing.tree import find_prefixes, grow_tree
 TOLERANCE = 1e-5  # of the largest logit, in float32
 CONTROL = 1e-3  # what a boundary or a window in the wrong place must change at least
 
-SIMPLEST = {"dtype": "float32", "quantization": "none", "attention": "reference", "checkpointing": "none"}
+# settings of the small model; adapters add nothing there, so that those of the recipe do not matter
+SIMPLEST: dict[str, Any] = {
+    "dtype": "float32", "quantization": "none", "attention": "reference", "checkpointing": "none",
+    "lora": LoraSettings(),
+}  # fmt: skip
 
 
-def check_exact(config: PretrainedConfig, settings: ModelSettings, max_length: int, cache: Path) -> None:
+def check_exact(
+    config: PretrainedConfig,
+    settings: ModelSettings,
+    max_length: int,
+    *,
+    trained: bool = False,
+    cache: Path | None = None,
+) -> None:
     """Makes sure that a base gives each row of a packed batch the numbers that it gives that row alone.
 
-    Takes a second or two. A base that passes is remembered in `cache` by its config, the settings, and the versions of
-    the packages; a later call reads no more than that.
+    Takes a second or two. A base that passes is remembered, by its config, the settings, and what computes the numbers:
+    this package's code and the versions of transformers and torch. A later call reads no more than that.
 
     Args:
         config: of the base; it is not changed.
         max_length: tokens of the longest row that the base will be given.
+        trained: whether a judge was trained on the base already, so that settings come too late.
+        cache: where bases that passed are remembered; None: in the user's cache.
 
     Raises:
         ValueError: a row's numbers would depend on the rows beside it, or the base cannot be read in packs at all.
     """
     settings = settings.model_copy(update=SIMPLEST)
-    versions = {"arena": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
     longest = longest_row(config, max_length)
-    described = deepcopy(config).to_dict(), settings.model_dump(mode="json", exclude={"base", "revision"}), versions
-    note = cache / f"exact-{fingerprint(*described, longest)}.json"
+    described = config.to_dict(), settings.model_dump(mode="json", exclude={"base", "revision"}), longest
+    versions = transformers.__version__, torch.__version__, _code()
+    note = (cache or _user_cache()) / f"exact-{fingerprint(*described, *versions)}.json"
     if note.is_file():
         return
     if why := why_not_exact(config, settings, longest):
-        advice = _shorter_rows(config, settings, longest)
+        advice = _shorter_rows(config, settings, longest, "train the fold again with" if trained else "set")
         raise ValueError(f"model.base: {settings.base!r} cannot be used on packed batches: {why}{advice}")
     with suppress(OSError):  # it is then tried again the next time
-        write_json(note, {"model_type": config.model_type, "longest_row": longest, **versions})
+        write_json(note, {"model_type": config.model_type, "longest_row": longest, "transformers": versions[0]})
 
 
 def why_not_exact(config: PretrainedConfig, settings: ModelSettings, longest: int) -> str | None:
@@ -88,7 +102,7 @@ def why_not_exact(config: PretrainedConfig, settings: ModelSettings, longest: in
     except Exception as error:  # whatever a modeling file raises that was not written for this
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        return f"a small {config.model_type} could not be run in this way ({kind}{reason})"
+        return f"a small {config.model_type} could not be run on packed batches ({kind}{reason})"
 
 
 def longest_row(config: PretrainedConfig, max_length: int) -> int:
@@ -106,12 +120,12 @@ def _limits(config: PretrainedConfig) -> tuple[float, float]:
     return min(map(int, found), default=math.inf), most if isinstance(most, int) else math.inf
 
 
-def _shorter_rows(config: PretrainedConfig, settings: ModelSettings, longest: int) -> str:
-    """What to set where a base is exact for shorter rows."""
+def _shorter_rows(config: PretrainedConfig, settings: ModelSettings, longest: int, remedy: str) -> str:
+    """What to do where a base is exact for shorter rows."""
     original, most = _limits(config)
     for limit, rows in ((most, LONGEST), (original, ORIGINAL)):
         if rows < longest and limit < math.inf and why_not_exact(config, settings, rows) is None:
-            return f". Rows of at most {limit} tokens are exact: set prompt.max_length={limit}"
+            return f". Rows of at most {limit} tokens are exact: {remedy} prompt.max_length={limit}"
     return ""
 
 
@@ -141,9 +155,10 @@ def _compare(small: PretrainedConfig, settings: ModelSettings, longest: int) -> 
     alone = _apart(torch.cat([ours(collate([{"input_ids": row}])) for row in rows]), expected)
     if not alone <= TOLERANCE:
         return f"packed attention differs from its own for a single row too (relative difference {alone:.1g})"
-    together = max(_apart(ours(packed), expected), _apart(ours(shared), expected[order]))
-    if not together <= TOLERANCE:
-        return f"a row's numbers depend on the rows beside it (relative difference {together:.1g})"
+    for batch, right in ((packed, expected), (shared, expected[order])):
+        together = _apart(ours(batch), right)
+        if not together <= TOLERANCE:
+            return f"a row's numbers depend on the rows beside it (relative difference {together:.1g})"
     # what must be seen: two rows taken for one, a window that is a token too wide
     if not _apart(ours(_in_pairs(packed)), expected[1::2]) > CONTROL:
         return "two rows taken for one give the same numbers, so the comparison shows nothing"
@@ -203,6 +218,19 @@ def _in_pairs(batch: PackedBatch) -> PackedBatch:
     return replace(
         batch, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seq_len=longest, max_segment_len=longest, segment=segment
     )
+
+
+def _user_cache() -> Path:
+    """Where this user's programs keep what they can compute again; a folder for this package."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "arena"
+
+
+@cached
+def _code() -> str:
+    """Fingerprint of the modules that lay out and compute batches."""
+    package = Path(__file__).parents[1]
+    modules = sorted([*(package / "model").glob("*.py"), *(package / "packing").glob("*.py")])
+    return fingerprint(*(path.read_bytes() for path in modules))
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

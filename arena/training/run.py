@@ -81,7 +81,7 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
     check_length(config, recipe.prompt.max_length, recipe.model.base)
     asked, recipe = recipe, fit(recipe, config, card_of(accelerator.device))
     with accelerator.main_process_first():  # the other ranks find the rows prepared
-        check_exact(config, recipe.model, recipe.prompt.max_length, Path(recipe.data.cache))
+        check_exact(config, recipe.model, recipe.prompt.max_length)
         data = prepare_fold(recipe, fold, tokenizer)
         prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     check_ids(config, data.store, tokenizer, recipe.model.base)

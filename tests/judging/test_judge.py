@@ -100,7 +100,9 @@ def test_a_judge_whose_rows_would_not_be_their_own_is_refused(base: Path, tmp_pa
         if length == 64:
             Judge(model)
             continue
-        with pytest.raises(ValueError, match=r"depend on the rows beside it.*: set prompt\.max_length=64"):
+        with pytest.raises(
+            ValueError, match=r"depend on the rows beside it.*: train the fold again with prompt\.max_length=64"
+        ):
             Judge(model)
 
 

@@ -35,11 +35,12 @@ TEXT = """# Bases
 
 Which kinds of bases can be used on packed batches, by what a small model of each kind does
 (`python -m tests.model.every_base` writes this page; transformers {version}). Each is run in float32 with random
-weights, in its default configuration, with rows of up to {max_length} tokens as the limit: packed, with shared
-beginnings, alone, and one row at a time through plain transformers. A kind is *exact* if all logits agree to 1e-5 of
+weights, in transformers' default configuration of the kind (with what that leaves open filled in as published models
+do), as if `prompt.max_length` were {max_length}: packed, with shared beginnings, alone, and one row at a time through
+plain transformers. A kind is *exact* if all logits agree to 1e-5 of
 the largest, and if two rows taken for one, or a window a token too wide, do not. The same check runs before a base is
-trained or judged with, on its own configuration and for the recipe's `prompt.max_length`, so a kind that is not listed
-here is not used unseen, and a base that differs from its kind's default is judged by what it is.
+used, on its own configuration and for the recipe's `prompt.max_length`: a kind that is not listed here is checked too,
+and a base that differs from its kind's defaults is checked as it is.
 
 Exact, {n_exact} of {n}: {exact}.
 

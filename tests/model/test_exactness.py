@@ -63,9 +63,9 @@ def test_a_rotary_embedding_of_the_longest_row_is_refused_where_rows_reach_so_fa
 ) -> None:
     config = stretched(kind, **more)
     with pytest.raises(ValueError, match="depend on the rows beside it") as refused:
-        check_exact(config, DEMO, 1025, tmp_path)
+        check_exact(config, DEMO, 1025, cache=tmp_path)
     assert str(refused.value).endswith("Rows of at most 1024 tokens are exact: set prompt.max_length=1024")
-    check_exact(config, DEMO, 1024, tmp_path)  # what the message says
+    check_exact(config, DEMO, 1024, cache=tmp_path)  # what the message says
 
 
 def test_also_where_both_factors_come_with_other_widths() -> None:
@@ -129,15 +129,32 @@ def test_wrong_attention_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     assert "for a single row too" in str(why_not_exact(config, SETTINGS, LONGEST))
 
 
-def test_a_comparison_that_cannot_fail_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exactness, "_apart", lambda *_: 0.0)
-    assert "shows nothing" in str(why_not_exact(base_config(DEMO), SETTINGS, LONGEST))
+@pytest.mark.parametrize("value", [1e-3, float("nan")])
+@pytest.mark.parametrize(("call", "reason"), [(0, "single row"), (1, "rows beside"), (2, "rows beside")])
+def test_each_comparison_counts(call: int, reason: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, packed, with shared beginnings: a difference in one of them is enough."""
+    found = iter([*[0.0] * call, value])
+    monkeypatch.setattr(exactness, "_apart", lambda *_: next(found))
+    assert reason in str(why_not_exact(base_config(DEMO), SETTINGS, LONGEST))
+
+
+@pytest.mark.parametrize(("call", "reason"), [(3, "two rows taken for one"), (4, "a wider window")])
+def test_a_comparison_that_cannot_fail_proves_nothing(call: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([0.0, 0.0, 0.0, *[1.0] * (call - 3), 1e-3])
+    monkeypatch.setattr(exactness, "_apart", lambda *_: next(found))
+    why = str(why_not_exact(base_config(DEMO), SETTINGS, LONGEST))
+    assert reason in why and "shows nothing" in why
+
+
+def test_targets_of_lora_are_no_matter_of_the_base(tmp_path: Path) -> None:
+    lora = DEMO.lora.model_copy(update={"targets": ("layers.20.self_attn.q_proj",)})
+    check_exact(ARCHITECTURES["google/gemma-2-9b"], DEMO.model_copy(update={"lora": lora}), 1024, cache=tmp_path)
 
 
 def test_it_is_remembered_and_costs_nothing_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ARCHITECTURES["google/gemma-2-9b"]
     began = time.process_time()
-    check_exact(config, DEMO, 4096, tmp_path)
+    check_exact(config, DEMO, 4096, cache=tmp_path)
     assert time.process_time() - began < 3
     calls: list[PretrainedConfig] = []
 
@@ -147,32 +164,38 @@ def test_it_is_remembered_and_costs_nothing_then(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(exactness, "why_not_exact", noted)
     began = time.process_time()
-    check_exact(config, DEMO, 4096, tmp_path)
+    check_exact(config, DEMO, 4096, cache=tmp_path)
     assert not calls and time.process_time() - began < 0.1
     for changed in (
-        lambda: check_exact(config, DEMO.model_copy(update={"tune": "head"}), 4096, tmp_path),
-        lambda: check_exact(config, DEMO, 9000, tmp_path),
-        lambda: check_exact(ARCHITECTURES["google/gemma-2-2b"], DEMO, 4096, tmp_path),
-        lambda: check_exact(ARCHITECTURES["google/gemma-2-2b"], DEMO, 4096, tmp_path),  # a refusal is not remembered
+        lambda: check_exact(config, DEMO.model_copy(update={"tune": "head"}), 4096, cache=tmp_path),
+        lambda: check_exact(config, DEMO, 9000, cache=tmp_path),
+        lambda: check_exact(ARCHITECTURES["google/gemma-2-2b"], DEMO, 4096, cache=tmp_path),
+        lambda: check_exact(
+            ARCHITECTURES["google/gemma-2-2b"], DEMO, 4096, cache=tmp_path
+        ),  # a refusal is not remembered
     ):
         calls.clear()
         with pytest.raises(ValueError, match="for some reason"):
             changed()
         assert calls
-    monkeypatch.setattr(exactness.transformers, "__version__", "another")
-    with pytest.raises(ValueError, match="for some reason"):
-        check_exact(config, DEMO, 4096, tmp_path)
+    for where, name, value in (
+        (exactness.transformers, "__version__", "another"),
+        (exactness, "_code", lambda: "other"),
+    ):
+        with monkeypatch.context() as changed_here, pytest.raises(ValueError, match="for some reason"):
+            changed_here.setattr(where, name, value)
+            check_exact(config, DEMO, 4096, cache=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_costs_no_judge(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    check_exact(base_config(DEMO), DEMO, 1024, tmp_path / "file" / "cache")
+    check_exact(base_config(DEMO), DEMO, 1024, cache=tmp_path / "file" / "cache")
 
 
 def test_the_run_s_random_numbers_and_threads_stay_as_they_were(tmp_path: Path) -> None:
     torch.manual_seed(1)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    check_exact(base_config(DEMO), DEMO, 1024, tmp_path)
+    check_exact(base_config(DEMO), DEMO, 1024, cache=tmp_path)
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
 
 

@@ -193,4 +193,3 @@ def test_a_base_that_mixes_rows_is_refused_before_anything_is_prepared(gemma2: P
         run_fold(tiny_recipe(tmp_path, base, SHORT), 0, tmp_path / "runs")
     assert not list((tmp_path / "cache").glob("*"))
     run_fold(tiny_recipe(tmp_path, base, SHORT, "prompt.max_length=127"), 0, tmp_path / "runs")
-    assert list((tmp_path / "cache").glob("exact-*.json"))
