@@ -60,7 +60,8 @@ test: .venv/dev  ## run the tests
 versions:  ## run the tests with the oldest and the newest versions that pyproject.toml allows (gigabytes, an hour)
 	set -e; for set in oldest newest; do \
 	  $(PYTHON) -m venv build/$$set; \
-	  build/$$set/bin/pip install --quiet --upgrade $$(test $$set = newest || echo --constraint constraints-oldest.txt) \
+	  build/$$set/bin/pip install --quiet --upgrade --upgrade-strategy eager \
+	    $$(test $$set = newest || echo --constraint constraints-oldest.txt) \
 	    --config-settings editable_mode=compat --editable '.[dev]'; \
 	  build/$$set/bin/pip freeze --exclude-editable > build/$$set.txt; \
 	  build/$$set/bin/python -m pytest; \
@@ -87,7 +88,7 @@ clean:  ## remove what the commands above made, but not .venv and not runs
 
 # torch comes first and by itself: a plain `pip install torch==2.13.0` takes the build that pip is set up for.
 .venv/ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arena needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "arena needs Python 3.11 or newer: name one, as in make setup PYTHON=python3.12")'
 	@echo "setting up .venv with the versions in constraints.txt: a few minutes, torch alone can take gigabytes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch

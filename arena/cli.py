@@ -22,7 +22,13 @@ from arena.files import local_path, require_utf8
 from arena.progress import console, guard_output, optional, printable, quiet
 from arena.stopping import Stopped, ending_at_once
 
-Name = Annotated[str, arg(help=f"A shipped recipe ({', '.join(recipe_names())}) or the path of a YAML file.")]
+Name = Annotated[
+    str,
+    arg(
+        metavar="RECIPE",
+        help=f"A shipped recipe ({', '.join(recipe_names())}), a YAML file, or a run whose settings to use.",
+    ),
+]
 Judged = Annotated[
     str, arg(metavar="RUN", help="A run or its recipe, by name or path; or the folder of one fold or judge (model).")
 ]
@@ -34,7 +40,7 @@ Overrides = Positional[
     Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings to change, such as train.batch_size=32.")]
 ]
 
-INFER_SETTINGS = ("judge.", "packing.", "model.base=", "model.dtype=", "model.attention=", "data.cache=", "data.max_")
+INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.attention", "data.cache", "data.max_")
 
 
 @dataclass
@@ -61,10 +67,10 @@ class Train:
         try:
             metrics = run_fold(recipe, self.fold, self.runs, fresh=self.fresh)
         except Stopped:
-            console.print(f"everything is saved in {folder}: the same command goes on from there")
+            console.print(f"everything is saved in {folder}: the same command resumes from there")
             raise
         if is_main():
-            with optional("showing the result", f"it stands in {folder / 'metrics.json'}"):
+            with optional("showing the result", f"see {folder / 'metrics.json'}"):
                 print_report(metrics)
             with optional("drawing report.png", "the same command draws it"):
                 draw_report(folder)
@@ -137,7 +143,7 @@ class Export:
 
         if local_path(self.out, "--out").exists():
             raise ValueError(f"{self.out} exists: name a new folder")
-        settings = _settings_of(self.overrides, ("model.base=",))
+        settings = _settings_of(self.overrides, ("model.base",))
         model = find_model(self.recipe, self.runs, self.overrides, self.fold)
         export_judge(model, self.out, self.dtype, settings)
         console.print(
@@ -245,13 +251,18 @@ def main() -> None:
 
 
 def _settings_of(overrides: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
-    """The settings that change a judge. `name=` says which run is meant; any other would be ignored, and is refused."""
-    odd = [each for each in overrides if not each.startswith((*known, "name="))]
+    """The settings that change a judge, without `name=`, which says whose; any other would be ignored, and is refused.
+
+    Args:
+        known: keys, and beginnings of keys that end in a dot or an underscore.
+    """
+    keys = [each.partition("=")[0].strip() for each in overrides]
+    groups = tuple(each for each in known if each.endswith((".", "_")))
+    odd = [key for key in keys if key not in (*known, "name") and not key.startswith(groups or (" ",))]
     if odd:
-        raise ValueError(
-            f"{odd[0]} does not apply to a trained judge: only {', '.join(known)} and name= can be set here"
-        )
-    return [each for each in overrides if not each.startswith("name=")]
+        names = ", ".join(f"{each}*" if each in groups else each for each in known)
+        raise ValueError(f"{odd[0]} does not apply to a trained judge: only {names} can be set here")
+    return [each for each, key in zip(overrides, keys, strict=True) if key != "name"]
 
 
 def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...]) -> Recipe:

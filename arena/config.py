@@ -154,20 +154,14 @@ class TrainSettings(Settings):
     keep_last: int = Field(2, ge=1, description="checkpoints kept, the latest")
     keep_best: int = Field(1, ge=1, description="checkpoints kept besides, those with the least held-out log-loss")
     resume: str = Field(
-        "auto", description="go on from: auto, the latest checkpoint; best; the path of one; or never, train anew"
+        "auto", description="resume from: auto, the latest checkpoint; best; the path of one; or never, train anew"
     )
-
-    @field_validator("resume")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        if value not in ("auto", "best", "never") and not Path(value).is_dir():
-            raise ValueError(f"{value!r}: write auto, best, never, or the path of a checkpoint, a folder that is there")
-        return value
-
     max_seconds: float | None = Field(
         None, gt=0, description="save and end after so many seconds; the same command resumes"
     )
-    mirror: str | None = Field(None, description="keep checkpoints also at this URL that fsspec knows, or folder")
+    mirror: str | None = Field(
+        None, description="also store checkpoints in this folder, or at this URL that fsspec can write to"
+    )
     track: Literal["none", "trackio", "wandb", "tensorboard"] = Field(
         "none", description="experiment tracker that steps and evaluations are also sent to"
     )

@@ -72,7 +72,7 @@ def stopping(seconds: float | None = None) -> Iterator[Stop]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if SIGHUP in before:
             signal.signal(SIGHUP, signal.SIG_IGN)
-        console.print(f"{stop.signal.name}: ending at the next micro-batch; a second one ends at once")
+        console.print(f"{stop.signal.name}: stopping after this micro-batch; SIGTERM or Ctrl-C now ends it at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop

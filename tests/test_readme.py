@@ -19,9 +19,10 @@ from arena.config import load_recipe
 from arena.data.synthetic import ensure_demo
 from arena.judging.export import export_judge
 from arena.judging.judge import save_judge
-from arena.model.backbone import load_base, load_tokenizer
+from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
-from arena.model.tuning import adapt
+from arena.packing.batch import collate
+from tests.helpers import classifier
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,15 +56,20 @@ def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_judge_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed there is what the judge says of the same prompt."""
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("demo", ["model.quantization=none"])
-    model, tokenizer = adapt(load_base(recipe.model), recipe.model), load_tokenizer(recipe.model.base)
-    save_judge(
-        tmp_path / "trained", model, tokenizer, recipe, np.full(3, 1 / 3), "rows", base_digest(recipe.model.base)
-    )
-    export_judge(tmp_path / "trained", tmp_path / "judge")
-    exec(compile(BLOCKS["A judge elsewhere"], "README.md", "exec"), {})
-    assert "tensor([[0.3333, 0.3333, 0.3333]]" in capsys.readouterr().out  # its head is fresh
+    judge, tokenizer = classifier(recipe.model), load_tokenizer(recipe.model.base)
+    digest = base_digest(recipe.model.base)
+    save_judge(tmp_path / "trained", judge.model, tokenizer, recipe, np.full(3, 1 / 3), "rows", digest)
+    export_judge(tmp_path / "trained", tmp_path / "judge", dtype="float32")
+    names: dict[str, Any] = {}
+    exec(compile(BLOCKS["A judge elsewhere"], "README.md", "exec"), names)
+    with torch.no_grad():
+        expected = judge.eval()(collate([{"input_ids": names["example"].input_ids}])).softmax(-1)
+    shown = re.findall(r"[0-9.]{4,}", capsys.readouterr().out.splitlines()[-1])
+    torch.testing.assert_close(torch.tensor([[float(each) for each in shown]]), expected, atol=1e-4, rtol=0)
+    assert float(expected.max() - expected.min()) > 0.05  # a prompt or a head of its own shows
 
 
 @pytest.mark.parametrize("line", commands())

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
+from arena.arguments import settings_first
 from arena.benchmark.machine import versions
 from arena.benchmark.parts import Result
 from arena.benchmark.report import markdown_table
 from arena.benchmark.techniques import SWEEP, SWEEP_SHARE, run_techniques
 from arena.config import Recipe, load_recipe
 from arena.files import local_path, write_json, write_text
-from arena.progress import console
+from arena.progress import console, guard_output
 
 HEADER = ["technique", "trainable", "lr", "head lr", "seconds", "tokens/s", "peak GiB", "log-loss", "over the floor"]
 
@@ -135,4 +136,5 @@ def _steps(rows: list[Result]) -> int:
 
 
 if __name__ == "__main__":
-    tyro.cli(Techniques).run()
+    guard_output()
+    tyro.cli(Techniques, args=settings_first(Techniques, sys.argv[1:])).run()

@@ -40,7 +40,7 @@ def average(
     """Mean probabilities over the models, float64 (len(rows), 3), in the order of the rows; see `Judge`.
 
     Args:
-        parts: a folder in which the logits of each model are kept as they come, and from which the same call goes on.
+        parts: a folder in which the logits of each model are saved as they come, and from which the same call resumes.
     """
     total = np.zeros((len(rows), 3))
     for model in models:

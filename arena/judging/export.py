@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from arena.config import ModelSettings, Recipe, change
 from arena.files import write_json, written_whole
 from arena.judging.find import CARD
-from arena.judging.judge import check_trained_on, read_card
+from arena.judging.judge import check_same_base, read_card
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import HEAD_FILE, is_whole, load_trained, with_adapter, with_head
 
@@ -19,9 +19,9 @@ from arena.model.tuning import HEAD_FILE, is_whole, load_trained, with_adapter, 
 def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: Sequence[str] = ()) -> None:
     """Writes a judge so that `AutoModelForSequenceClassification.from_pretrained(folder)` gives its logits.
 
-    An adapter or head trained over quantised weights is put to those, dequantised, in float32, and the sum is rounded
-    to `dtype` once. Merging into 4-bit weights would lose the adapter in their rounding. 8-bit layers also round their
-    inputs, which a plain model does not, so its logits differ from such a judge's by that rounding.
+    An adapter or head trained over quantised weights is added to the dequantised weights, in float32, and the sum is
+    rounded to `dtype` once. Merging into 4-bit weights would lose the adapter in their rounding. 8-bit layers also
+    round their inputs, which a plain model does not, so its logits differ from such a judge's by that rounding.
 
     Args:
         judge: a `model` folder of a run.
@@ -33,7 +33,7 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
     """
     card = read_card(judge)
     settings = change(Recipe.model_validate(card["recipe"]), overrides).model
-    check_trained_on(judge, settings)
+    check_same_base(judge, settings)
     model = merge(judge, settings).to(getattr(torch, dtype))
     model.config._attn_implementation = "eager"  # ours is registered only where this package is imported
     del model.config.arena_backend

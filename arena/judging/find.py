@@ -29,8 +29,9 @@ def find_models(name: str, runs: Path, overrides: Sequence[str] = (), fold: int 
         ValueError: nothing of that name, nothing finished there, or what contradicts itself; says what to do.
     """
     runs = local_path(runs, "--runs")
-    renamed = [each for each in overrides if each.startswith("name=")]
-    place = _named_folder(name) or _run_of(name, runs, renamed)
+    renamed = [each for each in overrides if each.partition("=")[0].strip() == "name"]
+    folder = None if name in recipe_names() else _named_folder(name)  # a folder of a recipe's name is called ./name
+    place = folder or _run_of(name, runs, renamed)
     if renamed and not _is_recipe(name):
         raise ValueError(f"{name} is a judge or a run, and {renamed[-1]} names another one: leave one of them out")
     if (place / CARD).is_file():
@@ -138,9 +139,9 @@ def _how_to_finish(fold: Path) -> str:
     recipe, run = fold / "recipe.yaml", fold.resolve().parent
     number = re.fullmatch(r"fold(\d+)", fold.resolve().name)
     if not recipe.is_file():
-        return "it has no recipe.yaml to resume it with, so name another"
+        return "it has no recipe.yaml, so it cannot be resumed: name another fold"
     if number is None or load_recipe(str(recipe)).name != run.name:  # such as `earlier/fold0-...`
-        return "it was moved, and is resumed only where it stood; move it back, or name another"
+        return "it was moved, and can only be resumed in its original place: move it back, or name another fold"
     runs = _runs(fold.parent.parent if fold.parent.name == run.name else run.parent)
     return f"resume it with `{command('arena', 'train', '--fold', number[1], '--recipe', str(recipe), *runs)}`"
 

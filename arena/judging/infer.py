@@ -19,7 +19,7 @@ from arena.progress import console
 from arena.stopping import Stopped
 
 
-def infer(models: list[Path], data: str | None, out: Path, settings: Sequence[str] = ()) -> None:
+def infer(models: list[Path], data: str | None, out: Path, overrides: Sequence[str] = ()) -> None:
     """Writes the judges' mean probabilities of a test file's rows to `out`.
 
     Args:
@@ -27,7 +27,7 @@ def infer(models: list[Path], data: str | None, out: Path, settings: Sequence[st
         data: a folder with a test file, or the file; None: the folder that the first judge was trained on.
         out: the submission to write. While it is being made, logits are saved in `OUT.parts`, from which the same call
             resumes.
-        settings: overrides of the judges' recipes.
+        overrides: settings to change, as in `Judge`.
 
     Raises:
         ValueError: judges that do not belong together, a test file that cannot be used, or another process at `out`.
@@ -37,15 +37,15 @@ def infer(models: list[Path], data: str | None, out: Path, settings: Sequence[st
     parts = out.with_name(f"{out.name}.parts")
     try:
         with locked(out):
-            _infer(models, data, out, settings, parts)
+            _infer(models, data, out, overrides, parts)
     except (Stopped, SystemExit):
         if parts.is_dir():
             console.print(f"what was judged is saved in {parts}: the same command resumes from it")
         raise
 
 
-def _infer(models: list[Path], data: str | None, out: Path, settings: Sequence[str], parts: Path) -> None:
-    trained = change(Recipe.model_validate(read_card(models[0])["recipe"]), settings).data
+def _infer(models: list[Path], data: str | None, out: Path, overrides: Sequence[str], parts: Path) -> None:
+    trained = change(Recipe.model_validate(read_card(models[0])["recipe"]), overrides).data
     cache = Path(trained.cache)
     if data is None and Path(trained.path).is_file():
         raise ValueError(f"the judge was trained on the file {trained.path}: name the test file with DATA= or --data")
@@ -55,7 +55,7 @@ def _infer(models: list[Path], data: str | None, out: Path, settings: Sequence[s
     sample = test.parent / "sample_submission.csv"
     known = sample if os.path.lexists(sample) else None
     check_target(out, rows["id"], known)
-    write_submission(out, rows["id"], average(models, rows, cache, settings, parts), known)
+    write_submission(out, rows["id"], average(models, rows, cache, overrides, parts), known)
     shutil.rmtree(parts, ignore_errors=True)  # what is left of them costs space, and no submission
     console.print(
         f"written: {out}, {len(rows):,} rows from {len(models)} fold{'s' if len(models) > 1 else ''}; "

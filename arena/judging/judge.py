@@ -55,7 +55,7 @@ class Judge:
         self.folder = folder
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.recipe = with_dtype(change(Recipe.model_validate(card["recipe"]), overrides), card_of(self.device))
-        check_trained_on(folder, self.recipe.model)
+        check_same_base(folder, self.recipe.model)
         own = {"base": str(folder), "revision": None} if is_whole(folder) else {}
         config = base_config(self.recipe.model.model_copy(update=own))
         check_exact(config, self.recipe.model, self.recipe.prompt.max_length, trained=True)
@@ -70,9 +70,9 @@ class Judge:
 
         Args:
             cache: where tokens are kept between calls.
-            parts: a folder in which logits are kept as they come: the same call goes on with what is there, to the same
-                probabilities. SIGTERM and SIGINT then end the judging after the micro-batch that it is at. None keeps
-                nothing.
+            parts: a folder in which logits are kept as they come: the same call resumes from them, to the same
+                probabilities. SIGTERM, SIGINT and SIGHUP then end the judging after the micro-batch that it is at.
+                None keeps nothing.
 
         Returns:
             float64 (len(rows), 3) in the order of the rows: A, B, tie. A row with nothing to judge gets the prior, the
@@ -132,7 +132,7 @@ def save_judge(
         write_json(draft / CARD, card)
 
 
-def check_trained_on(folder: Path, settings: ModelSettings) -> None:
+def check_same_base(folder: Path, settings: ModelSettings) -> None:
     """Compares the base that a judge is to be put on with the one that it was trained on, by their content.
 
     A judge of which all weights were trained holds them itself, and needs no base.
@@ -144,8 +144,8 @@ def check_trained_on(folder: Path, settings: ModelSettings) -> None:
         return
     if base_digest(settings.base, settings.revision) != read_card(folder)["base"]:
         raise ValueError(
-            f"{folder} was trained on another base than {settings.base} is now: bring that base back, or say where it "
-            "is with model.base=FOLDER"
+            f"{folder} was not trained on the base that {settings.base} now holds: restore that base, or give its "
+            "place with model.base=FOLDER"
         )
 
 

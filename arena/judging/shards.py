@@ -1,4 +1,4 @@
-"""Logits kept in files as they come, so that a judging that was cut short goes on where it was.
+"""Logits kept in files as they come, so that a judging that was cut short resumes where it was.
 
 A shard is one safetensors file with the logits of some micro-batches that follow one another in a plan. It is written
 whole, and its name tells which micro-batches they are and the SHA-256 of all its bytes. The shards of one judging stand
@@ -115,7 +115,7 @@ class Kept:
                 draft.write_bytes(data)
         except OSError as error:
             reason = error.strerror or str(error)
-            hint = "what was kept before stays; mend that, and the same command goes on"
+            hint = "what was saved before stays; mend that, and the same command resumes"
             raise OSError(error.errno, f"logits could not be kept ({reason}): {hint}", str(self.folder)) from error
 
     def _know(self, first: int, end: int, logits: np.ndarray) -> None:

@@ -56,7 +56,7 @@ class Mirror:
         why = self.store.check(patience)
         if why is not None:
             self.sender.failing = why
-            say(f"mirror: {url} does not answer now ({why}); training goes on, and it is tried again")
+            say(f"mirror: {url} does not answer now ({why}); training continues, and it is tried again")
 
     def push(self, folder: Path, *, best: bool = False, files: Sequence[Path] = ()) -> None:
         """Takes a complete checkpoint (`step-<n>` or `judged-<n>`) to be sent; returns at once.
@@ -196,7 +196,7 @@ class Mirror:
             if found:
                 self._pull_files(run)
         except Exception as error:  # whatever the store raises
-            self.say(f"mirror: {self.store.url} cannot be read ({said(error)}); this run goes on with what is here")
+            self.say(f"mirror: {self.store.url} cannot be read ({said(error)}); this run continues with what is here")
         return list(found)
 
     def _first(self, numbers: Sequence[int], run: Path) -> list[Path]:

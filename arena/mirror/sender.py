@@ -170,4 +170,4 @@ class Sender:
                 self.waiting[job.name] = job
             self.changed.notify_all()
         if not known:
-            self.say(f"mirror: {self.label} fails ({why}); it is tried again, and training goes on meanwhile")
+            self.say(f"mirror: {self.label} fails ({why}); it is tried again while training continues")

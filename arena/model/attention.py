@@ -71,7 +71,7 @@ def varlen_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: int | None) -> None:
     if k.shape[:2] == v.shape[:2] and k.shape[-1] != v.shape[-1]:
-        raise ValueError(f"keys of {k.shape[-1]} numbers a head and values of {v.shape[-1]}: both must be as wide")
+        raise ValueError(f"keys have {k.shape[-1]} numbers per head, values {v.shape[-1]}: they must be equal")
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
     if len(cu_seqlens_q) != len(cu_seqlens_k):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def variants_allowed(of_a_function: int, in_all: int) -> AbstractContextManager[Any]:
-    """While it lasts the compiler may keep so many variants of a function.
+    """Within the block torch.compile may keep this many variants of a function.
 
     Where torch has no such settings its own limits hold. With `fullgraph=True`, which all of our compiled functions
     have, going beyond them is an error, never a slow run.

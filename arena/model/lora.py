@@ -26,13 +26,14 @@ def fuse_lora(model: nn.Module) -> None:
     """Makes a model's LoRA layers compute this way, where they are plain LoRA over a 4-bit or unquantised layer.
 
     peft still computes the rest: DoRA and other variants, layers with dropout, 8-bit layers, merged or switched-off
-    adapters, several adapters at once; and everything, with a note, where this version of peft is not as known here.
+    adapters, several adapters at once; and everything, with a note, where this version of peft computes another way.
     """
     if not any(isinstance(module, LoraLayer) for module in model.modules()):
         return
     if not peft_is_known():
         console.print(
-            f"LoRA layers run as peft {peft.__version__} computes them, which is slower: it is not as known here"
+            f"peft {peft.__version__} computes LoRA differently from what this package expects, so its own, slower "
+            "layers are used"
         )
         return
     for module in model.modules():

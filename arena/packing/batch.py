@@ -174,7 +174,7 @@ def lay_out(
     tokenizer: Any = None,
     tree: Tree | None = None,
 ) -> PackedBatch:
-    """`collate` for columns.
+    """Like `collate`, for examples that were read into columns.
 
     Args:
         ids: token ids of n examples.

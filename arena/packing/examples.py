@@ -46,7 +46,7 @@ def read_examples(examples: Sequence[Item]) -> Columns:
     ids = [_token_ids(example, at) for at, example in enumerate(examples)]
     if (flat := np.concatenate(ids)).min() < 0 or flat.max() > np.iinfo(np.int32).max:
         at, worst = next((at, each) for at, each in enumerate(ids) if each.min() < 0 or each.max() >= 2**31)
-        raise ValueError(f"example {at}, input_ids: {worst.min()} to {worst.max()} are no token ids")
+        raise ValueError(f"example {at}, input_ids: {worst.min()} to {worst.max()} are not token ids")
     index = np.array([_index(example.get("index", at), at) for at, example in enumerate(examples)], dtype=np.int64)
     return [each.astype(np.int32, copy=False) for each in ids], _labels(examples), index
 

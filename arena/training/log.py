@@ -1,4 +1,4 @@
-"""`log.jsonl`: one line a step and one an evaluation, cut back to the checkpoint from which a run goes on."""
+"""`log.jsonl`: one line a step and one an evaluation, cut back to the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ PATIENT, HURRIED = 600.0, 15.0  # seconds that a run waits for its mirror at its
 
 
 def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Trains fold `fold` into `runs/<recipe>/fold<k>` and gives its metrics; an interrupted run is gone on with.
+    """Trains fold `fold` into `runs/<recipe>/fold<k>` and gives its metrics; an interrupted run is resumed.
 
     A finished run of the same recipe and data is not trained again; one of others is set aside first.
 
@@ -59,15 +59,18 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     Raises:
         ValueError: settings or files that cannot be used, an interrupted run of another recipe, or another process at
             work in the folder.
-        Stopped: a signal or `train.max_seconds` ended it; everything is saved, and the same call goes on.
+        Stopped: a signal or `train.max_seconds` ended it; everything is saved, and the same call resumes.
     """
     folder = run_place(runs, f"{recipe.name}/fold{fold}")
+    resume = recipe.train.resume
+    if resume not in ("auto", "best", "never") and not Path(resume).is_dir():
+        raise ValueError(f"train.resume={resume}: write auto, best, never, or the path of a checkpoint, a folder")
     accelerator = start(recipe.seed, recipe.train.track, str(folder))
     console.quiet = not accelerator.is_main_process
     with locked(folder) if accelerator.is_main_process else nullcontext():
         for place in (folder, folder / "checkpoints") if accelerator.is_main_process else ():
             remove_scratch(place)
-        return _run(recipe, fold, folder, accelerator, fresh or recipe.train.resume == "never")
+        return _run(recipe, fold, folder, accelerator, fresh or resume == "never")
 
 
 def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
@@ -96,11 +99,13 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         tracking(accelerator),
     ):
         trainer = Trainer(recipe, data, model, folder, accelerator, stop, mirror)
+        # where this call resumed is nothing to a judge, or to another fold that is trained with the same recipe
+        saved = recipe.model_copy(update={"train": recipe.train.model_copy(update={"resume": "auto"})})
         # only now: what cannot be trained must not take the place of what was
         if recipe.train.track != "tensorboard":
             start_tracking(accelerator, recipe, fold)
         if main:
-            claim(folder, run, recipe, fresh=fresh)
+            claim(folder, run, saved, fresh=fresh)
         if recipe.train.track == "tensorboard":  # whose files go into the folder
             start_tracking(accelerator, recipe, fold)
         if mirror is not None and not fresh:
@@ -116,7 +121,7 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
             accelerator.state.destroy_process_group()
         metrics = {"recipe": recipe.name, "fold": fold}
         if main:
-            save_judge(folder / "model", model, tokenizer, recipe, data.prior, data.trained_on, run["base"])
+            save_judge(folder / "model", model, tokenizer, saved, data.prior, data.trained_on, run["base"])
             write_oof(folder / "oof.csv", data, probabilities)
             metrics |= {**_effort(data, trainer), **_scores(data, probabilities), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
@@ -224,7 +229,7 @@ def _references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
     with optional("fitting the plain baseline"):
         found["baseline_log_loss"] = log_loss(labels, baseline_probabilities(data, recipe.seed))
     path = Path(recipe.data.path) / "truth.csv"
-    with optional(f"reading {path}, so that the best possible log-loss is not known,"):
+    with optional(f"reading {path}", "the report does not show the best possible log-loss"):
         truth = _truth(path, data.rows.select(data.eval_rows)["id"][:])
         if truth is not None:
             found |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are whole, which is best, which one to go on from, which may go."""
+"""The checkpoints of a run: which are whole, which is best, which one to resume from, which may go."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Shelf:
             self.losses.pop(number, None)
 
     def choose(self, mode: str) -> Path | None:
-        """The checkpoint to go on from; damaged ones are named and passed over.
+        """The checkpoint to resume from; damaged ones are named and passed over.
 
         Args:
             mode: `auto`, the latest; `best`; or the path of one.
@@ -105,7 +105,7 @@ class Shelf:
         return None
 
     def leave_after(self, number: int) -> None:
-        """Sets aside the checkpoints after a step, from which a run goes on another way; nothing is deleted."""
+        """Sets aside the checkpoints after a step, from which a run resumes another way; nothing is deleted."""
         later = [each for each in self.steps() if each > number]
         if not later:
             return

@@ -24,6 +24,7 @@ from arena.manifest import damage, read_manifest
 from arena.metrics import log_loss
 from arena.mirror.mirror import Mirror
 from arena.model.backbone import attention_choice
+from arena.model.base_files import base_digest
 from arena.model.classifier import PackedClassifier
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
@@ -81,7 +82,13 @@ class Trainer:
         self.done = Done()
         self.kept = keep_what_fits(self.classifier, self._loader(), recipe)
         self.judged: np.ndarray | None = None  # by the best weights, once trained: held-out rows in straight order
-        self.pledge = {"data": data.fingerprint, "plan": self.plan.fingerprint, "recipe": of_recipe(recipe)}
+        base = base_digest(recipe.model.base, recipe.model.revision)
+        self.pledge = {
+            "data": data.fingerprint,
+            "base": base,
+            "plan": self.plan.fingerprint,
+            "recipe": of_recipe(recipe),
+        }
         self.stop, self.mirror = stop or Stop(), mirror
         self.shelf = Shelf(folder / "checkpoints", recipe.train.keep_last, recipe.train.keep_best)
         self.log = RunLog(folder / "log.jsonl", writes=accelerator.is_main_process)
@@ -90,14 +97,14 @@ class Trainer:
         """Trains from a checkpoint, or the beginning, to the end; leaves the best weights in the model.
 
         Raises:
-            Stopped: the run was asked to end; everything is saved, and the same call goes on from there.
+            Stopped: the run was asked to end; everything is saved, and the same call resumes from there.
             FloatingPointError: a loss, gradient or judgement is not finite; what was before it is saved.
         """
         self.resume()
         self.classifier.train()
         with progress("training", self.plan.n_steps, "steps", self.done.step) as advance:
             if self._evaluates() and self.done.step not in self.shelf.losses:  # it was ended before or within it
-                self._save()  # where it goes on from a checkpoint that stands elsewhere
+                self._save()  # where it resumes from a checkpoint that stands elsewhere
                 self._evaluate()
             start = time.monotonic()
             for batch in ahead(self._loader()):
@@ -125,7 +132,7 @@ class Trainer:
             state = load_checkpoint(found, self.model, self.optimizer, self.schedule)
             self.scaling.restore(state["scaling"])
             self.done = Done(**state["done"])
-            console.print(f"going on after step {self.done.step:,} of {self.plan.n_steps:,} ({found})")
+            console.print(f"resuming after step {self.done.step:,} of {self.plan.n_steps:,} ({found})")
             if mode != "auto":
                 self._on_main(lambda: self.shelf.leave_after(self.done.step))
                 self.shelf.losses = {step: loss for step, loss in self.shelf.losses.items() if step <= self.done.step}
@@ -180,7 +187,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a number is not finite; no weight was changed.
-            Stopped: the run was asked to end within the step, which is begun anew when it goes on.
+            Stopped: the run was asked to end within the step, which is begun anew when it resumes.
         """
         size, before = self.plan.step_size(self.done.step), random_states()
         device, dtype = self.device, self.recipe.model.dtype

@@ -53,6 +53,7 @@ def found(name: str, *overrides: str, fold: int | None = None) -> list[str]:
     return [str(model) for model in find_models(name, RUNS, overrides, fold)]
 
 
+MINE = ["runs/mine/fold1/model"]
 DEMO = [f"runs/demo/fold{number}/model" for number in (0, 2, 10)]
 
 
@@ -85,6 +86,13 @@ def test_what_each_name_means(name: str, models: list[str], tmp_path: Path) -> N
 def test_a_name_among_the_settings_means_that_run() -> None:
     assert found("demo", "name=mine") == found("gemma-2-9b", "name=mine") == ["runs/mine/fold1/model"]
     assert found("recipe-of-mine.yaml", "name=demo") == DEMO
+
+
+def test_a_recipe_s_name_means_its_run_also_where_a_folder_is_called_so() -> None:
+    """Which runs they are in and which is meant would be ignored otherwise; such a folder is named with a path."""
+    shutil.copytree(RUNS / "demo", "demo")
+    assert found("demo") == DEMO and found("demo", "name=mine") == found("demo", " name = mine") == MINE
+    assert found("./demo") == [f"demo/fold{number}/model" for number in (0, 2, 10)]
 
 
 def test_a_folder_that_holds_no_judge_does_not_hide_a_run() -> None:
@@ -177,7 +185,7 @@ def test_the_hint_resumes_the_fold_in_its_place(tmp_path: Path, monkeypatch: pyt
     fold("demo", "earlier/fold3-2026", done=False)
     shutil.copytree("runs/demo/fold3", "moved/fold3")
     for name in ("runs/demo/earlier/fold3-2026", "moved/fold3"):
-        assert "only where it stood; move it back" in hint(name)
+        assert "only be resumed in its original place: move it back" in hint(name)
 
 
 def test_a_run_is_trained_on_with_its_own_recipe() -> None:

@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_what_was_kept(shards: Shards, plan: PackPlan, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", half)
-        with pytest.raises(OSError, match=r"could not be kept \(No space left on device\).*the same command goes on"):
+        with pytest.raises(OSError, match=r"could not be kept \(No space left on device\).*the same command resumes"):
             fill(shards, plan, (2, 4))
     assert list(path.parent.iterdir()) == [path]
     assert known(shards, plan) == [0, 1]

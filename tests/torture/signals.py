@@ -176,7 +176,7 @@ def ends_at_once(ground: Ground) -> Found:
         child = begun(ground, place, doing, draws.randint(1, MOMENTS[doing][2]))
         assert child.hear() == "now", child.text()
         child.send(first)
-        until(lambda child=child: "a second one ends at once" in child.text())
+        until(lambda child=child: "now ends it at once" in child.text())
         begin = time.monotonic()
         child.send(second)
         child.wait()

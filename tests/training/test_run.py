@@ -25,7 +25,7 @@ from arena.reporting import report
 from arena.stopping import Stopped
 from arena.training import run as run_module
 from arena.training.run import _truth, run_fold
-from tests.helpers import tiny_recipe, write_rows
+from tests.helpers import make_base, tiny_recipe, write_rows
 
 SHORT = "train.epochs=0.3"
 
@@ -193,3 +193,17 @@ def test_a_base_that_mixes_rows_is_refused_before_anything_is_prepared(gemma2: P
         run_fold(tiny_recipe(tmp_path, base, SHORT), 0, tmp_path / "runs")
     assert not list((tmp_path / "cache").glob("*"))
     run_fold(tiny_recipe(tmp_path, base, SHORT, "prompt.max_length=127"), 0, tmp_path / "runs")
+
+
+def test_a_checkpoint_goes_with_its_base_and_its_place_is_not_saved(gemma2: Path, tmp_path: Path) -> None:
+    """One of another base of the same shape is refused; a judge does not depend on where its run resumed."""
+    run_fold(tiny_recipe(tmp_path, gemma2, SHORT), 0, tmp_path / "runs")
+    checkpoint = next((tmp_path / "runs/demo/fold0/checkpoints").glob("step-*"))
+    resume = (SHORT, "name=other", f"train.resume={checkpoint}")
+    with pytest.raises(ValueError, match="its base model is not model.base="):
+        run_fold(tiny_recipe(tmp_path, make_base(tmp_path / "other", seed=1), *resume), 0, tmp_path / "runs")
+    run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs/demo")
+    assert read_card(tmp_path / "runs/other/fold0/model")["recipe"]["train"]["resume"] == "auto"
+    with pytest.raises(ValueError, match=r"train\.resume=.*: write auto, best, never, or the path of a checkpoint"):
+        run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, tmp_path / "runs")
