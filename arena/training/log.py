@@ -26,10 +26,10 @@ class RunLog:
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
         write_text(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
-    def evaluated(self) -> set[int]:
-        """The steps whose evaluation has a line."""
+    def evaluated(self) -> dict[int, float]:
+        """The held-out log-loss of each step whose evaluation has a line."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        return {json.loads(line)["step"] for line in lines if EVALUATION in json.loads(line)}
+        return {facts["step"]: facts[EVALUATION] for facts in map(json.loads, lines) if EVALUATION in facts}
 
     def add(self, facts: dict[str, Any]) -> None:
         if self.writes:

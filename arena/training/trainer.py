@@ -91,6 +91,7 @@ class Trainer:
         }
         self.stop, self.mirror = stop or Stop(), mirror
         self.shelf = Shelf(folder / "checkpoints", recipe.train.keep_last, recipe.train.keep_best)
+        self.held_out: dict[int, float] = {}  # log-losses by step
         self.log = RunLog(folder / "log.jsonl", writes=accelerator.is_main_process)
 
     def run(self) -> Done:
@@ -140,11 +141,11 @@ class Trainer:
         if self.done.step in self.shelf.losses and self.done.step not in self.log.evaluated():
             line = self.shelf.judgement(self.done.step)[0]["line"]
             self._log({key: line[key] for key in LINE})
+        self.held_out = self.log.evaluated()
 
     def _note(self, loss: float) -> str:
         """The loss of the last step, and the held-out log-loss that was measured last."""
-        losses = self.shelf.losses
-        held_out = f", held-out {losses[max(losses)]:.4f}" if losses else ""
+        held_out = f", held-out {self.held_out[max(self.held_out)]:.4f}" if self.held_out else ""
         return f"loss {loss:.4f}{held_out}"
 
     def _evaluates(self) -> bool:
@@ -254,7 +255,7 @@ class Trainer:
         best = min(self.shelf.losses.values(), default=math.inf)
         line = dict(zip(LINE, (step, loss, len(rows), loss < best), strict=True))
         self._on_main(lambda: self.shelf.judge(step, {"log_loss": loss, "line": line}, found))
-        self.shelf.losses[step] = loss
+        self.shelf.losses[step] = self.held_out[step] = loss
         self._log(line)
         if self.mirror is not None:
             if self.shelf.best == step:

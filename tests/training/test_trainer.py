@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from arena import progress as progress_module
 from arena.config import save_recipe
 from arena.data.prepare import prepare_fold
 from arena.judging.inference import predict
@@ -152,6 +153,19 @@ def test_other_data_is_not_gone_on_with(gemma2: Path, tmp_path: Path) -> None:
         make(tmp_path, gemma2, "train.batch_size=9").run()
     with pytest.raises(ValueError, match=r"data.fold_seed is 0 there, 5 here"):
         make(tmp_path, gemma2, "data.fold_seed=5").run()
+
+
+def test_lines_show_the_latest_held_out_log_loss(
+    gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress_module, "PLAIN_INTERVAL", 0.0)
+    trainer = make(tmp_path, gemma2)
+    trainer.run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training:")]
+    found = {int(line.split()[1]): line.partition("held-out ")[2] for line in lines[:-1]}
+    third = f"{trainer.log.evaluated()[3]:.4f}"
+    assert found == {1: "", 2: "", 3: third, 4: third}
+    assert all(" left, loss " in line for line in lines[:-1])
 
 
 def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
