@@ -199,11 +199,11 @@ def test_a_checkpoint_goes_with_its_base_and_its_place_is_not_saved(gemma2: Path
     """One of another base of the same shape is refused; a judge does not depend on where its run resumed."""
     run_fold(tiny_recipe(tmp_path, gemma2, SHORT), 0, tmp_path / "runs")
     checkpoint = next((tmp_path / "runs/demo/fold0/checkpoints").glob("step-*"))
-    resume = (SHORT, "name=other", f"train.resume={checkpoint}")
-    with pytest.raises(ValueError, match="its base model is not model.base="):
-        run_fold(tiny_recipe(tmp_path, make_base(tmp_path / "other", seed=1), *resume), 0, tmp_path / "runs")
-    run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, tmp_path / "runs")
-    shutil.rmtree(tmp_path / "runs/demo")
-    assert read_card(tmp_path / "runs/other/fold0/model")["recipe"]["train"]["resume"] == "auto"
+    resume, again = (SHORT, f"train.resume={checkpoint}"), tmp_path / "again"
+    with pytest.raises(ValueError, match=r"its base model is not model\.base="):
+        run_fold(tiny_recipe(tmp_path, make_base(tmp_path / "other", seed=1), *resume), 0, again)
+    run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, again)
+    shutil.rmtree(tmp_path / "runs")
+    assert read_card(again / "demo/fold0/model")["recipe"]["train"]["resume"] == "auto"
     with pytest.raises(ValueError, match=r"train\.resume=.*: write auto, best, never, or the path of a checkpoint"):
-        run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, tmp_path / "runs")
+        run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, again)
