@@ -19,6 +19,7 @@ from arena.benchmark.command import Bench
 from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, load_recipe, recipe_names, run_place
 from arena.files import local_path, require_utf8
+from arena.overrides import judge_settings, refuse_both
 from arena.progress import console, guard_output, optional, printable, quiet
 from arena.stopping import Stopped, ending_at_once
 
@@ -34,10 +35,13 @@ Judged = Annotated[
 ]
 Data = Annotated[
     str | None,
-    arg(metavar="PATH", help="Folder with train and test files, or one file; default: the recipe's."),
+    arg(metavar="PATH", help="Folder with train and test files, or one file.", help_behavior_hint="(the recipe's)"),
 ]
 Overrides = Positional[
-    Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings to change, such as train.batch_size=32.")]
+    Annotated[
+        tuple[str, ...],
+        arg(metavar="[KEY=VALUE ...]", help="Settings to change, such as train.batch_size=32.", help_behavior_hint=""),
+    ]
 ]
 
 INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.attention", "data.cache", "data.max_")
@@ -61,7 +65,7 @@ class Train:
 
         recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
         if self.fresh:
-            _refuse_both("--fresh", self.overrides, "train.resume")
+            refuse_both("--fresh", self.overrides, "train.resume")
         folder = run_place(self.runs, f"{recipe.name}/fold{self.fold}")
         _write_demo(recipe)
         try:
@@ -83,11 +87,15 @@ class Infer:
     """Judge a test file with a judge, or with every finished fold of a run, averaged; write a checked submission."""
 
     overrides: Positional[
-        Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings, such as judge.swap=false.")]
+        Annotated[
+            tuple[str, ...],
+            arg(metavar="[KEY=VALUE ...]", help="Settings, such as judge.swap=false.", help_behavior_hint=""),
+        ]
     ] = ()
     recipe: Judged = "demo"
     data: Annotated[
-        str | None, arg(metavar="PATH", help="Folder with a test file, or one file; default: what was trained on.")
+        str | None,
+        arg(metavar="PATH", help="Folder with a test file, or one file.", help_behavior_hint="(what was trained on)"),
     ] = None
     runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
@@ -99,7 +107,7 @@ class Infer:
 
         fix_threads()
         local_path(self.out, "--out", [".csv"])
-        settings = _settings_of(self.overrides, INFER_SETTINGS)
+        settings = judge_settings(self.overrides, INFER_SETTINGS)
         infer(find_models(self.recipe, self.runs, self.overrides), self.data, self.out, settings)
 
 
@@ -129,7 +137,10 @@ class Export:
     """Write a trained fold as a plain transformers model: adapter merged, head included."""
 
     overrides: Positional[
-        Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="model.base=FOLDER, where the base was moved.")]
+        Annotated[
+            tuple[str, ...],
+            arg(metavar="[KEY=VALUE ...]", help="model.base=FOLDER, where the base was moved.", help_behavior_hint=""),
+        ]
     ] = ()
     fold: Annotated[int | None, arg(help="The fold of a run; needed where several are finished.")] = None
     recipe: Judged = "demo"
@@ -143,7 +154,7 @@ class Export:
 
         if local_path(self.out, "--out").exists():
             raise ValueError(f"{self.out} exists: name a new folder")
-        settings = _settings_of(self.overrides, ("model.base",))
+        settings = judge_settings(self.overrides, ("model.base",))
         model = find_model(self.recipe, self.runs, self.overrides, self.fold)
         export_judge(model, self.out, self.dtype, settings)
         console.print(
@@ -172,7 +183,8 @@ class Settings:
 
     words: Positional[
         Annotated[
-            tuple[str, ...], arg(metavar="[WORD ...]", help="Only settings about these, such as train. or memory.")
+            tuple[str, ...],
+            arg(metavar="[WORD ...]", help="Only settings whose key or meaning holds these.", help_behavior_hint=""),
         ]
     ] = ()
 
@@ -250,21 +262,6 @@ def main() -> None:
         sys.exit(stopped.status)
 
 
-def _settings_of(overrides: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
-    """The settings that change a judge, without `name=`, which says whose; any other would be ignored, and is refused.
-
-    Args:
-        known: keys, and beginnings of keys that end in a dot or an underscore.
-    """
-    keys = [each.partition("=")[0].strip() for each in overrides]
-    groups = tuple(each for each in known if each.endswith((".", "_")))
-    odd = [key for key in keys if key not in (*known, "name") and not key.startswith(groups or (" ",))]
-    if odd:
-        names = ", ".join(f"{each}*" if each in groups else each for each in known)
-        raise ValueError(f"{odd[0]} does not apply to a trained judge: only {names} can be set here")
-    return [each for each, key in zip(overrides, keys, strict=True) if key != "name"]
-
-
 def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...]) -> Recipe:
     """The recipe, also that of a run; rows of one's own are never replaced by demo rows."""
     from arena.judging.find import recipe_of
@@ -272,15 +269,8 @@ def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...])
     recipe = load_recipe(recipe_of(name, runs), overrides)
     if data is None:
         return recipe
-    _refuse_both(f"--data {data}", overrides, "data", "data.path", "data.synthetic_rows")
+    refuse_both(f"--data {data}", overrides, "data", "data.path", "data.synthetic_rows")
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data, "synthetic_rows": None})})
-
-
-def _refuse_both(flag: str, overrides: tuple[str, ...], *keys: str) -> None:
-    """Raises `ValueError` where an override sets what a flag sets too: one of them would be ignored."""
-    for override in overrides:
-        if override.partition("=")[0].strip() in keys:
-            raise ValueError(f"{flag} and {override} set the same thing: give one of the two")
 
 
 def _write_demo(recipe: Recipe) -> None:

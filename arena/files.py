@@ -35,7 +35,7 @@ def local_path(path: str | Path, name: str, endings: Sequence[str] = ()) -> Path
     if endings and Path(path).is_dir():
         raise ValueError(f"{name} {path} is a folder: name the file to write")
     if endings and Path(path).suffix.lower() not in endings:
-        raise ValueError(f"{name} {path}: name a file that ends in {' or '.join(endings)}")
+        raise ValueError(f"{name} {path}: name a file that ends in {', '.join(endings)}")
     return Path(path)
 
 

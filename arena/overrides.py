@@ -66,3 +66,25 @@ def _group(settings: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
         if below:
             group = below[0]
     return group
+
+
+def judge_settings(overrides: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The settings that change a judge, without `name=`, which says whose; any other would be ignored, and is refused.
+
+    Args:
+        known: keys, and beginnings of keys that end in a dot or an underscore.
+    """
+    keys = [each.partition("=")[0].strip() for each in overrides]
+    groups = tuple(each for each in known if each.endswith((".", "_")))
+    odd = [key for key in keys if key not in (*known, "name") and not key.startswith(groups or (" ",))]
+    if odd:
+        names = ", ".join(f"{each}*" if each in groups else each for each in known)
+        raise ValueError(f"{odd[0]} does not apply to a trained judge: only {names} can be set here")
+    return [each for each, key in zip(overrides, keys, strict=True) if key != "name"]
+
+
+def refuse_both(flag: str, overrides: Sequence[str], *keys: str) -> None:
+    """Raises `ValueError` where an override sets what a flag sets too: one of them would be ignored."""
+    for override in overrides:
+        if override.partition("=")[0].strip() in keys:
+            raise ValueError(f"{flag} and {override} set the same thing: give one of the two")

@@ -192,7 +192,7 @@ def test_a_file_has_one_of_the_endings(tmp_path: Path) -> None:
     for name in ("x", "x.parquet", "x.csv.gz", "csv"):
         with pytest.raises(ValueError, match=r"--out x.*|--out csv.*ends in \.csv"):
             local_path(name, "--out", [".csv"])
-    with pytest.raises(ValueError, match=r"ends in \.png or \.svg"):
+    with pytest.raises(ValueError, match=r"ends in \.png, \.svg"):
         local_path("x.docx", "--out", [".png", ".svg"])
     with pytest.raises(ValueError, match="is a folder: name the file"):
         local_path(tmp_path, "--out", [".csv"])

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from arena.config import Recipe
+from arena.hints import command
 from arena.progress import console
 
 WIDTH = 80  # columns
@@ -65,11 +66,12 @@ def print_settings(words: tuple[str, ...] = ()) -> None:
     if not found:
         keys = {part: each.key for each in every for part in (each.key, each.key.rpartition(".")[2])}
         near = sorted({keys[name] for name in difflib.get_close_matches(" ".join(words), keys, n=3)})
-        hint = f"did you mean {' or '.join(near)}?" if near else "`arena settings` lists all of them"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"`{command('arena', 'settings')}` lists all of them"
         raise ValueError(f"no setting is about {' '.join(words)!r}: {hint}")
     for each in found:
         console.print(str(each))
-    console.print("\nTo change one, add KEY=VALUE to a command: arena train train.batch_size=32")
+    example = command("arena", "train", "train.batch_size=32")
+    console.print(f"\nTo change one, add KEY=VALUE to a command:\n    {example}")
 
 
 def _group(field: FieldInfo) -> type[BaseModel] | None:

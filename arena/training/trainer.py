@@ -41,7 +41,7 @@ from arena.training.checkpoint import (
 )
 from arena.training.done import RUN_FILES, Done
 from arena.training.failure import describe_failure, note_failure
-from arena.training.folder import of_recipe, require_same_run
+from arena.training.folder import identity, require_same_run
 from arena.training.log import LINE, RunLog
 from arena.training.optim import make_optimizer, make_schedule, trainable
 from arena.training.order import example_labels, plan_fold
@@ -83,12 +83,8 @@ class Trainer:
         self.kept = keep_what_fits(self.classifier, self._loader(), recipe)
         self.judged: np.ndarray | None = None  # by the best weights, once trained: held-out rows in straight order
         base = base_digest(recipe.model.base, recipe.model.revision)
-        self.pledge = {
-            "data": data.fingerprint,
-            "base": base,
-            "plan": self.plan.fingerprint,
-            "recipe": of_recipe(recipe),
-        }
+        base = base_digest(recipe.model.base, recipe.model.revision)
+        self.pledge = identity(recipe, data.fingerprint, base) | {"plan": self.plan.fingerprint}
         self.stop, self.mirror = stop or Stop(), mirror
         self.shelf = Shelf(folder / "checkpoints", recipe.train.keep_last, recipe.train.keep_best)
         self.held_out: dict[int, float] = {}  # log-losses by step
