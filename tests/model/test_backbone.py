@@ -269,7 +269,7 @@ def test_loading_a_base_is_quiet(
     assert (caplog.text, *capfd.readouterr()) == ("", "", "")
     assert transformers_logging.get_verbosity() == level
     AutoModelForSequenceClassification.from_pretrained(gemma2)  # the control
-    assert "MISSING" in caplog.text + capfd.readouterr().err  # where depends on the version
+    assert caplog.text + capfd.readouterr().err != ""  # what depends on the version: a table, a bar
 
 
 def test_of_bitsandbytes_one_note_is_left_out() -> None:
