@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 
 from arena.config import RECIPES
 from arena.files import file_digest, fingerprint
@@ -49,7 +49,8 @@ def base_folder(base: str, revision: str | None = None) -> Path:
 def _download(base: str, revision: str | None, names: list[str]) -> Path:
     """Files of a hub's base in the local cache: the folder of their commit."""
     with found(base):
-        return Path(snapshot_download(base, revision=revision, allow_patterns=names))
+        offline = constants.HF_HUB_OFFLINE  # not all versions of the library see by themselves that they need not ask
+        return Path(snapshot_download(base, revision=revision, allow_patterns=names, local_files_only=offline))
 
 
 def base_digest(base: str, revision: str | None = None) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors import SafetensorError
 from torch import OutOfMemoryError, nn
@@ -75,12 +76,25 @@ def check_loaded(base: str, model: nn.Module, found: Mapping[str, Any], head: st
                 )
             shape = weight.quant_state.shape if four else weight.shape
             shapes.append((f"{name}.weight", shape, (module.out_features, module.in_features)))
+    if any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+        shapes += _unquantised_shapes(model)  # nor, in its first versions 5, those of the other layers
     for name, stored, expected in shapes:
         if tuple(stored) != tuple(expected):
             raise ValueError(
                 f"model.base: {base!r} has {name} of shape {tuple(stored)}, its config.json says {tuple(expected)}: "
                 "fetch both again"
             )
+
+
+def _unquantised_shapes(model: Any) -> list[tuple[str, Any, Any]]:
+    """Name, shape and the config's shape of each weight outside of quantised layers."""
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    quantised = {
+        f"{name}.weight" for name, each in model.named_modules() if isinstance(each, Linear4bit | Linear8bitLt)
+    }
+    found = {name: each.shape for name, each in model.named_parameters() if name not in quantised}
+    return [(name, found[name], each.shape) for name, each in empty.named_parameters() if name in found]
 
 
 def own_heads(decoder: str, found: Mapping[str, Any], head: str) -> list[str]:

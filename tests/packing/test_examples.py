@@ -37,7 +37,7 @@ A = [1.0, 0.0, 0.0]
         ({"input_ids": [], "label": A}, "example 1, input_ids: it is empty"),
         ({"input_ids": [1.5], "label": A}, "example 1, input_ids: they are float64; give whole numbers"),
         ({"input_ids": ["a"], "label": A}, "example 1, input_ids"),
-        ({"input_ids": [5, -100], "label": A}, "example 1, input_ids: -100 to 5 are no token ids"),
+        ({"input_ids": [5, -100], "label": A}, "example 1, input_ids: -100 to 5 are not token ids"),
         ({"input_ids": [2**31], "label": A}, "example 1, input_ids: 2147483648"),
         ({"input_ids": [5], "label": 2}, "example 1, label: '2' is not three probabilities.*write .1, 0, 0. where A"),
         ({"input_ids": [5], "label": [0.5, 0.5]}, "example 1, label"),

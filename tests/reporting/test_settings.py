@@ -66,7 +66,9 @@ def test_printed_at_80_columns_and_filtered(capsys: pytest.CaptureFixture[str]) 
     assert found == ["train.max_seconds: number > 0 or null; default null"]
 
 
-@pytest.mark.parametrize(("word", "hint"), [("epocs", "did you mean train.epochs"), ("qwertz", "arena settings` lists")])
+@pytest.mark.parametrize(
+    ("word", "hint"), [("epocs", "did you mean train.epochs"), ("qwertz", "arena settings` lists")]
+)
 def test_a_word_without_settings_gets_a_hint(word: str, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         print_settings((word,))
