@@ -77,7 +77,9 @@ def check_loaded(base: str, model: nn.Module, found: Mapping[str, Any], head: st
             shape = weight.quant_state.shape if four else weight.shape
             shapes.append((f"{name}.weight", shape, (module.out_features, module.in_features)))
     if any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
-        shapes += _unquantised_shapes(model)  # nor, in its first versions 5, those of the other layers
+        shapes += [
+            each for each in _unquantised_shapes(model) if not each[0].startswith(f"{head}.")
+        ]  # nor, in its first versions 5, those of the other layers
     for name, stored, expected in shapes:
         if tuple(stored) != tuple(expected):
             raise ValueError(

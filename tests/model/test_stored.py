@@ -12,6 +12,8 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
@@ -60,7 +62,10 @@ def test_it_is_the_base_quantised_here(name: str, gemma2: Path, bases: dict[str,
     with torch.no_grad():
         stored = classifier(exact(bases[name], quantization=kind(name))).eval()(pack(LENGTHS))
         ours = classifier(exact(gemma2, quantization=kind(name))).eval()(pack(LENGTHS))
-    assert torch.equal(stored, ours)
+    if "words" in name and Version(transformers.__version__) < Version("5.8"):  # 5.0, which writes them, rounds first
+        torch.testing.assert_close(stored, ours, atol=0.01, rtol=0)
+    else:
+        assert torch.equal(stored, ours)
     assert ours.abs().max() > 0.1
 
 
