@@ -184,10 +184,11 @@ def test_loading_a_base_is_quiet(
     gemma2: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also for those who use the modules: the head that every base lacks is no news. What the user set comes back."""
-    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()  # as it is by default: another test may have changed it
+    transformers_logging.enable_progress_bar()
     load_base(exact(gemma2))
     assert (caplog.text, *capfd.readouterr()) == ("", "", "")
-    assert transformers_logging.get_verbosity() == level
+    assert transformers_logging.get_verbosity() == transformers_logging.WARNING
     AutoModelForSequenceClassification.from_pretrained(gemma2)  # the control
     assert caplog.text + capfd.readouterr().err != ""  # what depends on the version: a table, a bar
 
