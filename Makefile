@@ -21,9 +21,14 @@ KNOWN  := PYTHON RECIPE FOLD DATA ARGS
 given   = $(if $(findstring command line,$(origin $(1))),$(1))
 UNREAD := $(strip $(foreach name,$(filter-out $(KNOWN) SHELL MAKEFLAGS,$(.VARIABLES)),$(call given,$(name))))
 upper   = $(filter $(shell echo '$(1)' | tr a-z A-Z),$(KNOWN))
-hint    = $(1)=$($(1)) is not read: write $(or $(addsuffix =$($(1)),$(call upper,$(1))),ARGS="$(1)=$($(1))" if it is a setting);
+hint    = $(1)=$($(1)) is not read: write $(or $(addsuffix =$(if $(word 2,$($(1))),"$($(1))",$($(1))),$(call upper,$(1))),ARGS="$(1)=$($(1))" if it is a setting);
 ifneq ($(UNREAD),)
 $(error $(foreach name,$(UNREAD),$(call hint,$(name))) the variables are $(KNOWN), as in: make train FOLD=1 ARGS="train.epochs=2")
+endif
+ifeq ($(filter train inspect,$(MAKECMDGOALS)),)
+ifneq ($(call given,FOLD),)
+$(error FOLD is read by train and inspect alone: one fold judges alone with make infer RECIPE=runs/$(RECIPE)/fold$(FOLD))
+endif
 endif
 
 .DEFAULT_GOAL := help

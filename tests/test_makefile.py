@@ -27,7 +27,7 @@ def make(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         (["train", "fold=1"], ["fold=1 is not read: write FOLD=1;"]),
         (
             ["train", "fold=1", "train.epochs=2", "data=my data"],
-            ["write FOLD=1;", 'write ARGS="train.epochs=2"', "write DATA=my data;"],
+            ["write FOLD=1;", 'write ARGS="train.epochs=2"', 'write DATA="my data";'],
         ),
         (["train", "infer", "Recipe=x"], ["Recipe=x is not read: write RECIPE=x;"]),
         (["help", "V=1"], ['V=1 is not read: write ARGS="V=1" if it is a setting']),
@@ -39,6 +39,12 @@ def test_what_nothing_reads_is_refused(words: list[str], hints: list[str]) -> No
     assert done.returncode == 2 and done.stdout == ""
     for hint in [*hints, 'as in: make train FOLD=1 ARGS="train.epochs=2"']:
         assert hint in done.stderr
+
+
+def test_a_fold_that_no_target_reads_is_refused_with_what_judges_with_one_fold() -> None:
+    done = make("infer", "FOLD=1", "RECIPE=mine")
+    assert done.returncode == 2 and "make infer RECIPE=runs/mine/fold1" in done.stderr
+    assert make("train", "infer", "FOLD=1").returncode == 0
 
 
 @pytest.mark.parametrize(

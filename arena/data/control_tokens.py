@@ -16,10 +16,16 @@ _TEXT_TOKEN = re.compile(
 def control_ids(tokenizer: Any) -> dict[int, str]:
     """The control tokens, id to text.
 
-    Every special token, and every added token (`<unused0>`, `[@BOS@]`) that is not plain text.
+    Every special token, and every added token (`<unused0>`, `[@BOS@]`) that is not plain text. Some tokenizers pad with
+    a token of plain text, such as `!`; nothing is padded here, so it stays text.
     """
-    added = tokenizer.added_tokens_decoder
-    return {index: str(token.content) for index, token in added.items() if token.special or not _is_text(token.content)}
+    steering = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    added = tokenizer.added_tokens_decoder.items()
+    return {
+        index: str(token.content)
+        for index, token in added
+        if not _is_text(token.content) or (token.special and (index != tokenizer.pad_token_id or index in steering))
+    }
 
 
 @lru_cache(maxsize=8)

@@ -34,7 +34,7 @@ import numpy as np
 from arena.config import PromptSettings
 from arena.data.cells import excerpt
 from arena.data.control_tokens import any_of, control_ids
-from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
+from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten, vocabulary_size
 
 # Chat markers by model family: what opens the user's turn, closes it, and opens the model's.
 CHAT_MARKERS = {
@@ -111,8 +111,9 @@ class PromptEncoder:
         self.max_length = settings.max_length
         self._memo = memo
         self._control = control_ids(tokenizer)
-        self._is_control = np.zeros(len(tokenizer), dtype=bool)
-        known = set(self._control) - {tokenizer.unk_token_id}  # the unknown token stands for any strange character
+        self._is_control = np.zeros(vocabulary_size(tokenizer), dtype=bool)
+        steering = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        known = set(self._control) - ({tokenizer.unk_token_id} - steering)  # which stands for any strange character
         self._is_control[list(known)] = True
         self._control_text = any_of(tuple(self._control.values()))
         self._is_continuation = continuation_bytes(tokenizer)

@@ -149,12 +149,34 @@ def make_rows(rng: Random, count: int) -> list[Row]:
 
 
 def ensure_demo(recipe: Recipe) -> bool:
-    """Writes a recipe's demo rows where nothing stands yet; whether it did. Recipes of real data have none."""
+    """Writes a recipe's demo rows where nothing stands yet; whether it did. Recipes of real data have none.
+
+    Raises:
+        ValueError: demo rows of other numbers stand there, and the run would not be what its recipe says.
+    """
     folder, rows = Path(recipe.data.path), recipe.data.synthetic_rows
-    if rows is None or folder.exists():
+    if rows is None:
         return False
-    write_demo(folder, *rows, recipe.seed)
-    return True
+    if not folder.exists():
+        write_demo(folder, *rows, recipe.seed)
+        return True
+    if (folder / "truth.csv").is_file():  # which only demo rows have
+        there = tuple(_count(folder / name) for name in ("train.csv", "test.csv"))
+        if None not in there and there != rows:
+            raise ValueError(
+                f"{folder} holds demo data of {there[0]:,} and {there[1]:,} rows, data.synthetic_rows asks for "
+                f"{rows[0]:,} and {rows[1]:,}: remove that folder, or name another with data.path="
+            )
+    return False
+
+
+def _count(path: Path) -> int | None:
+    """Rows of a CSV file; None for one that cannot be read, which is named when its rows are needed."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return sum(1 for _ in csv.reader(file)) - 1
+    except (OSError, ValueError, csv.Error):
+        return None
 
 
 def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:

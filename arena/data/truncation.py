@@ -103,9 +103,14 @@ def shorten(ids: np.ndarray, cap: int, mark: np.ndarray, is_continuation: np.nda
     return np.concatenate([ids[:head], mark, ids[tail:]]), tail - head
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id; ids may have gaps, so that it can be more than the number of tokens."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def continuation_bytes(tokenizer: Any) -> np.ndarray:
     """bool (vocabulary,): tokens that are a byte in the middle of a UTF-8 character (byte fallback)."""
-    flags = np.zeros(len(tokenizer), dtype=bool)
+    flags = np.zeros(vocabulary_size(tokenizer), dtype=bool)
     for byte in range(0x80, 0xC0):
         if (token := tokenizer.backend_tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:
             flags[token] = True

@@ -58,7 +58,9 @@ def recipe_of(name: str, runs: Path) -> str:
     """
     if _is_recipe(name):
         return name
-    for run in (runs / name, Path(name)):
+    if _is_fold(Path(name)) and (Path(name) / "recipe.yaml").is_file():
+        return str(Path(name) / "recipe.yaml")
+    for run in (Path(name), runs / name):
         saved = [path for fold in _folds(run).values() if (path := fold / "recipe.yaml").is_file()]
         if saved:
             if (own := load_recipe(str(saved[0])).name) != run.resolve().name:

@@ -59,6 +59,10 @@ def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedM
     """
     folder = base_folder(settings.base, settings.revision)
     config = base_config(settings, folder)
+    if announce and (dropout := getattr(config, "attention_dropout", None)):
+        console.print(
+            f"{settings.base} has an attention dropout of {dropout}, which is not used: packed attention has none"
+        )
     as_judge(config)
     keep_head(config, HEAD)
     options, stored = loader_options(settings), stored_quantization(config) is not None
@@ -95,12 +99,14 @@ def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
 
 
 def as_judge(config: Any) -> None:
-    """Changes a base's config into that of a classifier over A, B and tie, which keeps no cache."""
+    """Changes a base's config into that of a classifier over A, B and tie, without a cache or dropout in attention."""
     config.num_labels = len(LABELS)
     config.id2label = dict(enumerate(LABELS))
     config.label2id = {label: index for index, label in enumerate(LABELS)}
     config.problem_type = None  # a reward model's may be regression
     config.use_cache = False
+    if getattr(config, "attention_dropout", None):
+        config.attention_dropout = 0.0  # packed attention has none
 
 
 def loader_options(settings: ModelSettings) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,11 +35,12 @@ from arena.files import fingerprint, write_json
 from arena.model.attention import NAME
 from arena.model.backbone import HEAD, as_judge, take_over
 from arena.model.classifier import PackedClassifier
-from arena.model.miniature import BEYOND, FIRST_TOKEN, LONGEST, ORIGINAL, VOCABULARY, WINDOW, miniature, without_weights
+from arena.model.miniature import BEYOND, FIRST_TOKEN, LONGEST, ORIGINAL, WINDOW, miniature, without_weights
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
 
+FIXED_ROPE = {"default", "linear", "yarn", "llama3"}  # rotary embeddings that are the same for rows of any length
 TOLERANCE = 1e-5  # of the largest logit, in float32
 CONTROL = 1e-3  # what a boundary or a window in the wrong place must change at least
 
@@ -114,10 +114,14 @@ def longest_row(config: PretrainedConfig, max_length: int) -> int:
 
 
 def _limits(config: PretrainedConfig) -> tuple[float, float]:
-    """The positions that the rotary embedding was trained on before it was stretched, and all positions of a base."""
-    found = re.findall(r'"original_max_position_embeddings": (\d+)', config.to_json_string(use_diff=False))
+    """The positions beyond which the rotary embedding may be another, and all positions of a base."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
+    changing = [each for each in kinds if each.get("rope_type", "default") not in FIXED_ROPE]
+    above = getattr(config, "original_max_position_embeddings", None)
+    found = [each.get("original_max_position_embeddings") or above for each in changing]
     most = getattr(config, "max_position_embeddings", None)
-    return min(map(int, found), default=math.inf), most if isinstance(most, int) else math.inf
+    return min(filter(None, found), default=math.inf), most if isinstance(most, int) else math.inf
 
 
 def _shorter_rows(config: PretrainedConfig, settings: ModelSettings, longest: int, remedy: str) -> str:
@@ -149,7 +153,7 @@ def _wrong_kind(config: PretrainedConfig) -> str | None:
 
 def _compare(small: PretrainedConfig, settings: ModelSettings, longest: int) -> str | None:
     plain, ours = _models(small, settings)
-    rows = _rows(longest)
+    rows = _rows(longest, small.vocab_size)
     expected = torch.cat([plain(input_ids=torch.from_numpy(row)[None].long()).logits for row in rows])
     packed, order, shared = collate([{"input_ids": row} for row in rows]), *_sharing(rows)
     alone = _apart(torch.cat([ours(collate([{"input_ids": row}])) for row in rows]), expected)
@@ -162,12 +166,18 @@ def _compare(small: PretrainedConfig, settings: ModelSettings, longest: int) -> 
     # what must be seen: two rows taken for one, a window that is a token too wide
     if not _apart(ours(_in_pairs(packed)), expected[1::2]) > CONTROL:
         return "two rows taken for one give the same numbers, so the comparison shows nothing"
-    windows: list[Any] = [each for each in ours.modules() if isinstance(getattr(each, "sliding_window", None), int)]
+    windows = [each for each in ours.modules() if _has_window(each)]
     for module in windows:
-        module.sliding_window = WINDOW + 1
+        setattr(module, "sliding_window", WINDOW + 1)  # noqa: B010 - a name that torch's modules do not declare
     if windows and not _apart(ours(packed), expected) > CONTROL:
         return "a wider window gives the same numbers, so the comparison shows nothing about it"
+    ours.train()(packed)  # what cannot be trained fails here: dropout within attention
     return None
+
+
+def _has_window(module: Any) -> bool:
+    """Whether a layer's attention looks back through a window; some hold its width and say that they do not use it."""
+    return isinstance(getattr(module, "sliding_window", None), int) and getattr(module, "is_sliding", True)
 
 
 def _models(small: PretrainedConfig, settings: ModelSettings) -> tuple[PreTrainedModel, PackedClassifier]:
@@ -187,15 +197,14 @@ def _models(small: PretrainedConfig, settings: ModelSettings) -> tuple[PreTraine
     return plain.eval(), PackedClassifier(adapt(ours, settings)).eval()
 
 
-def _rows(longest: int) -> list[np.ndarray]:
+def _rows(longest: int, vocabulary: int) -> list[np.ndarray]:
     """An even number of rows, int32 (n,) each, of lengths on both sides of each limit; they share beginnings."""
     around = {1, 2, *(limit + off for limit in (WINDOW, ORIGINAL, LONGEST) for off in (-1, 0, 1)), longest}
     lengths = [n for n in sorted(around) if n <= longest]
     lengths += [longest // 2] * (len(lengths) % 2)
     rng = np.random.default_rng(0)
     rng.shuffle(lengths)
-    common = rng.integers(FIRST_TOKEN, VOCABULARY, longest, dtype=np.int32)
-    rows = [rng.integers(FIRST_TOKEN, VOCABULARY, n, dtype=np.int32) for n in lengths]
+    common, *rows = (rng.integers(FIRST_TOKEN, vocabulary, n, dtype=np.int32) for n in (longest, *lengths))
     for at, row in enumerate(rows):
         begins = (0, len(row) // 2, len(row) - 1)[at % 3]
         row[:begins] = common[:begins]

@@ -5,6 +5,7 @@ Widths shrink, and with them the limits on how far tokens see one another; of la
 
 from __future__ import annotations
 
+import math
 import re
 from copy import deepcopy
 from typing import Any
@@ -24,7 +25,7 @@ HEADS, HEAD_DIM, HIDDEN = 4, 16, 64
 
 # names that transformers' configs give to widths, and what stands in their place
 WIDTHS = {
-    "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "query_pre_attn_scalar": HEAD_DIM,
+    "vocab_size": VOCABULARY, "intermediate_size": 2 * HIDDEN, "query_pre_attn_scalar": HEAD_DIM,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
     "topk_group": 1, "moe_intermediate_size": HIDDEN, "shared_expert_intermediate_size": HIDDEN,
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24,
@@ -86,11 +87,21 @@ def _shrink_heads(small: PretrainedConfig, config: PretrainedConfig, values: dic
     for name in ("num_key_value_heads", "num_kv_heads", "num_query_groups"):
         if isinstance(count := values.get(name), int):
             setattr(small, name, HEADS if count == heads else min(count, 2))
-    head_dim, turned = values.get("head_dim"), values.get("qk_rope_head_dim")
+    head_dim, turned, width = values.get("head_dim"), values.get("qk_rope_head_dim"), _head_width(values)
+    small.hidden_size = HEADS * width
     if isinstance(head_dim, int) and turned:
         small.head_dim = head_dim * WIDTHS["qk_rope_head_dim"] // turned
     elif isinstance(head_dim, int):
-        small.head_dim = HEAD_DIM if head_dim * heads == config.hidden_size else 2 * HEAD_DIM
+        small.head_dim = width if head_dim * heads == config.hidden_size else 2 * width
+
+
+def _head_width(values: dict[str, Any]) -> int:
+    """The least width of a head of which the part that the rotary embedding turns has two or more whole frequencies."""
+    ropes = [each for name, each in values.items() if name.startswith("rope_") and isinstance(each, dict)]
+    ropes += [below for rope in ropes for below in rope.values() if isinstance(below, dict)]
+    parts = {float(each.get("partial_rotary_factor") or 1.0) for each in (values, *ropes)}
+    widths = (width for width in range(HEAD_DIM, 257, 8))
+    return next((w for w in widths if all(int(w * part) % 2 == 0 and int(w * part) >= 4 for part in parts)), HEAD_DIM)
 
 
 def _head_dim(config: PretrainedConfig) -> int:
@@ -100,8 +111,16 @@ def _head_dim(config: PretrainedConfig) -> int:
 
 
 def _small_rope(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """Rotary parameters, also in groups by kind of layer; their lists have a number for each frequency."""
+    """Rotary parameters, also in groups by kind of layer; their lists have a number for each frequency.
+
+    Of lists for short and long rows the place where they differ most comes first, where it shows most.
+    """
     frequencies = int(head_dim * (rope.get("partial_rotary_factor") or 1.0)) // 2
+    short, long = rope.get("short_factor"), rope.get("long_factor")
+    first = 0
+    if isinstance(short, list) and isinstance(long, list):
+        apart = [abs(math.log(b / a)) for a, b in zip(short, long, strict=False)]
+        first = apart.index(max(apart))
     small: dict[str, Any] = {}
     for name, value in rope.items():
         if isinstance(value, dict):
@@ -109,8 +128,12 @@ def _small_rope(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
         elif name == "original_max_position_embeddings" and value:
             small[name] = ORIGINAL
         else:
-            small[name] = value[:frequencies] if isinstance(value, list) else value
+            small[name] = [value[first], *_evenly(value, frequencies)[1:]] if isinstance(value, list) else value
     return small
+
+
+def _evenly(values: list[Any], count: int) -> list[Any]:
+    return [values[at * len(values) // count] for at in range(count)]
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:
@@ -132,7 +155,7 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
-    """What tells a model's layers apart: the classes of their parts, and the plain settings that these hold."""
+    """What tells a model's layers apart: the classes of their parts, and the switches and sizes that these hold."""
     model = without_weights(config)
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
     layers = next((each for each in lists if len(each) == config.num_hidden_layers), nn.ModuleList())
@@ -142,5 +165,5 @@ def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
 
 
 def _facts(part: nn.Module) -> list[tuple[str, Any]]:
-    plain = {name: each for name, each in vars(part).items() if isinstance(each, bool | int | float | str)}
+    plain = {name: each for name, each in vars(part).items() if isinstance(each, bool | int | str)}
     return sorted((name, each) for name, each in plain.items() if name not in {"layer_idx", "layer_id", "training"})

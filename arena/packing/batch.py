@@ -128,6 +128,10 @@ class VarlenCollator:
     """
 
     def __init__(self, tokenizer: Any = None, budget: int = 16384, share: bool = False) -> None:
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            raise ValueError(f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer that is loaded, or None")
+        if not isinstance(budget, int) or budget < 1:
+            raise ValueError(f"budget is {budget!r}: give the tokens that a micro-batch may hold, such as 16384")
         self.tokenizer = tokenizer
         self.budget = budget
         self.share = share

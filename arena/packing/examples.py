@@ -47,7 +47,7 @@ def read_examples(examples: Sequence[Item]) -> Columns:
     if (flat := np.concatenate(ids)).min() < 0 or flat.max() > np.iinfo(np.int32).max:
         at, worst = next((at, each) for at, each in enumerate(ids) if each.min() < 0 or each.max() >= 2**31)
         raise ValueError(f"example {at}, input_ids: {worst.min()} to {worst.max()} are not token ids")
-    index = np.array([_index(example.get("index", at), at) for at, example in enumerate(examples)], dtype=np.int64)
+    index = np.array([_index(example.get("index"), at) for at, example in enumerate(examples)], dtype=np.int64)
     return [each.astype(np.int32, copy=False) for each in ids], _labels(examples), index
 
 
@@ -111,14 +111,19 @@ def _labels(examples: Sequence[Item]) -> np.ndarray | None:
 
 
 def _index(value: Any, at: int) -> int:
+    if value is None:
+        return at
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise ValueError(f"example {at}, index: {str(value)[:60]!r} is not a whole number") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"example {at}, index: a number of more than 64 bits; write a smaller one")
+    return number
 
 
 def _array(value: Any, where: str) -> np.ndarray:
     try:
         return np.asarray(value)
-    except (ValueError, TypeError, OverflowError) as error:  # rows of several lengths; a tensor on a GPU
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # rows of several lengths; a tensor on a GPU
         raise ValueError(f"{where}: {error}") from None

@@ -169,7 +169,7 @@ def check_fits(lengths: np.ndarray, indices: np.ndarray, budget: int) -> None:
         named = ", ".join(f"example {index} has {lengths[index]:,} tokens" for index in wrong[:5])
         raise ValueError(
             f"{len(wrong)} of {len(indices)} examples do not fit the budget of {budget:,} tokens: {named}; "
-            "raise packing.budget or lower prompt.max_length"
+            "raise the budget (packing.budget) or shorten the examples (prompt.max_length)"
         )
 
 

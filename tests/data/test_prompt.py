@@ -256,3 +256,14 @@ def test_a_text_that_only_a_control_token_can_spell_is_named(tmp_path: Path) -> 
     encoder = PromptEncoder(tokenizer, prompt_settings())
     with pytest.raises(ValueError, match=r'the text "a lazy dog" cannot be tokenised without \'z\'.*control token'):
         encoder.tokenise(row(("which?", "a lazy dog", "bad")))
+
+
+def test_padding_of_plain_text_is_text(tmp_path: Path) -> None:
+    """Nothing is padded here, so it steers nothing; a token that also ends a text does."""
+    tokenizer = make_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "!"})
+    assert "!" not in control_ids(tokenizer).values()
+    example = one(PromptEncoder(tokenizer, prompt_settings()), row(("Hello!", "Yes! Yes!", "no")))
+    assert "Yes! Yes!" in tokenizer.decode(example.input_ids)
+    tokenizer.add_special_tokens({"eos_token": "!"})
+    assert "!" in control_ids(tokenizer).values()

@@ -12,7 +12,9 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from arena.config import load_recipe
 from arena.data import synthetic, synthetic_text
+from arena.data.synthetic import ensure_demo
 from arena.metrics import CLASSES
 
 N_TRAIN, N_TEST = 2500, 300
@@ -167,3 +169,14 @@ def test_lengths_spread_twentyfold(rows: list[synthetic.Row]) -> None:
 def test_no_rows_make_files_of_headers_only(tmp_path: Path) -> None:
     synthetic.write_demo(tmp_path, 0, 0, 1)
     assert _read(tmp_path / "train.csv") == []
+
+
+def test_demo_rows_of_another_number_are_not_taken_for_those_of_the_recipe(tmp_path: Path) -> None:
+    small, large = (
+        load_recipe("demo", [f"data.path={tmp_path / 'demo'}", f"data.synthetic_rows=[{n},6]"]) for n in (30, 40)
+    )
+    assert ensure_demo(small) and not ensure_demo(small)
+    with pytest.raises(ValueError, match=r"holds demo data of 30 and 6 rows, .* asks for 40 and 6: remove that folder"):
+        ensure_demo(large)
+    (tmp_path / "demo" / "truth.csv").unlink()  # rows of one's own are nobody else's business
+    assert not ensure_demo(large)

@@ -278,6 +278,17 @@ def test_loading_a_base_is_quiet(
         (transformers_logging.enable_progress_bar if bar else transformers_logging.disable_progress_bar)()
 
 
+def test_dropout_within_attention_is_switched_off_aloud(
+    gemma2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(gemma2, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
+    model = load_base(exact(base), announce=True).train()
+    assert "attention dropout of 0.1, which is not used" in capsys.readouterr().out
+    assert model.config.attention_dropout == 0.0 and model.model.layers[0].self_attn.attention_dropout == 0.0
+
+
 def test_of_bitsandbytes_one_note_is_left_out() -> None:
     assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
     assert logging.getLogger("bitsandbytes.cextension").isEnabledFor(logging.WARNING)

@@ -78,6 +78,42 @@ def test_also_where_both_factors_come_with_other_widths() -> None:
     assert "depend on the rows" in str(why_not_exact(config, SETTINGS, longest_row(config, 4097)))
 
 
+@pytest.mark.parametrize(("family", "part", "n"), [("llama", 1.0, 64), ("phi3", 0.25, 12)])
+def test_factors_that_begin_alike_are_told_apart(family: str, part: float, n: int) -> None:
+    """As published ones do: the high frequencies are not stretched."""
+    long = [1.0] * (n // 2) + [8.0] * (n - n // 2)
+    rope = {"rope_type": "longrope", "rope_theta": 5e5, "short_factor": [1.0] * n, "long_factor": long}
+    rope |= {"original_max_position_embeddings": 1024, "partial_rotary_factor": part}
+    places = {"max_position_embeddings": 8192, "original_max_position_embeddings": 1024}
+    config = CONFIG_MAPPING[family](rope_parameters=rope, **places, **LAYERS)
+    assert why_not_exact(config, SETTINGS, longest_row(config, 1024)) is None
+    assert "depend on the rows" in str(why_not_exact(config, SETTINGS, longest_row(config, 1025)))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("phi", {"hidden_size": 2560, "num_attention_heads": 32, "partial_rotary_factor": 0.35}),
+        ("phi", {"hidden_size": 2560, "num_attention_heads": 32, "partial_rotary_factor": 0.1}),
+        ("llama", {"vocab_size": 33, "hidden_size": 48, "num_attention_heads": 6}),
+        ("helium", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}),
+        ("exaone4", {"sliding_window": 64, "layer_types": ["full_attention"] * 4, "num_hidden_layers": 4}),
+        ("llama", {"num_key_value_heads": 1, "num_hidden_layers": 1}),
+        ("starcoder2", {"attention_dropout": 0.1}),
+    ],
+)
+def test_unusual_sizes_are_no_reason_to_refuse(family: str, settings: dict[str, Any]) -> None:
+    config = CONFIG_MAPPING[family](**{**LAYERS, **settings})
+    assert why_not_exact(config, SETTINGS, LONGEST) is None
+
+
+def test_dropout_in_attention_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That which cannot be switched off by the one name that most configs have."""
+    monkeypatch.setattr(exactness, "as_judge", lambda config: setattr(config, "num_labels", 3))
+    config = CONFIG_MAPPING["llama"](attention_dropout=0.1, **LAYERS)
+    assert "no dropout" in str(why_not_exact(config, SETTINGS, LONGEST))
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
@@ -107,9 +143,10 @@ def test_the_smaller_model_has_every_kind_of_layer_of_the_base() -> None:
 
 
 def test_rows_go_over_a_limit_just_where_the_recipe_does() -> None:
-    config = stretched("yarn")
-    asked = [longest_row(config, n) for n in (1024, 1025, 8192, 8193)]
-    assert asked == [ORIGINAL, LONGEST, LONGEST, BEYOND]
+    for kind, more, first in (("longrope", LONGROPE, ORIGINAL), ("yarn", {}, LONGEST)):
+        config = stretched(kind, **more)
+        asked = [longest_row(config, n) for n in (1024, 1025, 8192, 8193)]
+        assert asked == [first, LONGEST, LONGEST, BEYOND]
     assert longest_row(Gemma2Config(), 4096) == LONGEST
 
 

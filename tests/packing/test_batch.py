@@ -118,3 +118,11 @@ def test_a_batch_without_labels_says_so() -> None:
     for ask in (lambda: batch["label"], lambda: batch.label):
         with pytest.raises(ValueError, match=r"has no labels: .*example_labels"):
             ask()
+
+
+def test_a_collator_says_at_once_what_it_cannot_use() -> None:
+    with pytest.raises(ValueError, match="tokenizer is a str: give a tokenizer that is loaded"):
+        VarlenCollator("demo_base")
+    for budget in ("9", 0, None):
+        with pytest.raises(ValueError, match=r"budget is .*: give the tokens that a micro-batch may hold"):
+            VarlenCollator(budget=budget)  # type: ignore[arg-type]

@@ -48,6 +48,11 @@ A = [1.0, 0.0, 0.0]
         ({"input_ids": [5]}, "example 1 has no label, others have"),
         ({"input_ids": [5], "label": A, "index": "x"}, "example 1, index"),
         ({"input_ids": [5], "label": A, "index": 1.5}, "example 1, index"),
+        ({"input_ids": [5], "label": A, "index": 2**70}, "example 1, index: a number of more than 64 bits"),
+        (
+            {"input_ids": [5], "label": torch.tensor([1.0, 0, 0], requires_grad=True)},
+            "example 1, label: .*requires grad",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(door: Any, example: Any, message: str) -> None:
