@@ -56,7 +56,7 @@ def miniature(config: PretrainedConfig) -> PretrainedConfig:
     _shrink_heads(small, config, values)
     for name, value in values.items():
         if name.startswith("rope_") and isinstance(value, dict):
-            setattr(small, name, _small_rope(value, _head_dim(small)))
+            setattr(small, name, _small_rope(value, _head_dim(small), values.get("partial_rotary_factor") or 1.0))
     return _shallow(small)
 
 
@@ -110,12 +110,13 @@ def _head_dim(config: PretrainedConfig) -> int:
     return stated if isinstance(stated, int) else config.hidden_size // config.num_attention_heads
 
 
-def _small_rope(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
+def _small_rope(rope: dict[str, Any], head_dim: int, part: float) -> dict[str, Any]:
     """Rotary parameters, also in groups by kind of layer; their lists have a number for each frequency.
 
-    Of lists for short and long rows the place where they differ most comes first, where it shows most.
+    `part` of a head is turned where they do not say how much. Of lists for short and long rows the place where these
+    differ most comes first, where it shows most.
     """
-    frequencies = int(head_dim * (rope.get("partial_rotary_factor") or 1.0)) // 2
+    frequencies = int(head_dim * (rope.get("partial_rotary_factor") or part)) // 2
     short, long = rope.get("short_factor"), rope.get("long_factor")
     first = 0
     if isinstance(short, list) and isinstance(long, list):
@@ -124,7 +125,7 @@ def _small_rope(rope: dict[str, Any], head_dim: int) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for name, value in rope.items():
         if isinstance(value, dict):
-            small[name] = _small_rope(value, head_dim)
+            small[name] = _small_rope(value, head_dim, part)
         elif name == "original_max_position_embeddings" and value:
             small[name] = ORIGINAL
         else:

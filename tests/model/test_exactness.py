@@ -85,7 +85,7 @@ def test_factors_that_begin_alike_are_told_apart(family: str, part: float, n: in
     rope = {"rope_type": "longrope", "rope_theta": 5e5, "short_factor": [1.0] * n, "long_factor": long}
     rope |= {"original_max_position_embeddings": 1024, "partial_rotary_factor": part}
     places = {"max_position_embeddings": 8192, "original_max_position_embeddings": 1024}
-    config = CONFIG_MAPPING[family](rope_parameters=rope, **places, **LAYERS)
+    config = CONFIG_MAPPING[family](rope_parameters=rope, partial_rotary_factor=part, **places, **LAYERS)
     assert why_not_exact(config, SETTINGS, longest_row(config, 1024)) is None
     assert "depend on the rows" in str(why_not_exact(config, SETTINGS, longest_row(config, 1025)))
 
@@ -93,11 +93,14 @@ def test_factors_that_begin_alike_are_told_apart(family: str, part: float, n: in
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("phi", {"hidden_size": 2560, "num_attention_heads": 32, "partial_rotary_factor": 0.35}),
-        ("phi", {"hidden_size": 2560, "num_attention_heads": 32, "partial_rotary_factor": 0.1}),
+        ("phi", {"hidden_size": 2560, "num_attention_heads": 32, "partial_rotary_factor": 0.35, "pad_token_id": 0}),
+        ("phi", {"hidden_size": 2560, "num_attention_heads": 32, "partial_rotary_factor": 0.1, "pad_token_id": 0}),
         ("llama", {"vocab_size": 33, "hidden_size": 48, "num_attention_heads": 6}),
         ("helium", {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}),
-        ("exaone4", {"sliding_window": 64, "layer_types": ["full_attention"] * 4, "num_hidden_layers": 4}),
+        (
+            "exaone4",
+            {"sliding_window": 64, "layer_types": ["full_attention"] * 4, "num_hidden_layers": 4, "pad_token_id": 0},
+        ),
         ("llama", {"num_key_value_heads": 1, "num_hidden_layers": 1}),
         ("starcoder2", {"attention_dropout": 0.1}),
     ],
