@@ -138,7 +138,7 @@ def optional(what: str, advice: str = "") -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Keeps the libraries' own notices off the screen; what matters of them is said by this package.
+    """Keeps the libraries' own notices off the screen; this package reports what matters of them.
 
     bitsandbytes' warnings stay (see `arena/__init__.py` for the one that does not): a library that does not fit the
     card is a real problem.

@@ -126,8 +126,8 @@ def claim(folder: Path, run: dict[str, str], recipe: Recipe, *, fresh: bool) -> 
     owner = _owner(folder)
     if owner == run and not fresh:
         return
-    unfinished = not (folder / "metrics.json").is_file() and Shelf(folder / "checkpoints").steps()
-    if owner is not None and unfinished and not fresh:
+    is_unfinished = not (folder / "metrics.json").is_file() and Shelf(folder / "checkpoints").steps()
+    if owner is not None and is_unfinished and not fresh:
         differs = "; ".join(differences(folder, owner, run, recipe))
         raise ValueError(
             f"{folder} holds an unfinished run that differs from this one: {differs}. Repeat its settings to finish "
