@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from arena.config import LoraSettings, ModelSettings, Recipe
@@ -22,7 +22,7 @@ class Cell:
             the last token, trained on, for the memory it takes.
         way: `ours`, or `padded`, which is transformers' classifier with peft's adapters.
         attention: a backend of ours (`model.attention`), or transformers' name of one where padded.
-        checkpointing: as `model.checkpointing`; padded recomputes whole layers or nothing.
+        checkpointing: as `model.checkpointing`; padded recomputes whole layers (`full`) or nothing (`none`).
         share: compute common beginnings once.
         orders: 1 reads each row as it stands, 2 both orders of A and B.
         fuse: as `model.fuse`, or one part of it.
@@ -53,6 +53,11 @@ class Cell:
             if value != default[name] and name not in ("task", "way", "repeats")
         ]
         return ",".join([self.task, self.way, *others])
+
+    @property
+    def kind(self) -> str:
+        """The name of those cells that take about as long as this one."""
+        return replace(self, checkpointing="auto", share=True, fuse="auto", base=None).key
 
     @property
     def model_key(self) -> tuple[object, ...]:

@@ -1,8 +1,8 @@
 """Everything that wants a GPU, in one go: `python -m arena.benchmark.gpu`, or `arena gpu`.
 
-It says what the machine has, installs flash-attn if asked to, runs the tests marked `gpu`, measures the matrix at real
-size and the techniques, and writes the pages. It stops in time and goes on when it is called again, so that half an
-hour in parts of ten minutes is enough; whatever a part found is kept in --state and stands in the pages at once.
+It measures the matrix at real size, runs the tests marked `gpu` and the techniques, and writes the pages. What is worth
+most comes first. It stops in time and goes on when it is called again, so that half an hour in parts of ten minutes is
+enough. Whatever a part found stands in the pages at once, and in one archive that is enough to go on elsewhere.
 """
 
 from __future__ import annotations
@@ -20,25 +20,20 @@ import tyro
 from tyro.conf import Positional, arg
 
 from arena.arguments import settings_first
-from arena.benchmark.machine import (
-    gpu_tests,
-    install_flash,
-    missing,
-    name_of,
-    run_tests,
-    use_packages,
-    versions,
-)
-from arena.benchmark.parts import BrokenDevice, Clock, Parts
+from arena.benchmark import plan
+from arena.benchmark.archive import pack, unpack
+from arena.benchmark.clock import Clock, OutOfTime
+from arena.benchmark.gpu_tests import GROUPS, gpu_tests, read_outcomes, run_group, summary
+from arena.benchmark.machine import missing, slug, versions
+from arena.benchmark.parts import BrokenDevice, Job, Parts, Result, run_jobs
 from arena.config import Recipe, load_recipe
-from arena.files import local_path
+from arena.files import local_path, remove_scratch
 from arena.progress import console, guard_output, quiet
-from arena.stopping import MORE_TO_DO
+from arena.stopping import MORE_TO_DO, ending_at_once
 
 if TYPE_CHECKING:
     from arena.benchmark.real_run import RealBench
 
-LEAST_SECONDS = 60.0  # that a file of tests is given, however little is left
 PADDED_ROWS = 24  # six batches: a step of all rows would take padded batches half a minute
 
 
@@ -49,14 +44,16 @@ class Gpu:
     overrides: Positional[Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings to change.")]] = ()
     recipe: Annotated[str, arg(help="Whose model is measured.")] = "gemma-2-9b"
     minutes: Annotated[float | None, arg(help="Stop in time, with status 3; called again, it goes on.")] = 9.0
-    state: Annotated[Path, arg(help="Where each part's result is kept; it may be carried elsewhere.")] = Path(
+    state: Annotated[Path, arg(help="Where each part's result is kept, a folder for each recipe and device.")] = Path(
         "runs/bench"
     )
-    out: Annotated[Path, arg(help="The folder for bench-gpu-9b (by device and recipe) .json, .md, .png.")] = Path(
-        "docs"
-    )
-    install: Annotated[bool, arg(help="Install flash-attn into the state folder where it is missing.")] = False
-    wheels: Annotated[Path | None, arg(help="With --install: a folder of wheels, in place of the network.")] = None
+    archive: Annotated[
+        Path | None,
+        arg(
+            help="All results in one file, with which another machine goes on.", help_behavior_hint="(STATE/RECIPE.zip)"
+        ),
+    ] = None
+    out: Annotated[Path, arg(help="The folder for bench-<device>-<size> .json, .md and .png.")] = Path("docs")
     tests: Annotated[str, arg(help="Test files marked gpu are run below this folder; empty runs none.")] = "tests"
     only: Annotated[str, arg(help="A pattern of the cells to measure, such as 'train,ours*'.")] = "*"
     again: Annotated[
@@ -67,34 +64,50 @@ class Gpu:
         int | None, arg(help="Of each technique on the demo task; default: the demo's; 0 leaves log-losses out.")
     ] = None
     anyway: Annotated[bool, arg(help="Measure a large model on a CPU too.")] = False
+    plan: Annotated[bool, arg(help="Only show what would be done, in which call, on an H100 with flash-attn.")] = False
 
     def run(self) -> None:
         """All parts in order, as far as the time goes; exits with status 3 where some are left, 1 where some failed."""
         recipe = load_recipe(self.recipe, self.overrides)
         local_path(self.out, "--out")
         clock = Clock(self.minutes)
-        folder = local_path(self.state, "--state") / recipe.name
-        use_packages(folder)  # before torch and transformers look for what is installed
-        if self.install and "flash-attn" not in versions():
-            install_flash(folder, self.wheels)
-        bench = self._bench(recipe)
+        place = local_path(self.state, "--state") / recipe.name
+        archive = place.with_name(f"{place.name}.zip") if self.archive is None else self.archive
+        local_path(archive, "--archive", [".zip"])
+        bench = self._bench(recipe)  # with --plan, one that measures nothing
+        if self.plan:
+            show_plan(self._jobs(bench, Path()), self.minutes)
+            return
         self.out.mkdir(parents=True, exist_ok=True)
-        parts = Parts(folder, bench.about())
-        for name, result in parts.all("*").items():  # how long parts take is known from those of earlier calls
-            clock.expect(
-                name.split(",")[0] if name.startswith(("tests,", "loss,")) else "cell", result.get("took", 0.0)
-            )
-        if self.again:
-            console.print(f"to be measured again: {', '.join(parts.forget(self.again)) or 'nothing'}")
-        self._say(bench)
-        try:
-            left = self._parts(bench, parts, clock)
-        except BrokenDevice as error:
-            left = [f"the rest, in a new process, as the device is broken in this one ({error})"]
-        self._write(bench, parts)
+        if archive.is_file():
+            console.print(f"{archive}: {len(unpack(archive, place))} files of results taken from it")
+        with ending_at_once():
+            left = self._do(bench, place, archive, clock)
         if left:
             stop(left)
-        self._end(bench, parts)
+
+    def _do(self, bench: RealBench, place: Path, archive: Path, clock: Clock) -> list[str]:
+        """Does what there is time for, and gives the names of what is left."""
+        parts = Parts(place / slug(bench.about()["device"]), bench.about())
+        remove_scratch(parts.folder)
+        jobs = self._jobs(bench, parts.folder)
+        write = partial(self._write, bench, parts, archive)
+        parts.changed = partial(write, picture=False)
+        if self.again:
+            console.print(f"to be measured again: {', '.join(self._forget(parts)) or 'nothing'}")
+        self._say(bench)
+        write(picture=False)
+        try:
+            with clock.enforced():
+                left = run_jobs(jobs, parts, clock)
+        except OutOfTime:
+            left = [job.name for job in jobs if parts.get(job.name) is None]
+        except BrokenDevice as error:
+            left = [f"the rest, in a new process, as the device is broken in this one ({error})"]
+        console.print(f"written: {', '.join(map(str, write(picture=True)))}")
+        if not left:
+            self._end(jobs, parts)
+        return left
 
     def _bench(self, recipe: Recipe) -> RealBench:
         import torch
@@ -107,7 +120,7 @@ class Gpu:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rows = recipe.train.batch_size
         settings = RealSettings(recipe, rows=rows, padded_rows=min(rows, PADDED_ROWS), repeats=self.repeats)
-        return RealBench(settings, device, anyway=self.anyway)
+        return RealBench(settings, device, anyway=self.anyway, plan=self.plan)
 
     def _say(self, bench: RealBench) -> None:
         about = bench.about()
@@ -116,60 +129,57 @@ class Gpu:
             console.print(each)
         console.print(f"attention: {bench.best}; {len(bench.cells)} cells")
 
-    def _parts(self, bench: RealBench, parts: Parts, clock: Clock) -> list[str]:
-        """Does what there is time for, and gives the names of what is left."""
-        left = self._tests(parts, clock)
-        left += bench.run(parts, clock, self.only)
-        return left + self._losses(parts, clock)
+    def _jobs(self, bench: RealBench, folder: Path) -> list[Job]:
+        """The main cells, the tests of the kernels that they used, then everything else."""
+        cells, tests = bench.jobs(self.only), self._tests(bench, folder)
+        main = 1 + sum(job.name in bench.main for job in cells)  # and the ceiling
+        return [*cells[:main], *tests[:1], *cells[main:], *self._losses(bench, folder), *tests[1:]]
 
-    def _tests(self, parts: Parts, clock: Clock) -> list[str]:
-        """`pytest -m gpu`, a part a file."""
-        left = []
-        for name, path in self._test_files().items():
-            if parts.get(name) is not None:
-                continue
-            if not clock.has_time("tests"):
-                left.append(name)
-                continue
-            first, seconds = not clock.begun, clock.left()
-            result = parts.do(name, partial(run_tests, path, None if seconds is None else max(seconds, LEAST_SECONDS)))
-            clock.spent("tests", result["took"])
-            console.print(f"{name}: {result['closing']}")
-            if result["status"] == "stopped" and not first:  # with a whole part to itself it may end
-                parts.forget(name)
-                left.append(name)
-        return left
+    def _tests(self, bench: RealBench, folder: Path) -> list[Job]:
+        """`pytest -m gpu`, flash-attn's tests first, FlexAttention's last."""
+        if not self.tests:
+            return []
+        files = gpu_tests(self.tests)
+        expected = plan.TESTS if bench.kind == "cuda" else 0.0
+        return [
+            Job(f"tests,{group}", f"tests,{group}", expected, partial(run_group, group, files, folder))
+            for group in ("flash", "others", "flex")
+        ]
 
-    def _test_files(self) -> dict[str, Path]:
-        return {f"tests,{name_of(path)}": path for path in gpu_tests(self.tests)} if self.tests else {}
-
-    def _losses(self, parts: Parts, clock: Clock) -> list[str]:
+    def _losses(self, bench: RealBench, folder: Path) -> list[Job]:
         """Log-losses of the techniques after equal steps of the demo recipe, a part a technique."""
         if self.steps == 0:
             return []
         from arena.benchmark import techniques
 
-        left = [name for name in techniques.TECHNIQUES if parts.get(f"loss,{name}") is None]
-        while left and clock.has_time("loss"):
-            name = left.pop(0)
+        def train(name: str) -> Result:
             one = {name: techniques.TECHNIQUES[name]}
-            train = partial(techniques.run_techniques, load_recipe("demo"), self.steps, parts.folder / "losses", one)
-            result = parts.do(f"loss,{name}", lambda train=train: train()[0])  # type: ignore[misc]
-            clock.spent("loss", result["took"])
-            console.print(f"log-loss of {name}: {result.get('log_loss', result.get('reason'))}")
-        return [f"loss,{name}" for name in left]
+            return techniques.run_techniques(load_recipe("demo"), self.steps, folder / "losses", one)[0]
 
-    def _write(self, bench: RealBench, parts: Parts) -> None:
+        expected = plan.LOSS if bench.kind == "cuda" else 0.0
+        return [Job(f"loss,{name}", "loss", expected, partial(train, name)) for name in techniques.TECHNIQUES]
+
+    def _forget(self, parts: Parts) -> list[str]:
+        """Removes what is to be measured again."""
+        found = parts.forget(self.again)
+        for name in found:
+            (parts.folder / f"{name}.jsonl").unlink(missing_ok=True)  # of tests, each one's outcome
+        return found
+
+    def _write(self, bench: RealBench, parts: Parts, archive: Path, *, picture: bool) -> list[Path]:
         from arena.benchmark.real_report import write_real
 
-        written = write_real(self._result(bench, parts), bench.tables, self.out)
-        console.print(f"written: {', '.join(map(str, written))}")
+        pages = write_real(self._result(bench, parts), bench.tables, self.out, picture=picture)
+        pack(parts.folder.parent, pages, archive)
+        return [*pages, archive]
 
     def _result(self, bench: RealBench, parts: Parts) -> dict[str, Any]:
         """All that is known so far, as it is written."""
         from arena.benchmark.flops import weights
+        from arena.benchmark.real_report import with_shares
 
-        losses = parts.all("loss,*")
+        losses, ceiling = parts.all("loss,*"), parts.get("ceiling")
+        cells = {key: with_shares(found, ceiling) for key in bench.cells if (found := parts.get(key)) is not None}
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -177,20 +187,36 @@ class Gpu:
             **bench.about(),
             "best_backend": bench.best,
             "linear_weights": weights(bench.shapes),
-            "ceiling": parts.get("ceiling"),
-            "cells": {key: found for key in bench.cells if (found := parts.get(key)) is not None},
+            "ceiling": ceiling,
+            "cells": cells,
             "losses": {name.removeprefix("loss,"): found for name, found in losses.items()},
-            "tests": {name: found for name in self._test_files() if (found := parts.get(name)) is not None},
+            "tests": {group: found for group in GROUPS if (found := _tested(parts, group)) is not None},
         }
 
-    def _end(self, bench: RealBench, parts: Parts) -> None:
+    def _end(self, jobs: list[Job], parts: Parts) -> None:
         """Names what failed, with status 1."""
-        names = [*self._test_files(), "ceiling", *bench.cells, *parts.all("loss,*")]
-        wrong = [name for name in names if (parts.get(name) or {}).get("status") in ("failed", "stopped")]
+        wrong = [job.name for job in jobs if (parts.get(job.name) or {}).get("status") == "failed"]
         if wrong:
             console.print(f"failed: {', '.join(wrong)}; --again failed measures them again")
             sys.exit(1)
         console.print("everything that was asked for is measured")
+
+
+def _tested(parts: Parts, group: str) -> Result | None:
+    """What is known of a group of tests, also where it has not come to its end."""
+    log = parts.folder / f"tests,{group}.jsonl"
+    if (found := parts.get(f"tests,{group}")) is not None or not log.is_file():
+        return found
+    so_far = summary(read_outcomes(log))
+    return {**so_far, "closing": f"{so_far['closing']} so far"}
+
+
+def show_plan(jobs: list[Job], minutes: float | None) -> None:
+    """Prints the jobs of each call and when they end, by what is expected."""
+    for number, call in enumerate(plan.in_calls(jobs, minutes), start=1):
+        console.print(f"call {number}")
+        for job, end in call:
+            console.print(f"  until {end / 60:4.1f} min  {job.name}")
 
 
 def stop(left: list[str]) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Literal, get_args
 
 from arena.benchmark.cells import Cell, Fuse
 from arena.benchmark.parts import Result
+from arena.model.card import Kind
 
 SLOW = 1  # repeats of what takes several times as long as the rest
 PADDED = ("flash_attention_2", "flex_attention", "eager")  # transformers' own; its sdpa refuses Gemma-2's soft cap
-BACKENDS = {"flash": None, "flex": None, "blockwise": SLOW}
+BACKENDS = {"cuda": ("flash", "flex"), "cpu": ("flash", "flex", "blockwise")}
+LIKE = {"flash": "flash_attention_2", "flex": "flex_attention"}  # transformers' attention of the same kernels
+RISKY = ("light", "none")  # keep so much that 80 GB may not hold it; after that the model has to be made again
 SMALLER = {"google/gemma-2-9b-it": "google/gemma-2-2b-it", "google/gemma-2-9b": "google/gemma-2-2b"}
 
 SMALLER_ONE = " (2B)"  # is added to the name of what is measured on that one
@@ -26,24 +29,28 @@ class Table:
 
 
 def main_cells(best: str) -> dict[str, Cell]:
-    """The cells that the aims are about.
+    """The cells that the aims are about, the most wanted first, but inference before another model has to be made.
 
     Args:
         best: the attention backend that `auto` takes on this machine.
     """
     train = Cell("train", attention=best)
+    padded = Cell("train", "padded", LIKE.get(best, "eager"), "full", fuse="none", repeats=2)
     return {
         "train": train,
+        "padded train": padded,
+        "padded infer": replace(padded, task="infer"),
         "infer": replace(train, task="infer"),
         "peak": replace(train, task="peak", checkpointing="full"),
     }
 
 
-def tables(best: str, base: str) -> list[Table]:
-    """All tables, the most wanted first; a cell may stand in several.
+def tables(best: str, base: str, kind: Kind) -> list[Table]:
+    """All tables; a cell may stand in several.
 
     Args:
         base: the recipe's.
+        kind: of the device.
     """
     main = main_cells(best)
     train, infer, whole = main["train"], main["infer"], replace(main["train"], checkpointing="full")
@@ -51,7 +58,7 @@ def tables(best: str, base: str) -> list[Table]:
         Table("training", {"ours": train, **padded("train")}),
         Table("inference, one order", {"ours": infer, **padded("infer")}),
         Table("memory of one full micro-batch", {"whole layers recomputed": main["peak"]}),
-        Table("training, by attention backend", backends(train)),
+        Table("training, by attention backend", backends(train, kind)),
         Table(
             "training, by what is recomputed",
             {each: replace(train, checkpointing=each) for each in ("auto", "full", "mlp", "light", "none")},
@@ -64,7 +71,7 @@ def tables(best: str, base: str) -> list[Table]:
                 "both orders, shared": replace(train, orders=2),
             },
         ),
-        Table("inference, by attention backend", backends(infer)),
+        Table("inference, by attention backend", backends(infer, kind)),
         Table(
             "inference, what is shared",
             {
@@ -79,17 +86,22 @@ def tables(best: str, base: str) -> list[Table]:
     ]
 
 
-def padded(task: str) -> dict[str, Cell]:
-    """transformers' padded batches with each attention that it may be able to use."""
-    own = Cell("train", "padded", checkpointing="full", fuse="none", repeats=2)
+def padded(task: Literal["train", "infer"]) -> dict[str, Cell]:
+    """transformers' padded batches with each attention that it may be able to use, and in training, as memory may
+    allow, without recomputing: ours recomputes what it must, so that padded batches may do the same."""
+    own = Cell(task, "padded", checkpointing="full", fuse="none", repeats=2)
+    cells = {f"transformers, padded, {name}": replace(own, attention=name) for name in PADDED}
     if task == "infer":
-        own = replace(own, task="infer")
-    return {f"transformers, padded, {name}": replace(own, attention=name) for name in PADDED}
+        return cells
+    whole = {f"{name}, whole layers recomputed": cell for name, cell in cells.items()}
+    return whole | {f"{name}, nothing recomputed": replace(cell, checkpointing="none") for name, cell in cells.items()}
 
 
-def backends(cell: Cell) -> dict[str, Cell]:
-    """A cell with each of our backends."""
-    return {name: replace(cell, attention=name, repeats=repeats) for name, repeats in BACKENDS.items()}
+def backends(cell: Cell, kind: Kind) -> dict[str, Cell]:
+    """A cell with each of our backends that is meant for such a device, one that is many times slower only once."""
+    return {
+        name: replace(cell, attention=name, repeats=SLOW if name == "blockwise" else None) for name in BACKENDS[kind]
+    }
 
 
 def fused(cell: Cell) -> dict[str, Cell]:
@@ -111,15 +123,27 @@ def techniques(cell: Cell, base: str) -> dict[str, Cell]:
     }
 
 
-def in_order(found: list[Table]) -> dict[str, Cell]:
-    """Every cell once, by its key; those that can share a model come one after another."""
-    cells: dict[str, Cell] = {}
+def in_order(found: list[Table], best: str) -> dict[str, Cell]:
+    """Every cell once, by its key, in the order of their worth.
+
+    First the main cells; then flex, where that is not the best; then the rest, those that can share a model one after
+    another; last what may run out of memory.
+    """
+    cells: dict[str, Cell] = {cell.key: cell for cell in main_cells(best).values()}
     for table in found:
         for cell in table.cells.values():
             cells.setdefault(cell.key, cell)
     models = list(dict.fromkeys(cell.model_key for cell in cells.values()))
-    ordered = sorted(cells.values(), key=lambda cell: models.index(cell.model_key))
-    return {cell.key: cell for cell in ordered}
+    main = set(main_cells(best).values())
+
+    def rank(cell: Cell) -> tuple[int, int]:
+        if cell in main:
+            return 0, 0  # in the order given
+        risky = cell.task == "train" and cell.checkpointing in RISKY
+        turn = 3 if risky else 1 if cell.attention == "flex" else 2
+        return turn, models.index(cell.model_key)
+
+    return {cell.key: cell for cell in sorted(cells.values(), key=rank)}
 
 
 def rows_of(table: Table, results: Mapping[str, Result]) -> dict[str, Result | None]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from arena.benchmark.clock import Clock, OutOfTime
 from arena.files import write_json
+from arena.progress import console
 
 TRIES = 2
 Result = dict[str, Any]
@@ -23,23 +26,40 @@ class BrokenDevice(Exception):  # noqa: N818 - it ends a process, the next one g
     """The device does nothing more in this process."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """A part that may be done.
+
+    Attributes:
+        kind: parts of one kind take about as long as each other.
+        expected: seconds that it takes, as far as is known before any of its kind was done.
+        work: gives its result.
+    """
+
+    name: str
+    kind: str
+    expected: float
+    work: Callable[[], Result]
+
+
 class Parts:
     """The parts of one run in a folder.
 
     Args:
         folder: one JSON a part.
         about: what all of them depend on, such as the device and the number of rows.
+        changed: called whenever something in the folder has changed.
 
     Raises:
         ValueError: the folder holds parts of something else.
     """
 
-    def __init__(self, folder: Path, about: Result) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, about: Result, changed: Callable[[], object] = lambda: None) -> None:
+        self.folder, self.changed = folder, changed
         known = self._read("about")
         if known is not None and known != about:
-            changed = ", ".join(f"{key}: {known.get(key)} there, {about[key]} now" for key in _changed(known, about))
-            raise ValueError(f"{folder} holds parts of another run ({changed}): name another --state, or remove it")
+            differing = ", ".join(f"{key}: {known.get(key)} there, {about[key]} now" for key in _changed(known, about))
+            raise ValueError(f"{folder} holds parts of another run ({differing}): name another --state, or remove it")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", about)
 
@@ -52,18 +72,33 @@ class Parts:
         names = [path.stem.removeprefix("part,") for path in sorted(self.folder.glob("part,*.json"))]
         return {name: found for name in names if fnmatch(name, pattern) and (found := self.get(name)) is not None}
 
-    def do(self, name: str, work: Callable[[], Result]) -> Result:
-        """Does a part that has not been done, and keeps its result with the seconds it `took`."""
+    def do(self, name: str, work: Callable[[], Result], *, whole_call: bool = True) -> Result:
+        """Does a part that has not been done, and keeps its result with the seconds it `took`.
+
+        Args:
+            whole_call: it is the first part of this process. If the clock ends such a part, that counts as one of its
+                `TRIES`, for it had all the time there is; else it does not, and neither does a signal.
+        """
         done = self.get(name)
         if done is not None:
             return done
-        tries = (self._read(f"trying,{name}") or {"tries": 0})["tries"]
+        tries = self._trying(name)["tries"]
         if tries >= TRIES:
             return self._keep(name, failed(f"begun {tries} times and never ended"))
-        write_json(self._path(f"trying,{name}"), {"tries": tries + 1})
+        self._try(name, tries + 1)
         start = time.monotonic()
-        result = work()
+        try:
+            result = work()
+        except (OutOfTime, SystemExit, KeyboardInterrupt) as stop:
+            counts = whole_call and isinstance(stop, OutOfTime)
+            self._try(name, tries + counts, time.monotonic() - start if isinstance(stop, OutOfTime) else 0.0)
+            raise
         return self._keep(name, {**result, "took": round(time.monotonic() - start, 1)})
+
+    def seconds(self, name: str) -> float:
+        """How long a part took, or, where the clock ended it, how long it was tried at the least; 0 if neither."""
+        done = self.get(name)
+        return float(self._trying(name).get("seconds", 0.0) if done is None else done.get("took", 0.0))
 
     def forget(self, pattern: str) -> list[str]:
         """Removes the results whose name or status matches a pattern (`train,*`, `failed`), and gives their names."""
@@ -71,12 +106,21 @@ class Parts:
         for name in found:
             self._path(f"part,{name}").unlink()
             self._path(f"trying,{name}").unlink(missing_ok=True)
+        self.changed()
         return found
 
     def _keep(self, name: str, result: Result) -> Result:
         write_json(self._path(f"part,{name}"), result)
         self._path(f"trying,{name}").unlink(missing_ok=True)
+        self.changed()
         return result
+
+    def _try(self, name: str, tries: int, seconds: float = 0.0) -> None:
+        write_json(self._path(f"trying,{name}"), {"tries": tries, "seconds": seconds})
+        self.changed()
+
+    def _trying(self, name: str) -> Result:
+        return self._read(f"trying,{name}") or {"tries": 0}
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -86,42 +130,49 @@ class Parts:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-class Clock:
-    """Says whether there is time for another part.
+def run_jobs(jobs: Iterable[Job], parts: Parts, clock: Clock) -> list[str]:
+    """Does the jobs that have no result yet, in order; one that would not end in time is left and the next one tried.
 
-    Args:
-        minutes: from now on; None is without end.
+    Returns:
+        The names of those that are left.
+
+    Raises:
+        BrokenDevice: a result says that the device does nothing more in this process.
     """
-
-    def __init__(self, minutes: float | None) -> None:
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
-        self.longest: dict[str, float] = {}
-        self.begun = False
-
-    def has_time(self, kind: str) -> bool:
-        """Whether a part of a kind may begin: if it takes as long as the longest of its kind so far, it must end in
-        time. The first part may always begin, else nothing would ever be done."""
-        if self.end is None or not self.begun:
-            return True
-        return time.monotonic() + self.longest.get(kind, 0.0) < self.end
-
-    def left(self) -> float | None:
-        """Seconds until the end; None without one."""
-        return None if self.end is None else max(0.0, self.end - time.monotonic())
-
-    def spent(self, kind: str, seconds: float) -> None:
-        """Books a part."""
-        self.begun = True
-        self.expect(kind, seconds)
-
-    def expect(self, kind: str, seconds: float) -> None:
-        """Takes it that a part of a kind may last so long."""
-        self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
+    jobs = list(jobs)
+    for job in jobs:  # how long parts take is known from those of earlier calls
+        clock.expect(job.kind, parts.seconds(job.name))
+    left = []
+    for job in jobs:
+        if parts.get(job.name) is not None:
+            continue
+        if not clock.has_time(job.kind, job.expected):
+            left.append(job.name)
+            continue
+        result = parts.do(job.name, job.work, whole_call=not clock.begun)
+        clock.spent(job.kind, result.get("took", 0.0))
+        console.print(f"{job.name}: {in_words(result)}")
+        if result.get("broken"):
+            raise BrokenDevice(f"{job.name}: {result['reason']}")
+    return left
 
 
 def failed(reason: str, status: str = "failed") -> Result:
     """The result of a part that has none."""
     return {"status": status, "reason": reason}
+
+
+def in_words(result: Result) -> str:
+    """A result in one line."""
+    if "closing" in result:
+        return str(result["closing"])
+    if result["status"] != "done":
+        return f"{result['status']}: {result['reason'][:200]}"
+    words = {
+        "logical_per_second": "{:,.0f} logical tokens/s", "median": "{:.2f} s", "tflops": "{:.3g} TFLOP/s",
+        "log_loss": "log-loss {:.4f}", "took": "took {:.0f} s",
+    }  # fmt: skip
+    return ", ".join(form.format(result[name]) for name, form in words.items() if result.get(name) is not None)
 
 
 def _is(result: Result, status: str) -> bool:

@@ -128,7 +128,6 @@ def stock(config: Any, settings: ModelSettings, attention: str, device: torch.de
     )  # fmt: skip
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     fill(model, seed)
     placed: PreTrainedModel = model.to(device)
     return placed
@@ -193,7 +192,11 @@ def set_checkpointing(classifier: nn.Module, cell: Cell, recipe: Recipe, loader:
     packed: Any = classifier
     layers = len(backbone(packed.model).layers)
     if cell.way == "padded":
-        return ["full"] * layers  # as `stock` made it
+        if cell.checkpointing == "none":
+            packed.model.gradient_checkpointing_disable()
+        else:
+            packed.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return [cell.checkpointing] * layers
     if cell.checkpointing != "auto" or cell.tune == "head":
         set_policies(packed.model, ["none" if cell.tune == "head" else cell.checkpointing] * layers)
         return policies_of(packed.model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from arena.benchmark.machine import slug
 from arena.benchmark.matrix import SMALLER_ONE, Table, main_cells, rows_of
 from arena.benchmark.parts import Result
 from arena.benchmark.real_plot import draw
@@ -25,16 +26,30 @@ NOT_YET = "not measured yet"
 AIMED_AT = 8 * 10**9  # weights in the linear layers
 
 
-def write_real(result: dict[str, Any], tables: list[Table], folder: Path) -> list[Path]:
-    """Writes `bench-gpu-9b.json`, `.md` and `.png` (from device and recipe) and gives their paths."""
-    kind = "cpu" if result["device"].startswith("CPU") else "gpu"
-    name = f"bench-{kind}-{result['recipe']['name'].rpartition('-')[2]}"
+def write_real(result: dict[str, Any], tables: list[Table], folder: Path, *, picture: bool = True) -> list[Path]:
+    """Writes `bench-<device>-<size>.json`, `.md` and `.png` and gives the paths of those that are there."""
+    name = f"bench-{slug(result['device'])}-{result['recipe']['name'].rpartition('-')[2]}"
     paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
     write_json(paths[0], result)
     write_text(paths[1], as_page(result, tables, paths[2].name))
-    with written_whole(paths[2]) as draft:
-        draw(tables, result, draft)
-    return paths
+    if picture:
+        with written_whole(paths[2]) as draft:
+            draw(tables, result, draft)
+    return [path for path in paths if path.is_file()]
+
+
+def with_shares(cell: Result, ceiling: Result | None) -> Result:
+    """A measured cell with how much of what the machine can multiply it makes use of, recomputation counted apart."""
+    if cell["status"] != "done":
+        return cell
+    per_second = cell["unique_per_second"] / 1e12
+    needed, again = cell["flops_a_token"], cell["flops_recomputed_a_token"]
+    most = None if ceiling is None or ceiling["status"] != "done" else ceiling["tflops"]
+    return {
+        **cell, "tflops": needed * per_second,
+        "share_of_ceiling": None if most is None else needed * per_second / most,
+        "share_with_recomputed": None if most is None else (needed + again) * per_second / most,
+    }  # fmt: skip
 
 
 def as_page(result: dict[str, Any], tables: list[Table], picture: str) -> str:
@@ -158,7 +173,8 @@ def _ceiling(ceiling: Result | None) -> str:
     shapes = "; ".join(f"{each['inputs']} x {each['outputs']}: {each['tflops']:.4g}" for each in ceiling["products"])
     return (
         f"**Ceiling: {ceiling['tflops']:.4g} TFLOP/s**, {ceiling['dtype']} products of {ceiling['tokens']:,} tokens "
-        f"with weights of the model's shapes, by shape {shapes}."
+        f"with weights of the model's shapes, sustained for {ceiling['seconds']:.1f} s. Short bursts, which flatter, "
+        f"have {ceiling['burst_tflops']:.4g}; by shape {shapes}."
     )
 
 
@@ -168,7 +184,8 @@ def _legend(result: dict[str, Any]) -> str:
         "weights learn, 2 for the head alone), 2 in inference, and `recomputing too` what is computed again; attention "
         "and the last layer, which ours computes for last tokens only, are not told apart. `peak GiB` holds the model "
         "and the optimizer's state. `waits for data` is the time in which the loop has no batch. Padded batches hold 4 "
-        f"examples in the given order, {result['padded_rows']} of the rows: rates are per logical token. "
+        f"examples in the given order, {result['padded_rows']} of the rows: rates are per logical token, and each row "
+        "says whether layers are recomputed. "
         "`times` compares with the first row of a table."
     )
 
@@ -182,10 +199,8 @@ def _aims(result: dict[str, Any]) -> list[str]:
 
 
 def _tests(tests: dict[str, Any]) -> list[str]:
-    rows = [
-        [name.removeprefix("tests,"), each.get("closing") or each.get("reason", "")] for name, each in tests.items()
-    ]
-    return ["## Tests on the GPU", markdown_table(["file", "`pytest -m gpu` said"], rows)] if rows else []
+    rows = [[name, each["closing"], each.get("reason", "")] for name, each in tests.items()]
+    return ["## Tests marked `gpu`", markdown_table(["tests of", "outcomes", "failed"], rows)] if rows else []
 
 
 def _aim(name: str, wanted: float, found: float | None, form: str, at_most: bool = False) -> list[str]:

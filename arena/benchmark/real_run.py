@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from arena.benchmark import plan
 from arena.benchmark.ceiling import measure_ceiling
 from arena.benchmark.cells import Cell, RealSettings
 from arena.benchmark.flops import flops_a_token, flops_recomputed, weights
-from arena.benchmark.matrix import in_order, tables
-from arena.benchmark.parts import BrokenDevice, Clock, Parts, Result, failed
+from arena.benchmark.matrix import in_order, main_cells, tables
+from arena.benchmark.parts import Job, Result, failed
 from arena.benchmark.real_models import CannotRun, Holder, architecture, best_backend, set_checkpointing, shapes_of
 from arena.benchmark.real_passes import Times, Work, infer, train, work_of
 from arena.benchmark.timing import peak, release, reserved_peak, reset_peak
 from arena.benchmark.workload import Workload, field_lengths, make_workload
 from arena.distributed import device_name, is_out_of_memory
 from arena.model.attention import used_backends
-from arena.model.card import card_of
+from arena.model.card import Kind, card_of
 from arena.model.memory import fit
 from arena.model.precision import with_dtype
-from arena.progress import console
 from arena.training.optim import trainable
 
 CEILING = "ceiling"
@@ -41,15 +41,18 @@ class RealBench:
 
     Args:
         anyway: measure a large model on a CPU too.
+        plan: only tell what would be measured, without a GPU as with one that runs flash-attn.
 
     Raises:
         ValueError: a large model without a GPU, or an architecture that is not known.
     """
 
-    def __init__(self, settings: RealSettings, device: torch.device, *, anyway: bool = False) -> None:
+    def __init__(
+        self, settings: RealSettings, device: torch.device, *, anyway: bool = False, plan: bool = False
+    ) -> None:
         self.base = settings.recipe.model.base
         self.shapes = shapes_of(self.base)
-        if device.type != "cuda" and weights(self.shapes) >= LARGE and not anyway:
+        if device.type != "cuda" and weights(self.shapes) >= LARGE and not (anyway or plan):
             raise ValueError(
                 f"{settings.recipe.name} has {weights(self.shapes) / 1e9:.1f} billion weights in its linear layers and "
                 "there is no CUDA device here: run it on a GPU, or with --anyway, which can take days"
@@ -57,9 +60,12 @@ class RealBench:
         card = card_of(device)
         recipe = fit(with_dtype(settings.recipe, card), architecture(self.base), card)
         self.settings, self.device = replace(settings, recipe=recipe), device
-        self.best = best_backend(self.base, recipe.model.dtype, device)
-        self.tables = tables(self.best, self.base)
-        self.cells = in_order(self.tables)
+        as_if = plan and device.type != "cuda"
+        self.kind: Kind = "cuda" if as_if else card.kind
+        self.best = "flash" if as_if else best_backend(self.base, recipe.model.dtype, device)
+        self.tables = tables(self.best, self.base, self.kind)
+        self.cells = in_order(self.tables, self.best)
+        self.main = [cell.key for cell in main_cells(self.best).values()]
         self.holder = Holder(recipe, device, settings.seed)
         self.workloads: dict[str, Workload] = {}
         self.folder = TemporaryDirectory(prefix="arena-bench-")
@@ -72,28 +78,31 @@ class RealBench:
             **{name: getattr(self.settings, name) for name in ("rows", "padded_rows", "repeats", "seed")},
         }  # fmt: skip
 
-    def run(self, parts: Parts, clock: Clock, only: str = "*") -> list[str]:
-        """Measures the ceiling and the cells that have not been measured, as long as there is time.
+    def jobs(self, only: str = "*") -> list[Job]:
+        """The cells and the ceiling as jobs, in the order of their worth.
 
         Args:
-            only: a pattern of the keys to measure, such as `train,*`.
-
-        Returns:
-            The keys that are left.
+            only: a pattern of the keys to measure, such as `train,*`; the ceiling is always measured.
         """
-        wanted = [key for key in (CEILING, *self.cells) if key == CEILING or fnmatch(key, only)]
-        left = [key for key in wanted if parts.get(key) is None]
-        while left and clock.has_time("cell"):
-            key = left.pop(0)
-            work = self.ceiling if key == CEILING else partial(self.cell, self.cells[key], parts)
-            result = parts.do(key, work)
-            clock.spent("cell", result.get("took", 0.0))
-            console.print(f"{key}: {_in_words(result)}")
-            if result.get("broken"):
-                raise BrokenDevice(f"{key}: {result['reason']}")
-        if not left:
-            self.holder.drop()
-        return left
+        cells = {key: cell for key, cell in self.cells.items() if fnmatch(key, only)}
+        jobs: list[Job] = []
+        model: tuple[object, ...] | None = None
+        compiled: set[tuple[str, str]] = set()
+        for key, cell in cells.items():
+            kernels = ("infer" if cell.task == "infer" else "train", cell.attention)
+            expected = self._expected(cell, new_model=cell.model_key != model, compiles=kernels not in compiled)
+            jobs.append(Job(key, cell.kind, expected, partial(self.cell, cell)))
+            model = cell.model_key
+            compiled.add(kernels)
+        ceiling = Job(CEILING, CEILING, plan.CEILING if self.kind == "cuda" else 0.0, self.ceiling)
+        at = sum(key in cells for key in self.main[:-1])
+        return [*jobs[:at], ceiling, *jobs[at:]]
+
+    def _expected(self, cell: Cell, **given: bool) -> float:
+        """What is known beforehand is of GPUs; on a CPU a part begins while there is time."""
+        if self.kind == "cpu":
+            return 0.0
+        return plan.seconds_expected(cell, weights(self.shapes), self.settings, **given)
 
     def ceiling(self) -> Result:
         """The part in which the ceiling is measured."""
@@ -102,11 +111,11 @@ class RealBench:
         release(self.device)
         return {"status": "done", **found}
 
-    def cell(self, cell: Cell, parts: Parts) -> Result:
+    def cell(self, cell: Cell) -> Result:
         """Measures a cell; what keeps it from being measured is its result then."""
         facts = {"cell": asdict(cell), "at": datetime.now(UTC).isoformat(timespec="seconds")}
         try:
-            return {**facts, "status": "done", **self._measure(cell, parts)}
+            return {**facts, "status": "done", **self._measure(cell)}
         except (CannotRun, NotImplementedError) as error:
             return {**facts, **failed(str(error).splitlines()[0], "cannot run")}
         except Exception as error:  # an hour of other cells must not be lost for one
@@ -115,7 +124,7 @@ class RealBench:
             self.holder.drop()  # the error is gone here, and with it the tensors that its frames held
         return {**facts, **result}
 
-    def _measure(self, cell: Cell, parts: Parts) -> Result:
+    def _measure(self, cell: Cell) -> Result:
         work = work_of(cell, self._workload(cell), self.settings, pin=self.device.type == "cuda")
         classifier = self.holder.take(cell)
         model: Any = classifier.get_submodule("model")
@@ -124,7 +133,6 @@ class RealBench:
         known = reset_peak(self.device) is not None
         run = infer if cell.task == "infer" else train
         times = run(classifier, work, self.settings, cell.repeats or self.settings.repeats, self.device)
-        ceiling = parts.get(CEILING)
         return {
             "backend": used_backends(model) if cell.way == "ours" else cell.attention,
             "policies": None if policies is None else dict(Counter(policies)),
@@ -132,27 +140,20 @@ class RealBench:
             "peak_allocated": peak(self.device) if known else None,
             "peak_reserved": reserved_peak(self.device),
             **figures(work, times),
-            **self._of_ceiling(cell, work, times, policies, None if ceiling is None else ceiling["tflops"]),
+            **self._operations(cell, policies),
         }
 
     def _policies(self, classifier: nn.Module, cell: Cell, work: Work) -> list[str]:
         return set_checkpointing(classifier, cell, self.settings.recipe, work.loader)
 
-    def _of_ceiling(
-        self, cell: Cell, work: Work, times: Times, policies: list[str] | None, ceiling: float | None
-    ) -> Result:
-        """How much of what the machine can multiply the cell makes use of, recomputation counted apart."""
+    def _operations(self, cell: Cell, policies: list[str] | None) -> Result:
+        """Floating-point operations of a unique token, recomputation counted apart."""
         shapes = shapes_of(cell.base) if cell.base else self.shapes
-        task = "infer" if cell.task == "infer" else "train"
-        needed = flops_a_token(weights(shapes), task, cell.tune)
         per_layer = [flops_recomputed(shapes, each, cell.tune) for each in policies or []]
-        again = sum(per_layer) / len(per_layer) if per_layer else 0.0
-        rate = work.unique / median(times.seconds) / 1e12
         return {
-            "flops_a_token": needed, "flops_recomputed_a_token": again, "tflops": needed * rate,
-            "share_of_ceiling": None if ceiling is None else needed * rate / ceiling,
-            "share_with_recomputed": None if ceiling is None else (needed + again) * rate / ceiling,
-        }  # fmt: skip
+            "flops_a_token": flops_a_token(weights(shapes), "infer" if cell.task == "infer" else "train", cell.tune),
+            "flops_recomputed_a_token": sum(per_layer) / len(per_layer) if per_layer else 0.0,
+        }
 
     def _workload(self, cell: Cell) -> Workload:
         """Rows with lengths like the competition's and the vocabulary of the cell's base."""
@@ -185,13 +186,3 @@ def _told(error: Exception) -> Result:
         return failed(said, "out of memory")
     broken = "CUDA error" in said or type(error).__name__ == "AcceleratorError"
     return {**failed(f"{type(error).__name__}: {said}"), **({"broken": True} if broken else {})}
-
-
-def _in_words(result: Result) -> str:
-    if result["status"] != "done":
-        return f"{result['status']}: {result['reason'][:200]}"
-    if "median" not in result:
-        return f"{result['tflops']:.3g} TFLOP/s"
-    return (
-        f"{result['median']:.2f} s, {result['logical_per_second']:,.0f} logical tokens/s, took {result['took']:.0f} s"
-    )

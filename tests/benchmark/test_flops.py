@@ -33,10 +33,18 @@ def test_what_learns_decides_the_backward() -> None:
 
 def test_the_ceiling_is_weighed_by_how_often_a_shape_is_there() -> None:
     shapes = {(64, 128): 3, (128, 32): 1}
-    found = measure_ceiling(shapes, 256, torch.device("cpu"), torch.float32, repeats=3)  # type: ignore[arg-type]
+    found = measure_ceiling(shapes, 256, torch.device("cpu"), torch.float32, seconds=0.05)  # type: ignore[arg-type]
     by_shape = {(each["inputs"], each["outputs"]): each["tflops"] for each in found["products"]}
     assert min(by_shape.values()) > 0
-    assert min(by_shape.values()) <= found["tflops"] <= max(by_shape.values())
+    assert min(by_shape.values()) <= found["burst_tflops"] <= max(by_shape.values())
     work = {shape: shape[0] * shape[1] * count for shape, count in shapes.items()}
     expected = sum(work.values()) / sum(work[shape] / by_shape[shape] for shape in shapes)
-    assert found["tflops"] == pytest.approx(expected)
+    assert found["burst_tflops"] == pytest.approx(expected)
+
+
+def test_the_ceiling_is_sustained_over_whole_rounds_of_all_layers() -> None:
+    shapes = {(64, 128): 3, (128, 32): 1}
+    found = measure_ceiling(shapes, 256, torch.device("cpu"), torch.float32, seconds=0.2)  # type: ignore[arg-type]
+    operations = 2 * 256 * sum(shape[0] * shape[1] * count for shape, count in shapes.items())
+    rounds = found["tflops"] * 1e12 * found["seconds"] / operations
+    assert found["seconds"] >= 0.2 and rounds > 10 and rounds == pytest.approx(round(rounds), rel=1e-9)

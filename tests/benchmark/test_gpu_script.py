@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,12 @@ import pytest
 import torch
 
 from arena import cli
-from arena.benchmark import machine, real_report, real_run, techniques
+from arena.benchmark import real_report, real_run, techniques
+from arena.benchmark.cells import Cell
+from arena.benchmark.clock import OutOfTime
 from arena.benchmark.gpu import MORE_TO_DO, Gpu
+from arena.benchmark.gpu_tests import ROOT
+from arena.benchmark.matrix import Table
 from tests.benchmark.test_real import overrides, tiny_base
 
 
@@ -22,13 +27,18 @@ from tests.benchmark.test_real import overrides, tiny_base
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs the script with two cells, one test file and techniques that are made up; gives its exit status."""
     test = tmp_path / "test_on_gpu.py"
-    test.write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): pass\ndef test_not(): assert False\n")
+    test.write_text("import pytest\n@pytest.mark.gpu\ndef test_flash(): pass\ndef test_not(): assert False\n")
     monkeypatch.setattr(techniques, "TECHNIQUES", {"QLoRA, NF4": None})
     monkeypatch.setattr(techniques, "run_techniques", lambda *given: [{"status": "done", "log_loss": 0.9876}])
     base = tiny_base(tmp_path / "base")
     monkeypatch.setattr(real_report, "draw", lambda tables, result, path: path.touch())  # seconds; tested elsewhere
     whole = real_run.in_order
-    monkeypatch.setattr(real_run, "in_order", lambda found: dict(list(whole(found).items())[:2]))
+
+    def two(found: list[Table], best: str) -> dict[str, Cell]:
+        ours = {key: cell for key, cell in whole(found, best).items() if cell.way == "ours"}
+        return dict(list(ours.items())[:2])
+
+    monkeypatch.setattr(real_run, "in_order", two)
 
     def run(**changes: Any) -> int:
         given: dict[str, Any] = {
@@ -44,48 +54,108 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     return run
 
 
-def test_the_script_stops_in_time_and_goes_on(script: Callable[..., int], tmp_path: Path) -> None:
-    statuses = []
-    for _ in range(6):  # test file, ceiling, two cells, losses: one part a call
-        statuses.append(script(minutes=0.0))
+def the(pattern: str, folder: Path) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def test_the_script_stops_in_time_and_goes_on_from_its_archive_alone(
+    script: Callable[..., int], tmp_path: Path
+) -> None:
+    statuses, names = [], []
+    for _ in range(8):  # two cells, ceiling, three groups of tests, losses: one part a call
+        statuses.append(script(minutes=0.0, archive=tmp_path / "all.zip"))
+        result = json.loads(the("docs/bench-cpu-*-tiny.json", tmp_path).read_text())
+        done = {*result["cells"], *result["losses"], *result["tests"], *(["ceiling"] if result["ceiling"] else [])}
+        names.append(done)
+        shutil.rmtree(tmp_path / "state")
+        shutil.rmtree(tmp_path / "docs")
         if statuses[-1] == 0:
             break
-    assert statuses == [MORE_TO_DO] * 4 + [0]
-    result = json.loads((tmp_path / "docs/bench-cpu-tiny.json").read_text())
-    assert len(result["cells"]) == 2 and result["tests"]["tests,test_on_gpu"]["closing"].startswith("1 passed")
-    assert (tmp_path / "docs/bench-cpu-tiny.png").is_file()
-    page = (tmp_path / "docs/bench-cpu-tiny.md").read_text()
-    assert "1 passed" in page and "| QLoRA, NF4 |" in page and "| 0.9876 |" in page
-    assert script() == 0  # nothing is left to do
+    assert statuses == [MORE_TO_DO] * 6 + [0]
+    assert [len(each) for each in names] == [1, 2, 3, 4, 5, 6, 7]
+    assert "flash" in names[3]  # after the cells that are wanted most
+    assert script(archive=tmp_path / "all.zip") == 0  # nothing is left to do
+    assert the("docs/bench-cpu-*-tiny.png", tmp_path).is_file()
+    page = the("docs/bench-cpu-*-tiny.md", tmp_path).read_text()
+    assert "| flash | 1 passed |" in page and "| flex | no tests |" in page
+    assert "| QLoRA, NF4 |" in page and "| 0.9876 |" in page
+
+
+def test_every_moment_leaves_a_readable_page(
+    script: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page and the archive stand there when a part begins, so that whatever ends the process leaves them."""
+    seen: list[tuple[int, bool]] = []
+    real = real_run.RealBench.cell
+
+    def looked_at(self: Any, cell: Cell) -> dict[str, Any]:
+        page = the("docs/bench-cpu-*-tiny.md", tmp_path).read_text()
+        seen.append((page.count("not measured yet"), (tmp_path / "state/tiny.zip").is_file()))
+        return real(self, cell)
+
+    monkeypatch.setattr(real_run.RealBench, "cell", looked_at)
+    assert script(tests="", steps=0) == 0
+    (before, archived), (after, _) = seen
+    assert before > after > 0 and archived
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(OutOfTime(), MORE_TO_DO), (SystemExit(143), 143), (KeyboardInterrupt(), None)]
+)
+def test_a_part_that_is_stopped_is_done_in_the_next_call(
+    script: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int | None,
+) -> None:
+    real, calls = real_run.RealBench.cell, []
+
+    def stopped_once(self: Any, cell: Cell) -> dict[str, Any]:
+        calls.append(cell.key)
+        if len(calls) == 2:
+            raise error
+        return real(self, cell)
+
+    monkeypatch.setattr(real_run.RealBench, "cell", stopped_once)
+    if status is None:
+        with pytest.raises(KeyboardInterrupt):
+            script(tests="", steps=0)
+    else:
+        assert script(tests="", steps=0) == status
+    assert script(tests="", steps=0) == 0
+    assert len(calls) == 3 and calls[1] == calls[2] != calls[0]
 
 
 def test_a_failed_test_is_told_at_the_end(script: Callable[..., int], tmp_path: Path) -> None:
     test = tmp_path / "test_fails.py"
     test.write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): assert False\n")
     assert script(tests=str(test)) == 1
-    page = (tmp_path / "docs/bench-cpu-tiny.md").read_text()
-    assert "1 failed" in page
+    page = the("docs/bench-cpu-*-tiny.md", tmp_path).read_text()
+    assert "1 failed" in page and "test_fails.py::test_it" in page
     test.write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): pass\n")
     assert script(tests=str(test)) == 1  # kept
     assert script(tests=str(test), again="failed") == 0
 
 
-def test_tests_that_take_too_long_are_left(tmp_path: Path) -> None:
-    test = tmp_path / "test_long.py"
-    test.write_text("import pytest, time\n@pytest.mark.gpu\ndef test_it(): time.sleep(60)\n")
-    assert machine.run_tests(test, 0.5)["status"] == "stopped"
-
-
-def test_wheels_without_flash_attn_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no flash_attn-\*\.whl"):
-        machine.install_flash(tmp_path, tmp_path)
+def test_another_device_has_a_table_of_its_own(
+    script: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert script(tests="", steps=0) == 0
+    monkeypatch.setattr(real_run, "device_name", lambda device: "CPU, of another make")
+    assert script(tests="", steps=0) == 0
+    pages = sorted(path.name for path in (tmp_path / "docs").glob("*.md"))
+    assert len(pages) == 2 and "bench-cpu-of-another-make-tiny.md" in pages
+    for page in pages:
+        assert "not measured yet" in (tmp_path / "docs" / page).read_text()
 
 
 def test_the_script_runs_as_a_module() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "arena.benchmark.gpu", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for word in ("--minutes", "--state", "--install", "--wheels", "--anyway"):
+    for word in ("--minutes", "--state", "--archive", "--plan", "--anyway"):
         assert word in shown
 
 
@@ -112,45 +182,21 @@ def test_mistakes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gpu_tests_are_found_by_their_marks(tmp_path: Path) -> None:
-    texts = {
-        "test_a": "@pytest.mark.gpu\ndef test(): ...", "test_b": "pytestmark = [pytest.mark.gpu, other]",
-        "test_c": "text = '@pytest.mark.gpu'", "test_d": "def test(): ...",
-        "test_e": "    @pytest.mark.gpu\n    def test(self): ...", "other": "@pytest.mark.gpu",
-    }  # fmt: skip
-    for name, text in texts.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    assert [path.stem for path in machine.gpu_tests(str(tmp_path))] == ["test_a", "test_b", "test_e"]
-    assert "model.test_gpu" in [machine.name_of(path) for path in machine.gpu_tests("tests")]
-
-
-def test_flash_attn_is_installed_where_it_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    calls: list[list[str]] = []
-
-    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        calls.append(command)
-        place = Path(command[command.index("--target") + 1])
-        place.mkdir(parents=True)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(machine.subprocess, "run", pip)
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    (wheels / "flash_attn-2.8-cp312.whl").touch()
-    machine.install_flash(tmp_path, wheels)
-    (command,) = calls
-    assert "--no-index" in command and str(wheels / "flash_attn-2.8-cp312.whl") in command
-    assert sys.path[0] == str(tmp_path / "packages")
-    assert machine.os.environ["PYTHONPATH"].split(":") == [str(tmp_path / "packages"), str(machine.ROOT), "elsewhere"]
+def test_the_plan_is_shown_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    Gpu(plan=True).run()
+    lines = capsys.readouterr().out.splitlines()
+    (end,) = (at for at, line in enumerate(lines) if line == "call 2")
+    first = " ".join(lines[:end])
+    for name in ("train,ours", "train,padded", "infer,padded", "infer,ours", "ceiling", "peak,ours", "tests,flash"):
+        assert name in first, name
+    assert "tests,flex" in lines[-1]
 
 
 def test_make_names_a_recipe_only_where_one_is_given() -> None:
     def told(*words: str) -> str:
         made = subprocess.run(
             ["make", "--no-print-directory", "--dry-run", "--assume-old=.venv/ready", *words],
-            cwd=machine.ROOT, capture_output=True, text=True, check=True,
+            cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
         return made.stdout
 

@@ -1,14 +1,17 @@
-"""Parts: done once, kept, given up when they never end; the clock."""
+"""Parts: done once, kept, given up when they never end."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arena.benchmark import parts as module
-from arena.benchmark.parts import Clock, Parts
+from arena.benchmark import clock as clock_module
+from arena.benchmark import parts as parts_module
+from arena.benchmark.clock import Clock, OutOfTime
+from arena.benchmark.parts import Job, Parts, run_jobs
 
 
 def test_a_part_is_done_once_and_again_when_forgotten(tmp_path: Path) -> None:
@@ -34,12 +37,15 @@ def test_parts_of_another_device_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_part_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        """Nothing is done on the way out, as with SIGKILL."""
+
     def killed() -> dict[str, Any]:
-        raise KeyboardInterrupt
+        raise Killed
 
     parts = Parts(tmp_path, {})
-    for _ in range(module.TRIES):
-        with pytest.raises(KeyboardInterrupt):
+    for _ in range(parts_module.TRIES):
+        with pytest.raises(Killed):
             parts.do("a", killed)
     result = parts.do("a", lambda: {"status": "done"})
     assert result["status"] == "failed" and "never ended" in result["reason"]
@@ -47,17 +53,56 @@ def test_a_part_that_never_ends_is_given_up(tmp_path: Path) -> None:
     assert parts.do("a", lambda: {"status": "done"})["status"] == "done"
 
 
-def test_the_clock_leaves_room_for_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stop", "whole_call", "tries", "seconds"),
+    [(OutOfTime, True, 1, True), (OutOfTime, False, 0, True), (SystemExit, True, 0, False)],
+)
+def test_a_part_that_was_stopped_is_begun_again(
+    tmp_path: Path, stop: type[BaseException], whole_call: bool, tries: int, seconds: bool
+) -> None:
+    """Only the clock counts against a part, and only if it had the whole call."""
+
+    def stopped() -> dict[str, Any]:
+        raise stop
+
+    parts = Parts(tmp_path, {})
+    for _ in range(3):
+        with pytest.raises(stop):
+            parts.do("a", stopped, whole_call=whole_call)
+        assert (parts.seconds("a") > 0) == seconds  # what is left of a later call must be at least as much
+        if tries:
+            break
+    assert json.loads((tmp_path / "trying,a.json").read_text())["tries"] == tries
+    assert parts.do("a", lambda: {"status": "done"})["status"] == "done"
+
+
+def test_jobs_that_do_not_fit_are_left_and_shorter_ones_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    clock = Clock(1.0)
-    now[0] = 100.0
-    assert clock.has_time("cell")  # the first part may always begin
-    now[0] = 10.0
-    clock.spent("cell", 30.0)
-    now[0] = 29.0
-    assert clock.has_time("cell") and clock.left() == 31.0
-    now[0] = 31.0
-    assert not clock.has_time("cell")
-    assert clock.has_time("tests")
-    assert Clock(None).has_time("cell") and Clock(None).left() is None
+    for module in (clock_module, parts_module):
+        monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    told: list[str] = []
+    parts = Parts(tmp_path, {}, lambda: told.append("changed"))
+
+    def job(name: str, kind: str, expected: float, seconds: float) -> Job:
+        def work() -> dict[str, Any]:
+            now[0] += seconds
+            return {"status": "done"}
+
+        return Job(name, kind, expected, work)
+
+    jobs = [job("a", "x", 50, 30), job("long", "y", 40, 40), job("b", "x", 50, 20), job("c", "z", 5, 5)]
+    assert run_jobs(jobs, parts, Clock(1.1)) == ["long"]  # of x, 30 is known by then
+    assert len(told) == 6
+    now[0] = 1000.0
+    jobs[1] = job("long", "y", 999, 40)
+    assert run_jobs(jobs, parts, Clock(0.1)) == []  # the first of a call may always begin
+    assert parts.seconds("long") == 40.0 and len(told) == 8
+
+
+def test_a_slow_kind_does_not_keep_others_from_beginning(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, {})
+    parts.do("slow", lambda: {"status": "done"})
+    (tmp_path / "part,slow.json").write_text('{"status": "done", "took": 1000.0}')
+    jobs = [Job(name, kind, 0.0, lambda: {"status": "done"}) for name, kind in
+            [("slow", "slow"), ("a", "x"), ("slow too", "slow"), ("b", "x")]]  # fmt: skip
+    assert run_jobs(jobs, parts, Clock(9.0)) == ["slow too"]
