@@ -20,6 +20,7 @@ from typing import Annotated
 import tyro
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import Version
 from tyro.conf import UseAppendAction, arg
 
 from arena.benchmark.needed import PLATFORMS, Target, Versions, closure, provides, read_list
@@ -65,9 +66,12 @@ class Collect:
         check_folder(local_path(self.out, "--out"))
         added = [Path(each) for each in self.extra if each.endswith(".whl")]
         check_tags(added, target)
-        wanted = target.applying([*dependencies(), *(each for each in self.extra if not each.endswith(".whl"))])
+        named = [Requirement(each) for each in self.extra if not each.endswith(".whl")]
+        wanted = [*target.applying(dependencies()), *named]
         wanted += [each for wheel in added for each in target.applying(requirements_of(wheel))]
         there = self._there(target)
+        for each in named:
+            there.pop(canonicalize_name(each.name), None)
         lacking = closure(wanted, target, there)
         for wheel in added:
             lacking.pop(name_of(wheel), None)
@@ -79,7 +83,7 @@ class Collect:
             return
         collect(lacking, added, wanted, target, there, self.out)
 
-    def _there(self, target: Target) -> Versions:
+    def _there(self, target: Target) -> dict[str, Version | None]:
         listed = read_list(self.has_file) if self.has_file else {}
         names = self.has or (() if self.has_file else THERE)
         closed = closure([Requirement(name) for name in names], target, {})

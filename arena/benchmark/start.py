@@ -32,6 +32,7 @@ TEST_PACKAGES = ["pytest", "hypothesis"]  # the script also runs the tests that 
 WHEEL = re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-([^-]+)-([^-]+)-([^-]+)\.whl")
 MANYLINUX = re.compile(r"manylinux(?:(1|2010|2014)|_(\d+)_(\d+))_(.+)")
 GLIBC = {"1": (2, 5), "2010": (2, 12), "2014": (2, 17)}  # that the older names of manylinux stand for
+LIST = 'import importlib.metadata as m; [print(d.metadata["Name"], d.version) for d in m.distributions()]'
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # what zipfile raises
 
 
@@ -211,9 +212,10 @@ def how_to_collect(wheels: Path | None) -> str:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     out = wheels or f"wheels/cp{python.replace('.', '')}"
     return (
-        ". Where arena is installed and there is a network, run\n"
-        f"  python -m arena.benchmark.collect --python {python} --out {out}\n"
-        f"then bring the folder here and start with --wheels {out}"
+        ". List what is here, and take the list to where arena is installed and there is a network:\n"
+        f"  python3 -c '{LIST}' > there.txt\n"
+        f"  python -m arena.benchmark.collect --python {python} --out {out} --has-file there.txt\n"
+        f"Bring that folder here and start with --wheels {out}"
     )
 
 
