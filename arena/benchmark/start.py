@@ -124,13 +124,13 @@ def suits(python: str, abi: str, place: str) -> bool:
         fits = not threads and python[:2] == "cp" and python[2:] in older[2:]  # abi3 began with 3.2
     else:
         fits = (python, abi) == (own, own + threads)
-    return fits and suits_platform(place)
+    return fits and (abi == "none" if place == "any" else suits_platform(place))
 
 
 def suits_platform(place: str) -> bool:
     """Whether the platform of a wheel is this one, with a C library that is not too old."""
     here = re.sub(r"[-.]", "_", sysconfig.get_platform())
-    if place in ("any", here):
+    if place == here:
         return True
     parts = MANYLINUX.fullmatch(place)
     library, version = platform.libc_ver()

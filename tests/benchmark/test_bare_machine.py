@@ -1,4 +1,4 @@
-"""The GPU script on a bare machine: its wheels are collected, and it starts from them. Needs a network; `pytest -m slow`."""
+"""The GPU script on a bare machine, from wheels that are really collected. Needs a network; `pytest -m slow`."""
 
 from __future__ import annotations
 
