@@ -72,7 +72,7 @@ def test_the_script_measures_and_runs_tests_from_the_wheels(machine: Path, wheel
     )
     asked = [
         "--recipe", "demo", "--minutes", "8", "--state", "state", "--out", "docs", "--repeats", "1", "--steps", "0",
-        "--only", "train,ours", "--tests", str(test), *overrides(tiny_base(tmp_path / "base")),
+        "--only", "train,ours,attention=blockwise", "--tests", str(test), *overrides(tiny_base(tmp_path / "base")),
     ]  # fmt: skip
     done = run(machine, tmp_path, "--wheels", str(wheels), *asked)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -42,7 +42,7 @@ def make_wheel(
 
 def install(site: Path, name: str, version: str = "1.0", requires: Sequence[str] = ()) -> None:
     """The metadata of an installed package, in a folder that is on the path."""
-    place = site / f"{name}-{version}.dist-info"
+    place = site / f"{name.replace('-', '_')}-{version}.dist-info"
     place.mkdir(parents=True)
     (place / "METADATA").write_text(metadata(name, version, requires))
 
