@@ -255,10 +255,12 @@ def test_tags_suit_as_packaging_says() -> None:
     """Its rules are written out in the starter, which cannot import it."""
     right = set(sys_tags())
     pythons = [
-        f"{kind}{number}" for kind in ("py", "cp", "pp") for number in ("2", "3", "27", *(f"3{n}" for n in range(18)))
+        f"{kind}{number}"
+        for kind in ("py", "cp", "pp")
+        for number in ("2", "3", "27", *(f"3{n}" for n in range(2, 16)))
     ]
-    abis = ["none", "abi3", *(f"cp3{n}{t}" for n in range(8, 18) for t in ("", "t"))]
-    levels = ["1", "2010", "2014", *(f"_2_{n}" for n in (5, 12, 17, 24, 28, 31, 34, 99)), "_3_0"]
+    abis = ["none", "abi3", *(f"cp3{n}{t}" for n in range(10, 14) for t in ("", "t"))]
+    levels = ["1", "2010", "2014", *(f"_2_{n}" for n in range(5, 50)), "_3_0"]
     places = ["any", "linux_x86_64", "linux_aarch64", "win_amd64", "musllinux_1_2_x86_64", "macosx_11_0_arm64"]
     places += [f"manylinux{level}_{kind}" for level in levels for kind in ("x86_64", "aarch64")]
     checked = {True: 0, False: 0}
