@@ -32,7 +32,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train infer inspect notebook bench gpu test versions torture check format demo-base clean
+.PHONY: help setup train infer inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench: .venv/ready  ## time our batches beside transformers' own, write docs/ben
 
 gpu: .venv/ready  ## tests, benchmark and techniques on a GPU, 9 minutes a call: call it until it is done
 	$(BIN)/arena gpu --recipe $(call quoted,$(or $(CHOSEN),gemma-2-9b)) $(ARGS)
+
+gpu-wheels: .venv/dev  ## collect what a bare GPU machine lacks, ARGS="--python 3.12 --out wheels/cp312", for start.py there
+	$(BIN)/python -m arena.benchmark.collect $(ARGS)
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest

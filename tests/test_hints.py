@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tyro
 
+from arena.benchmark.collect import Collect
 from arena.cli import COMMANDS
 from arena.config import RECIPES, Recipe, load_recipe
 from arena.hints import command
@@ -82,8 +83,9 @@ def check_variable(name: str, value: str) -> None:
 
 
 def flags() -> set[str]:
-    names = {field.name for command in COMMANDS.values() for field in fields(command)}  # type: ignore[arg-type]
-    return {f"--{name.replace('_', '-')}" for name in names}
+    commands = [*COMMANDS.values(), Collect]
+    names = {field.name for command in commands for field in fields(command)}  # type: ignore[arg-type]
+    return {f"--{name.replace('_', '-')}" for name in names} | {"--wheels"}  # of arena/benchmark/start.py
 
 
 def test_every_setting_that_is_named_exists() -> None:
