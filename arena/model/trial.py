@@ -102,7 +102,7 @@ def _run(attend: Callable[..., Tensor], trial: Trial) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the lines that only say that one was raised."""
+    """What an error says, without the lines that only say that one was raised, and without a full stop."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.endswith("raised:")]
-    return told[0][:300] if told else type(error).__name__
+    return told[0][:300].rstrip(".") if told else type(error).__name__

@@ -131,7 +131,7 @@ def test_the_kernel_is_told_of_the_cards_tiles(
         ours, exact = (with_gradients(b, qkv, [40], [40], **OPTIONS) for b in (flex, reference))
         assert max(map(distance, ours, exact)) < 1e-5
         calls = [node for node in plain.graphs[-1].graph.nodes if "flex_attention" in str(node.target)]
-        (options,) = ([each for each in call.args if isinstance(each, dict)][0] for call in calls)
+        (options,) = (next(each for each in call.args if isinstance(each, dict)) for call in calls)
         told.append({name: value for name, value in options.items() if name in tiles})
     assert told == [{}, tiles]
 
