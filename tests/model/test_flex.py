@@ -126,8 +126,8 @@ def test_the_kernel_is_told_of_the_cards_tiles(
     tiles = kernel_options(Card("cuda", "L4", (8, 9), 22 << 30), torch.bfloat16, 256)
     assert tiles is not None
     qkv, told = random_qkv(40, 40), []
-    for given in (None, tiles):
-        monkeypatch.setattr(module, "kernel_options", lambda *_, given=given: given)
+    for chosen in (None, tiles):
+        monkeypatch.setattr(module, "kernel_options", lambda *_, chosen=chosen: chosen)
         ours, exact = (with_gradients(b, qkv, [40], [40], **OPTIONS) for b in (flex, reference))
         assert max(map(distance, ours, exact)) < 1e-5
         calls = [node for node in plain.graphs[-1].graph.nodes if "flex_attention" in str(node.target)]

@@ -9,6 +9,8 @@ import torch
 
 from arena.model.card import Card
 from arena.model.flex import BLOCK
+from arena.model.tiles import BACKWARD as BACKWARD_TILES
+from arena.model.tiles import FORWARD as FORWARD_TILES
 from arena.model.tiles import backward_need, forward_need, kernel_options
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -45,13 +47,19 @@ def test_large_cards_keep_those_of_torch(capability: tuple[int, int]) -> None:
     assert kernel_options(card(*capability, shared=LIMIT), BF16, 256) is not None
 
 
+def test_heads_that_torch_does_not_know_get_tiles_where_its_own_do_not_fit() -> None:
+    assert kernel_options(card(8, 0), BF16, 160) is not None and kernel_options(card(8, 0), FP32, 96) is not None
+    assert kernel_options(card(9, 0), BF16, 160) is None
+    assert kernel_options(card(9, 0), FP32, 160) is not None
+
+
 def test_short_heads_and_processors_keep_those_of_torch() -> None:
     assert kernel_options(card(8, 6), BF16, 128) is None and kernel_options(card(8, 6), FP32, 64) is None
     assert kernel_options(Card("cpu", "a processor", (0, 0), 1 << 34), FP32, 256) is None
 
 
 def test_where_no_tile_fits_it_is_said() -> None:
-    with pytest.raises(ValueError, match="smallest tiles take 74 KiB of shared memory, there are 64"):
+    with pytest.raises(ValueError, match="smallest tiles take 69 KiB of shared memory, there are 64"):
         kernel_options(card(7, 5, shared=64 << 10), FP32, 256)
 
 
@@ -59,17 +67,20 @@ def test_where_no_tile_fits_it_is_said() -> None:
 FORWARD = {
     (512, 32, 64, 1): 53_248, (512, 32, 64, 2): 86_016, (512, 32, 64, 3): 151_552, (512, 64, 32, 2): 69_632,
     (512, 64, 64, 2): 106_496, (512, 64, 64, 3): 172_032, (512, 32, 32, 3): 83_968, (1024, 32, 16, 2): 67_712,
-    (1024, 64, 16, 2): 102_528, (1024, 16, 16, 1): 33_792,
+    (1024, 64, 16, 2): 102_528, (1024, 16, 16, 1): 33_792, (512, 128, 32, 2): 106_496,
+    (256, 128, 64, 3): 98_304, (256, 64, 64, 3): 90_112, (256, 128, 32, 3): 82_176,
 }  # fmt: skip
 BACKWARD = {
     (512, 32, 32, 2): 71_168, (512, 64, 64, 2): 137_216, (512, 16, 64, 2): 87_296, (512, 16, 32, 2): 54_528,
     (512, 32, 64, 2): 103_936, (512, 16, 16, 1): 33_792, (1024, 16, 16, 1): 66_560,
+    (256, 64, 64, 2): 69_120, (256, 64, 64, 3): 86_528,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("need", "measured"), [(forward_need, FORWARD), (backward_need, BACKWARD)])
 def test_the_arithmetic_is_that_of_the_compiler(need: Any, measured: dict[tuple[int, ...], int]) -> None:
-    """Never too little, and at most 10 KiB too much; where one stage loads keys and values by turns, more."""
+    """Never too little; and of the tiles that are ours at most 8 KiB too much."""
+    own = {each[:3] for each in (*FORWARD_TILES, *BACKWARD_TILES)}
     for case, found in measured.items():
         assert found <= need(*case), case
-        assert case[-1] == 1 or need(*case) <= found + (10 << 10), case
+        assert case[1:] not in own or need(*case) <= found + (8 << 10), case
