@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from arena.model import kernels
 from arena.model.fused import PARTS
@@ -126,10 +127,10 @@ def test_other_models_of_the_family_keep_their_own_rotary(gemma2: Path) -> None:
 
 
 def test_autocast_and_gradients_are_left_as_they_were() -> None:
-    """Inside, both are off: under autocast the numbers are the same, and results have no history."""
+    """Inside, both are off: neither makes a variant of its own, and results have no history."""
     ours, _, inputs = parts(57)["norm"]
     leaves = [each.requires_grad_() for each in inputs]
-    plain = ours(*leaves)
+    plain, variants = ours(*leaves), counters["stats"]["unique_graphs"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ours(*leaves), plain) and torch.is_autocast_enabled("cpu")
         assert torch.equal(kernels._norm(*leaves, 1e-6, 0.0), plain)
@@ -137,3 +138,6 @@ def test_autocast_and_gradients_are_left_as_they_were() -> None:
         with pytest.raises(Exception, match=r"size|shape|broadcast"):
             rms_norm(inputs[0], torch.ones(7), 1e-6)
         assert torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    with torch.no_grad():
+        ours(*leaves)
+    assert counters["stats"]["unique_graphs"] == variants > 0

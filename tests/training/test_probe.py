@@ -151,14 +151,15 @@ def test_what_an_error_held_is_collected_before_the_cache_is_emptied(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(bool(held and held[-1]() is not None)))
-    with monkeypatch.context() as here:
-        here.setattr(probe, "loss_sum", out_of_memory)
-        gc.disable()
-        try:
+    gc.disable()
+    try:
+        with monkeypatch.context() as here:
+            here.setattr(probe, "loss_sum", out_of_memory)
             assert probe._peak(trainer.classifier, batch, "float32") is None
-        finally:
-            gc.enable()
-    assert probe._peak(trainer.classifier, batch, "float32") is not None
+        assert held[0]() is not None
+        assert probe._peak(trainer.classifier, batch, "float32") is not None
+    finally:
+        gc.enable()
     assert alive == [False, False] and len(held) == 1
 
 
