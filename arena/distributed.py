@@ -18,6 +18,9 @@ from torch import Tensor
 from arena.hints import command
 from arena.progress import console
 
+# The name that torch 2.8 reads, and that which newer versions ask for in a warning where they find the older alone.
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
 
 def start(seed: int, track: str = "none", folder: str | None = None) -> Accelerator:
     """Fixes threads and seeds, and finds the device and the other ranks (`accelerate launch` sets those up).
@@ -33,8 +36,7 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
         install = command("pip", "install", track)
         raise ValueError(f"train.track={track} needs a package that is not installed: `{install}`")
     fix_threads()
-    # micro-batches differ in size, and memory that falls to pieces is memory lost; read when CUDA is first used
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    let_segments_grow()
     set_seed(seed)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one rank tokenises while the others wait
     return Accelerator(log_with=None if track == "none" else track, project_dir=folder, kwargs_handlers=[patience])
@@ -54,6 +56,15 @@ def fix_threads() -> None:
     if given.strip() and not is_count:
         console.print(f"OMP_NUM_THREADS={given} is not a number of threads: using {free}, one for each core")
     torch.set_num_threads(int(asked) if is_count else free)
+
+
+def let_segments_grow() -> None:
+    """Has CUDA's allocator grow its segments, unless the user has set it up; to be called before CUDA is first used.
+
+    Micro-batches differ in size, and memory that falls to pieces is memory lost.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
@@ -125,6 +136,12 @@ def device_name(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's memory is used up: torch's own, or one of the libraries below it."""
+    """Whether an error says that a device's memory is used up: torch's own, or one of the libraries below it.
+
+    A compiled kernel that wants more of a card's shared memory than there is ends in the same class of error, with
+    "out of resource" (triton's `OutOfResources`, and torch's launcher): no freed memory lets it run.
+    """
     said = str(error).lower()
+    if "out of resource" in said:
+        return False
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "alloc_failed" in said

@@ -15,7 +15,17 @@ import torch
 from accelerate import Accelerator
 
 from arena import distributed
-from arena.distributed import device_name, fix_threads, is_main, peak_memory, start, total
+from arena.distributed import (
+    ALLOCATOR,
+    device_name,
+    fix_threads,
+    is_main,
+    is_out_of_memory,
+    let_segments_grow,
+    peak_memory,
+    start,
+    total,
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="the tracker is installed")
@@ -97,3 +107,55 @@ def test_one_process_is_the_first_and_the_sum() -> None:
     assert total(Accelerator(), 1.5) == 1.5
     assert peak_memory(torch.device("cpu")) > 2**20
     assert "threads" in device_name(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("set_by_user", [{}, {ALLOCATOR[0]: "backend:native"}, {ALLOCATOR[1]: "backend:native"}])
+def test_segments_grow_unless_the_user_says_otherwise(
+    set_by_user: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    let_segments_grow()
+    left = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    assert left == (set_by_user or dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
+
+
+USED_UP = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("No valid triton configs. OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: out of memory"),
+]
+CANNOT_RUN = [
+    # triton's own; torch's launcher of compiled kernels, whose class is that of used-up memory; as inductor hands it on
+    RuntimeError(
+        "out of resource: shared memory, Required: 131074, Hardware limit: 101376. Reducing block sizes or `num_stages`"
+        " may help."
+    ),
+    torch.OutOfMemoryError(
+        "out of resource: triton_tem_fused_0 Required: 151552 Hardware limit:101376 Reducing block sizes or "
+        "`num_stages` may help."
+    ),
+    RuntimeError(
+        "No valid triton configs. OutOfMemoryError: out of resource: triton_tem_fused_flex_attention_0 Required: "
+        "139776 Hardware limit:101376 Reducing block sizes or `num_stages` may help."
+    ),
+    RuntimeError("InductorError: RuntimeError: No valid triton configs. OutOfResources: out of resource: threads"),
+    RuntimeError("PTXASError: ptxas error : Entry function uses too much shared data (0x25000 bytes, 0x18c00 max)"),
+    RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+    ValueError("This flash attention build does not support headdim 32."),
+]
+
+
+@pytest.mark.parametrize("error", USED_UP)
+def test_used_up_memory_is_known_by_its_error(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", CANNOT_RUN)
+def test_a_kernel_that_cannot_run_is_not_used_up_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)

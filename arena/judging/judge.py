@@ -17,7 +17,7 @@ from arena.config import ModelSettings, Recipe, change
 from arena.data.conversations import judgeable_rows
 from arena.data.prepare import source
 from arena.data.tokens import tokenise
-from arena.distributed import device_name
+from arena.distributed import device_name, let_segments_grow
 from arena.files import file_digest, fingerprint, write_json, written_whole
 from arena.judging.find import CARD
 from arena.judging.inference import predict_or_prior
@@ -52,6 +52,7 @@ class Judge:
 
     def __init__(self, folder: Path, overrides: Sequence[str] = (), device: torch.device | str | None = None) -> None:
         card = read_card(folder)
+        let_segments_grow()
         self.folder = folder
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.recipe = with_dtype(change(Recipe.model_validate(card["recipe"]), overrides), card_of(self.device))

@@ -135,6 +135,7 @@ def transformers_attention(
     choice = choose_backend(
         getattr(module.config, "arena_backend", "reference"),
         card_of(q.device), product_dtype(q, k, v), q.shape[-1], softcap,
+        training=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
     )  # fmt: skip
     setattr(module, USED, choice.name)
     out = varlen_attention(

@@ -19,6 +19,8 @@ from arena.model.card import Card
 from arena.model.flash import HALF, flash
 from arena.model.flex import flex
 from arena.model.reference import reference
+from arena.model.tiles import kernel_options
+from arena.model.trial import Trial, why_it_fails
 
 Backend = Callable[..., Tensor]
 
@@ -76,13 +78,31 @@ def choose_backend(
 def why_not(
     name: str, card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, *, training: bool = False
 ) -> str | None:
-    """Why a backend cannot run, in a few words; None if it can. Arguments as in `choose_backend`."""
-    if name == "flash":
-        return _why_not_flash(card, dtype, head_dim, softcap)
-    if name == "flex":
-        return _why_not_flex(card, dtype, head_dim, training)
+    """Why a backend cannot run, in a few words; None if it can. Arguments as in `choose_backend`.
+
+    Flash and flex are run once on a GPU that is really there, before they are believed to run: flash-attn can be built
+    for some head sizes and cards alone, and flex compiles, which takes some seconds.
+    """
     assert name in BACKENDS, name
-    return None
+    if name not in ("flash", "flex"):
+        return None
+    if name == "flash":
+        why = _why_not_flash(card, dtype, head_dim, softcap)
+    else:
+        why = _why_not_flex(card, dtype, head_dim, training)
+    if why is not None or card.index is None:
+        return why
+    trial = Trial(torch.device(card.kind, card.index), dtype, head_dim, softcap is not None, training)
+    failed = why_it_fails(name, BACKENDS[name], trial)
+    return None if failed is None else f"{_title(name)} does not run here: {failed}"
+
+
+def _title(name: str) -> str:
+    return (
+        f"flash-attn {metadata.version('flash-attn')}"
+        if name == "flash"
+        else f"FlexAttention of torch {torch.__version__}"
+    )
 
 
 def _why_not_flash(card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None) -> str | None:
@@ -106,6 +126,10 @@ def _why_not_flex(card: Card, dtype: torch.dtype, head_dim: int, training: bool)
         return _too_old(card)
     if not 16 <= head_dim <= WIDEST_HEAD:
         return f"it takes heads of 16 to {WIDEST_HEAD} numbers, not {head_dim}"
+    try:
+        kernel_options(card, dtype, head_dim)
+    except ValueError as error:
+        return str(error)
     return cannot_compile()
 
 

@@ -22,12 +22,16 @@ class Card:
         name: as its maker calls it.
         capability: CUDA compute capability, such as (9, 0); (0, 0) on a CPU.
         memory: bytes in all, used or not.
+        shared: bytes of shared memory that a block of threads may use; None: not told.
+        index: its number among the CUDA devices here; None for a CPU, and for a card that is made up.
     """
 
     kind: Kind
     name: str
     capability: tuple[int, int]
     memory: int
+    shared: int | None = None
+    index: int | None = None
 
     @property
     def bfloat16(self) -> bool:
@@ -63,7 +67,8 @@ def product_dtype(*states: Tensor) -> torch.dtype:
 @cache
 def _cuda(index: int) -> Card:
     facts = torch.cuda.get_device_properties(index)
-    return Card("cuda", facts.name, (facts.major, facts.minor), facts.total_memory)
+    shared = getattr(facts, "shared_memory_per_block_optin", None)  # not in every version of torch
+    return Card("cuda", facts.name, (facts.major, facts.minor), facts.total_memory, shared, index)
 
 
 @cache

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from arena.model.card import product_dtype
-from arena.model.compiler import variants_allowed
+from arena.model.card import card_of, product_dtype
+from arena.model.compiler import compiled
+from arena.model.tiles import kernel_options
 
 BLOCK = 128  # queries and keys in a block of the mask; also the least size
 # Sizes in an octave. With these, micro-batches of 16,384 tokens from competition-like lengths come in four sizes of
@@ -53,7 +54,7 @@ def flex(
     Args and Returns: as there; q (T_q, heads, head_dim), k and v (T_k, kv_heads, head_dim), boundaries int32 (n + 1,).
 
     Raises:
-        ValueError: gradients are wanted on a CPU.
+        ValueError: gradients are wanted on a CPU, or the card has too little shared memory.
     """
     _refuse_gradients_on_cpu(q, k, v)
     if len(q) == 0:
@@ -61,10 +62,11 @@ def flex(
     sizes = bucket(len(q)), bucket(len(k))
     mask = _masks.get(cu_seqlens_q, cu_seqlens_k, sizes, window)
     dtype = product_dtype(q, k, v)
+    tiles = kernel_options(card_of(q.device), dtype, q.shape[-1])
     with torch.autocast(q.device.type, enabled=False):
         queries = _padded(q.to(dtype), sizes[0])
         keys, values = (_padded(states.to(dtype), sizes[1]) for states in (k, v))
-        out = _run(queries, keys, values, mask, scale, softcap)
+        out = _compiled()(queries, keys, values, mask, scale, softcap, tiles)
     return out[0].transpose(0, 1)[: len(q)].to(q.dtype)
 
 
@@ -175,21 +177,24 @@ class _Masks:
 _masks = _Masks()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float,
+    softcap: float | None,
+    tiles: dict[str, int] | None,
+) -> Tensor:
     """What is compiled."""
+    options: Any = tiles
     out: Tensor = flex_attention(
-        q, k, v, score_mod=score_mod(softcap), block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+        q, k, v, score_mod=score_mod(softcap), block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=options,
+    )  # fmt: skip
     return out
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # fullgraph: where it cannot be compiled that is an error, never a silent (rows, keys) matrix of scores
-    return torch.compile(_attend, dynamic=False, fullgraph=True)
-
-
-def _run(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None) -> Tensor:
-    """The compiled kernel; while it runs the compiler may keep more of a function than it does by default."""
-    with variants_allowed(KERNELS, KERNELS):
-        return _compiled()(q, k, v, mask, scale, softcap)
+    return compiled(_attend, KERNELS, dynamic=False)

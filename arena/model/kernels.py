@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arena.model.compiler import leave_rows_open, variants_allowed
+from arena.model.compiler import compiled, leave_rows_open
 
 Compiled = Callable[..., Any]
 VARIANTS = 64  # of one function: dtypes, widths, a single row, tensors of inference mode
@@ -27,14 +28,21 @@ def _compiled(function: Compiled) -> Compiled:
     Beyond `VARIANTS`, and where it cannot be compiled, that is an error: never a slow run without a word. Gradients and
     autocast are left outside, as each would make variants of its own.
     """
-    made = torch.compile(function, fullgraph=True)
+    made = compiled(function, VARIANTS)
 
     @wraps(function)
     def run(*given: Any) -> Any:
         plain = [_open(each) if isinstance(each, Tensor) else each for each in given]
-        limits = variants_allowed(VARIANTS, 16 * VARIANTS)
-        with limits, torch.no_grad(), torch.autocast(plain[0].device.type, enabled=False):
-            return made(*plain)
+        kind = plain[0].device.type
+        # Called thousands of times a step: what is off already is not switched off, and autocast by its flag alone.
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            if not torch.is_autocast_enabled(kind):
+                return made(*plain)
+            torch.set_autocast_enabled(kind, False)
+            try:
+                return made(*plain)
+            finally:
+                torch.set_autocast_enabled(kind, True)
 
     return run
 

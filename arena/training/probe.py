@@ -8,6 +8,7 @@ that a run may go on with others on another card.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,7 +157,7 @@ def fullest(loader: PackedLoader, shape: Shape) -> PackedBatch:
 def _peak(classifier: PackedClassifier, batch: PackedBatch, dtype: str) -> float | None:
     """Bytes reserved at the most by a forward and backward; None: out of memory."""
     device = batch.input_ids.device
-    torch.cuda.empty_cache()
+    _empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     try:
         with compute_in(device, dtype):
@@ -181,7 +182,13 @@ def _untouched(classifier: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             classifier.train(was_training)
             classifier.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+            _empty_cache()
+
+
+def _empty_cache() -> None:
+    """Gives back what nothing refers to any more: what an error's frames held may lie in cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _held_at_most(device: torch.device) -> float:

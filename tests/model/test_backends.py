@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from arena.model.attention import used_backends
 from arena.model.backbone import attention_choice
 from arena.model.backends import BACKENDS, choose_backend, why_not
 from arena.model.card import Card
+from arena.model.trial import Trial
 from tests.helpers import classifier, exact, pack
 
 CPU = Card("cpu", "a processor", (0, 0), 2**34)
@@ -167,3 +169,75 @@ def test_a_model_says_early_what_cannot_run(gemma2: Path) -> None:
         attention_choice(flex.model, "float32", training=True)
     with pytest.raises(ValueError, match="no backward on a CPU"):
         flex(pack([9, 4]))
+
+
+FOUND = replace(H100, index=0)
+LACKS = "flash-attn 2.8.3 does not run here: This flash attention build does not support head_dim 32"
+TOO_LARGE = "out of resource: triton_tem_fused_0 Required: 151552 Hardware limit:101376"
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch, everything: None) -> list[tuple[str, Trial]]:
+    """A GPU on which flash-attn lacks heads of 32 and flex does not compile for float16; what is tried there."""
+    made: list[tuple[str, Trial]] = []
+
+    def why(name: str, attend: Any, trial: Trial) -> str | None:
+        assert attend is BACKENDS[name]
+        made.append((name, trial))
+        if name == "flash":
+            return None if trial.head_dim == 256 else LACKS.split(": ")[1]
+        return TOO_LARGE if trial.dtype == FP16 else None
+
+    monkeypatch.setattr(backends, "why_it_fails", why)
+    monkeypatch.setattr(metadata, "version", lambda _: "2.8.3")
+    return made
+
+
+def test_what_does_not_run_is_passed_over(tried: list[tuple[str, Trial]]) -> None:
+    assert str(choose_backend("auto", FOUND, BF16, 256, 50.0, training=True)) == "flash (the fastest on cuda)"
+    assert tried == [("flash", Trial(torch.device("cuda", 0), BF16, 256, softcap=True, training=True))], "flex is not"
+    assert str(choose_backend("auto", FOUND, BF16, 32, None)) == f"flex (flash: {LACKS})"
+    choice = choose_backend("auto", FOUND, FP16, 32, None)
+    assert choice.name == "blockwise"
+    assert (
+        choice.reason
+        == f"flash: {LACKS}; flex: FlexAttention of torch {torch.__version__} does not run here: {TOO_LARGE}"
+    )
+
+
+def test_a_named_backend_that_does_not_run_is_an_error(tried: list[tuple[str, Trial]]) -> None:
+    assert choose_backend("flash", FOUND, BF16, 256, None).name == "flash"
+    with pytest.raises(ValueError, match=f"model.attention=flash cannot run here: {LACKS}. Set .* which is flex here"):
+        choose_backend("flash", FOUND, BF16, 32, None)
+    with pytest.raises(ValueError, match=r"flex cannot run here: FlexAttention of torch .*out of resource.*blockwise"):
+        choose_backend("flex", FOUND, FP16, 32, None)
+
+
+def test_only_what_is_there_and_looks_able_is_tried(tried: list[tuple[str, Trial]]) -> None:
+    for card, dtype in ((H100, BF16), (CPU, FP32), (replace(T4, index=0), FP16)):
+        choose_backend("auto", card, dtype, 32, None)
+    for name in ("blockwise", "reference"):
+        choose_backend(name, FOUND, BF16, 32, None)
+    assert tried == []
+
+
+def test_too_little_shared_memory_is_a_reason() -> None:
+    small = Card("cuda", "an old card", (8, 0), 2**34, shared=48 << 10)
+    assert why_not("flex", small, FP32, 256, None) == (
+        "its smallest tiles take 69 KiB of shared memory, there are 48"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_ask_for_what_they_will_do(gemma2: Path, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def choose(*given: Any, training: bool) -> backends.Choice:
+        asked.append(training)
+        return choose_backend(*given, training=training)
+
+    monkeypatch.setattr("arena.model.attention.choose_backend", choose)
+    model = classifier(exact(gemma2))
+    with torch.set_grad_enabled(training):
+        model(pack([9, 4]))
+    assert asked == [training] * 3

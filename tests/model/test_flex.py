@@ -28,9 +28,11 @@ from arena.model import backends
 from arena.model import flex as module
 from arena.model.attention import used_backends, varlen_attention
 from arena.model.backends import compiler_missing
+from arena.model.card import Card
 from arena.model.classifier import loss_sum
 from arena.model.flex import BLOCK, block_mask, bucket, flex, mask_mod, score_mod, visible
 from arena.model.reference import reference
+from arena.model.tiles import kernel_options
 from arena.training.optim import trainable
 from tests.helpers import classifier, pack
 from tests.helpers import exact as exact_settings
@@ -46,7 +48,9 @@ def use(monkeypatch: pytest.MonkeyPatch, backend: str) -> CompileCounterWithBack
     """Makes `flex` compile with another backend of torch's; it counts what it compiles."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(module._attend, dynamic=False, fullgraph=True, backend=counter)
+    with monkeypatch.context() as here:
+        here.setattr(torch, "compile", partial(torch.compile, backend=counter))
+        compiled = module._compiled.__wrapped__()
     monkeypatch.setattr(module, "_compiled", lambda: compiled)
     return counter
 
@@ -116,6 +120,22 @@ def test_values_and_gradients_are_those_of_the_reference(
     assert plain.frame_count == 1
 
 
+def test_the_kernel_is_told_of_the_cards_tiles(
+    plain: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiles = kernel_options(Card("cuda", "L4", (8, 9), 22 << 30), torch.bfloat16, 256)
+    assert tiles is not None
+    qkv, told = random_qkv(40, 40), []
+    for chosen in (None, tiles):
+        monkeypatch.setattr(module, "kernel_options", lambda *_, chosen=chosen: chosen)
+        ours, exact = (with_gradients(b, qkv, [40], [40], **OPTIONS) for b in (flex, reference))
+        assert max(map(distance, ours, exact)) < 1e-5
+        calls = [node for node in plain.graphs[-1].graph.nodes if "flex_attention" in str(node.target)]
+        (options,) = (next(each for each in call.args if isinstance(each, dict)) for call in calls)
+        told.append({name: value for name, value in options.items() if name in tiles})
+    assert told == [{}, tiles]
+
+
 @pytest.mark.parametrize("changes", [{"window": WINDOW + 1}, {"window": WINDOW - 1}, {"softcap": None}])
 def test_a_wrong_window_or_softcap_is_seen(plain: CompileCounterWithBackend, changes: dict[str, Any]) -> None:
     qkv = random_qkv(100, 130)
@@ -141,7 +161,7 @@ def test_a_model_gives_the_logits_and_gradients_of_the_reference(
     gemma2: Path, share: bool, checkpointing: str, plain: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through sliding and full layers, the last layer's single queries and keys taken by `kv_index`."""
-    monkeypatch.setattr(backends, "compiler_missing", lambda *_: None)
+    monkeypatch.setattr(backends, "_why_not_flex", lambda *_: None)
     batch = shared_batch(swap_pairs(), 4) if share else pack([40, 1, 9, 8, 33])
     found = []
     for name in ("flex", "reference"):

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from arena.config import ModelSettings
 from arena.data.prepare import prepare_fold
 from arena.distributed import compute_in
+from arena.model import trial
 from arena.model.attention import used_backends, varlen_attention
 from arena.model.backbone import attention_choice, backbone, load_base, load_tokenizer
-from arena.model.backends import BACKENDS, why_not
+from arena.model.backends import BACKENDS, cannot_compile, why_not
 from arena.model.card import card_of
 from arena.model.checkpointing import POLICIES, set_policies
 from arena.model.classifier import loss_sum
@@ -48,6 +49,16 @@ def skip_unless_it_runs(name: str, dtype: torch.dtype, head_dim: int, softcap: f
     why = why_not(name, card_of("cuda"), dtype, head_dim, softcap, training=True)
     if why is not None:
         pytest.skip(f"{name}: {why}")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A small model with heads of 256: a small build of flash-attn has no others."""
+    return make_base(tmp_path / "base", head_dim=DIM, query_pre_attn_scalar=DIM)
+
+
+# what is to be the same with any backend is looked at with the one that training uses, and with one that always runs
+TRAINED = [("flash", "bfloat16"), ("blockwise", "bfloat16"), ("blockwise", "float32")]
 
 
 def states(n_q: list[int], n_k: list[int], dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -215,6 +226,7 @@ def relative(ours: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("name", ["auto", "flex", "blockwise", "reference"])
 @pytest.mark.parametrize("share", [False, True])
 def test_logits_and_gradients_equal_those_of_the_cpu(gemma2: Path, name: str, share: bool) -> None:
+    """In float32, where `auto` is flex or blockwise."""
     if name != "auto":
         skip_unless_it_runs(name, torch.float32, 32)
     cpu = results(exact(gemma2), "cpu", share)
@@ -225,10 +237,8 @@ def test_logits_and_gradients_equal_those_of_the_cpu(gemma2: Path, name: str, sh
 
 @pytest.mark.parametrize("name", ["flash", "flex", "blockwise"])
 @pytest.mark.parametrize("share", [False, True])
-def test_in_bfloat16_a_model_is_as_near_as_with_the_reference(tmp_path: Path, name: str, share: bool) -> None:
-    """Heads of 256: a small build of flash-attn has no others."""
+def test_in_bfloat16_a_model_is_as_near_as_with_the_reference(base: Path, name: str, share: bool) -> None:
     skip_unless_it_runs(name, torch.bfloat16, DIM)
-    base = make_base(tmp_path, head_dim=DIM, query_pre_attn_scalar=DIM)
     settings = exact(base, dtype="bfloat16", attention="reference")
     truth = results(settings, "cpu", share, widen=True)
     plain = results(settings, "cuda", share)
@@ -238,24 +248,27 @@ def test_in_bfloat16_a_model_is_as_near_as_with_the_reference(tmp_path: Path, na
         assert relative(ours[at], truth[at]) <= 2 * relative(plain[at], truth[at])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_four_bit_training_step(gemma2: Path, dtype: str) -> None:
-    model = classifier(exact(gemma2, quantization="nf4", dtype=dtype)).to("cuda")
+@pytest.mark.parametrize(("name", "dtype"), TRAINED)
+def test_four_bit_training_step(base: Path, name: str, dtype: str) -> None:
+    skip_unless_it_runs(name, getattr(torch, dtype), DIM)
+    model = classifier(exact(base, quantization="nf4", dtype=dtype, attention=name)).to("cuda")
     batch = pack(LENGTHS).to("cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         logits = model(batch)
     loss_sum(logits, batch.label).backward()
+    assert used_backends(model) == name
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in trainable(model.model).values())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_policies_and_fused_parts_change_no_number(gemma2: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("name", "dtype"), TRAINED)
+def test_policies_and_fused_parts_change_no_number(base: Path, name: str, dtype: str) -> None:
     """Each policy, plain and with all parts fused, against nothing recomputed and nothing fused."""
+    skip_unless_it_runs(name, getattr(torch, dtype), DIM)
     found, batch = {}, pack([400, 1, 90, 80, 330]).to("cuda")
     for fuse in ("none", PARTS):
         for policy in POLICIES:
-            settings = exact(gemma2, dtype=dtype, quantization="nf4", checkpointing=policy, fuse=fuse)
+            settings = exact(base, dtype=dtype, quantization="nf4", checkpointing=policy, fuse=fuse, attention=name)
             model = classifier(settings).to("cuda").train()
             with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
                 loss_sum(model(batch), batch.label).backward()
@@ -266,8 +279,8 @@ def test_policies_and_fused_parts_change_no_number(gemma2: Path, dtype: str) -> 
 
 
 def test_each_policy_holds_less_than_the_one_before(gemma2: Path) -> None:
-    model, batch = classifier(exact(gemma2, fuse=PARTS)).to("cuda").train(), pack([400] * 5).to("cuda")
-    held = []
+    model = classifier(exact(gemma2, fuse=PARTS, attention="blockwise")).to("cuda").train()
+    batch, held = pack([400] * 5).to("cuda"), []
     for policy in POLICIES:
         set_policies(model.model, [policy] * 3)
         for _ in range(2):  # the first compiles
@@ -281,8 +294,9 @@ def test_each_policy_holds_less_than_the_one_before(gemma2: Path) -> None:
 
 
 def test_nothing_is_left_of_a_forward_that_ran_out_of_memory(gemma2: Path) -> None:
-    model, batch = classifier(exact(gemma2, fuse=PARTS)).to("cuda").train(), pack([400] * 5).to("cuda")
-    handle = backbone(model.model).layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+    model = classifier(exact(gemma2, fuse=PARTS, attention="blockwise")).to("cuda").train()
+    batch = pack([400] * 5).to("cuda")
+    backbone(model.model).layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
     for policy in POLICIES:
         set_policies(model.model, [policy] * 3)
         for turn in range(2):
@@ -291,12 +305,45 @@ def test_nothing_is_left_of_a_forward_that_ran_out_of_memory(gemma2: Path) -> No
                 model(batch)
             gc.collect()
             assert not turn or torch.cuda.memory_allocated() == before, policy
-    handle.remove()
 
 
-def test_the_probe_measures_on_this_card(gemma2: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=auto")
+@pytest.mark.parametrize("name", ["flash", "blockwise"])
+def test_the_probe_measures_on_this_card(base: Path, tmp_path: Path, name: str) -> None:
+    skip_unless_it_runs(name, torch.bfloat16, DIM)
+    recipe = tiny_recipe(
+        tmp_path, base, "model.checkpointing=auto", f"model.attention={name}", "model.dtype=bfloat16"
+    )  # fmt: skip
     data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
     trainer = Trainer(recipe, data, adapt(load_base(recipe.model), recipe.model), tmp_path, Accelerator())
     assert trainer.kept is not None and trainer.kept.peak is not None
     assert trainer.kept.policies == ["none"] * 3 and 0 < trainer.kept.peak < trainer.kept.limit
+
+
+@pytest.mark.parametrize("name", ["flash", "flex"])
+def test_a_backend_that_is_believed_to_run_was_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From within what a layer may be in; and an error of its own is the reason."""
+    monkeypatch.setattr(trial, "_found", {})
+    skip_unless_it_runs(name, torch.bfloat16, DIM)
+    assert [(key[0], key[1].training) for key in trial._found] == [(name, True)]
+    monkeypatch.setattr(trial, "_found", {})
+    with torch.inference_mode(), torch.autocast("cuda", dtype=torch.float16):
+        assert why_not(name, card_of("cuda"), torch.bfloat16, DIM, 50.0, training=True) is None
+    monkeypatch.setattr(trial, "_found", {})
+
+    def lacking(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("this build has no such heads")
+
+    monkeypatch.setitem(BACKENDS, name, lacking)
+    assert "does not run here: this build has no such heads" in str(
+        why_not(name, card_of("cuda"), torch.bfloat16, DIM, 50.0, training=True)
+    )
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 160, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_card_has_tiles_for_flex(head_dim: int, dtype: torch.dtype) -> None:
+    """Whatever shared memory the card has, and also for heads that torch has no tiles for."""
+    card = card_of("cuda")
+    if card.capability < (8, 0) or cannot_compile() is not None:
+        pytest.skip(f"flex: {card.name} is too old, or there is no compiler")
+    assert why_not("flex", card, dtype, head_dim, 50.0, training=True) is None

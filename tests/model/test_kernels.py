@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
+from arena.model import kernels
 from arena.model.fused import PARTS
 from arena.model.kernels import gated, rms_norm, rotary
 from tests.helpers import CONFIGS, classifier, exact, make_base, pack
@@ -122,3 +124,20 @@ def test_other_models_of_the_family_keep_their_own_rotary(gemma2: Path) -> None:
     cos, sin = (each[None].expand(2, -1, -1) for each in tables(5, 16))
     turned = modeling_gemma2.apply_rotary_pos_emb(q, k, cos, sin)
     torch.testing.assert_close(turned[0][1].transpose(0, 1), plain_rotary(q[1].transpose(0, 1), cos[1], sin[1]))
+
+
+def test_autocast_and_gradients_are_left_as_they_were() -> None:
+    """Inside, both are off: neither makes a variant of its own, and results have no history."""
+    ours, _, inputs = parts(57)["norm"]
+    leaves = [each.requires_grad_() for each in inputs]
+    plain, variants = ours(*leaves), counters["stats"]["unique_graphs"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ours(*leaves), plain) and torch.is_autocast_enabled("cpu")
+        assert torch.equal(kernels._norm(*leaves, 1e-6, 0.0), plain)
+        assert not kernels._norm(*leaves, 1e-6, 0.0).requires_grad and torch.is_grad_enabled()
+        with pytest.raises(Exception, match=r"size|shape|broadcast"):
+            rms_norm(inputs[0], torch.ones(7), 1e-6)
+        assert torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    with torch.no_grad():
+        ours(*leaves)
+    assert counters["stats"]["unique_graphs"] == variants > 0

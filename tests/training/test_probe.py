@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -132,3 +134,43 @@ def test_the_fullest_micro_batch_is_found(tmp_path: Path, gemma2: Path) -> None:
     trainer = trainer_of(tmp_path, gemma2)
     loader = trainer._loader()
     assert probe.fullest(loader, shape_of(trainer.model.config)).tokens == loader.plan.tokens.max()
+
+
+def test_what_an_error_held_is_collected_before_the_cache_is_emptied(
+    tmp_path: Path, gemma2: Path, made_up_gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors in the frames of an out-of-memory error can lie in cycles, which only the collector finds."""
+    trainer, held = trainer_of(tmp_path, gemma2), []
+    batch = probe.fullest(trainer._loader(), shape_of(trainer.model.config))
+    alive: list[bool] = []
+
+    def out_of_memory(*_: object) -> None:
+        cycle: dict[str, object] = {"tensor": torch.zeros(1)}
+        cycle["self"] = cycle
+        held.append(weakref.ref(cycle["tensor"]))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(bool(held and held[-1]() is not None)))
+    gc.disable()
+    try:
+        with monkeypatch.context() as here:
+            here.setattr(probe, "loss_sum", out_of_memory)
+            assert probe._peak(trainer.classifier, batch, "float32") is None
+        assert held[0]() is not None
+        assert probe._peak(trainer.classifier, batch, "float32") is not None
+    finally:
+        gc.enable()
+    assert alive == [False, False] and len(held) == 1
+
+
+def test_a_kernel_that_cannot_run_is_no_lack_of_memory(
+    tmp_path: Path, gemma2: Path, made_up_gpu: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tmp_path, gemma2)
+
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of resource: triton_tem_fused_0 Required: 151552 Hardware limit:101376")
+
+    monkeypatch.setattr(probe, "loss_sum", too_large)
+    with pytest.raises(torch.OutOfMemoryError, match="Hardware limit"):
+        probe._by_running(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(LADDER))
