@@ -74,7 +74,7 @@ class Clock:
             raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, end)
-        signal.setitimer(signal.ITIMER_REAL, left + grace, AGAIN)
+        signal.setitimer(signal.ITIMER_REAL, max(left + grace, 0.001), AGAIN)  # 0 would mean never
         try:
             yield
         finally:

@@ -114,9 +114,10 @@ class Gpu:
 
         from arena.benchmark.cells import RealSettings
         from arena.benchmark.real_run import RealBench
-        from arena.distributed import fix_threads
+        from arena.distributed import fix_threads, let_segments_grow
 
         fix_threads()
+        let_segments_grow()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rows = recipe.train.batch_size
         settings = RealSettings(recipe, rows=rows, padded_rows=min(rows, PADDED_ROWS), repeats=self.repeats)

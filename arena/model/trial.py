@@ -45,11 +45,14 @@ def why_it_fails(name: str, attend: Callable[..., Tensor], trial: Trial) -> str 
     Raises:
         Exception: the call's own error, where memory was used up, or where the device answers to nothing any more.
     """
+    with_backward = replace(trial, training=True)
+    if _found.get((name, with_backward), "") is None:
+        return None  # it runs with its backward, so it does without
+    if (name, trial) in _found:
+        return _found[name, trial]
     if _in_backward():  # the engine has one thread a device: a backward of ours would wait for it, and it for ours
         return None
     with _lock:
-        if _found.get((name, replace(trial, training=True)), "") is None:
-            return None  # it runs with its backward, so it does without
         if (name, trial) not in _found:
             # In a thread of its own: autocast, inference mode, hooks on what autograd saves and the compiler's settings
             # are those of a thread, and a layer asks from within any of them.

@@ -113,6 +113,8 @@ def test_nothing_is_tried_within_a_backward() -> None:
     checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=True).sum().backward()
     assert found == [None] and attend.calls == 0
     assert why_it_fails("flash", attend, TRAINING) == "no kernel image"
+    checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=True).sum().backward()
+    assert found[1:] == ["no kernel image"], "what is known is said there too: the same backend is taken again"
 
 
 @pytest.mark.parametrize(
