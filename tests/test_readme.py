@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, its commands are understood."""
+"""What the README and the page about GPUs show works: Python runs, commands are understood."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 
 from arena import cli
+from arena.benchmark.collect import Collect
 from arena.config import load_recipe
 from arena.data.synthetic import ensure_demo
 from arena.judging.export import export_judge
@@ -27,20 +29,23 @@ from tests.helpers import classifier
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE))
-FENCED = re.findall(r"^```\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-COMMAND = re.compile(r"(make|\.venv/bin/arena)( |$)")
+PAGES = README + (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+FENCED = re.findall(r"^```\n(.*?)^```$", PAGES, re.DOTALL | re.MULTILINE)
+COLLECT, START = ".venv/bin/python -m arena.benchmark.collect", "python3 arena/benchmark/start.py"
+COMMAND = re.compile(rf"(make|\.venv/bin/arena|{re.escape(COLLECT)}|{re.escape(START)})( |$)")
 
 
 def commands() -> list[str]:
-    """The command lines of the README, those in running text too."""
+    """The command lines of the pages, those in running text too."""
     lines = [line.split("#")[0].strip() for block in FENCED for line in block.splitlines()]
-    quoted = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE))
+    quoted = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", PAGES, flags=re.DOTALL | re.MULTILINE))
     return sorted({" ".join(each.split()) for each in [*lines, *quoted] if COMMAND.match(each) and each != "make"})
 
 
 def test_all_code_is_found() -> None:
     assert set(BLOCKS) == {"Batches", "A judge elsewhere"} and README.count("```python") == len(BLOCKS)
     assert len(commands()) >= 20
+    assert {COLLECT, START} == {line for line in (COLLECT, START) for each in commands() if each.startswith(line)}
     assert {"make train FOLD=0", ".venv/bin/arena memory", ".venv/bin/arena export --fold 0 --out judge"} < {
         *commands()
     }
@@ -75,6 +80,12 @@ def test_a_judge_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize("line", commands())
 def test_every_command_is_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """make knows the target and its variables; the command line of each `arena` is parsed, but not run."""
+    if line.startswith(COLLECT):
+        assert tyro.cli(Collect, args=shlex.split(line.removeprefix(COLLECT)))
+        return
+    if line.startswith(START):
+        assert (ROOT / START.split()[1]).is_file() and "--wheels" in line
+        return
     if line.startswith("make"):
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
         words = ["--dry-run", "--no-print-directory", "--assume-old=.venv/ready", "--assume-old=.venv/dev"]

@@ -55,7 +55,7 @@ def run_group(group: str, files: list[Path], folder: Path) -> Result:
         with output.open("a", encoding="utf-8") as out:
             status = subprocess.run(
                 command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, check=False,
-                env={**os.environ, GROUP: group, LOG: str(log)},
+                env={**os.environ, GROUP: group, LOG: str(log.absolute())},
             ).returncode  # fmt: skip
     except (OutOfTime, SystemExit, KeyboardInterrupt):
         _add(log, {"test": None, "event": "stopped"})  # the test that ran did not hang
@@ -63,8 +63,10 @@ def run_group(group: str, files: list[Path], folder: Path) -> Result:
     outcomes = read_outcomes(log)
     found = summary(outcomes)
     if status not in (0, 1, NO_TESTS):
-        last = (output.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing was said"])[-1]
-        return {**found, "status": "failed", "reason": f"pytest ended with status {status}: {last}"[:500]}
+        lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+        told = [line for line in lines if line.strip() and not line.startswith("=")] or ["nothing was said"]
+        reason = f"pytest ended with status {status}: {told[-1]}"[:500]
+        return {**found, "status": "failed", "closing": f"{found['closing']}; {reason}", "reason": reason}
     return found
 
 
