@@ -1,7 +1,7 @@
 """The tests marked `gpu`: run in groups by one process of pytest each, every test's outcome kept as it comes.
 
 This module is also the plugin that pytest loads for that: it chooses the group's tests that have no outcome yet and
-writes a line for each that begins and ends. A test that was begun twice and never ended is not run again.
+writes a line for each that begins and ends. A test that was begun three times and never ended is not run again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def summary(outcomes: dict[str, str]) -> Result:
 
 
 def read_outcomes(log: Path) -> dict[str, str]:
-    """Each test's outcome so far: `passed`, `skipped`, `failed`, or `stuck`: begun twice, and never ended."""
+    """Each test's outcome so far: `passed`, `skipped`, `failed`, or `stuck`: begun again and again, and never ended."""
     begun, outcomes, _ = _read(log)
     return {**outcomes, **{test: "stuck" for test, times in begun.items() if times >= TRIES}}
 

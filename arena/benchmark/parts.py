@@ -1,7 +1,7 @@
 """Long work in parts: each part's result is a JSON file, kept as it comes, so that a stopped run goes on where it was.
 
-A part that was begun twice and never ended (a machine that hangs or is taken away in the middle) is given up the third
-time, so that it cannot keep the others from being done.
+A part that was begun three times and never ended (a machine that hangs or is taken away in the middle) is given up, so
+that it cannot keep the others from being done.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from arena.benchmark.clock import Clock, OutOfTime
 from arena.files import write_json
 from arena.progress import console
 
-TRIES = 2
+TRIES = 3
 Result = dict[str, Any]
 
 

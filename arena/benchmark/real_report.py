@@ -215,7 +215,7 @@ def _done(each: Any) -> Result | None:
 
 
 def _why(each: Any) -> str:
-    return NOT_YET if each is None else f"{each['status']}: {each['reason'].replace('|', '/')[:120]}"
+    return NOT_YET if each is None else f"{each['status']}: {each['reason'].replace('|', '/')[:200]}"
 
 
 def _of(each: Result | None, name: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,20 @@ def test_mistakes(
     assert stop.value.code == 2
     assert message in capsys.readouterr().out.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_allocator_is_set_up_before_anything_is_measured(
+    script: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("arena.distributed.os.environ", {})
+
+    def begun(*given: Any, **named: Any) -> None:
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+        raise InterruptedError
+
+    monkeypatch.setattr(real_run.RealBench, "__init__", begun)
+    with pytest.raises(InterruptedError):
+        script()
 
 
 def test_the_plan_is_shown_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
