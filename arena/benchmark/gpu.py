@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -23,8 +24,9 @@ from arena.arguments import settings_first
 from arena.benchmark import plan
 from arena.benchmark.archive import pack, unpack
 from arena.benchmark.clock import Clock, OutOfTime
-from arena.benchmark.gpu_tests import GROUPS, gpu_tests, read_outcomes, run_group, summary
-from arena.benchmark.machine import missing, slug, versions
+from arena.benchmark.gpu_plugin import GROUPS, read_outcomes
+from arena.benchmark.gpu_tests import gpu_tests, run_group, summary
+from arena.benchmark.machine import missing, slug, versions, why_not_flash
 from arena.benchmark.parts import BrokenDevice, Job, Parts, Result, run_jobs
 from arena.config import Recipe, load_recipe
 from arena.files import local_path, remove_scratch
@@ -70,17 +72,18 @@ class Gpu:
         """All parts in order, as far as the time goes; exits with status 3 where some are left, 1 where some failed."""
         recipe = load_recipe(self.recipe, self.overrides)
         local_path(self.out, "--out")
-        clock = Clock(self.minutes)
+        clock = Clock(self.minutes, since=float(os.environ.get("ARENA_STARTED", time.time())))
+        clock.end_what_hangs()
         place = local_path(self.state, "--state") / recipe.name
         archive = place.with_name(f"{place.name}.zip") if self.archive is None else self.archive
         local_path(archive, "--archive", [".zip"])
-        bench = self._bench(recipe)  # with --plan, one that measures nothing
+        if archive.is_file() and not self.plan:
+            console.print(f"{archive}: {len(unpack(archive, place))} files of results taken from it")
+        bench = self._bench(recipe, place)  # with --plan, one that measures nothing
         if self.plan:
             show_plan(self._jobs(bench, Path()), self.minutes)
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        if archive.is_file():
-            console.print(f"{archive}: {len(unpack(archive, place))} files of results taken from it")
         with ending_at_once():
             left = self._do(bench, place, archive, clock)
         if left:
@@ -98,27 +101,31 @@ class Gpu:
         self._say(bench)
         write(picture=False)
         try:
-            with clock.enforced():
-                left = run_jobs(jobs, parts, clock)
-        except OutOfTime:
+            left = run_jobs(jobs, parts, clock)
+        except (OutOfTime, BrokenDevice) as end:
             left = [job.name for job in jobs if parts.get(job.name) is None]
-        except BrokenDevice as error:
-            left = [f"the rest, in a new process, as the device is broken in this one ({error})"]
+            if isinstance(end, BrokenDevice):
+                console.print(f"the device does nothing more in this process: {end}")
         console.print(f"written: {', '.join(map(str, write(picture=True)))}")
         if not left:
             self._end(jobs, parts)
         return left
 
-    def _bench(self, recipe: Recipe) -> RealBench:
+    def _bench(self, recipe: Recipe, place: Path) -> RealBench:
         import torch
 
         from arena.benchmark.cells import RealSettings
         from arena.benchmark.real_run import RealBench
-        from arena.distributed import fix_threads, let_segments_grow
+        from arena.distributed import device_name, fix_threads, let_segments_grow
+        from arena.model.trial import rule_out
 
         fix_threads()
         let_segments_grow()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and "flash-attn" in versions() and not self.plan:
+            kept = place / slug(device_name(device)) / "flash.json"
+            if (why := why_not_flash(["--recipe", self.recipe, *self.overrides], kept)) is not None:
+                rule_out("flash", why)
         rows = recipe.train.batch_size
         settings = RealSettings(recipe, rows=rows, padded_rows=min(rows, PADDED_ROWS), repeats=self.repeats)
         return RealBench(settings, device, anyway=self.anyway, plan=self.plan)
@@ -134,16 +141,16 @@ class Gpu:
         """The main cells, the tests of the kernels that they used, then everything else."""
         cells, tests = bench.jobs(self.only), self._tests(bench, folder)
         main = 1 + sum(job.name in bench.main for job in cells)  # and the ceiling
-        return [*cells[:main], *tests[:1], *cells[main:], *self._losses(bench, folder), *tests[1:]]
+        return [*cells[:main], *tests[:2], *cells[main:], *self._losses(bench, folder), *tests[2:]]
 
     def _tests(self, bench: RealBench, folder: Path) -> list[Job]:
-        """`pytest -m gpu`, flash-attn's tests first, FlexAttention's last."""
+        """`pytest -m gpu`, flash-attn's tests first, FlexAttention's, which compile for minutes, last."""
         if not self.tests:
             return []
         files = gpu_tests(self.tests)
         expected = plan.TESTS if bench.kind == "cuda" else 0.0
         return [
-            Job(f"tests,{group}", f"tests,{group}", expected, partial(run_group, group, files, folder))
+            Job(f"tests,{group}", f"tests,{group}", expected, bench.alone(partial(run_group, group, files, folder)))
             for group in ("flash", "others", "flex")
         ]
 
@@ -153,12 +160,15 @@ class Gpu:
             return []
         from arena.benchmark import techniques
 
-        def train(name: str) -> Result:
-            one = {name: techniques.TECHNIQUES[name]}
-            return techniques.run_techniques(load_recipe("demo"), self.steps, folder / "losses", one)[0]
+        def train(technique: techniques.Technique) -> Result:
+            recipe = techniques.in_steps(load_recipe("demo"), self.steps)
+            return techniques.in_process(technique.of(recipe), folder / "runs")
 
         expected = plan.LOSS if bench.kind == "cuda" else 0.0
-        return [Job(f"loss,{name}", "loss", expected, partial(train, name)) for name in techniques.TECHNIQUES]
+        return [
+            Job(f"loss,{name}", "loss", expected, bench.alone(partial(train, technique)))
+            for name, technique in techniques.TECHNIQUES.items()
+        ]
 
     def _forget(self, parts: Parts) -> list[str]:
         """Removes what is to be measured again."""

@@ -14,11 +14,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from arena.benchmark.clock import Clock, OutOfTime
+from arena.benchmark.clock import GRACE, Clock, OutOfTime, ended_after
 from arena.files import write_json
 from arena.progress import console
 
 TRIES = 3
+PATIENCE, LEAST_PATIENCE = 4.0, 120.0  # times the seconds that a part was expected to take, and seconds at the least
 Result = dict[str, Any]
 
 
@@ -32,14 +33,22 @@ class Job:
 
     Attributes:
         kind: parts of one kind take about as long as each other.
-        expected: seconds that it takes, as far as is known before any of its kind was done.
+        expected: seconds that it runs, as far as is known before any of its kind was done.
         work: gives its result.
+        overhead: seconds that it is expected to take beside that, such as for another model than the part before has.
     """
 
     name: str
     kind: str
     expected: float
     work: Callable[[], Result]
+    overhead: float = 0.0
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which it is ended as too slow; None where nothing is known of it beforehand."""
+        whole = self.expected + self.overhead
+        return max(LEAST_PATIENCE, PATIENCE * whole) if whole else None
 
 
 class Parts:
@@ -95,10 +104,14 @@ class Parts:
             raise
         return self._keep(name, {**result, "took": round(time.monotonic() - start, 1)})
 
+    def give_up(self, name: str, reason: str, status: str) -> Result:
+        """Keeps as the result of a part that there is none."""
+        return self._keep(name, {**failed(reason, status), "took": self._trying(name).get("seconds", 0.0)})
+
     def seconds(self, name: str) -> float:
-        """How long a part took, or, where the clock ended it, how long it was tried at the least; 0 if neither."""
+        """How long a part ran, or, where the clock ended it, how long it was tried at the least; 0 if neither."""
         done = self.get(name)
-        return float(self._trying(name).get("seconds", 0.0) if done is None else done.get("took", 0.0))
+        return float(self._trying(name).get("seconds", 0.0) if done is None else ran(done))
 
     def forget(self, pattern: str) -> list[str]:
         """Removes the results whose name or status matches a pattern (`train,*`, `failed`), and gives their names."""
@@ -146,15 +159,37 @@ def run_jobs(jobs: Iterable[Job], parts: Parts, clock: Clock) -> list[str]:
     for job in jobs:
         if parts.get(job.name) is not None:
             continue
-        if not clock.has_time(job.kind, job.expected):
+        if not clock.has_time(job.kind, job.expected, job.overhead):
             left.append(job.name)
             continue
-        result = parts.do(job.name, job.work, whole_call=not clock.begun)
-        clock.spent(job.kind, result.get("took", 0.0))
+        result = _in_time(job, parts, clock)
+        clock.spent(job.kind, ran(result))
         console.print(f"{job.name}: {in_words(result)}")
         if result.get("broken"):
             raise BrokenDevice(f"{job.name}: {result['reason']}")
     return left
+
+
+def _in_time(job: Job, parts: Parts, clock: Clock) -> Result:
+    """The result of a job, which is ended where it takes far longer than expected, or the call is at its end.
+
+    Raises:
+        OutOfTime: the call is at its end.
+    """
+    left, patience = clock.left(GRACE), job.patience
+    seconds = min((each for each in (left, patience) if each is not None), default=None)
+    try:
+        with ended_after(seconds):
+            return parts.do(job.name, job.work, whole_call=not clock.begun)
+    except OutOfTime:
+        if seconds == left:
+            raise
+        return parts.give_up(job.name, f"ended after {seconds:.0f} s: far longer than expected", "too slow")
+
+
+def ran(result: Result) -> float:
+    """Seconds that a part ran, without its preparations where these are known."""
+    return float(result.get("running") or result.get("took") or 0.0)
 
 
 def failed(reason: str, status: str = "failed") -> Result:

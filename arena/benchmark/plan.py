@@ -18,19 +18,26 @@ MEAN_TOKENS = 1250  # of the competition's prompts
 CEILING, TESTS, LOSS = 10.0, 90.0, 90.0  # seconds
 
 
-def seconds_expected(cell: Cell, weights: int, settings: RealSettings, *, new_model: bool, compiles: bool) -> float:
-    """Seconds that a cell takes on an H100; other cards take a few times as long.
+def running(cell: Cell, weights: int, settings: RealSettings) -> float:
+    """Seconds that a cell's steps or passes take on an H100; other cards take a few times as long.
 
     Args:
         weights: of the recipe's linear layers.
-        new_model: the cell before it, in order, has another one.
-        compiles: no cell before it has this task and attention.
     """
     task, passes = ("train" if cell.task == "peak" else cell.task), 1 + (cell.repeats or settings.repeats)
     rows = settings.padded_rows if cell.way == "padded" else settings.rows * cell.orders
     tokens = settings.recipe.packing.budget if cell.task == "peak" else rows * MEAN_TOKENS
-    seconds = passes * tokens / RATES[task, cell.way] * SLOWER.get(cell.attention, 1.0)
-    seconds += MAKING if new_model else 0.0
+    return passes * tokens / RATES[task, cell.way] * SLOWER.get(cell.attention, 1.0) * weights / OF_WEIGHTS
+
+
+def overhead(cell: Cell, weights: int, new_model: bool, compiles: bool) -> float:
+    """Seconds that a cell takes before its first step.
+
+    Args:
+        new_model: the cell before it, in order, has another one.
+        compiles: no cell before it has this task and attention.
+    """
+    seconds = MAKING if new_model else 0.0
     seconds += PROBING if cell.way == "ours" and cell.task == "train" and cell.checkpointing == "auto" else 0.0
     return seconds * weights / OF_WEIGHTS + (COMPILING.get(cell.attention, 0.0) if compiles else 0.0)
 
@@ -43,9 +50,10 @@ def in_calls(jobs: Iterable[Job], minutes: float | None) -> list[list[tuple[Job,
         call: list[tuple[Job, float]] = []
         spent = 0.0
         for job in list(left):
-            if call and minutes is not None and spent + job.expected > 60 * minutes:
+            seconds = job.expected + job.overhead
+            if call and minutes is not None and spent + seconds > 60 * minutes:
                 continue
-            spent += job.expected
+            spent += seconds
             call.append((job, spent))
             left.remove(job)
         calls.append(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -18,6 +19,7 @@ from torch import nn
 from arena.benchmark import plan
 from arena.benchmark.ceiling import measure_ceiling
 from arena.benchmark.cells import Cell, RealSettings
+from arena.benchmark.clock import OutOfTime
 from arena.benchmark.flops import flops_a_token, flops_recomputed, weights
 from arena.benchmark.matrix import in_order, main_cells, tables
 from arena.benchmark.parts import Job, Result, failed
@@ -85,24 +87,20 @@ class RealBench:
             only: a pattern of the keys to measure, such as `train,*`; the ceiling is always measured.
         """
         cells = {key: cell for key, cell in self.cells.items() if fnmatch(key, only)}
+        known = float(self.kind == "cuda")  # what is known beforehand is of GPUs
         jobs: list[Job] = []
         model: tuple[object, ...] | None = None
         compiled: set[tuple[str, str]] = set()
         for key, cell in cells.items():
             kernels = ("infer" if cell.task == "infer" else "train", cell.attention)
-            expected = self._expected(cell, new_model=cell.model_key != model, compiles=kernels not in compiled)
-            jobs.append(Job(key, cell.kind, expected, partial(self.cell, cell)))
+            running = plan.running(cell, weights(self.shapes), self.settings)
+            overhead = plan.overhead(cell, weights(self.shapes), cell.model_key != model, kernels not in compiled)
+            jobs.append(Job(key, cell.kind, known * running, partial(self.cell, cell), known * overhead))
             model = cell.model_key
             compiled.add(kernels)
-        ceiling = Job(CEILING, CEILING, plan.CEILING if self.kind == "cuda" else 0.0, self.ceiling)
+        ceiling = Job(CEILING, CEILING, known * plan.CEILING, self.ceiling)
         at = sum(key in cells for key in self.main[:-1])
         return [*jobs[:at], ceiling, *jobs[at:]]
-
-    def _expected(self, cell: Cell, **given: bool) -> float:
-        """What is known beforehand is of GPUs; on a CPU a part begins while there is time."""
-        if self.kind == "cpu":
-            return 0.0
-        return plan.seconds_expected(cell, weights(self.shapes), self.settings, **given)
 
     def ceiling(self) -> Result:
         """The part in which the ceiling is measured."""
@@ -111,6 +109,15 @@ class RealBench:
         release(self.device)
         return {"status": "done", **found}
 
+    def alone(self, work: Callable[[], Result]) -> Callable[[], Result]:
+        """Work that starts a process, with no model here, as both may not fit on the device."""
+
+        def run() -> Result:
+            self.holder.drop()
+            return work()
+
+        return run
+
     def cell(self, cell: Cell) -> Result:
         """Measures a cell; what keeps it from being measured is its result then."""
         facts = {"cell": asdict(cell), "at": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -118,6 +125,9 @@ class RealBench:
             return {**facts, "status": "done", **self._measure(cell)}
         except (CannotRun, NotImplementedError) as error:
             return {**facts, **failed(str(error).splitlines()[0], "cannot run")}
+        except OutOfTime:
+            self.holder.drop()  # of a step that was cut off nobody knows in what state it left the model
+            raise
         except Exception as error:  # an hour of other cells must not be lost for one
             result = _told(error)
         if not result.get("broken"):  # a broken device does not even give memory back
@@ -139,6 +149,7 @@ class RealBench:
             "trainable_parameters": sum(each.numel() for each in trainable(model).values()),
             "peak_allocated": peak(self.device) if known else None,
             "peak_reserved": reserved_peak(self.device),
+            "running": sum(times.seconds) * (1 + 1 / len(times.seconds)),  # the first one, which is not timed, too
             **figures(work, times),
             **self._operations(cell, policies),
         }

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import importlib
 import os
 import platform
 import re
-import runpy
 import shutil
 import signal
 import sys
 import sysconfig
 import tempfile
+import time
 import zipfile
 import zlib
 from importlib.metadata import PackageNotFoundError, distribution
@@ -32,12 +33,15 @@ TEST_PACKAGES = ["pytest", "hypothesis"]  # the script also runs the tests that 
 WHEEL = re.compile(r"([^-]+)-([^-]+)(?:-\d[^-]*)?-([^-]+)-([^-]+)-([^-]+)\.whl")
 MANYLINUX = re.compile(r"manylinux(?:(1|2010|2014)|_(\d+)_(\d+))_(.+)")
 GLIBC = {"1": (2, 5), "2010": (2, 12), "2014": (2, 17)}  # that the older names of manylinux stand for
+PREFIX = "arena-wheels-"  # and the process's number, of the folder that wheels are unpacked into
 LIST = 'import importlib.metadata as m; [print(d.metadata["Name"], d.version) for d in m.distributions()]'
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)  # what zipfile raises
 
 
 def main() -> None:
     """Prepares the path and runs the script; mistakes and missing packages are reported with status 2."""
+    os.environ["ARENA_STARTED"] = str(time.time())  # the script's minutes count from here
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is missing is not to be waited for
     if sys.version_info < (3, 11):  # noqa: UP036 - nothing has checked the Python of that machine
         fail(f"arena needs Python 3.11 or newer, and this is {platform.python_version()}")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -58,9 +62,9 @@ def main() -> None:
 
 
 def run_script(wheels: Path | None) -> None:
-    """Runs the script as `__main__`; a package that it cannot import is reported like the missing ones."""
+    """Runs the script; a package that it cannot import is reported like the missing ones."""
     try:
-        runpy.run_module(SCRIPT, run_name="__main__", alter_sys=True)
+        importlib.import_module(SCRIPT).main()
     except ImportError as error:
         name = (error.name or "arena").partition(".")[0]
         if name == "arena" or name in sys.stdlib_module_names or os.environ.get("ARENA_DEBUG"):
@@ -142,7 +146,8 @@ def suits_platform(place: str) -> bool:
 
 def unpack_all(wheels: list[Path]) -> Path:
     """Unpacks wheels into a temporary folder, which is removed when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="arena-wheels-"))
+    remove_leftovers()
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the first to register is the last to be called
     for wheel in wheels:
         try:
@@ -153,6 +158,16 @@ def unpack_all(wheels: list[Path]) -> Path:
         except ValueError as error:
             raise ValueError(f"{wheel}: {error}") from error
     return folder
+
+
+def remove_leftovers() -> None:
+    """Removes what starters that were killed have left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}[0-9]*-*"):
+        if (
+            not Path("/proc", folder.name.removeprefix(PREFIX).partition("-")[0]).exists()
+            and Path("/proc/self").exists()
+        ):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def unpack(wheel: zipfile.ZipFile, folder: Path) -> None:

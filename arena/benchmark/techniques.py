@@ -6,10 +6,10 @@ that what one leaves in memory does not count for the next. `technique_report` w
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from arena.benchmark.timing import reset_peak
 from arena.config import Recipe, change
 from arena.data.prepare import prepare_fold
 from arena.data.synthetic import ensure_demo
-from arena.files import fingerprint
+from arena.files import fingerprint, write_json
 from arena.model.backbone import load_tokenizer
 from arena.packing.tree import prefixes_for
 from arena.training.order import plan_fold
@@ -100,7 +100,7 @@ def run_techniques(
     for name, technique in techniques.items():
         own = technique.of(recipe)
         key = f"{name}, {fingerprint(own.model_dump(mode='json'))}"  # so that a rate that is changed is tried anew
-        result = parts.do(key, partial(_in_process, own, folder / "runs"))
+        result = parts.do(key, partial(in_process, own, folder / "runs"))
         rows.append({"technique": name, **result})
     return rows
 
@@ -135,11 +135,29 @@ def measure_technique(recipe: Recipe, runs: Path) -> Result:
     }
 
 
-def _in_process(recipe: Recipe, runs: Path) -> Result:
-    """`measure_technique` in a process of its own; what cannot be trained is a result as well."""
-    place = runs / fingerprint(recipe.model_dump(mode="json"))  # an interrupted run is gone on with
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(measure_technique, recipe, place).result()
-        except (ValueError, RuntimeError, FloatingPointError) as error:
-            return failed(f"{type(error).__name__}: {error}")
+def in_process(recipe: Recipe, runs: Path) -> Result:
+    """`measure_technique` in a process of its own, which ends with this one's wait for it; errors are results too."""
+    place = runs / fingerprint(recipe.model_dump(mode="json"))  # an interrupted run is resumed
+    place.mkdir(parents=True, exist_ok=True)
+    found = place / "result.json"
+    process = multiprocessing.get_context("spawn").Process(target=_measure_into, args=(found, recipe, place))
+    process.start()
+    try:
+        process.join()
+    finally:
+        if process.is_alive():  # a signal or the clock ended the wait
+            process.kill()
+            process.join()
+    if not found.is_file():
+        return failed(f"its process ended with status {process.exitcode}")
+    result: Result = json.loads(found.read_text(encoding="utf-8"))
+    shutil.rmtree(place)
+    return result
+
+
+def _measure_into(found: Path, recipe: Recipe, runs: Path) -> None:
+    try:
+        result = measure_technique(recipe, runs / "run")
+    except (ValueError, RuntimeError, FloatingPointError) as error:
+        result = failed(f"{type(error).__name__}: {error}")
+    write_json(found, result)

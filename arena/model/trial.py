@@ -1,4 +1,7 @@
-"""Whether a backend runs on a GPU, found by running it: a build of flash-attn may lack the card or the head size."""
+"""Whether a backend runs on a GPU, and with the right numbers, found by running it once.
+
+A build of flash-attn may lack the card or the head size, and FlexAttention's tiles may not fit.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arena.distributed import is_out_of_memory
+from arena.model.reference import reference
 
 LENGTHS = (100, 28)  # tokens of two segments
-HEADS, KV_HEADS = 2, 1
+HEADS, KV_HEADS = 4, 2
 WINDOW = 64
-SOFTCAP = 50.0
+SOFTCAP = 5.0  # of scores of about 4
+TOLERANCE = 0.05  # bfloat16 is 0.01 off, a mistake in window, soft cap or boundaries several times as much
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,13 @@ class Trial:
 
 
 _found: dict[tuple[str, Trial], str | None] = {}
+_ruled_out: dict[str, str] = {}
 _lock = Lock()
+
+
+def rule_out(name: str, reason: str) -> None:
+    """Has a backend not even be tried: what another process has found, which it ended."""
+    _ruled_out[name] = reason
 
 
 def why_it_fails(name: str, attend: Callable[..., Tensor], trial: Trial) -> str | None:
@@ -45,6 +57,8 @@ def why_it_fails(name: str, attend: Callable[..., Tensor], trial: Trial) -> str 
     Raises:
         Exception: the call's own error, where memory was used up, or where the device answers to nothing any more.
     """
+    if name in _ruled_out:
+        return _ruled_out[name]
     with_backward = replace(trial, training=True)
     if _found.get((name, with_backward), "") is None:
         return None  # it runs with its backward, so it does without
@@ -84,24 +98,43 @@ def _try(attend: Callable[..., Tensor], trial: Trial) -> str | None:
 
 
 def _run(attend: Callable[..., Tensor], trial: Trial) -> None:
-    """A forward and backward of two segments, without and with a window, which builds can lack too."""
-    device, head_dim = trial.device, trial.head_dim
-    ends = torch.tensor([0, LENGTHS[0], sum(LENGTHS)], dtype=torch.int32, device=device)
+    """A forward and backward of two segments, without and with a window, held to the exact backend.
+
+    Raises:
+        ValueError: the numbers are others.
+    """
+    ends = torch.tensor([0, LENGTHS[0], sum(LENGTHS)], dtype=torch.int32, device=trial.device)
     for window in (None, WINDOW):
-        q, k, v = (
-            torch.ones(
-                sum(LENGTHS), heads, head_dim, dtype=trial.dtype, device=device, requires_grad=trial.training
-            )
-            for heads in (HEADS, KV_HEADS, KV_HEADS)
-        )  # fmt: skip
-        out = attend(
-            q, k, v, ends, ends, max(LENGTHS), max(LENGTHS),
-            scale=head_dim**-0.5, softcap=SOFTCAP if trial.softcap else None, window=window,
-        )  # fmt: skip
-        if trial.training:
-            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-    if device.type == "cuda":
+        options = {"scale": trial.head_dim**-0.5, "softcap": SOFTCAP if trial.softcap else None, "window": window}
+        states = _states(trial)
+        found = _results(attend, states, ends, options, trial.training)
+        exact = _results(reference, [each.float() for each in states], ends, options, trial.training)
+        for name, ours, right in zip(("output", "gradient of q", "of k", "of v"), found, exact, strict=False):
+            error = float((ours.float() - right).norm() / right.norm())
+            if not error <= TOLERANCE:  # not a number, too
+                raise ValueError(f"its numbers are wrong: the {name} is {error:.0%} off the exact one")
+    if trial.device.type == "cuda":
         torch.cuda.synchronize()  # what a kernel ends with is told when it is waited for
+
+
+def _states(trial: Trial) -> list[Tensor]:
+    """q, k and v of random numbers, the same each time, with scores for which the soft cap matters."""
+    generator = torch.Generator().manual_seed(0)
+    states = []
+    for heads, factor in ((HEADS, 2.0), (KV_HEADS, 2.0), (KV_HEADS, 1.0)):
+        shape = (sum(LENGTHS), heads, trial.head_dim)
+        state = torch.empty(shape, dtype=trial.dtype, device=trial.device)
+        states.append(state.copy_(factor * torch.randn(shape, generator=generator)))
+    return states
+
+
+def _results(
+    attend: Callable[..., Tensor], states: list[Tensor], ends: Tensor, options: dict[str, Any], training: bool
+) -> list[Tensor]:
+    """The output, and in training the gradients of q, k and v."""
+    leaves = [each.detach().requires_grad_(training) for each in states]
+    out = attend(*leaves, ends, ends, max(LENGTHS), max(LENGTHS), **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, states[0].to(out.dtype))] if training else [out]
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from arena import cli
-from arena.benchmark import real_report, real_run, techniques
+from arena.benchmark import machine, real_report, real_run, techniques
 from arena.benchmark.cells import Cell
 from arena.benchmark.clock import OutOfTime
 from arena.benchmark.gpu import MORE_TO_DO, Gpu
@@ -29,8 +29,9 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     """Runs the script with two cells, one test file and techniques that are made up; gives its exit status."""
     test = tmp_path / "test_on_gpu.py"
     test.write_text("import pytest\n@pytest.mark.gpu\ndef test_flash(): pass\ndef test_not(): assert False\n")
-    monkeypatch.setattr(techniques, "TECHNIQUES", {"QLoRA, NF4": None})
-    monkeypatch.setattr(techniques, "run_techniques", lambda *given: [{"status": "done", "log_loss": 0.9876}])
+    monkeypatch.setattr(techniques, "TECHNIQUES", {"QLoRA, NF4": techniques.Technique(())})
+    monkeypatch.setattr(techniques, "in_steps", lambda recipe, steps: recipe)
+    monkeypatch.setattr(techniques, "in_process", lambda recipe, runs: {"status": "done", "log_loss": 0.9876})
     base = tiny_base(tmp_path / "base")
     monkeypatch.setattr(real_report, "draw", lambda tables, result, path: path.touch())  # seconds; tested elsewhere
     whole = real_run.in_order
@@ -195,6 +196,33 @@ def test_the_allocator_is_set_up_before_anything_is_measured(
     monkeypatch.setattr(real_run.RealBench, "__init__", begun)
     with pytest.raises(InterruptedError):
         script()
+
+
+@pytest.mark.parametrize(
+    ("does", "why"),
+    [
+        ("print('fine')", None),
+        ("import os; os.abort()", "ended with status -6"),
+        ("print('no kernel image'); raise SystemExit(2)", "ended with status 2 (no kernel image)"),
+        ("import time; time.sleep(60)", "did not end within 1 s"),
+    ],
+)
+def test_flash_attn_is_tried_in_another_process(
+    does: str, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, commands = subprocess.run, []
+
+    def run(command: list[str], **options: Any) -> Any:
+        commands.append(command)
+        return real([command[0], "-c", does], **options)
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    monkeypatch.setattr(machine, "TRIAL_SECONDS", 1 if "sleep" in does else 60)
+    for _ in range(2):  # it is kept
+        found = machine.why_not_flash(["--recipe", "demo", "train.lr=1"], tmp_path / "state/flash.json")
+        assert (found is None) if why is None else why in str(found)
+    (command,) = commands
+    assert command[1:] == ["-m", "arena.benchmark.gpu", "--plan", "--tests", "", "--recipe", "demo", "train.lr=1"]
 
 
 def test_the_plan_is_shown_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

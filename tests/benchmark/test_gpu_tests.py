@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from arena.benchmark import gpu_tests as module
-from arena.benchmark.clock import Clock, OutOfTime
-from arena.benchmark.gpu_tests import gpu_tests, group_of, read_outcomes, run_group
+from arena.benchmark.clock import OutOfTime, ended_after
+from arena.benchmark.gpu_plugin import BROKEN, group_of, read_outcomes
+from arena.benchmark.gpu_tests import gpu_tests, run_group
 from arena.benchmark.parts import TRIES
 
 TESTS = """
@@ -85,8 +86,7 @@ def test_groups_run_apart_and_each_test_once(files: list[Path], tmp_path: Path) 
 
 
 def test_what_passed_is_kept_when_the_clock_ends_a_group(files: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(OutOfTime), Clock(0.0).enforced(grace=0.0):
-        signal.setitimer(signal.ITIMER_REAL, 0.0)  # the end comes once the test that hangs has begun
+    with pytest.raises(OutOfTime), ended_after(600):  # the alarm comes once the test that hangs has begun
         threading.Thread(target=_alarm_when, args=(tmp_path / "ran.txt", "hangs"), daemon=True).start()
         run_group("flash", files, tmp_path)
     outcomes = read_outcomes(tmp_path / "tests,flash.jsonl")
@@ -124,3 +124,27 @@ def test_a_group_that_cannot_be_collected_has_failed(tmp_path: Path) -> None:
     path.write_text("import pytest\npytestmark = pytest.mark.gpu\nimport nothing_of_this_name\n")
     found = run_group("flash", [path], tmp_path)
     assert found["status"] == "failed" and "status 2" in found["reason"]
+
+
+CRASHES = """
+import os, pytest
+pytestmark = pytest.mark.gpu
+def test_a(): pass
+def test_b(): os.abort()
+def test_c(): pass
+def test_d(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_e(): pass
+"""
+
+
+def test_another_process_goes_on_after_a_crash_and_on_a_broken_device(tmp_path: Path) -> None:
+    path = tmp_path / "test_crashes.py"
+    path.write_text(CRASHES)
+    found = run_group("others", [path], tmp_path)
+    assert found["closing"] == "3 passed, 1 failed, 1 stuck" and found["status"] == "failed"
+    outcomes = {
+        test.rpartition("_")[2]: outcome for test, outcome in read_outcomes(tmp_path / "tests,others.jsonl").items()
+    }
+    assert outcomes == {"a": "passed", "b": "stuck", "c": "passed", "d": "failed", "e": "passed"}
+    output = (tmp_path / "tests,others.txt").read_text()
+    assert output.count("session starts") == 3 + 2 and "the device is broken" in output and BROKEN not in (0, 1, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,28 @@ def test_a_slow_kind_does_not_keep_others_from_beginning(tmp_path: Path) -> None
     jobs = [Job(name, kind, 0.0, lambda: {"status": "done"}) for name, kind in
             [("slow", "slow"), ("a", "x"), ("slow too", "slow"), ("b", "x")]]  # fmt: skip
     assert run_jobs(jobs, parts, Clock(9.0)) == ["slow too"]
+
+
+def test_a_part_that_takes_far_too_long_is_ended_and_the_next_one_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts_module, "LEAST_PATIENCE", 0.2)
+
+    def hang() -> dict[str, Any]:
+        time.sleep(30)
+        return {"status": "done"}
+
+    jobs = [
+        Job("hangs", "x", 0.01, hang),
+        Job("next", "y", 0.01, lambda: {"status": "done", "running": 0.5}),
+        Job("slow but unknown", "z", 0.0, lambda: time.sleep(0.4) or {"status": "done"}),
+    ]
+    assert [job.patience for job in jobs] == [0.2, 0.2, None]
+    parts = Parts(tmp_path, {})
+    assert run_jobs(jobs, parts, Clock(9.0)) == []
+    found = parts.get("hangs")
+    assert found is not None and found["status"] == "too slow" and "ended after 0 s" in found["reason"]
+    assert [parts.get(job.name)["status"] for job in jobs[1:]] == ["done", "done"]  # type: ignore[index]
+    assert parts.seconds("next") == 0.5 and Job("a", "x", 100.0, hang, overhead=50.0).patience == 600.0
+    with pytest.raises(OutOfTime):  # that is the end of the call
+        run_jobs([Job("other", "x", 100.0, hang)], parts, Clock((0.1 - parts_module.GRACE) / 60))

@@ -32,7 +32,7 @@ import tiny
 def where():
     return tiny.__file__
 
-if __name__ == "__main__":
+def main():
     what = sys.argv[1]
     if what == "wait":
         print(tiny.__file__, flush=True)
@@ -111,12 +111,12 @@ def test_it_needs_the_standard_library_alone() -> None:
 
 
 @pytest.mark.parametrize("flags", ["-S", "-IS"])
-def test_the_script_runs_as_main_with_the_wheels_first(run: Run, checkout: Path, flags: str) -> None:
+def test_the_script_runs_with_the_wheels_first(run: Run, checkout: Path, flags: str) -> None:
     words = ["a=1", "--only", "train,ours*", "b=2", "--minutes=9", "--wheel", "x"]
     done = run("tell", *words, flags=flags)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["argv"] == [str(checkout / "arena/benchmark/gpu.py"), "tell", *words]
+    assert told["argv"] == [str(checkout / "arena/benchmark/start.py"), "tell", *words]
     unpacked = Path(told["tiny"]).parent
     assert unpacked.parent == checkout.parent / "temporary"
     assert told["path"][:2] == [str(unpacked), str(checkout)]
@@ -124,6 +124,18 @@ def test_the_script_runs_as_main_with_the_wheels_first(run: Run, checkout: Path,
     assert told["child"] == told["spawned"] == told["tiny"]
     assert told["PYTHONPATH"].split(os.pathsep) == [str(unpacked), str(checkout), "elsewhere"]
     assert leftovers(checkout) == []
+
+
+def test_what_killed_starters_left_is_removed(run: Run, checkout: Path) -> None:
+    gone = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    ).stdout
+    left = checkout.parent / f"temporary/{start.PREFIX}{gone.strip()}-abc"
+    running = checkout.parent / f"temporary/{start.PREFIX}{os.getpid()}-abc"
+    for folder in (left, running):
+        folder.mkdir()
+    assert run("0").returncode == 0
+    assert leftovers(checkout) == [running]
 
 
 @pytest.mark.parametrize(("word", "status"), [("0", 0), ("3", 3), ("arena.own", 1), ("nowhere", 2)])

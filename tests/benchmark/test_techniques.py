@@ -27,7 +27,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
         seen.append(recipe)
         return measure_technique(recipe, runs)
 
-    monkeypatch.setattr(module, "_in_process", run)
+    monkeypatch.setattr(module, "in_process", run)
     return seen
 
 

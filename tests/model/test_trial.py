@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,36 @@ def test_a_build_without_the_backward_runs_forward_alone() -> None:
     assert why_it_fails("flash", lacking, FORWARD) is None
     assert "does not support backward" in str(why_it_fails("flash", lacking, TRAINING))
     assert why_it_fails("flash", lacking, FORWARD) is None
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wrong", ["window", "softcap", "boundaries", "not a number", "gradient"])
+def test_wrong_numbers_are_noticed(wrong: str, training: bool) -> None:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, *longest: int, **options: Any
+    ) -> Tensor:
+        if wrong == "window" and options["window"] is not None:
+            options["window"] //= 2
+        if wrong == "softcap":
+            options["softcap"] = 50.0
+        if wrong == "boundaries":
+            ends_q = ends_k = ends_q[[0, -1]]
+        out = reference(q, k, v, ends_q, ends_k, *longest, **options)
+        if wrong == "gradient" and out.requires_grad:
+            out.register_hook(lambda grad: 1.2 * grad)
+        return out * float("nan") if wrong == "not a number" else out
+
+    for trial in (TRAINING if training else FORWARD, replace(TRAINING, dtype=torch.bfloat16, training=training)):
+        why = why_it_fails(wrong, attend, trial)
+        assert (why is None) if wrong == "gradient" and not training else "numbers are wrong" in str(why), why
+
+
+def test_what_another_process_found_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ruled_out", {})
+    attend = Attend()
+    module.rule_out("flash", "it hung")
+    assert why_it_fails("flash", attend, TRAINING) == "it hung" and attend.calls == 0
+    assert why_it_fails("flex", attend, TRAINING) is None
 
 
 def test_each_call_is_tried_once() -> None:
@@ -163,7 +194,7 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         if gpu["broken"] is not None:
             raise gpu["broken"]
 
-    on_cpu = {name: getattr(torch, name) for name in ("tensor", "ones")}
+    on_cpu = {name: getattr(torch, name) for name in ("tensor", "empty")}
     for name, make in on_cpu.items():
         monkeypatch.setattr(torch, name, lambda *a, make=make, device, **k: make(*a, **k))
     monkeypatch.setattr(torch.cuda, "device", Current)
