@@ -6,6 +6,8 @@ DATA   ?=
 ARGS   ?=
 
 BIN   := .venv/bin
+# a process for each core, as far as memory may go; the tests of a file stay together, as they share what is slow to make
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 # compat: a plain path entry, so that a clone in a folder called arena is not taken for the package
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
 # the recipe where one was named: `make bench` alone is about no recipe
@@ -63,7 +65,7 @@ gpu-wheels: .venv/dev  ## collect what a bare GPU machine lacks, ARGS="--python 
 	$(BIN)/python -m arena.benchmark.collect $(ARGS)
 
 test: .venv/dev  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 versions:  ## run the tests with the oldest and the newest versions that pyproject.toml allows (gigabytes, an hour)
 	set -e; for set in oldest newest; do \
@@ -72,7 +74,7 @@ versions:  ## run the tests with the oldest and the newest versions that pyproje
 	    $$(test $$set = newest || echo --constraint constraints-oldest.txt) \
 	    --config-settings editable_mode=compat --editable '.[dev]'; \
 	  build/$$set/bin/pip freeze --exclude-editable > build/$$set.txt; \
-	  build/$$set/bin/python -m pytest; \
+	  build/$$set/bin/python -m pytest $(SIDE_BY_SIDE); \
 	done
 
 torture: .venv/dev  ## kill, signal, damage and fill the disk of real runs, write docs/torture.* (4 minutes)
@@ -82,7 +84,7 @@ check: .venv/dev  ## ruff, mypy and the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 format: .venv/dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

@@ -66,7 +66,7 @@ class Gpu:
         int | None, arg(help="Of each technique on the demo task; default: the demo's; 0 leaves log-losses out.")
     ] = None
     anyway: Annotated[bool, arg(help="Measure a large model on a CPU too.")] = False
-    plan: Annotated[bool, arg(help="Only show what would be done, in which call, on an H100 with flash-attn.")] = False
+    plan: Annotated[bool, arg(help="Only show the order of all parts, and the times expected on an H100.")] = False
 
     def run(self) -> None:
         """All parts in order, as far as the time goes; exits with status 3 where some are left, 1 where some failed."""

@@ -18,7 +18,8 @@ from arena.benchmark.parts import TRIES
 GROUP, LOG = "ARENA_TEST_GROUP", "ARENA_TEST_LOG"
 # what a test's name says of the group that it is in; the first that fits
 GROUPS = {"flex": re.compile("flex"), "flash": re.compile("flash|probe"), "others": re.compile("")}
-BROKEN = 70  # exit status where the device does nothing more in this process
+DEVICE_ERROR = re.compile("CUDA error|AcceleratorError")
+_broken: list[str] = []  # tests after which the device does nothing more in this process
 
 
 def group_of(test: str) -> str:
@@ -77,10 +78,14 @@ def pytest_runtest_logstart(nodeid: str, location: Any) -> None:
 
 
 def pytest_runtest_logreport(report: Any) -> None:
-    """Notes a test's outcome. After an error of the device every other test would fail, so another process goes on."""
+    """Notes a test's outcome."""
     if report.when == "call" or report.outcome != "passed":
         add_line(Path(os.environ[LOG]), {"test": report.nodeid, "event": report.outcome})
-    if report.outcome == "failed" and re.search("CUDA error|AcceleratorError", report.longreprtext):
-        import pytest
+    if report.outcome == "failed" and DEVICE_ERROR.search(report.longreprtext):
+        _broken.append(report.nodeid)
 
-        pytest.exit("the device is broken in this process", returncode=BROKEN)
+
+def pytest_runtest_teardown(item: Any) -> None:
+    """Ends this process after an error of the device, after which all other tests would fail; another one goes on."""
+    if _broken:
+        item.session.shouldstop = "the device is broken in this process"

@@ -12,7 +12,7 @@ import pytest
 
 from arena.benchmark import gpu_tests as module
 from arena.benchmark.clock import OutOfTime, ended_after
-from arena.benchmark.gpu_plugin import BROKEN, group_of, read_outcomes
+from arena.benchmark.gpu_plugin import group_of, read_outcomes
 from arena.benchmark.gpu_tests import gpu_tests, run_group
 from arena.benchmark.parts import TRIES
 
@@ -147,4 +147,4 @@ def test_another_process_goes_on_after_a_crash_and_on_a_broken_device(tmp_path: 
     }
     assert outcomes == {"a": "passed", "b": "stuck", "c": "passed", "d": "failed", "e": "passed"}
     output = (tmp_path / "tests,others.txt").read_text()
-    assert output.count("session starts") == 3 + 2 and "the device is broken" in output and BROKEN not in (0, 1, 5)
+    assert output.count("session starts") == 3 + 2 and "the device is broken" in output
