@@ -1,9 +1,30 @@
-"""Judges of pairwise preference, trained and run on packed, padding-free batches."""
+"""Judges of pairwise preference, trained and run on packed, padding-free batches.
+
+    import arena
+
+    for batch in arena.open_fold(arena.load_recipe("demo")):  # one optimizer step
+        for micro_batch in batch:  # an arena.PackedBatch
+            micro_batch["input_ids"], micro_batch["seq_lens"], micro_batch["label"]
+
+    arena.Judge("runs/demo/fold0/model")  # what `make train` leaves
+    torch.utils.data.DataLoader(examples, batch_size=80, collate_fn=arena.VarlenCollator(tokenizer))
+
+These names are what may be relied on; everything below may move.
+"""
 
 import logging
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arena.config import load_recipe
+    from arena.judging.judge import Judge
+    from arena.packing.batch import PackedBatch, VarlenCollator
+    from arena.training.batches import open_fold
 
 __version__ = "0.1.0"
+__all__ = ["Judge", "PackedBatch", "VarlenCollator", "load_recipe", "open_fold"]
 
 # Threads that wait must sleep, not spin: where another process holds a core, spinning costs ten times the time. OpenMP
 # reads this when torch is first imported.
@@ -12,3 +33,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # On CPUs with bf16 products bitsandbytes asks for the package `kernels` when it is imported. Judges never use those:
 # they would repack weights in place.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+_PLACES = {
+    "Judge": "arena.judging.judge",
+    "PackedBatch": "arena.packing.batch",
+    "VarlenCollator": "arena.packing.batch",
+    "load_recipe": "arena.config",
+    "open_fold": "arena.training.batches",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used: torch and transformers take seconds, and most commands need less."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'arena' has no attribute {name!r}: it has {', '.join(__all__)}")
+    found = globals()[name] = getattr(import_module(_PLACES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,7 +18,7 @@
 # the model is given: lengths, micro-batches, segments, position ids, what padding would waste, and who attends to whom.
 #
 # It runs on the demo data. For your own, change the recipe's `data.path` below, for example
-# `load_recipe("gemma-2-9b", ["data.path=data/lmsys"])`; only the tokenizer of the base model is loaded.
+# `arena.load_recipe("gemma-2-9b", ["data.path=data/lmsys"])`; only the tokenizer of the base model is loaded.
 
 # %%
 import os
@@ -27,23 +27,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from arena.config import load_recipe
-from arena.data.prepare import prepare_fold
-from arena.data.synthetic import ensure_demo
-from arena.model.backbone import load_tokenizer, sliding_window
-from arena.packing.loader import PackedLoader
-from arena.packing.plan import plan_evaluation
-from arena.packing.tree import prefixes_for
+import arena
+from arena.model.backbone import sliding_window
 from arena.reporting.inspect import draw_attention
-from arena.training.order import example_labels, plan_fold
 
 if Path.cwd().name == "notebooks":  # paths below are those of the project's folder
     os.chdir("..")
-recipe = load_recipe("demo")
-ensure_demo(recipe)
-tokenizer = load_tokenizer(recipe.model.base)
-data = prepare_fold(recipe, 0, tokenizer)
-print(f"{len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held out, {data.store.orders} orders each")
+recipe = arena.load_recipe("demo")
+dataloader = arena.open_fold(recipe, 0)  # the rows that training reads when fold 0 is held out
+store, plan = dataloader.store, dataloader.plan
+print(f"{len(store) // store.orders:,} rows, {store.orders} orders of A and B each; {plan.n_steps:,} steps of training")
 
 # %% [markdown]
 # ## Lengths
@@ -51,9 +44,9 @@ print(f"{len(data.train_rows):,} rows to train on, {len(data.eval_rows):,} held 
 # Prompts differ in length by more than ten times: that is what makes padding expensive.
 
 # %%
-lengths = data.store.lengths[data.train_rows * data.store.orders]
+lengths = store.lengths[:: store.orders]
 print("tokens: " + ", ".join(f"{q}% {np.percentile(lengths, q):.0f}" for q in (0, 5, 50, 95, 100)))
-print(f"cut to {recipe.prompt.max_length:,} tokens: {(data.store.tokens_cut > 0).mean():.1%} of the examples")
+print(f"cut to {recipe.prompt.max_length:,} tokens: {(store.tokens_cut > 0).mean():.1%} of the examples")
 plt.figure(figsize=(8, 2.5))
 plt.hist(lengths, bins=60)
 plt.xlabel("tokens of an example")
@@ -66,8 +59,6 @@ plt.show()
 # beginning that examples share, once, and the rest of each example.
 
 # %%
-plan = plan_fold(recipe, data)
-dataloader = PackedLoader(data.store, example_labels(data.labels, data.store), plan, tokenizer)
 for batch in dataloader:
     for micro_batch in batch:
         print("input_ids   ", tuple(micro_batch["input_ids"].shape), micro_batch["input_ids"].dtype)
@@ -115,12 +106,12 @@ def padded(batch_size: int, grouped: bool) -> float:
     return lengths.sum() / sum(len(part) * part.max() for part in parts)
 
 
-prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
-straight = data.train_rows * data.store.orders
+plain = arena.load_recipe("demo", ["packing.share=false"])
 plans = {
     "training": plan,
-    "evaluation": plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=prefixes),
-    "evaluation, nothing shared": plan_evaluation(data.store.lengths, straight, budget=plan.budget),
+    "training, nothing shared": arena.open_fold(plain).plan,
+    "evaluation": arena.open_fold(recipe, held_out=True).plan,
+    "evaluation, nothing shared": arena.open_fold(plain, held_out=True).plan,
 }
 for name, each in plans.items():
     print(

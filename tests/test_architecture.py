@@ -80,7 +80,8 @@ def test_imports_go_downwards_only(path: Path) -> None:
 
 
 def test_no_cycles() -> None:
-    graph = {".".join(path.relative_to(ROOT).with_suffix("").parts): imported(path) for path in MODULES}
+    modules = [path for path in MODULES if path != ROOT / "arena/__init__.py"]  # imports nothing before it is asked to
+    graph = {".".join(path.relative_to(ROOT).with_suffix("").parts): imported(path) for path in modules}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
