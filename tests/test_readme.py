@@ -62,7 +62,7 @@ def quoted(text: str) -> list[str]:
 
 def commands(text: str) -> list[str]:
     """The command lines of a page: all lines of its shell blocks, and what is quoted in its text."""
-    blocks = [block for kind, block in FENCE.findall(text) if kind in ("", "sh")]
+    blocks = [block.replace("\\\n", "") for kind, block in FENCE.findall(text) if kind in ("", "sh")]
     lines = [re.sub(r"\s+# .*$", "", line).strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line] + [each for each in quoted(text) if each.startswith(IN_TEXT)]
 
@@ -191,7 +191,7 @@ def test_links_lead_to_pages_and_headings_that_exist(page: str) -> None:
 
 def test_a_dead_link_is_noticed() -> None:
     dead = ["docs/none.md", "docs/data.md#none", "#a-heading", "no.png"]
-    good = ["docs/data.md#the-demo-data", "#quick-start", "LICENSE", "https://example.org/none"]
+    good = ["docs/data.md#the-demo-data", "#why-arena", "LICENSE", "https://example.org/none"]
     text = "".join(f"[words]({link})\n![words]({link})" for link in [*dead, *good])
     assert set(dead_links("README.md", "# A heading\n" + text)) == set(dead)
     assert anchors("# A heading, with `code`\n```sh\n# none\n```") == {"a-heading-with-code"}
