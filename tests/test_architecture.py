@@ -1,4 +1,4 @@
-"""The structure that the README draws: rooms import downwards only, modules stay small and say what they are."""
+"""The structure in CONTRIBUTING.md: rooms import downwards only, modules stay small and say what they are."""
 
 from __future__ import annotations
 
