@@ -268,6 +268,7 @@ def test_a_judge_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     judge = save_untrained(tmp_path / "trained", quantization="none")
     export_judge(tmp_path / "trained", tmp_path / "judge", dtype="float32")
+    monkeypatch.setattr("arena.training.batches.ensure_demo", lambda recipe: None)  # it would ask for all rows
     names = run_block("docs/judging.md")
     with torch.no_grad():
         expected = judge.eval()(collate([{"input_ids": names["example"].input_ids}])).softmax(-1)
