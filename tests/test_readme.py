@@ -235,6 +235,7 @@ def test_all_python_is_run() -> None:
 def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ensure_demo(load_recipe("demo", ["data.synthetic_rows=[60,10]"]))
+    monkeypatch.setattr("arena.training.batches.ensure_demo", lambda recipe: None)  # it would ask for all rows
     micro_batch = run_block("docs/packing.md")["micro_batch"]
     torch.testing.assert_close(micro_batch["label"].sum(dim=1), torch.ones(micro_batch["batch_size"]))
 
@@ -268,7 +269,6 @@ def test_a_judge_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     judge = save_untrained(tmp_path / "trained", quantization="none")
     export_judge(tmp_path / "trained", tmp_path / "judge", dtype="float32")
-    monkeypatch.setattr("arena.training.batches.ensure_demo", lambda recipe: None)  # it would ask for all rows
     names = run_block("docs/judging.md")
     with torch.no_grad():
         expected = judge.eval()(collate([{"input_ids": names["example"].input_ids}])).softmax(-1)
