@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tyro
 
 from arena import cli
-from arena.benchmark.collect import Collect
 from arena.config import load_recipe
 from arena.data.synthetic import ensure_demo
 from arena.judging.export import export_judge
@@ -24,6 +22,8 @@ from arena.judging.judge import save_judge
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from arena.packing.batch import collate
+from benchmarks.__main__ import COMMANDS as MEASURING
+from benchmarks.__main__ import main as measure
 from tests.helpers import classifier
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +31,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE))
 PAGES = README + (ROOT / "docs/gpu.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"^```\n(.*?)^```$", PAGES, re.DOTALL | re.MULTILINE)
-COLLECT, START = ".venv/bin/python -m arena.benchmark.collect", "python3 arena/benchmark/start.py"
-COMMAND = re.compile(rf"(make|\.venv/bin/arena|{re.escape(COLLECT)}|{re.escape(START)})( |$)")
+MEASURE, START = ".venv/bin/python -m benchmarks", "python3 benchmarks/start.py"
+COMMAND = re.compile(rf"(make|\.venv/bin/arena|{re.escape(MEASURE)}|{re.escape(START)})( |$)")
 
 
 def commands() -> list[str]:
@@ -45,7 +45,7 @@ def commands() -> list[str]:
 def test_all_code_is_found() -> None:
     assert set(BLOCKS) == {"Batches", "A judge elsewhere"} and README.count("```python") == len(BLOCKS)
     assert len(commands()) >= 20
-    assert {COLLECT, START} == {line for line in (COLLECT, START) for each in commands() if each.startswith(line)}
+    assert {MEASURE, START} == {line for line in (MEASURE, START) for each in commands() if each.startswith(line)}
     assert {"make train FOLD=0", ".venv/bin/arena memory", ".venv/bin/arena export --fold 0 --out judge"} < {
         *commands()
     }
@@ -79,10 +79,7 @@ def test_a_judge_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.parametrize("line", commands())
 def test_every_command_is_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """make knows the target and its variables; the command line of each `arena` is parsed, but not run."""
-    if line.startswith(COLLECT):
-        assert tyro.cli(Collect, args=shlex.split(line.removeprefix(COLLECT)))
-        return
+    """make knows the target and its variables; the command line of each is parsed, but not run."""
     if line.startswith(START):
         assert (ROOT / START.split()[1]).is_file() and "--wheels" in line
         return
@@ -93,15 +90,16 @@ def test_every_command_is_understood(line: str, monkeypatch: pytest.MonkeyPatch)
             ["make", *words, *shlex.split(line)[1:]], cwd=ROOT, env=plain, capture_output=True, text=True, check=False
         )
         assert told.returncode == 0, told.stderr
-        lines = [each for each in told.stdout.splitlines() if each.startswith(".venv/bin/arena")]
+        lines = [each for each in told.stdout.splitlines() if each.startswith((".venv/bin/arena", MEASURE))]
     else:
         lines = [line]
     ran: list[Any] = []
-    for command in cli.COMMANDS.values():
+    for command in (*cli.COMMANDS.values(), *MEASURING.values()):
         monkeypatch.setattr(command, "run", lambda self: ran.append(self))
     for each in lines:
-        monkeypatch.setattr(sys, "argv", shlex.split(each))
-        cli.main()
+        program, *words = shlex.split(each)
+        monkeypatch.setattr(sys, "argv", [program, *(words[2:] if each.startswith(MEASURE) else words)])
+        (measure if each.startswith(MEASURE) else cli.main)()
     assert len(ran) == len(lines)
     for command in ran:
         settings = [each for each in getattr(command, "overrides", ()) if not each.endswith("=...")]
