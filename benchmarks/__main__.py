@@ -7,8 +7,8 @@ from typing import Any
 
 from arena import cli
 from benchmarks.collect import Collect
-from benchmarks.command import Small
 from benchmarks.gpu import Gpu
+from benchmarks.small import Small
 from benchmarks.technique_report import Techniques
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -8,8 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
-from statistics import median
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ def measure_ceiling(
 
     Returns:
         `tflops`: 10**12 operations a second that are sustained for `seconds`, each shape as often as the model has it:
-        the ceiling. `burst_tflops`: the same of short bursts, by the median of their times; `products`: these by shape;
+        the ceiling. `burst_tflops`: the same of short bursts, `products`: these by shape;
         `tokens`, `dtype`.
     """
     products, layers = [], []
@@ -69,28 +67,12 @@ def _sustained(layers: Sequence[Callable[[], Tensor]], seconds: float, device: t
 
 
 def _burst_seconds(once: Callable[[], Tensor], device: torch.device) -> float:
-    """Median seconds of one product."""
+    """Seconds of one product, many of them one after another."""
     for _ in range(WARM_UP):
         once()
-    return median((_gpu_seconds if device.type == "cuda" else _cpu_seconds)(once, REPEATS, device))
-
-
-def _gpu_seconds(once: Callable[[], Tensor], repeats: int, device: torch.device) -> list[float]:
-    """By events on the device, so that the time to launch a product does not count."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     finish(device)
-    marks[0].record()
-    for mark in marks[1:]:
+    start = time.perf_counter()
+    for _ in range(REPEATS):
         once()
-        mark.record()
     finish(device)
-    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
-
-
-def _cpu_seconds(once: Callable[[], Tensor], repeats: int, device: torch.device) -> list[float]:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        once()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+    return (time.perf_counter() - start) / REPEATS

@@ -1,4 +1,4 @@
-"""What is measured at real size: one cell is one task, done one way by one model."""
+"""What is measured, at any size: one cell is one task, done one way by one model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from arena.config import LoraSettings, ModelSettings, Recipe
 Fuse = Literal["auto", "none", "norm", "mlp", "rotary", "lora"]
 
 TASKS = ("train", "infer", "peak")
-PADDED_BATCH = 4  # examples in a padded batch
 
 
 @dataclass(frozen=True)
@@ -20,18 +19,20 @@ class Cell:
     Attributes:
         task: `train` times optimizer steps, `infer` passes over the same rows, `peak` one micro-batch that is full to
             the last token, trained on, for the memory it takes.
-        way: `ours`, or `padded`, which is transformers' classifier with peft's adapters.
-        attention: a backend of ours (`model.attention`), or transformers' name of one where padded.
-        checkpointing: as `model.checkpointing`; padded recomputes whole layers (`full`) or nothing (`none`).
+        way: `ours`; or transformers' classifier with peft's adapters, on batches that are `padded` in the given order,
+            `sorted` by length beforehand and padded, or packed and told so by `restarted` positions.
+        attention: a backend of ours (`model.attention`), or transformers' name of one.
+        checkpointing: as `model.checkpointing`; transformers recomputes whole layers (`full`) or nothing (`none`).
         share: compute common beginnings once.
         orders: 1 reads each row as it stands, 2 both orders of A and B.
         fuse: as `model.fuse`, or one part of it.
         base: a base to take in place of the recipe's.
         repeats: how often it is timed; None is as often as the benchmark says.
+        batch: examples in a padded batch.
     """
 
     task: Literal["train", "infer", "peak"] = "train"
-    way: Literal["ours", "padded"] = "ours"
+    way: Literal["ours", "padded", "sorted", "restarted"] = "ours"
     attention: str = "auto"
     checkpointing: Literal["auto", "full", "mlp", "light", "none"] = "auto"
     share: bool = True
@@ -42,6 +43,7 @@ class Cell:
     dora: bool = False
     base: str | None = None
     repeats: int | None = None
+    batch: int = 4
 
     @property
     def key(self) -> str:
@@ -62,8 +64,8 @@ class Cell:
     @property
     def model_key(self) -> tuple[object, ...]:
         """Cells with the same one can be measured on one model, without making another."""
-        transformers_own = self.attention if self.way == "padded" else None
-        return (self.way, transformers_own, self.fuse, self.tune, self.quantization, self.dora, self.base)
+        ours = self.way == "ours"
+        return (ours, None if ours else self.attention, self.fuse, self.tune, self.quantization, self.dora, self.base)
 
     def settings(self, recipe: Recipe) -> ModelSettings:
         """The recipe's model settings with what the cell changes."""
@@ -80,8 +82,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class RealSettings:
-    """One benchmark at real size.
+class Settings:
+    """What all cells of a benchmark have in common.
 
     Attributes:
         rows: examples in a step, and in a pass of inference.

@@ -8,31 +8,33 @@ enough. Whatever a part found stands in the pages at once, and in one archive th
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 from tyro.conf import Positional, arg
 
 from arena.config import Recipe, load_recipe
+from arena.distributed import device_name, fix_threads, let_segments_grow
 from arena.files import local_path, remove_scratch
+from arena.model.trial import rule_out
 from arena.progress import console
 from arena.stopping import MORE_TO_DO, ending_at_once
-from benchmarks import plan
+from benchmarks import plan, techniques
 from benchmarks.archive import pack, unpack
+from benchmarks.cells import Settings
 from benchmarks.clock import Clock, OutOfTime
+from benchmarks.flops import weights
 from benchmarks.gpu_plugin import GROUPS, read_outcomes
 from benchmarks.gpu_tests import gpu_tests, run_group, summary
-from benchmarks.machine import missing, slug, versions, why_not_flash
+from benchmarks.machine import missing, provenance, slug, versions, why_not_flash
 from benchmarks.parts import BrokenDevice, Job, Parts, Result, run_jobs
-
-if TYPE_CHECKING:
-    from benchmarks.real_run import RealBench
+from benchmarks.real_report import with_shares, write_real
+from benchmarks.real_run import RealBench
 
 PADDED_ROWS = 24  # six batches: a step of all rows would take padded batches half a minute
 
@@ -110,13 +112,6 @@ class Gpu:
         return left
 
     def _bench(self, recipe: Recipe, place: Path) -> RealBench:
-        import torch
-
-        from arena.distributed import device_name, fix_threads, let_segments_grow
-        from arena.model.trial import rule_out
-        from benchmarks.cells import RealSettings
-        from benchmarks.real_run import RealBench
-
         fix_threads()
         let_segments_grow()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -125,7 +120,7 @@ class Gpu:
             if (why := why_not_flash(["--recipe", self.recipe, *self.overrides], kept)) is not None:
                 rule_out("flash", why)
         rows = recipe.train.batch_size
-        settings = RealSettings(recipe, rows=rows, padded_rows=min(rows, PADDED_ROWS), repeats=self.repeats)
+        settings = Settings(recipe, rows=rows, padded_rows=min(rows, PADDED_ROWS), repeats=self.repeats)
         return RealBench(settings, device, anyway=self.anyway, plan=self.plan)
 
     def _say(self, bench: RealBench) -> None:
@@ -156,7 +151,6 @@ class Gpu:
         """Log-losses of the techniques after equal steps of the demo recipe, a part a technique."""
         if self.steps == 0:
             return []
-        from benchmarks import techniques
 
         def train(technique: techniques.Technique) -> Result:
             recipe = techniques.in_steps(load_recipe("demo"), self.steps)
@@ -176,23 +170,16 @@ class Gpu:
         return found
 
     def _write(self, bench: RealBench, parts: Parts, archive: Path, *, picture: bool) -> list[Path]:
-        from benchmarks.real_report import write_real
-
         pages = write_real(self._result(bench, parts), bench.tables, self.out, picture=picture)
         pack(parts.folder.parent, pages, archive)
         return [*pages, archive]
 
     def _result(self, bench: RealBench, parts: Parts) -> dict[str, Any]:
         """All that is known so far, as it is written."""
-        from benchmarks.flops import weights
-        from benchmarks.real_report import with_shares
-
         losses, ceiling = parts.all("loss,*"), parts.get("ceiling")
         cells = {key: with_shares(found, ceiling) for key in bench.cells if (found := parts.get(key)) is not None}
         return {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+            **provenance(),
             **bench.about(),
             "best_backend": bench.best,
             "linear_weights": weights(bench.shapes),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from arena.files import write_json
 
@@ -29,6 +32,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def provenance() -> dict[str, Any]:
+    """When, with which versions and by which command something was measured, for the head of a page."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+    }
+
+
+def made_by(device: str, result: dict[str, Any]) -> str:
+    """The same in words."""
+    names = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    return f"{device}; {names}. Made by `{result['command']}` at {result['date']}."
 
 
 def missing() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from arena.model.card import Kind
 from benchmarks.cells import Cell, Fuse
 from benchmarks.parts import Result
+from benchmarks.techniques import TECHNIQUES
 
 SLOW = 1  # repeats of what takes several times as long as the rest
 PADDED = ("flash_attention_2", "flex_attention", "eager")  # transformers' own; its sdpa refuses Gemma-2's soft cap
@@ -111,16 +112,12 @@ def fused(cell: Cell) -> dict[str, Cell]:
 
 def techniques(cell: Cell, base: str) -> dict[str, Cell]:
     """A training cell with each way of fine-tuning; all weights of a 9B do not fit, so a 2B stands for that."""
-    smaller = SMALLER.get(base)
-    size = SMALLER_ONE if smaller else ""
-    return {
-        "QLoRA, NF4": cell,
-        "LoRA, unquantised": replace(cell, quantization="none"),
-        "LoRA, int8": replace(cell, quantization="int8"),
-        "DoRA, NF4": replace(cell, dora=True),
-        "head only, NF4": replace(cell, tune="head"),
-        f"full fine-tuning{size}": replace(cell, tune="full", quantization="none", base=smaller),
-    }
+    smaller, cells = SMALLER.get(base), {}
+    for name, each in TECHNIQUES.items():
+        changed = replace(cell, tune=each.tune, quantization=each.quantization, dora=each.dora)
+        whole = each.tune == "full" and smaller is not None
+        cells[name + SMALLER_ONE * whole] = replace(changed, base=smaller) if whole else changed
+    return cells
 
 
 def in_order(found: list[Table], best: str) -> dict[str, Cell]:

@@ -1,102 +1,172 @@
-"""The benchmark's models: ours and transformers' own, from the same files and with the same trainable weights."""
+"""The models that are measured: random weights of a real or a small architecture, ours or as transformers has them.
+
+Speed and memory do not depend on what the weights are, so nothing has to be downloaded.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, Gemma2Config
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from arena.config import LoraSettings, ModelSettings
+from arena.config import ModelSettings, Recipe
 from arena.metrics import LABELS
-from arena.model.backbone import HEAD, load_base
-from arena.model.safety import SAFE_WEIGHTS
+from arena.model.backbone import HEAD, attention_choice, backbone, load_base, underlying
+from arena.model.backends import choose_backend
+from arena.model.base_files import base_path
+from arena.model.card import card_of
+from arena.model.checkpointing import policies_of, set_policies
+from arena.model.classifier import PackedClassifier
+from arena.model.create import ARCHITECTURES, create_base
+from arena.model.safety import SAFE, SAFE_WEIGHTS
 from arena.model.tuning import adapt
+from arena.packing.loader import PackedLoader
 from arena.training.optim import trainable
-from benchmarks.settings import BenchSettings, Size
+from arena.training.probe import keep_what_fits
+from benchmarks.cells import Cell
+from benchmarks.flops import Shapes, linear_shapes
+from benchmarks.passes import PAD
+from benchmarks.timing import release
 
-PAD = 0
-LORA = LoraSettings()
+
+class CannotRun(Exception):  # noqa: N818 - a fact to be recorded, not a mistake
+    """A cell's backend or technique is not to be had on this machine."""
 
 
-@dataclass(frozen=True)
-class Models:
-    """The same weights three times.
+class PaddedClassifier(nn.Module):
+    """transformers' classifier as it is, to be called with a `PaddedBatch`; logits in float32."""
 
-    transformers' model is there once to train and once to judge: on some CPUs bitsandbytes repacks 4-bit weights in
-    place in an evaluation forward, after which a training step reads garbage.
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits
+        return logits.float()
+
+
+class RestartedClassifier(PaddedClassifier):
+    """transformers' own packing: positions that start again tell it to build a block mask over the whole row."""
+
+    def forward(self, batch: Any) -> Tensor:
+        hidden = backbone(self.model)(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+        logits: Tensor = underlying(self.model).score(hidden[0, batch.cu_seqlens[1:].long() - 1])
+        return logits.float()
+
+
+CLASSIFIERS = {
+    "ours": PackedClassifier, "padded": PaddedClassifier, "sorted": PaddedClassifier, "restarted": RestartedClassifier,
+}  # fmt: skip
+
+
+def architecture(base: str) -> Any:
+    """transformers' config of a base: of a folder, or of a known hub name, without the network.
+
+    Raises:
+        ValueError: neither.
     """
-
-    ours: nn.Module
-    stock_train: nn.Module
-    stock_infer: nn.Module
-
-
-def make_base(folder: Path, size: Size, seed: int) -> Path:
-    """Writes a random Gemma-2 whose weights are large enough for attention, soft cap and window to matter."""
-    torch.manual_seed(seed)
-    config = Gemma2Config(
-        vocab_size=size.vocabulary, hidden_size=size.hidden, intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=size.kv_heads,
-        head_dim=size.head_dim, query_pre_attn_scalar=size.head_dim, sliding_window=size.window,
-        attn_logit_softcapping=size.softcap, max_position_embeddings=8192, initializer_range=1.4 * size.hidden**-0.5,
-        pad_token_id=PAD, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    # as published weights are; so 4-bit weights are the same in every precision
-    model.to(torch.bfloat16).to(torch.float32).save_pretrained(folder)
-    return folder
+    place = base_path(base)
+    if (Path(place) / "config.json").is_file():
+        return AutoConfig.from_pretrained(place, **SAFE)
+    if base not in ARCHITECTURES:
+        raise ValueError(f"the architecture of {base} is not known here: give a folder, or {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[base]
 
 
-def load_models(base: Path, settings: BenchSettings, device: torch.device, *, quantised: bool, dtype: str) -> Models:
-    """Loads a base for all variants, with adapters and heads that are the same in all and nowhere zero."""
-    ours = adapted(base, settings, quantised=quantised, dtype=dtype)
-    stock = [stock_model(base, settings, quantised=quantised, dtype=dtype) for _ in range(2)]
-    for model in (ours, *stock):
-        fill(model, settings.seed)
-        model.to(device)
-    return Models(ours, stock[0].train(), stock[1].eval())
+def shapes_of(base: str) -> Shapes:
+    """The shapes of a base's linear layers."""
+    return linear_shapes(architecture(base))
 
 
-def adapted(base: Path, settings: BenchSettings, *, quantised: bool, dtype: str) -> nn.Module:
-    """Our model, as training loads it."""
-    ours = ModelSettings.model_validate(
-        {
-            "base": str(base), "dtype": dtype, "quantization": "nf4" if quantised else "none", "lora": LORA,
-            "checkpointing": "full" if settings.checkpointing else "none",
-        }
-    )  # fmt: skip
-    model: nn.Module = adapt(load_base(ours), ours)
+class Holder:
+    """Holds the model of the latest cell, and only that one: two would not fit."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, seed: int) -> None:
+        self.recipe, self.device, self.seed = recipe, device, seed
+        self.key: tuple[object, ...] | None = None
+        self.classifier: nn.Module | None = None
+
+    def take(self, cell: Cell) -> nn.Module:
+        """The cell's classifier, made anew where the latest cell's will not do.
+
+        Raises:
+            CannotRun: its backend or technique does not exist here.
+        """
+        if self.key != cell.model_key or self.classifier is None:
+            self.drop()
+            self.classifier = self._make(cell)
+            self.key = cell.model_key
+        if cell.way == "ours":
+            set_backend(self.classifier, cell, self.recipe.model.dtype)
+        return self.classifier
+
+    def drop(self) -> None:
+        """Forgets the model and gives its memory back."""
+        self.classifier = self.key = None
+        release(self.device)
+
+    def _make(self, cell: Cell) -> nn.Module:
+        try:
+            return CLASSIFIERS[cell.way](make_model(cell, self.recipe, self.device, self.seed))
+        except (ValueError, ImportError) as error:
+            raise CannotRun(_first_line(error)) from None
+
+
+def make_model(cell: Cell, recipe: Recipe, device: torch.device, seed: int, *, stored: bool = False) -> Any:
+    """A cell's model, with random adapters and head.
+
+    Args:
+        stored: take the weights in the folder of the recipe's base, not random ones of its architecture.
+    """
+    settings = cell.settings(recipe)
+    if cell.way != "ours":
+        return _stock(settings, cell.attention, device, seed, stored)
+    base = load_base(settings) if stored else create_base(architecture(settings.base), settings, device, seed)
+    model = adapt(base, settings).to(device)
+    if settings.tune != "full":
+        fill(model, seed)
     return model
 
 
-def stock_model(base: Path, settings: BenchSettings, *, quantised: bool, dtype: str) -> nn.Module:
-    """transformers' classifier with peft's adapters, as their documentation has it, with eager attention."""
-    options: dict[str, Any] = {}
-    if quantised:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        )
-    plain = AutoModelForSequenceClassification.from_pretrained(
-        str(base), num_labels=len(LABELS), dtype=getattr(torch, dtype), attn_implementation="eager",
-        **SAFE_WEIGHTS, **options,
+def _stock(settings: ModelSettings, attention: str, device: torch.device, seed: int, stored: bool) -> Any:
+    """transformers' classifier with peft's adapters, as their documentation has it, and nothing of ours."""
+    if stored:
+        plain = _as_transformers_loads_it(settings, attention)
+    else:
+        unfused = settings.model_copy(update={"fuse": "none"})
+        plain = _as_transformers_has_it(create_base(architecture(settings.base), unfused, device, seed), attention)
+    lora = settings.lora
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=lora.r, lora_alpha=lora.alpha, target_modules=targets, modules_to_save=[HEAD],
+        use_dora=lora.dora,
     )  # fmt: skip
-    if settings.checkpointing:
-        plain.gradient_checkpointing_enable({"use_reentrant": False})
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=LORA.r, lora_alpha=LORA.alpha, target_modules=LORA.targets, modules_to_save=[HEAD]
-    )
-    model: nn.Module = get_peft_model(plain, lora)
+    model: Any = get_peft_model(plain, config)
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
-    return model
+    fill(model, seed)
+    return model.to(device)
+
+
+def _as_transformers_loads_it(settings: ModelSettings, attention: str) -> PreTrainedModel:
+    options: dict[str, Any] = {}
+    dtype = getattr(torch, settings.dtype)
+    if settings.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    plain: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+        settings.base, num_labels=len(LABELS), dtype=dtype, attn_implementation=attention, **SAFE_WEIGHTS, **options
+    )
+    return plain
 
 
 def fill(model: nn.Module, seed: int) -> None:
@@ -108,15 +178,81 @@ def fill(model: nn.Module, seed: int) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients of the head and of the adapters, each as one float32 vector on the CPU.
+def _as_transformers_has_it(created: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """A plain model of the class, without our hooks and attention, that holds the created model's weights.
+
+    Linear layers are moved over as they are, quantised or not; of all other modules the weights and buffers.
+    """
+    config = created.config.__class__.from_dict(created.config.to_dict())
+    config.use_cache, config.pad_token_id = False, PAD
+    with torch.device("meta"):
+        plain = AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+    given = dict(created.named_modules())
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, nn.Linear):
+            plain.set_submodule(name, given[name])
+            continue
+        for held in ("_parameters", "_buffers"):
+            getattr(module, held).update({key: getattr(given[name], key) for key in getattr(module, held)})
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        if hasattr(created, flag):  # what peft asks to know which layers it adapts
+            setattr(plain, flag, getattr(created, flag))
+    assert not any(each.is_meta for each in [*plain.parameters(), *plain.buffers()]), "a weight was left behind"
+    return plain
+
+
+def best_backend(base: str, dtype: str, device: torch.device) -> str:
+    """The attention backend that `auto` takes for training a base on this device."""
+    config = architecture(base)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    return choose_backend(
+        "auto", card_of(device), getattr(torch, dtype), head_dim, softcap, training=True
+    ).name  # fmt: skip
+
+
+def set_backend(classifier: nn.Module, cell: Cell, dtype: str) -> None:
+    """Gives our model another attention backend.
 
     Raises:
-        ValueError: a trainable parameter has none.
+        CannotRun: it does not run on this device.
     """
-    parts: dict[str, list[Tensor]] = {"head": [], "adapters": []}
-    for name, parameter in sorted(trainable(model).items()):
-        if parameter.grad is None:
-            raise ValueError(f"{name} got no gradient")
-        parts["head" if HEAD in name else "adapters"].append(parameter.grad.detach().float().cpu().reshape(-1))
-    return {name: torch.cat(found) for name, found in parts.items()}
+    packed: Any = classifier
+    underlying(packed.model).config.arena_backend = cell.attention
+    try:
+        attention_choice(packed.model, dtype, training=cell.task != "infer")
+    except ValueError as error:
+        raise CannotRun(_first_line(error)) from None
+
+
+def set_checkpointing(classifier: nn.Module, cell: Cell, recipe: Recipe, loader: PackedLoader | None) -> list[str]:
+    """Gives each layer its checkpointing policy, and says which.
+
+    Args:
+        loader: of the step; with its fullest micro-batch `auto` is probed, as before training.
+
+    Raises:
+        CannotRun: a micro-batch does not fit even where every layer is recomputed.
+    """
+    packed: Any = classifier
+    layers = len(backbone(packed.model).layers)
+    if cell.way != "ours":
+        if cell.checkpointing == "none":
+            packed.model.gradient_checkpointing_disable()
+        else:
+            packed.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return [cell.checkpointing] * layers
+    if cell.checkpointing != "auto" or cell.tune == "head":
+        set_policies(packed.model, ["none" if cell.tune == "head" else cell.checkpointing] * layers)
+        return policies_of(packed.model)
+    assert loader is not None, "auto is probed with the micro-batches of a plan"
+    try:
+        kept = keep_what_fits(packed, loader, recipe.model_copy(update={"model": cell.settings(recipe)}))
+    except ValueError as error:
+        raise CannotRun(_first_line(error)) from None
+    assert kept is not None
+    return policies_of(packed.model)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

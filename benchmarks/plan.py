@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from benchmarks.cells import Cell, RealSettings
+from benchmarks.cells import Cell, Settings
 from benchmarks.parts import Job
 
 OF_WEIGHTS = 8.3e9  # in the linear layers of the model that the figures below are of
@@ -18,7 +18,7 @@ MEAN_TOKENS = 1250  # of the competition's prompts
 CEILING, TESTS, LOSS = 10.0, 90.0, 90.0  # seconds
 
 
-def running(cell: Cell, weights: int, settings: RealSettings) -> float:
+def running(cell: Cell, weights: int, settings: Settings) -> float:
     """Seconds that a cell's steps or passes take on an H100; other cards take a few times as long.
 
     Args:

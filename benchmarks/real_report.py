@@ -7,15 +7,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from arena.files import write_json, write_text, written_whole
-from benchmarks.machine import slug
+from arena.files import write_json, write_text
+from benchmarks.machine import made_by, slug
 from benchmarks.matrix import SMALLER_ONE, Table, main_cells, rows_of
 from benchmarks.parts import Result
-from benchmarks.real_plot import draw
-from benchmarks.report import markdown_table
+from benchmarks.tables import Bars, Rows, draw, gib, markdown_table
 
 Results = Mapping[str, Result]
-Rows = list[list[str]]
 
 HEADER = [
     "what", "logical tokens/s", "times", "unique tokens/s", "of the ceiling", "recomputing too", "peak GiB", "reserved",
@@ -33,9 +31,28 @@ def write_real(result: dict[str, Any], tables: list[Table], folder: Path, *, pic
     write_json(paths[0], result)
     write_text(paths[1], as_page(result, tables, paths[2].name))
     if picture:
-        with written_whole(paths[2]) as draft:
-            draw(tables, result, draft)
+        draw(
+            [bars(table, result["cells"]) for table in tables if len(table.cells) > 1], 2, paths[2],
+            title=f"{result['recipe']['name']}, {result['device']}, {result['date'][:10]}",
+            below="logical tokens a second",
+        )  # fmt: skip
     return [path for path in paths if path.is_file()]
+
+
+def bars(table: Table, cells: Results) -> Bars:
+    """Logical tokens a second, peak memory written beside them; missing cells stay empty."""
+    done = [_done(each) for each in rows_of(table, cells).values()]
+    rates = [0.0 if each is None else each["logical_per_second"] for each in done]
+    texts = [
+        "no figure" if each is None else ", ".join(filter(None, [f"{rate:,.0f}", _peak(each)]))
+        for rate, each in zip(rates, done, strict=True)
+    ]
+    colours = ["0.6" if cell.way == "padded" else "C0" for cell in table.cells.values()]
+    return Bars(table.title, list(table.cells), rates, texts, colours)
+
+
+def _peak(each: Result) -> str:
+    return f"{gib(each['peak_allocated'])} GiB" if each["peak_allocated"] is not None else ""
 
 
 def with_shares(cell: Result, ceiling: Result | None) -> Result:
@@ -122,7 +139,7 @@ def technique_rows(table: Table, result: dict[str, Any]) -> Rows:
             continue
         rows.append(
             [
-                name, f"{done['trainable_parameters']:,}", _as_gib(done["peak_allocated"]),
+                name, f"{done['trainable_parameters']:,}", gib(done["peak_allocated"]),
                 f"{done['logical_per_second']:,.0f}", shown, f"{done['median']:.2f}",
             ]
         )  # fmt: skip
@@ -146,8 +163,8 @@ def _figures(each: Result, first: float | None) -> list[str]:
         f"{each['unique_per_second']:,.0f}",
         _percent(each["share_of_ceiling"]),
         _percent(each["share_with_recomputed"]) if each["policies"] else "",
-        _as_gib(each["peak_allocated"]),
-        _as_gib(each["peak_reserved"]),
+        gib(each["peak_allocated"]),
+        gib(each["peak_reserved"]),
         f"{each['fill_rate']:.1%}" if each["cell"]["way"] == "ours" else f"{each['useful']:.0%} useful",
         f"{each['data_wait']:.2%}",
         f"{median(each['seconds']):.2f}",
@@ -157,13 +174,11 @@ def _figures(each: Result, first: float | None) -> list[str]:
 
 
 def _made(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    budget = result["recipe"]["packing"]["budget"]
-    sizes = f"{result['rows']} rows a step with lengths like the competition's, budget {budget:,}"
+    budget, weights = result["recipe"]["packing"]["budget"], result["linear_weights"] / 1e9
     return (
-        f"{result['device']}; {versions}. Made by `{result['command']}`, the last part at {result['date']}. "
-        f"Random weights of the real architecture ({result['linear_weights'] / 1e9:.3g} billion in the linear layers); "
-        f"{sizes}; median of {result['repeats']} steps or passes after one that is not counted."
+        f"{made_by(result['device'], result)} Random weights of the real architecture ({weights:.3g} billion in the "
+        f"linear layers); {result['rows']} rows a step with lengths like the competition's, budget {budget:,}; median "
+        f"of {result['repeats']} steps or passes after one that is not counted."
     )
 
 
@@ -224,10 +239,6 @@ def _of(each: Result | None, name: str) -> float | None:
 
 def _gib(number: float | None) -> float | None:
     return None if number is None else number / 2**30
-
-
-def _as_gib(number: float | None) -> str:
-    return "" if number is None else f"{number / 2**30:.2f}"
 
 
 def _percent(share: float | None) -> str:

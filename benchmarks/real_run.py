@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
 
 from arena.distributed import device_name, is_out_of_memory
 from arena.model.attention import used_backends
@@ -24,13 +23,13 @@ from arena.model.precision import with_dtype
 from arena.training.optim import trainable
 from benchmarks import plan
 from benchmarks.ceiling import measure_ceiling
-from benchmarks.cells import Cell, RealSettings
+from benchmarks.cells import Cell, Settings
 from benchmarks.clock import OutOfTime
 from benchmarks.flops import flops_a_token, flops_recomputed, weights
 from benchmarks.matrix import in_order, main_cells, tables
+from benchmarks.models import CannotRun, Holder, architecture, best_backend, set_checkpointing, shapes_of
 from benchmarks.parts import Job, Result, failed
-from benchmarks.real_models import CannotRun, Holder, architecture, best_backend, set_checkpointing, shapes_of
-from benchmarks.real_passes import Times, Work, infer, train, work_of
+from benchmarks.passes import Taken, Work, infer, train, work_of
 from benchmarks.timing import peak, release, reserved_peak, reset_peak
 from benchmarks.workload import Workload, field_lengths, make_workload
 
@@ -49,9 +48,7 @@ class RealBench:
         ValueError: a large model without a GPU, or an architecture that is not known.
     """
 
-    def __init__(
-        self, settings: RealSettings, device: torch.device, *, anyway: bool = False, plan: bool = False
-    ) -> None:
+    def __init__(self, settings: Settings, device: torch.device, *, anyway: bool = False, plan: bool = False) -> None:
         self.base = settings.recipe.model.base
         self.shapes = shapes_of(self.base)
         if device.type != "cuda" and weights(self.shapes) >= LARGE and not (anyway or plan):
@@ -138,24 +135,24 @@ class RealBench:
         work = work_of(cell, self._workload(cell), self.settings, pin=self.device.type == "cuda")
         classifier = self.holder.take(cell)
         model: Any = classifier.get_submodule("model")
-        policies = None if cell.task == "infer" else self._policies(classifier, cell, work)
+        policies = (
+            None if cell.task == "infer" else set_checkpointing(classifier, cell, self.settings.recipe, work.loader)
+        )
         release(self.device)  # what earlier cells left in the allocator's cache would count as reserved
         known = reset_peak(self.device) is not None
         run = infer if cell.task == "infer" else train
-        times = run(classifier, work, self.settings, cell.repeats or self.settings.repeats, self.device)
+        repeats = cell.repeats or self.settings.repeats
+        times = list(run(classifier, work, self.settings, repeats + 1, self.device))[1:]  # the first one warms up
         return {
             "backend": used_backends(model) if cell.way == "ours" else cell.attention,
             "policies": None if policies is None else dict(Counter(policies)),
             "trainable_parameters": sum(each.numel() for each in trainable(model).values()),
             "peak_allocated": peak(self.device) if known else None,
             "peak_reserved": reserved_peak(self.device),
-            "running": sum(times.seconds) * (1 + 1 / len(times.seconds)),  # the first one, which is not timed, too
+            "running": sum(each.seconds for each in times) * (1 + 1 / repeats),  # the first one too
             **figures(work, times),
             **self._operations(cell, policies),
         }
-
-    def _policies(self, classifier: nn.Module, cell: Cell, work: Work) -> list[str]:
-        return set_checkpointing(classifier, cell, self.settings.recipe, work.loader)
 
     def _operations(self, cell: Cell, policies: list[str] | None) -> Result:
         """Floating-point operations of a unique token, recomputation counted apart."""
@@ -178,15 +175,16 @@ class RealBench:
         return self.workloads[base]
 
 
-def figures(work: Work, times: Times) -> Result:
+def figures(work: Work, times: list[Taken]) -> Result:
     """What the times and counts of a cell come to."""
-    middle = median(times.seconds)
+    seconds = [each.seconds for each in times]
+    middle = median(seconds)
     return {
-        "seconds": times.seconds, "median": middle, "least": min(times.seconds), "most": max(times.seconds),
+        "seconds": seconds, "median": middle, "least": min(seconds), "most": max(seconds),
         "examples": work.examples, "micro_batches": work.micro_batches, "logical_tokens": work.logical,
         "unique_tokens": work.unique, "computed_tokens": work.computed, "fill_rate": work.computed / work.slots,
         "useful": work.logical / work.computed, "logical_per_second": work.logical / middle,
-        "unique_per_second": work.unique / middle, "data_wait": sum(times.waited) / sum(times.seconds),
+        "unique_per_second": work.unique / middle, "data_wait": sum(each.waited for each in times) / sum(seconds),
     }  # fmt: skip
 
 

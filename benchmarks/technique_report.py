@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +11,16 @@ from tyro.conf import Positional, arg
 from arena.config import Recipe, load_recipe
 from arena.files import local_path, write_json, write_text
 from arena.progress import console
-from benchmarks.machine import versions
+from benchmarks.machine import made_by, provenance
 from benchmarks.parts import Result
-from benchmarks.report import markdown_table
+from benchmarks.tables import cells, markdown_table
 from benchmarks.techniques import SWEEP, SWEEP_SHARE, run_techniques
 
-HEADER = ["technique", "trainable", "lr", "head lr", "seconds", "tokens/s", "peak GiB", "log-loss", "over the floor"]
+COLUMNS = {
+    "technique": "{technique}", "trainable": "{trainable_parameters:,}", "lr": "{lr:.2g}", "head lr": "{head_lr:.2g}",
+    "seconds": "{train_seconds:.0f}", "tokens/s": "{tokens_per_second:,.0f}", "peak GiB": "{peak:.2f}",
+    "log-loss": "{log_loss:.4f}", "over the floor": "{over_floor:+.4f}",
+}  # fmt: skip
 
 ON_CPU = (
     "On a CPU bitsandbytes' 8-bit layers round their inputs in evaluation but not in training; on a GPU they do so in "
@@ -56,14 +57,7 @@ class Techniques:
 
 def as_result(recipe: Recipe, rows: list[Result], sweep: list[Result]) -> dict[str, Any]:
     """What is written: the rows of `run_techniques`, and all that they were measured with."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-        "recipe": recipe.model_dump(mode="json"),
-        "rows": rows,
-        "sweep": sweep,
-    }
+    return {**provenance(), "recipe": recipe.model_dump(mode="json"), "rows": rows, "sweep": sweep}
 
 
 def write_techniques(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -77,9 +71,8 @@ def write_techniques(result: dict[str, Any], folder: Path) -> list[Path]:
 def as_page(result: dict[str, Any]) -> str:
     """The result as a Markdown page."""
     done = [row for row in result["rows"] if row["status"] == "done"]
-    names = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    parts = [f"# Techniques of fine-tuning, {result['date'][:10]}"]
-    parts.append(f"{_device(done)}; {names}. Made by `{result['command']}` at {result['date']}.")
+    device = str(done[0]["device"]) if done else "no technique could be trained"
+    parts = [f"# Techniques of fine-tuning, {result['date'][:10]}", made_by(device, result)]
     parts += [_legend(result["recipe"], done), technique_table(result["rows"])]
     if result["sweep"]:
         parts += [
@@ -93,19 +86,18 @@ def as_page(result: dict[str, Any]) -> str:
 
 def technique_table(rows: list[Result]) -> str:
     """Rows of `run_techniques` as a Markdown table."""
-    return markdown_table(HEADER, [_cells(row) for row in rows])
-
-
-def _cells(row: Result) -> list[str]:
-    if row["status"] != "done":
-        return [row["technique"], row["reason"].splitlines()[0], *[""] * (len(HEADER) - 2)]
-    peak, floor = row["peak_bytes"], row["bayes_log_loss"]
-    return [
-        row["technique"], f"{row['trainable_parameters']:,}", f"{row['lr']:.2g}", f"{row['head_lr']:.2g}",
-        f"{row['train_seconds']:.0f}", f"{row['tokens_per_second']:,.0f}",
-        "" if peak is None else f"{peak / 2**30:.2f}", f"{row['log_loss']:.4f}",
-        "" if floor is None else f"{row['log_loss'] - floor:+.4f}",
-    ]  # fmt: skip
+    shown = []
+    for row in rows:
+        if row["status"] != "done":
+            shown.append([row["technique"], row["reason"].splitlines()[0], *[""] * (len(COLUMNS) - 2)])
+            continue
+        peak, floor = row["peak_bytes"], row["bayes_log_loss"]
+        more = {
+            "peak": None if peak is None else peak / 2**30,
+            "over_floor": None if floor is None else row["log_loss"] - floor,
+        }
+        shown += cells(COLUMNS, [row | more])
+    return markdown_table(list(COLUMNS), shown)
 
 
 def _legend(recipe: dict[str, Any], done: list[Result]) -> str:
@@ -123,10 +115,6 @@ def _legend(recipe: dict[str, Any], done: list[Result]) -> str:
         "`tokens/s` are of training steps alone; `peak GiB` is the most held above what the process held before the "
         "base was loaded. " + (ON_CPU if first["device"].startswith("CPU") else "")
     ).strip()
-
-
-def _device(done: list[Result]) -> str:
-    return str(done[0]["device"]) if done else "no technique could be trained"
 
 
 def _steps(rows: list[Result]) -> int:

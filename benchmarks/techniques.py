@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -40,37 +41,41 @@ class Technique:
     """One way of fine-tuning.
 
     Attributes:
-        settings: of the model, beside which it is the recipe's.
+        tune, quantization, dora: of the model, whose other settings are the recipe's.
         lr: times the recipe's `train.lr`, which is one for adapters.
         head_lr: times the recipe's `train.head_lr`.
     """
 
-    settings: tuple[str, ...]
+    tune: Literal["lora", "head", "full"] = "lora"
+    quantization: Literal["nf4", "int8", "none"] = "nf4"
+    dora: bool = False
     lr: float = 1.0
     head_lr: float = 1.0
 
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe that trains this way. It is evaluated at its end alone: no technique gets more chances."""
         lr, head_lr = self.lr * recipe.train.lr, self.head_lr * recipe.train.head_lr
-        rates = f"train.lr={lr:.6g}", f"train.head_lr={head_lr:.6g}"
-        return change(recipe, [*self.settings, *rates, "train.evaluate_every=0", "train.track=none"])
+        return change(
+            recipe,
+            [
+                f"model.tune={self.tune}", f"model.quantization={self.quantization}", f"model.lora.dora={self.dora}",
+                f"train.lr={lr:.6g}", f"train.head_lr={head_lr:.6g}", "train.evaluate_every=0", "train.track=none",
+            ],
+        )  # fmt: skip
 
 
-_FULL = "model.tune=full", "model.quantization=none"
-_HEAD = "model.tune=head", "model.quantization=nf4"
-_LORA = "model.tune=lora", "model.lora.dora=false"
 TECHNIQUES: Mapping[str, Technique] = {
-    "full fine-tuning": Technique(_FULL, lr=0.1),
-    "head only, NF4": Technique(_HEAD),
-    "LoRA, unquantised": Technique((*_LORA, "model.quantization=none")),
-    "QLoRA, NF4": Technique((*_LORA, "model.quantization=nf4")),
-    "LoRA, int8": Technique((*_LORA, "model.quantization=int8")),
-    "DoRA, NF4": Technique(("model.tune=lora", "model.lora.dora=true", "model.quantization=nf4")),
+    "QLoRA, NF4": Technique(),
+    "LoRA, unquantised": Technique(quantization="none"),
+    "LoRA, int8": Technique(quantization="int8"),
+    "DoRA, NF4": Technique(dora=True),
+    "head only, NF4": Technique("head"),
+    "full fine-tuning": Technique("full", "none", lr=0.1),
 }
 # what the rates of these two were chosen from; adapters have the rate of the recipe
 SWEEP: Mapping[str, Technique] = {
-    **{f"full fine-tuning, lr x {factor}": Technique(_FULL, lr=factor) for factor in (0.03, 0.1, 0.3)},
-    **{f"head only, NF4, head_lr x {factor}": Technique(_HEAD, head_lr=factor) for factor in (0.25, 1.0, 4.0)},
+    **{f"full fine-tuning, lr x {factor}": Technique("full", "none", lr=factor) for factor in (0.03, 0.1, 0.3)},
+    **{f"head only, NF4, head_lr x {factor}": Technique("head", head_lr=factor) for factor in (0.25, 1.0, 4.0)},
 }
 
 

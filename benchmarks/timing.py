@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from arena.distributed import process_memory
-
-
-def measure(once: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
-    """Seconds of one call, and the most bytes it held above what was held before."""
-    before = reset_peak(device)
-    finish(device)
-    start = time.perf_counter()
-    once()
-    finish(device)
-    seconds = time.perf_counter() - start
-    return seconds, None if before is None else peak(device) - before
 
 
 def finish(device: torch.device) -> None:

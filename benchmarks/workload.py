@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from arena.data.tokens import TokenStore, open_tokens
 from arena.data.truncation import even_cap
-from benchmarks.settings import COMPETITION_MEAN
 
 # tokens of the template `judge` under Gemma-2's tokenizer, the separator counted with the headings
 INSTRUCTION, HEADINGS, SUFFIX = 220, (5, 6, 6), 22
@@ -23,7 +22,7 @@ AROUND = INSTRUCTION + sum(HEADINGS) + SUFFIX
 FIRST_ID = 10  # ids below are control tokens: padding among them
 
 LENGTHS = Path(__file__).parent / "lengths_autoj.csv"  # lengths only, no text
-MEDIAN, MEAN = 897.0, COMPETITION_MEAN  # of the competition's prompts, those cut at LONGEST included
+MEDIAN, COMPETITION_MEAN = 897.0, 1250.0  # of the competition's prompts, those cut at LONGEST included
 LONGEST = 4096
 
 
@@ -104,7 +103,7 @@ def _sigma() -> float:
     low, high = 0.1, 2.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if _cut_mean(middle) < MEAN else (low, middle)
+        low, high = (middle, high) if _cut_mean(middle) < COMPETITION_MEAN else (low, middle)
     return low
 
 

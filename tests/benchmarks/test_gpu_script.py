@@ -30,11 +30,13 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     """Runs the script with two cells, one test file and techniques that are made up; gives its exit status."""
     test = tmp_path / "test_on_gpu.py"
     test.write_text("import pytest\n@pytest.mark.gpu\ndef test_flash(): pass\ndef test_not(): assert False\n")
-    monkeypatch.setattr(techniques, "TECHNIQUES", {"QLoRA, NF4": techniques.Technique(())})
+    monkeypatch.setattr(techniques, "TECHNIQUES", {"QLoRA, NF4": techniques.Technique()})
     monkeypatch.setattr(techniques, "in_steps", lambda recipe, steps: recipe)
     monkeypatch.setattr(techniques, "in_process", lambda recipe, runs: {"status": "done", "log_loss": 0.9876})
     base = tiny_base(tmp_path / "base")
-    monkeypatch.setattr(real_report, "draw", lambda tables, result, path: path.touch())  # seconds; tested elsewhere
+    monkeypatch.setattr(
+        real_report, "draw", lambda panels, columns, path, **words: path.touch()
+    )  # seconds; tested elsewhere
     whole = real_run.in_order
 
     def two(found: list[Table], best: str) -> dict[str, Cell]:
@@ -167,10 +169,8 @@ def test_the_script_runs_as_a_module() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["small", "--recipe", "gemma-2-9b", "--layers", "8"], "--layers is of the small model"),
-        (["small", "--minutes", "5"], "--minutes needs --recipe"),
-        (["small", "train.lr=1"], "--overrides needs --recipe"),
-        (["small", "--recipe", "gemma-2-9b"], "no CUDA device"),
+        (["small", "--rows", "9"], "--rows 9 must be a multiple"),
+        (["small", "--workloads", "other"], "--workloads other: name some of"),
         (["gpu", "--tests", "nowhere"], "no CUDA device"),
         (["small", "--out", "s3://b/docs"], "--out s3:/b/docs is a URL"),
         (["gpu", "--out", "s3://b/docs"], "--out s3:/b/docs is a URL"),
@@ -252,7 +252,7 @@ def test_make_names_a_recipe_only_where_one_is_given() -> None:
         return made.stdout
 
     assert told("bench").rstrip().endswith("-m benchmarks small")
-    assert "-m benchmarks small --recipe gemma-2-9b" in told("bench", "RECIPE=gemma-2-9b")
+    assert "-m benchmarks gpu --tests '' --minutes None --recipe gemma-2-9b" in told("bench", "RECIPE=gemma-2-9b")
     assert "-m benchmarks gpu --recipe gemma-2-9b" in told("gpu")
     assert "-m benchmarks gpu --recipe gemma-2-2b" in told("gpu", "RECIPE=gemma-2-2b")
     assert "arena train --fold 0 --recipe demo" in told("train")

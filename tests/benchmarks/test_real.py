@@ -14,24 +14,23 @@ import pytest
 import torch
 from transformers import Gemma2Config
 
-from arena.config import Recipe, load_recipe
+from arena.config import Recipe, change, load_recipe
 from arena.distributed import compute_in
 from arena.model.classifier import PackedClassifier
 from arena.packing.batch import collate
-from benchmarks import real_models, real_run
-from benchmarks.cells import Cell, RealSettings
+from benchmarks import models, real_run
+from benchmarks.cells import Cell, Settings
 from benchmarks.clock import Clock
 from benchmarks.gpu import Gpu
 from benchmarks.machine import slug
 from benchmarks.matrix import PADDED, SMALLER_ONE, in_order, main_cells, padded, tables
+from benchmarks.models import PaddedClassifier, make_model, set_checkpointing
 from benchmarks.parts import BrokenDevice, Parts, run_jobs
+from benchmarks.passes import pad, work_of
 from benchmarks.plan import in_calls
-from benchmarks.real_models import ours, set_checkpointing, stock
-from benchmarks.real_passes import work_of
 from benchmarks.real_report import aim_rows, as_page, over_padded, with_shares, write_real
 from benchmarks.real_run import CEILING, RealBench
 from benchmarks.techniques import TECHNIQUES
-from benchmarks.variants import pad, padded_logits
 from benchmarks.workload import make_workload
 
 CPU = torch.device("cpu")
@@ -59,7 +58,7 @@ def overrides(base: Path) -> list[str]:
 def no_collecting() -> Iterator[None]:
     """Collecting garbage around each cell would take longer here than the cells."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (real_models, real_run):
+        for module in (models, real_run):
             patch.setattr(module, "release", lambda device: None)
         yield
 
@@ -71,7 +70,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 def bench_of(recipe: Recipe) -> RealBench:
     """All cells but FlexAttention's inference, which takes seconds to compile here."""
-    bench = RealBench(RealSettings(recipe, rows=4, padded_rows=4, repeats=1, seed=SEED), CPU)
+    bench = RealBench(Settings(recipe, rows=4, padded_rows=4, repeats=1, seed=SEED), CPU)
     bench.cells = {
         key: cell
         for key, cell in bench.cells.items()
@@ -221,21 +220,18 @@ def test_a_broken_device_ends_the_process_and_is_not_tried_again(
 
 
 def test_padded_and_ours_are_one_model(recipe: Recipe, tmp_path: Path) -> None:
-    settings = Cell(quantization="none").settings(
-        recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
-    )
-    config = Gemma2Config.from_pretrained(recipe.model.base)
+    recipe = change(recipe, ["model.dtype=float32"])
     fields = np.array([[20, 30, 15], [1, 5, 9]])
     workload = make_workload("small", fields, tmp_path, vocabulary=512, longest=LONGEST, seed=0)
     batch = pad(workload, np.arange(4))
     packed = collate([{"input_ids": workload.store[at]} for at in range(4)])
 
     def difference(seed: int) -> float:
-        plain = stock(config, settings, "eager", CPU, seed).eval()
+        plain = make_model(Cell(way="padded", attention="eager", quantization="none"), recipe, CPU, seed).eval()
         assert "arena" not in plain.config._attn_implementation
         with torch.inference_mode():
-            mine = PackedClassifier(ours(config, settings, CPU, 0).eval())(packed)
-            theirs = padded_logits(plain, batch)
+            mine = PackedClassifier(make_model(Cell(quantization="none"), recipe, CPU, 0).eval())(packed)
+            theirs = PaddedClassifier(plain)(batch)
         return float((mine - theirs).norm() / mine.norm())
 
     assert difference(0) < 1e-5
@@ -297,7 +293,7 @@ def kept_for_the_backward(classifier: torch.nn.Module, batch: Any) -> int:
 
 
 def test_what_a_gpu_shows_in_the_first_nine_minutes() -> None:
-    settings = RealSettings(load_recipe("gemma-2-9b"), rows=80, padded_rows=24)
+    settings = Settings(load_recipe("gemma-2-9b"), rows=80, padded_rows=24)
     bench = RealBench(settings, CPU, plan=True)
     assert bench.best == "flash"
     (first, *_) = in_calls(bench.jobs(), 9.0)
@@ -352,7 +348,7 @@ def test_ratios_are_over_the_fastest_padded_way() -> None:
 
 
 def test_a_large_model_needs_a_gpu() -> None:
-    settings = RealSettings(load_recipe("gemma-2-9b"), rows=4, padded_rows=4)
+    settings = Settings(load_recipe("gemma-2-9b"), rows=4, padded_rows=4)
     with pytest.raises(ValueError, match=r"8\.3 billion weights.*no CUDA device.*--anyway"):
         RealBench(settings, CPU)
     assert RealBench(settings, CPU, anyway=True).best == "blockwise"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from arena.config import Recipe
+from arena.config import Recipe, change
 from benchmarks import techniques as module
-from benchmarks.technique_report import HEADER, as_page, as_result, technique_table, write_techniques
+from benchmarks.technique_report import COLUMNS, as_page, as_result, technique_table, write_techniques
 from benchmarks.techniques import SWEEP, TECHNIQUES, Technique, in_steps, measure_technique, run_techniques
 from tests.helpers import tiny_recipe
 
@@ -62,7 +62,7 @@ def check_page(recipe: Recipe, rows: list[dict[str, Any]], folder: Path) -> None
     assert all(f"| {row['technique']} | {row['trainable_parameters']:,} |" in page for row in rows)
     assert "2 steps of 8 examples" in page and "| one, lr x 2 | ValueError: no |" in page
     assert json.loads((folder / "techniques-demo.json").read_text())["rows"] == rows
-    assert all(line.count("|") == len(HEADER) + 1 for line in technique_table(rows).splitlines())
+    assert all(line.count("|") == len(COLUMNS) + 1 for line in technique_table(rows).splitlines())
 
 
 def test_what_is_done_is_not_done_again(gemma2: Path, tmp_path: Path, here: list[Recipe]) -> None:
@@ -79,10 +79,14 @@ def test_what_is_done_is_not_done_again(gemma2: Path, tmp_path: Path, here: list
 def test_each_has_a_process_of_its_own(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A way that cannot be trained is said, the next is trained all the same, and its memory is its own."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    wrong = Technique(("model.lora.targets=[nothing]",))
+
+    class Wrong(Technique):
+        def of(self, recipe: Recipe) -> Recipe:
+            return change(super().of(recipe), ["model.lora.targets=[nothing]"])
+
     held = bytearray(os.urandom(2**20)) * 400  # by this process, and by no other
     rows = run_techniques(
-        tiny_recipe(tmp_path, gemma2), 1, tmp_path / "state", {"wrong": wrong, "head": TECHNIQUES["head only, NF4"]}
+        tiny_recipe(tmp_path, gemma2), 1, tmp_path / "state", {"wrong": Wrong(), "head": TECHNIQUES["head only, NF4"]}
     )
     assert rows[0]["status"] == "failed" and "model.lora.targets" in rows[0]["reason"]
     assert rows[1]["status"] == "done"

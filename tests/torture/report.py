@@ -9,7 +9,7 @@ from rich.table import Table
 
 from arena.files import write_json, write_text
 from arena.progress import console
-from benchmarks.report import markdown_table
+from benchmarks.tables import markdown_table
 from tests.torture.ground import Found
 
 HEADER = ["promise", "asked", "found", "what else was counted", "seconds"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from arena.background import ahead
 from arena.distributed import compute_in
@@ -21,12 +22,32 @@ from arena.packing.tree import Prefixes, find_prefixes
 from arena.training.optim import make_optimizer, trainable
 from arena.training.scaling import LossScaling
 from arena.training.step import accumulate
-from benchmarks.cells import PADDED_BATCH, Cell, RealSettings
+from benchmarks.cells import Cell, Settings
 from benchmarks.timing import finish
-from benchmarks.variants import pad
 from benchmarks.workload import Workload
 
+PAD = 0
 Step = list[Any]  # the micro-batches of a step, PackedBatch or PaddedBatch
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """n examples, each padded on the right to the longest one's L tokens.
+
+    Attributes:
+        input_ids, attention_mask: int64 (n, L).
+        label: float32 (n, 3).
+        index: int64 (n,), which example of the store each one is.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    label: Tensor
+    index: Tensor
+
+    def to(self, device: torch.device) -> PaddedBatch:
+        parts = (self.input_ids, self.attention_mask, self.label, self.index)
+        return PaddedBatch(*(part.to(device) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -56,22 +77,21 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Times:
-    """Seconds of each timed step, and how many of them the step waited for its data."""
+class Taken:
+    """Seconds of a step, and how many of them it waited for its data."""
 
-    seconds: list[float]
-    waited: list[float]
+    seconds: float
+    waited: float
 
 
-def work_of(cell: Cell, workload: Workload, settings: RealSettings, pin: bool) -> Work:
+def work_of(cell: Cell, workload: Workload, settings: Settings, pin: bool = False) -> Work:
     """What a cell reads of the workload."""
+    budget, padded = settings.recipe.packing.budget, cell.way in ("padded", "sorted")
     if cell.task == "peak":
-        return _full_micro_batch(workload, settings.recipe.packing.budget)
-    rows = settings.padded_rows if cell.way == "padded" else settings.rows
-    examples = np.arange(2 * rows) if cell.orders == 2 else workload.examples(0)[:rows]
-    if cell.way == "padded":
-        return _padded(workload, examples)
-    return _packed(cell, workload, examples, settings.recipe.packing.budget, pin)
+        return _full_micro_batch(workload, budget)
+    rows = settings.padded_rows if padded else settings.rows
+    examples = np.arange(len(workload.store))[: 2 * rows] if cell.orders == 2 else workload.examples(0)[:rows]
+    return _padded(cell, workload, examples) if padded else _packed(cell, workload, examples, budget, pin)
 
 
 def _packed(cell: Cell, workload: Workload, examples: np.ndarray, budget: int, pin: bool) -> Work:
@@ -91,16 +111,29 @@ def _packed(cell: Cell, workload: Workload, examples: np.ndarray, budget: int, p
     )  # fmt: skip
 
 
-def _padded(workload: Workload, examples: np.ndarray) -> Work:
-    """Batches in the given order, each padded to its longest example."""
+def _padded(cell: Cell, workload: Workload, examples: np.ndarray) -> Work:
+    """Batches in the given order or by length, each padded to its longest example."""
     lengths = workload.store.lengths
-    cuts = [examples[start : start + PADDED_BATCH] for start in range(0, len(examples), PADDED_BATCH)]
+    order = examples[np.argsort(lengths[examples], kind="stable")] if cell.way == "sorted" else examples
+    cuts = [order[start : start + cell.batch] for start in range(0, len(order), cell.batch)]
     logical, computed = int(lengths[examples].sum()), sum(len(each) * int(lengths[each].max()) for each in cuts)
     return Work(
         steps=lambda count: ([pad(workload, each) for each in cuts] for _ in range(count)),
         examples=len(examples), micro_batches=len(cuts), logical=logical, unique=logical, computed=computed,
         slots=computed,
     )  # fmt: skip
+
+
+def pad(workload: Workload, members: np.ndarray) -> PaddedBatch:
+    """These examples as a padded batch."""
+    lengths = workload.store.lengths[members]
+    ids = np.full((len(members), lengths.max()), PAD, dtype=np.int64)
+    for row, index in zip(ids, members.tolist(), strict=True):
+        example = workload.store[index]
+        row[: len(example)] = example
+    mask = np.arange(ids.shape[1]) < lengths[:, None]
+    label = workload.labels[members].astype(np.float32)
+    return PaddedBatch(*(torch.from_numpy(part) for part in (ids, mask.astype(np.int64), label, members)))
 
 
 def _full_micro_batch(workload: Workload, budget: int) -> Work:
@@ -119,8 +152,8 @@ def _full_micro_batch(workload: Workload, budget: int) -> Work:
     return Work(lambda count: repeat([batch], count), len(items), 1, budget, budget, budget, budget)
 
 
-def train(classifier: nn.Module, work: Work, settings: RealSettings, repeats: int, device: torch.device) -> Times:
-    """Optimizer steps as training takes them: accumulated, clipped, AdamW; the first one is not timed."""
+def train(classifier: nn.Module, work: Work, settings: Settings, count: int, device: torch.device) -> Iterator[Taken]:
+    """Optimizer steps as training takes them: accumulated, clipped, AdamW. They are taken as they are asked for."""
     recipe, model = settings.recipe, classifier.get_submodule("model").train()
     optimizer = make_optimizer(model, recipe.train)
     parameters = list(trainable(model).values())
@@ -134,36 +167,38 @@ def train(classifier: nn.Module, work: Work, settings: RealSettings, repeats: in
         optimizer.zero_grad(set_to_none=True)
 
     try:
-        return _timed(work.steps(repeats + 1), step, device)
+        yield from _timed(work.steps(count), step, device)
     finally:
         model.zero_grad(set_to_none=True)  # after an error too: gradients would stay with the model
 
 
-@torch.inference_mode()
-def infer(classifier: nn.Module, work: Work, settings: RealSettings, repeats: int, device: torch.device) -> Times:
-    """Passes over the rows, logits left on the device until the end of each; the first one is not timed."""
+def infer(classifier: nn.Module, work: Work, settings: Settings, count: int, device: torch.device) -> Iterator[Taken]:
+    """Passes over the rows, as they are asked for."""
     classifier.eval()
-
-    def one_pass(batch: Step) -> None:
-        found = []
-        for micro_batch in batch:
-            with compute_in(device, settings.recipe.model.dtype):
-                found.append(classifier(micro_batch.to(device)))
-        torch.cat(found).float().cpu()
-
-    return _timed(work.steps(repeats + 1), one_pass, device)
+    once = partial(judge, classifier, dtype=settings.recipe.model.dtype, device=device)
+    return _timed(work.steps(count), once, device)
 
 
-def _timed(steps: Iterable[Step], once: Callable[[Step], None], device: torch.device) -> Times:
+@torch.inference_mode()
+def judge(classifier: nn.Module, step: Step, dtype: str, device: torch.device) -> Tensor:
+    """Float32 logits (n, 3) in the order of the batches, left on the device until all are there."""
+    found = []
+    for micro_batch in step:
+        with compute_in(device, dtype):
+            found.append(classifier(micro_batch.to(device)))
+    return torch.cat(found).float().cpu()
+
+
+def _timed(steps: Iterable[Step], once: Callable[[Step], object], device: torch.device) -> Iterator[Taken]:
     """Times steps whose data are made in the background, as in training."""
-    seconds: list[float] = []
-    waited: list[float] = []
-    finish(device)
-    start = time.perf_counter()
-    for batch in ahead(steps):
-        waited.append(time.perf_counter() - start)
+    batches = ahead(steps)
+    while True:
+        finish(device)
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        waited = time.perf_counter() - start
         once(batch)
         finish(device)
-        seconds.append(time.perf_counter() - start)
-        start = time.perf_counter()
-    return Times(seconds[1:], waited[1:])
+        yield Taken(time.perf_counter() - start, waited)
