@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from arena.files import write_json, write_text
@@ -12,14 +11,21 @@ from benchmarks.machine import made_by, slug
 from benchmarks.matrix import SMALLER_ONE, Table, main_cells, rows_of
 from benchmarks.parts import Result
 from benchmarks.tables import Bars, Rows, draw, gib, markdown_table
+from benchmarks.tables import table as as_table
 
 Results = Mapping[str, Result]
 
-HEADER = [
-    "what", "logical tokens/s", "times", "unique tokens/s", "of the ceiling", "recomputing too", "peak GiB", "reserved",
-    "fill", "waits for data", "seconds", "least to most", "backend, layers recomputed",
-]  # fmt: skip
-TECHNIQUES_HEADER = ["technique", "trainable", "peak GiB", "tokens/s", "log-loss", "seconds"]
+COLUMNS = {
+    "what": "{name}", "logical tokens/s": "{logical_per_second:,.0f}", "times": "{times:.2f}",
+    "unique tokens/s": "{unique_per_second:,.0f}", "of the ceiling": "{share_of_ceiling:.1%}",
+    "recomputing too": "{share_with_recomputed:.1%}", "peak GiB": "{peak:.2f}", "reserved": "{reserved:.2f}",
+    "fill": "{fill}", "waits for data": "{data_wait:.2%}", "seconds": "{median:.2f}",
+    "least to most": "{least:.2f} to {most:.2f}", "backend, layers recomputed": "{how}",
+}  # fmt: skip
+TECHNIQUES = {
+    "technique": "{name}", "trainable": "{trainable_parameters:,}", "peak GiB": "{peak:.2f}",
+    "tokens/s": "{logical_per_second:,.0f}", "log-loss": "{log_loss:.4f}", "seconds": "{median:.2f}",
+}  # fmt: skip
 NOT_YET = "not measured yet"
 AIMED_AT = 8 * 10**9  # weights in the linear layers
 
@@ -41,18 +47,14 @@ def write_real(result: dict[str, Any], tables: list[Table], folder: Path, *, pic
 
 def bars(table: Table, cells: Results) -> Bars:
     """Logical tokens a second, peak memory written beside them; missing cells stay empty."""
-    done = [_done(each) for each in rows_of(table, cells).values()]
-    rates = [0.0 if each is None else each["logical_per_second"] for each in done]
-    texts = [
-        "no figure" if each is None else ", ".join(filter(None, [f"{rate:,.0f}", _peak(each)]))
-        for rate, each in zip(rates, done, strict=True)
-    ]
+    rates, texts = [], []
+    for each in rows_of(table, cells).values():
+        done = _done(each) or {"logical_per_second": 0.0, "peak_allocated": None}
+        rates.append(done["logical_per_second"])
+        peak = "" if done["peak_allocated"] is None else f", {done['peak_allocated'] / 2**30:.1f} GiB"
+        texts.append(f"{rates[-1]:,.0f}{peak}" if _done(each) else "no figure")
     colours = ["0.6" if cell.way == "padded" else "C0" for cell in table.cells.values()]
     return Bars(table.title, list(table.cells), rates, texts, colours)
-
-
-def _peak(each: Result) -> str:
-    return f"{gib(each['peak_allocated'])} GiB" if each["peak_allocated"] is not None else ""
 
 
 def with_shares(cell: Result, ceiling: Result | None) -> Result:
@@ -96,9 +98,7 @@ def aim_rows(result: dict[str, Any]) -> Rows:
         _aim("training, times the padded way", 5.0, over_padded(cells, train, "train"), ".1f"),
         _aim("inference, logical tokens/s", 35_000, _of(infer, "logical_per_second"), ",.0f"),
         _aim("inference, times the padded way", 3.0, over_padded(cells, infer, "infer"), ".1f"),
-        _aim(
-            "GiB at most for a full micro-batch, all recomputed", 20.0, _gib(_of(peak, "peak_allocated")), ".1f", True
-        ),
+        _aim("GiB at most for a full micro-batch, all recomputed", 20.0, gib(_of(peak, "peak_allocated")), ".1f", True),
         _aim("share of training that waits for data, at most", 0.01, _of(train, "data_wait"), ".2%", True),
     ]
 
@@ -113,64 +113,38 @@ def over_padded(cells: Results, ours: Result | None, task: str) -> float | None:
     return None if ours is None or not rates else float(ours["logical_per_second"] / max(rates))
 
 
-def cell_rows(table: Table, cells: Results) -> Rows:
-    """One row a cell; `times` is its logical tokens a second over the first one's."""
-    found = rows_of(table, cells)
+def shown(table: Table, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a table shows of each cell; `times` is its logical tokens a second over the first one's."""
+    found = rows_of(table, result["cells"])
     first = _done(next(iter(found.values())))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, each in found.items():
-        done = _done(each)
-        if done is None:
-            rows.append([name, _why(each), *[""] * (len(HEADER) - 2)])
-            continue
-        rows.append([name, *_figures(done, None if first is None else first["logical_per_second"])])
-    return rows
-
-
-def technique_rows(table: Table, result: dict[str, Any]) -> Rows:
-    """Speed and memory of each technique here, beside its log-loss on the demo task."""
-    rows = []
-    for name, each in rows_of(table, result["cells"]).items():
         loss = result["losses"].get(name.removesuffix(SMALLER_ONE), {}).get("log_loss")
-        shown = "" if loss is None else f"{loss:.4f}"
-        done = _done(each)
-        if done is None:
-            rows.append([name, "", "", _why(each), shown, ""])
+        if _done(each) is None or each is None:
+            rows.append({"name": name, "why": _why(each), "log_loss": loss})
             continue
+        layers = ", ".join(f"{policy} {count}" for policy, count in (each["policies"] or {}).items())
         rows.append(
-            [
-                name, f"{done['trainable_parameters']:,}", gib(done["peak_allocated"]),
-                f"{done['logical_per_second']:,.0f}", shown, f"{done['median']:.2f}",
-            ]
+            {
+                **each, "name": name, "peak": gib(each["peak_allocated"]), "reserved": gib(each["peak_reserved"]),
+                "times": None if first is None else each["logical_per_second"] / first["logical_per_second"],
+                "share_with_recomputed": each["share_with_recomputed"] if each["policies"] else None,
+                "fill": f"{each['fill_rate']:.1%}" if each["cell"]["way"] == "ours" else f"{each['useful']:.0%} useful",
+                "how": "; ".join(part for part in (each["backend"], layers) if part),
+                "log_loss": loss,
+            }
         )  # fmt: skip
     return rows
 
 
 def _table(table: Table, result: dict[str, Any]) -> str:
-    if table.title == "techniques":
-        text = markdown_table(TECHNIQUES_HEADER, technique_rows(table, result))
-        steps = next((f"{each['steps']}" for each in result["losses"].values() if "steps" in each), "equally many")
-        return f"{text}\n\nLog-loss: of the demo's held-out rows after {steps} steps of the demo recipe, its tiny base."
-    return markdown_table(HEADER, cell_rows(table, result["cells"]))
-
-
-def _figures(each: Result, first: float | None) -> list[str]:
-    rate = each["logical_per_second"]
-    counted = ", ".join(f"{policy} {count}" for policy, count in (each["policies"] or {}).items())
-    return [
-        f"{rate:,.0f}",
-        "" if first is None else f"{rate / first:.2f}",
-        f"{each['unique_per_second']:,.0f}",
-        _percent(each["share_of_ceiling"]),
-        _percent(each["share_with_recomputed"]) if each["policies"] else "",
-        gib(each["peak_allocated"]),
-        gib(each["peak_reserved"]),
-        f"{each['fill_rate']:.1%}" if each["cell"]["way"] == "ours" else f"{each['useful']:.0%} useful",
-        f"{each['data_wait']:.2%}",
-        f"{median(each['seconds']):.2f}",
-        f"{each['least']:.2f} to {each['most']:.2f}",
-        "; ".join(part for part in (each["backend"], counted) if part),
-    ]
+    if table.title != "techniques":
+        return as_table(COLUMNS, shown(table, result))
+    steps = next((f"{each['steps']}" for each in result["losses"].values() if "steps" in each), "equally many")
+    return (
+        f"{as_table(TECHNIQUES, shown(table, result))}\n\nLog-loss: of the demo's held-out rows after {steps} steps of "
+        "the demo recipe, its tiny base."
+    )
 
 
 def _made(result: dict[str, Any]) -> str:
@@ -235,11 +209,3 @@ def _why(each: Any) -> str:
 
 def _of(each: Result | None, name: str) -> float | None:
     return None if each is None or each[name] is None else float(each[name])
-
-
-def _gib(number: float | None) -> float | None:
-    return None if number is None else number / 2**30
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from arena.files import write_json, write_text
 from benchmarks.machine import made_by
-from benchmarks.tables import Bars, draw, table
+from benchmarks.tables import Bars, draw, gib, table
 from benchmarks.variants import TASKS
 
 TIMES = {
@@ -88,12 +88,12 @@ def figures(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = median(found[0]["seconds"])
     rows = []
     for each in found:
-        middle, logical, peak = median(each["seconds"]), each["logical_tokens"], each["peak_bytes"]
+        middle, logical = median(each["seconds"]), each["logical_tokens"]
         rows.append(
             {
                 **each, "median": middle, "least": min(each["seconds"]), "most": max(each["seconds"]),
                 "times": middle / first, "rate": logical / middle, "useful": logical / each["computed_tokens"],
-                "peak": None if peak is None else peak / 2**30,
+                "peak": gib(each["peak_bytes"]),
             }
         )  # fmt: skip
     return rows

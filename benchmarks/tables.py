@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -39,12 +40,20 @@ def markdown_table(header: list[str], rows: Rows) -> str:
 
 
 def cells(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> Rows:
-    """The rows as text, by each column's format; a cell is empty where a value that it shows is None."""
-    shown = {form: [name for _, name, _, _ in Formatter().parse(form) if name] for form in columns.values()}
-    return [
-        ["" if any(row[name] is None for name in names) else form.format(**row) for form, names in shown.items()]
-        for row in rows
-    ]
+    """The rows as text, by each column's format; a cell is empty where a value that it shows is None.
+
+    A row that lacks figures says in `why` the reason, which stands in the second column then.
+    """
+    names = {form: [name for _, name, _, _ in Formatter().parse(form) if name] for form in columns.values()}
+    found = []
+    for row in rows:
+        absent = dict.fromkeys(chain.from_iterable(names.values())) if row.get("why") else {}
+        known = {**absent, **row}
+        texts = ["" if any(known[name] is None for name in names[form]) else form.format(**known) for form in names]
+        if row.get("why"):
+            texts[1] = row["why"]
+        found.append(texts)
+    return found
 
 
 def table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
@@ -52,9 +61,9 @@ def table(columns: Mapping[str, str], rows: Iterable[Mapping[str, Any]]) -> str:
     return markdown_table(list(columns), cells(columns, rows))
 
 
-def gib(number: float | None) -> str:
-    """Bytes in GiB; nothing where they are not known."""
-    return "" if number is None else f"{number / 2**30:.2f}"
+def gib(number: float | None) -> float | None:
+    """Bytes in GiB; None where they are not known."""
+    return None if number is None else number / 2**30
 
 
 def draw(panels: Sequence[Bars], columns: int, path: Path, *, title: str, below: str, sharey: bool = False) -> None:

@@ -13,7 +13,7 @@ from arena.files import local_path, write_json, write_text
 from arena.progress import console
 from benchmarks.machine import made_by, provenance
 from benchmarks.parts import Result
-from benchmarks.tables import cells, markdown_table
+from benchmarks.tables import gib, table
 from benchmarks.techniques import SWEEP, SWEEP_SHARE, run_techniques
 
 COLUMNS = {
@@ -89,15 +89,12 @@ def technique_table(rows: list[Result]) -> str:
     shown = []
     for row in rows:
         if row["status"] != "done":
-            shown.append([row["technique"], row["reason"].splitlines()[0], *[""] * (len(COLUMNS) - 2)])
+            shown.append({**row, "why": row["reason"].splitlines()[0]})
             continue
-        peak, floor = row["peak_bytes"], row["bayes_log_loss"]
-        more = {
-            "peak": None if peak is None else peak / 2**30,
-            "over_floor": None if floor is None else row["log_loss"] - floor,
-        }
-        shown += cells(COLUMNS, [row | more])
-    return markdown_table(list(COLUMNS), shown)
+        floor = row["bayes_log_loss"]
+        over_floor = None if floor is None else row["log_loss"] - floor
+        shown.append({**row, "peak": gib(row["peak_bytes"]), "over_floor": over_floor})
+    return table(COLUMNS, shown)
 
 
 def _legend(recipe: dict[str, Any], done: list[Result]) -> str:
