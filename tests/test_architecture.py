@@ -55,7 +55,8 @@ def imported(path: Path) -> set[str]:
             names |= {f"{node.module}", *(f"{node.module}.{each.name}" for each in node.names)}
         elif isinstance(node, ast.Import):
             names |= {each.name for each in node.names}
-    return {name for name in names if name.split(".")[0] in PACKAGES and "." in name and is_module(as_path(name))}
+    names -= {"arena"}  # each of its modules may import the package itself
+    return {name for name in names if name.split(".")[0] in PACKAGES and is_module(as_path(name))}
 
 
 def as_path(name: str) -> Path:
@@ -75,6 +76,9 @@ def test_every_kind_of_import_is_seen(tmp_path: Path) -> None:
     ):
         (tmp_path / "module.py").write_text(text)
         assert imported(tmp_path / "module.py") == {"arena.cli"}
+    for text in ("import benchmarks", "from benchmarks import nothing"):
+        (tmp_path / "module.py").write_text(text)
+        assert imported(tmp_path / "module.py") == {"benchmarks"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
