@@ -64,8 +64,8 @@ class Cell:
     @property
     def model_key(self) -> tuple[object, ...]:
         """Cells with the same one can be measured on one model, without making another."""
-        ours = self.way == "ours"
-        return (ours, None if ours else self.attention, self.fuse, self.tune, self.quantization, self.dora, self.base)
+        transformers_own = None if self.way == "ours" else self.attention
+        return (self.way, transformers_own, self.fuse, self.tune, self.quantization, self.dora, self.base)
 
     def settings(self, recipe: Recipe) -> ModelSettings:
         """The recipe's model settings with what the cell changes."""

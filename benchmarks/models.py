@@ -102,8 +102,11 @@ class Holder:
         """
         if self.key != cell.model_key or self.classifier is None:
             self.drop()
-            self.classifier = self._make(cell)
-            self.key = cell.model_key
+            try:
+                model = make_model(cell, self.recipe, self.device, self.seed)
+            except (ValueError, ImportError) as error:
+                raise CannotRun(_first_line(error)) from None
+            self.classifier, self.key = CLASSIFIERS[cell.way](model), cell.model_key
         if cell.way == "ours":
             set_backend(self.classifier, cell, self.recipe.model.dtype)
         return self.classifier
@@ -112,12 +115,6 @@ class Holder:
         """Forgets the model and gives its memory back."""
         self.classifier = self.key = None
         release(self.device)
-
-    def _make(self, cell: Cell) -> nn.Module:
-        try:
-            return CLASSIFIERS[cell.way](make_model(cell, self.recipe, self.device, self.seed))
-        except (ValueError, ImportError) as error:
-            raise CannotRun(_first_line(error)) from None
 
 
 def make_model(cell: Cell, recipe: Recipe, device: torch.device, seed: int, *, stored: bool = False) -> Any:

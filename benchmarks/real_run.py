@@ -135,9 +135,9 @@ class RealBench:
         work = work_of(cell, self._workload(cell), self.settings, pin=self.device.type == "cuda")
         classifier = self.holder.take(cell)
         model: Any = classifier.get_submodule("model")
-        policies = (
-            None if cell.task == "infer" else set_checkpointing(classifier, cell, self.settings.recipe, work.loader)
-        )
+        policies = None
+        if cell.task != "infer":
+            policies = set_checkpointing(classifier, cell, self.settings.recipe, work.loader)
         release(self.device)  # what earlier cells left in the allocator's cache would count as reserved
         known = reset_peak(self.device) is not None
         run = infer if cell.task == "infer" else train
