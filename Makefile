@@ -56,13 +56,13 @@ notebook: .venv/dev  ## run notebooks/collated_batches.py and write it as .ipynb
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter execute --inplace notebooks/collated_batches.ipynb
 
 bench: .venv/ready  ## time our batches beside transformers' own, write docs/bench-cpu.* (20 minutes)
-	$(BIN)/arena bench $(if $(CHOSEN),--recipe $(call quoted,$(CHOSEN))) $(ARGS)
+	$(BIN)/python -m benchmarks $(if $(CHOSEN),gpu --tests '' --minutes None --recipe $(call quoted,$(CHOSEN)),small) $(ARGS)
 
 gpu: .venv/ready  ## tests, benchmark and techniques on a GPU, 9 minutes a call: call it until it is done
-	$(BIN)/arena gpu --recipe $(call quoted,$(or $(CHOSEN),gemma-2-9b)) $(ARGS)
+	$(BIN)/python -m benchmarks gpu --recipe $(call quoted,$(or $(CHOSEN),gemma-2-9b)) $(ARGS)
 
 gpu-wheels: .venv/dev  ## collect what a bare GPU machine lacks, ARGS="--python 3.12 --out wheels/cp312", for start.py there
-	$(BIN)/python -m arena.benchmark.collect $(ARGS)
+	$(BIN)/python -m benchmarks collect $(ARGS)
 
 test: .venv/dev  ## run the tests
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)

@@ -15,8 +15,6 @@ from tyro.conf import Positional, arg
 
 from arena import __version__
 from arena.arguments import settings_first
-from arena.benchmark.command import Bench
-from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, load_recipe, recipe_names, run_place
 from arena.files import local_path, require_utf8
 from arena.overrides import judge_settings, refuse_both
@@ -209,42 +207,43 @@ class DemoBase:
         make_demo_base(local_path(self.out, "--out"), self.minutes * 60, self.seed, self.threads)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
+Commands = dict[str, Callable[..., Any]]
+COMMANDS: Commands = {
     "train": Train,
     "infer": Infer,
     "inspect": Inspect,
     "export": Export,
-    "bench": Bench,
-    "gpu": Gpu,
     "memory": Memory,
     "settings": Settings,
     "demo-base": DemoBase,
 }
 
 
-def _check_command(words: list[str]) -> None:
+ABOUT = "Train and run judges of pairwise preference on packed, padding-free batches."
+
+
+def _check_command(words: list[str], commands: Commands) -> None:
     """Answers `--version`, and names the nearest command where the first word is none."""
     first = words[0] if words else "--help"
     if first == "--version":
         print(f"arena {__version__}")
         sys.exit(0)
-    if not first.startswith("-") and first not in COMMANDS:
-        near = difflib.get_close_matches(first, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    if not first.startswith("-") and first not in commands:
+        near = difflib.get_close_matches(first, commands, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
         console.print(f"arena: there is no command {printable(first)!r}: {hint}", style="red")
         sys.exit(2)
 
 
 @ending_at_once()
-def main() -> None:
-    """Runs a subcommand. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
+def main(commands: Commands = COMMANDS, prog: str = "arena", about: str = ABOUT) -> None:
+    """Runs a command. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
     guard_output()
-    about = "Train and run judges of pairwise preference on packed, padding-free batches."
     words = sys.argv[1:]
-    _check_command(words)
-    if words and words[0] in COMMANDS:
-        words[1:] = settings_first(COMMANDS[words[0]], words[1:])
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, description=about, prog="arena", args=words)
+    _check_command(words, commands)
+    if words and words[0] in commands:
+        words[1:] = settings_first(commands[words[0]], words[1:])
+    command = tyro.extras.subcommand_cli_from_dict(commands, description=about, prog=prog, args=words)
     quiet()
     try:
         require_utf8(*words)

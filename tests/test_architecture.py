@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted((ROOT / "arena").rglob("*.py"))
+PACKAGES = ("arena", "benchmarks")
+MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 # each room imports only from itself and from those before it
 ROOMS = [
     "files",
@@ -33,18 +34,20 @@ ROOMS = [
     "judging",
     "training",
     "reporting",
-    "benchmark",
     "demo",
     "cli",
+    "benchmarks",
 ]
 
 
 def room(path: Path) -> str:
-    return path.relative_to(ROOT / "arena").parts[0].removesuffix(".py")
+    """The room of a module; the benchmarks, which stand above the package, are one."""
+    package, *within = path.relative_to(ROOT).with_suffix("").parts
+    return within[0] if package == "arena" else package
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the package that a module imports, anywhere in it."""
+    """Modules of the checkout's packages that a module imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -52,7 +55,12 @@ def imported(path: Path) -> set[str]:
             names |= {f"{node.module}", *(f"{node.module}.{each.name}" for each in node.names)}
         elif isinstance(node, ast.Import):
             names |= {each.name for each in node.names}
-    return {name for name in names if name.startswith("arena.") and is_module(ROOT / Path(*name.split(".")))}
+    names -= {"arena"}  # each of its modules may import the package itself
+    return {name for name in names if name.split(".")[0] in PACKAGES and is_module(as_path(name))}
+
+
+def as_path(name: str) -> Path:
+    return ROOT / Path(*name.split("."))
 
 
 def is_module(path: Path) -> bool:
@@ -68,6 +76,9 @@ def test_every_kind_of_import_is_seen(tmp_path: Path) -> None:
     ):
         (tmp_path / "module.py").write_text(text)
         assert imported(tmp_path / "module.py") == {"arena.cli"}
+    for text in ("import benchmarks", "from benchmarks import nothing"):
+        (tmp_path / "module.py").write_text(text)
+        assert imported(tmp_path / "module.py") == {"benchmarks"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -75,7 +86,7 @@ def test_imports_go_downwards_only(path: Path) -> None:
     if path == ROOT / "arena/__init__.py":
         return
     here = ROOMS.index(room(path))
-    above = {name for name in imported(path) if ROOMS.index(name.split(".")[1]) > here}
+    above = {name for name in imported(path) if ROOMS.index(room(as_path(name))) > here}
     assert above == set()
 
 

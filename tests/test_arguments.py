@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from arena.arguments import settings_first
-from arena.benchmark.command import Bench
 from arena.cli import Train
+from benchmarks.small import Small
 
 
 @pytest.mark.parametrize(
@@ -26,5 +26,5 @@ def test_settings_come_first_and_values_stay_with_their_flags(typed: str, read: 
 
 
 def test_a_flag_of_many_values_keeps_them() -> None:
-    flags = ["--workloads", "autoj", "odd=1", "--recipe", "r"]
-    assert settings_first(Bench, [*flags, "c=3", "--layers", "2", "d=4"]) == ["c=3", "d=4", *flags, "--layers", "2"]
+    flags = ["--workloads", "autoj", "odd=1", "--variants", "ab"]
+    assert settings_first(Small, [*flags, "c=3", "--layers", "2", "d=4"]) == ["c=3", "d=4", *flags, "--layers", "2"]

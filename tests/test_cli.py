@@ -103,9 +103,6 @@ def test_mistakes_are_said_without_traceback(
         (["export", "--out", "s3://b/judge"], "--out s3:/b/judge is a URL"),
         (["export", "--runs", "s3://b/runs"], "--runs s3:/b/runs is a URL"),
         (["demo-base", "--out", "s3://b/base"], "--out s3:/b/base is a URL"),
-        (["bench", "--out", "s3://b/docs"], "--out s3:/b/docs is a URL"),
-        (["gpu", "--out", "s3://b/docs"], "--out s3:/b/docs is a URL"),
-        (["gpu", "--state", "s3://b/state"], "--state s3:/b/state is a URL"),
     ],
 )
 def test_urls_are_not_written_to(

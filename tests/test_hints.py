@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import tyro
 
-from arena.benchmark.collect import Collect
 from arena.cli import COMMANDS
 from arena.config import RECIPES, Recipe, load_recipe
 from arena.hints import command
 from arena.judging.find import find_models
 from arena.overrides import _group
+from benchmarks.__main__ import COMMANDS as MEASURING
 
 ROOT = Path(__file__).parents[1]
 SETTING = re.compile(r"(?<![\w./-])((?:[a-z]+\.)+[a-z_]+)=([^\s,;:)`]*[^\s,;:)`.])?")
@@ -52,7 +52,8 @@ def messages(path: Path) -> Iterator[tuple[int, str]]:
 
 EVERY = [
     (f"{path.relative_to(ROOT)}:{line}", text)
-    for path in sorted((ROOT / "arena").rglob("*.py"))
+    for package in ("arena", "benchmarks")
+    for path in sorted((ROOT / package).rglob("*.py"))
     for line, text in messages(path)
 ]
 
@@ -83,9 +84,9 @@ def check_variable(name: str, value: str) -> None:
 
 
 def flags() -> set[str]:
-    commands = [*COMMANDS.values(), Collect]
+    commands = [*COMMANDS.values(), *MEASURING.values()]
     names = {field.name for command in commands for field in fields(command)}  # type: ignore[arg-type]
-    return {f"--{name.replace('_', '-')}" for name in names} | {"--wheels"}  # of arena/benchmark/start.py
+    return {f"--{name.replace('_', '-')}" for name in names} | {"--wheels"}  # of benchmarks/start.py
 
 
 def test_every_setting_that_is_named_exists() -> None:

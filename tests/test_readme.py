@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tyro
 
 from arena import cli
-from arena.benchmark.collect import Collect
 from arena.config import load_recipe
 from arena.data.synthetic import ensure_demo
 from arena.judging.export import export_judge
@@ -28,6 +26,8 @@ from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from arena.packing.batch import collate
 from arena.reporting.settings import settings
+from benchmarks.__main__ import COMMANDS as MEASURING
+from benchmarks.__main__ import main as measure
 from tests.helpers import classifier
 from tests.test_architecture import ROOMS
 
@@ -42,11 +42,14 @@ PAGES = {name: text for name, text in EVERY_PAGE.items() if not GENERATED.fullma
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 QUOTED = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-ARENA, PYTHON, START = ".venv/bin/arena ", ".venv/bin/python ", "python3 arena/benchmark/start.py"
+MEASURE = ".venv/bin/python -m benchmarks "
+ARENA, PYTHON, START = ".venv/bin/arena ", ".venv/bin/python ", "python3 benchmarks/start.py"
 IN_TEXT = (ARENA, PYTHON, START, "make ", "pytest ", ".venv/bin/pip ", ".venv/bin/hf ")  # how commands begin
 OTHERS = {".venv/bin/hf auth login", ".venv/bin/jupyter lab"}  # of other programs, known to be right
 SETTING = re.compile(r"(data|prompt|model|packing|train|judge)\.(?!csv|parquet|json)[a-z_.]+(=\S*)?")
-PATH = re.compile(r"[\w./-]+/[\w.-]+\.(py|ya?ml|md|csv|json|txt)|[a-z]+\.py|(arena|tests|notebooks|\.ci)/[\w/-]*")
+PATH = re.compile(
+    r"[\w./-]+/[\w.-]+\.(py|ya?ml|md|csv|json|txt)|[a-z]+\.py|(arena|benchmarks|tests|notebooks|\.ci)/[\w/-]*"
+)
 NOT_THERE = re.compile(r"(runs|data|wheels|build|judge)/.*|.*/NAME\..*")  # made by commands, or by a reader
 
 
@@ -103,7 +106,7 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     line = re.sub(r"^[A-Z_]+=\S+ ", "", line)
     words = shlex.split(line, comments=False)
     if line.startswith("make "):
-        check_arena([each for each in would_run(words[1:]) if each.startswith(ARENA)], monkeypatch)
+        check_arena([each for each in would_run(words[1:]) if each.startswith((ARENA, MEASURE))], monkeypatch)
     elif line.startswith(ARENA):
         check_arena([line], monkeypatch)
     elif "-m" in words and words[words.index("-m") + 1] == "arena.cli":  # by python, or by torchrun
@@ -112,8 +115,8 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         paths = [ROOT / each for each in words if each.startswith("tests/")]
         assert all(path.is_file() for path in paths), line
         assert paths or "-m" in words[words.index("pytest") :]
-    elif line.startswith(PYTHON + "-m arena.benchmark.collect "):
-        assert tyro.cli(Collect, args=words[3:])
+    elif line.startswith(MEASURE):
+        check_arena([line], monkeypatch)
     elif line.startswith(PYTHON + "-m "):
         assert importlib.util.find_spec(words[2]) is not None
     elif line.startswith(START):
@@ -142,11 +145,12 @@ def would_run(words: list[str]) -> list[str]:
 def check_arena(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The real command line takes these lines, and the settings in them exist."""
     ran: list[Any] = []
-    for command in cli.COMMANDS.values():
+    for command in (*cli.COMMANDS.values(), *MEASURING.values()):
         monkeypatch.setattr(command, "run", lambda self: ran.append(self))
     for each in lines:
-        monkeypatch.setattr(sys, "argv", shlex.split(each))
-        cli.main()
+        measures = each.startswith(MEASURE)
+        monkeypatch.setattr(sys, "argv", shlex.split(each)[2 if measures else 0 :])
+        measure() if measures else cli.main()
     assert len(ran) == len(lines)
     for command in ran:
         load_recipe("demo", [each for each in getattr(command, "overrides", ()) if not each.endswith("=...")])
@@ -166,7 +170,7 @@ def test_every_command_is_understood(page: str, line: str, monkeypatch: pytest.M
         "make trian FOLD=0", "make train fold=0", 'make train ARGS="--new"', 'make train ARGS="train.batch_siez=8"',
         ".venv/bin/arena exprot", ".venv/bin/arena memory model.tune=none", ".venv/bin/torchrun -m arena.cli trian",
         "pytest tests/test_nothing.py", ".venv/bin/pip install nothing", ".venv/bin/python -m arena.nothing",
-        ".venv/bin/python -m arena.benchmark.collect --out x", "rm -rf runs",
+        ".venv/bin/python -m benchmarks collect --out x", "rm -rf runs",
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_noticed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,13 +26,14 @@ def pins(name: str) -> dict[str, Version]:
 
 def test_every_import_is_declared() -> None:
     found = set()
-    for path in (ROOT / "arena").rglob("*.py"):
+    for path in (path for package in ("arena", "benchmarks") for path in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found |= {each.name.split(".")[0] for each in node.names}
             elif isinstance(node, ast.ImportFrom):
                 found.add(str(node.module).split(".")[0])
-    packages = {MODULES.get(each, each) for each in found - set(sys.stdlib_module_names) - {"arena"} - EXTRA}
+    others = found - set(sys.stdlib_module_names) - {"arena", "benchmarks"} - EXTRA
+    packages = {MODULES.get(each, each) for each in others}
     assert packages == {each.name for each in NEEDED}
 
 

@@ -25,5 +25,5 @@ def test_everything_in_the_package_is_in_the_wheel(tmp_path: Path) -> None:
     packed = {name for name in names if ".dist-info/" not in name}
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "arena").rglob("*") if path.is_file()}
     assert packed == {name for name in package if "__pycache__" not in name}
-    for name in ("py.typed", "recipes/demo.yaml", "recipes/demo_base/model.safetensors", "benchmark/lengths_autoj.csv"):
+    for name in ("py.typed", "recipes/demo.yaml", "recipes/demo_base/model.safetensors"):
         assert f"arena/{name}" in packed

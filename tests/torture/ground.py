@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import arena.benchmark.command
 import arena.data.synthetic
 import arena.judging.export
 import arena.judging.judge

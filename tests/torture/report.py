@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from arena.benchmark.report import markdown_table
 from arena.files import write_json, write_text
 from arena.progress import console
+from benchmarks.tables import markdown_table
 from tests.torture.ground import Found
 
 HEADER = ["promise", "asked", "found", "what else was counted", "seconds"]
