@@ -20,7 +20,7 @@ from arena.benchmark.gpu import Gpu
 from arena.config import Recipe, load_recipe, recipe_names, run_place
 from arena.files import local_path, require_utf8
 from arena.overrides import judge_settings, refuse_both
-from arena.progress import console, guard_output, optional, printable, quiet
+from arena.progress import console, escape_unprintable, guard_output, optional, quiet
 from arena.stopping import Stopped, ending_at_once
 
 Name = Annotated[
@@ -231,7 +231,7 @@ def _check_command(words: list[str]) -> None:
     if not first.startswith("-") and first not in COMMANDS:
         near = difflib.get_close_matches(first, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        console.print(f"arena: there is no command {printable(first)!r}: {hint}", style="red")
+        console.print(f"arena: there is no command {escape_unprintable(first)!r}: {hint}", style="red")
         sys.exit(2)
 
 
@@ -252,7 +252,7 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("ARENA_DEBUG"):
             raise
-        console.print(f"arena: {printable(str(error))}", style="red")
+        console.print(f"arena: {escape_unprintable(str(error))}", style="red")
         sys.exit(2)
     except KeyboardInterrupt:  # the second Ctrl-C
         console.print("ended at once")

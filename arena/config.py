@@ -14,7 +14,8 @@ from arena.overrides import apply_override, explain
 from arena.plain_yaml import read_yaml_file
 
 Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # a path, or a name on a hub
-Part = Literal["norm", "mlp", "rotary", "lora"]  # of a decoder, that can be fused
+Part = Literal["norm", "mlp", "rotary", "lora"]  # parts of a decoder that can be fused
+FORMER_POLICIES = {"light": "elementwise", "mlp": "elementwise_and_mlp"}  # `model.checkpointing` in earlier versions
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -107,14 +108,21 @@ class ModelSettings(Settings):
     attention: Literal["auto", "flash", "flex", "blockwise", "reference"] = Field(
         "auto", description="attention backend; auto: the fastest that the device, dtype and head size allow"
     )
-    checkpointing: Literal["auto", "full", "mlp", "light", "none"] = Field(
+    checkpointing: Literal["auto", "full", "elementwise_and_mlp", "elementwise", "none"] = Field(
         "auto",
-        description="recomputed in the backward: whole layers, their wide MLP products, what is cheap, or nothing; "
-        "auto: of each layer as little as the memory allows",
+        description="recomputed in the backward: whole layers, elementwise operations with or without the wide MLP "
+        "products, or nothing; auto: as little as the memory allows",
     )
     fuse: Literal["auto", "none"] | tuple[Part, ...] = Field(
         "auto", description="parts computed in fewer passes over memory; auto: those that pay on the device"
     )
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _no_former_name(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in FORMER_POLICIES:
+            raise ValueError(f"{value} was renamed: set it to {FORMER_POLICIES[value]}")
+        return value
 
     @field_validator("fuse", mode="before")
     @classmethod

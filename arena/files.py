@@ -40,7 +40,7 @@ def local_path(path: str | Path, name: str, endings: Sequence[str] = ()) -> Path
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """Gives a scratch path beside `target`; what stands there when the block ends well becomes `target`.
 
     The scratch path may be made a file or a directory. When the block raises, `target` stays as it was and the scratch
@@ -94,7 +94,7 @@ def _os_errors(target: Path) -> Iterator[None]:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Removes what killed processes left of `written_whole` in a folder. No other process may be writing there."""
+    """Removes what killed processes left of `atomic_write` in a folder. No other process may be writing there."""
     for path in folder.glob(f".*{SCRATCH}"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -144,7 +144,7 @@ def require_utf8(*values: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8, whole or not at all."""
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 

@@ -112,13 +112,13 @@ PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 Advance = Callable[..., None]
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """A text that any terminal can show: what steers one, and what is no character, is spelled out."""
     spelled = "".join(each if each in "\n\t" or each.isprintable() else repr(each)[1:-1] for each in text)
     return spelled.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def said(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
 
@@ -134,7 +134,10 @@ def optional(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        console.print(printable(f"warning: {what} failed ({said(error)}){advice and f'; {advice}'}"), style="yellow")
+        console.print(
+            escape_unprintable(f"warning: {what} failed ({format_error(error)}){advice and f'; {advice}'}"),
+            style="yellow",
+        )
 
 
 def quiet() -> None:

@@ -25,7 +25,7 @@ from tyro.conf import UseAppendAction, arg
 
 from arena.benchmark.needed import PLATFORMS, Target, Versions, closure, provides, read_list
 from arena.benchmark.start import dependencies
-from arena.files import local_path, written_whole
+from arena.files import atomic_write, local_path
 from arena.progress import console, guard_output
 from arena.stopping import ending_at_once
 
@@ -100,7 +100,7 @@ def collect(
 ) -> None:
     """Makes `out` the folder of these wheels, or leaves it as it was."""
     before = sorted(out.glob("*.whl"))
-    with written_whole(out) as draft:
+    with atomic_write(out) as draft:
         draft.mkdir()
         kept = reusable(before, lacking, target)
         for wheel in [*kept.values(), *added]:

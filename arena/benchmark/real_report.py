@@ -12,7 +12,7 @@ from arena.benchmark.matrix import SMALLER_ONE, Table, main_cells, rows_of
 from arena.benchmark.parts import Result
 from arena.benchmark.real_plot import draw
 from arena.benchmark.report import markdown_table
-from arena.files import write_json, write_text, written_whole
+from arena.files import atomic_write, write_json, write_text
 
 Results = Mapping[str, Result]
 Rows = list[list[str]]
@@ -33,7 +33,7 @@ def write_real(result: dict[str, Any], tables: list[Table], folder: Path, *, pic
     write_json(paths[0], result)
     write_text(paths[1], as_page(result, tables, paths[2].name))
     if picture:
-        with written_whole(paths[2]) as draft:
+        with atomic_write(paths[2]) as draft:
             draw(tables, result, draft)
     return [path for path in paths if path.is_file()]
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from arena.benchmark.settings import TASKS
-from arena.files import write_json, write_text, written_whole
+from arena.files import atomic_write, write_json, write_text
 from arena.progress import console
 from arena.reporting.figure import new_figure
 
@@ -42,7 +42,7 @@ def write_bench(result: dict[str, Any], folder: Path) -> list[Path]:
     paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
     write_json(paths[0], result)
     write_text(paths[1], as_markdown(result, paths[2].name))
-    with written_whole(paths[2]) as draft:
+    with atomic_write(paths[2]) as draft:
         draw_bench(result, draft)
     return paths
 

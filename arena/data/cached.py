@@ -12,7 +12,7 @@ END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream: one that is cut
 
 
 @contextmanager
-def kept(path: Path) -> Iterator[None]:
+def reading_cached(path: Path) -> Iterator[None]:
     """Around reading a file of the cache back.
 
     Raises:

@@ -16,11 +16,11 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
-from arena.data.cached import kept
+from arena.data.cached import reading_cached
 from arena.data.cells import FieldError, Labels, excerpt, read_id, read_label, read_turns
 from arena.data.limits import Limits, characters
 from arena.data.rows import READERS, ROWS_AT_ONCE, TEXTS, Cells, Row, read_rows
-from arena.files import file_digest, fingerprint, written_whole
+from arena.files import atomic_write, file_digest, fingerprint
 from arena.progress import progress
 
 FORMAT = 2  # part of the stored file's name: raise it when the same files would be read differently
@@ -74,26 +74,26 @@ def read_conversations(
     made_from = FORMAT, labels, astuple(limits), _contents(paths)
     stored = cache_dir / f"conversations-{fingerprint(*made_from)}.arrow"
     if not stored.exists():
-        with written_whole(stored) as draft:
+        with atomic_write(stored) as draft:
             _convert(paths, draft, labels, limits)
-    with kept(stored):
+    with reading_cached(stored):
         rows = Dataset.from_file(str(stored))
         if rows.features != FEATURES:
             raise ValueError(f"it has the columns {', '.join(rows.column_names)}")
     return rows
 
 
-def judgeable(row: Mapping[str, Any]) -> bool:
+def has_responses(row: Mapping[str, Any]) -> bool:
     """Whether a row has anything to compare: some text that is not blank in at least one of its answers."""
     return any(text and text.strip() for text in [*row["response_a"], *row["response_b"]])
 
 
-def judgeable_rows(rows: Dataset) -> NDArray[np.bool_]:
-    """bool (len(rows),): which rows are `judgeable`."""
+def rows_with_responses(rows: Dataset) -> NDArray[np.bool_]:
+    """bool (len(rows),): which rows are `has_responses`."""
     flags: list[bool] = []
     for batch in rows.select_columns(["response_a", "response_b"]).iter(batch_size=ROWS_AT_ONCE):
         answers = zip(batch["response_a"], batch["response_b"], strict=True)
-        flags += [judgeable({"response_a": a, "response_b": b}) for a, b in answers]
+        flags += [has_responses({"response_a": a, "response_b": b}) for a, b in answers]
     return np.array(flags, dtype=np.bool_)
 
 

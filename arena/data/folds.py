@@ -14,9 +14,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
-from arena.data.cached import kept
+from arena.data.cached import reading_cached
 from arena.data.cells import excerpt
-from arena.files import fingerprint, written_whole
+from arena.files import atomic_write, fingerprint
 
 FORMAT = 1  # part of the stored file's name: raise it when keys or folds would come out differently
 ROWS_AT_ONCE = 1_000
@@ -71,9 +71,9 @@ def load_or_assign_folds(rows: Dataset, n_folds: int, seed: int, cache_dir: Path
     stored = cache_dir / f"folds-{content}.parquet"
     if not stored.exists():
         assigned = assign_folds(rows, n_folds, seed, keys)
-        with written_whole(stored) as draft:
+        with atomic_write(stored) as draft:
             pq.write_table(pa.table({"id": ids, "fold": assigned}), draft)
-    with kept(stored):
+    with reading_cached(stored):
         table = pq.read_table(stored, columns=["id", "fold"])
     if table["id"].to_pylist() != ids:
         raise ValueError(f"{stored} does not hold the ids of these rows; delete it to assign the folds again")

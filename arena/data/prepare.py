@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from arena.config import Recipe, Template
-from arena.data.conversations import judgeable_rows, read_conversations, repeated
+from arena.data.conversations import read_conversations, repeated, rows_with_responses
 from arena.data.folds import leaking, load_or_assign_folds
 from arena.data.limits import Limits
 from arena.data.rows import READERS
@@ -35,7 +35,7 @@ class FoldData:
         store: tokens of all rows.
         train_rows: rows to train on, those that cannot be judged left out.
         eval_rows: rows of the held-out fold, all of them.
-        judgeable: bool (rows,), whether a row has anything to judge.
+        has_responses: bool (rows,), whether a row has anything to judge.
         prior: (3,), mean label of `train_rows`.
         fingerprint: changes when the rows, the fold or the prompt's settings do.
         trained_on: fingerprint of the files and of the split, the same for all folds.
@@ -48,7 +48,7 @@ class FoldData:
     store: TokenStore
     train_rows: np.ndarray
     eval_rows: np.ndarray
-    judgeable: np.ndarray
+    has_responses: np.ndarray
     prior: np.ndarray
     fingerprint: str
     trained_on: str
@@ -91,7 +91,7 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, cache)
     held_out = np.flatnonzero(folds == fold)
     stores = [_tokens(rows, recipe, tokenizer)]
-    labels, usable, kept = [_labels(rows)], [judgeable_rows(rows)], [folds != fold]
+    labels, usable, kept = [_labels(rows)], [rows_with_responses(rows)], [folds != fold]
     notes, sources, ids = [], [source(rows)], list(rows["id"])
     if settings.extra:
         extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required", limits=limits)
@@ -102,7 +102,7 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
         )
         stores.append(_tokens(extra, recipe, tokenizer))
         labels.append(_labels(extra))
-        usable.append(judgeable_rows(extra))
+        usable.append(rows_with_responses(extra))
         kept.append(~again & ~leaks)
         sources.append(source(extra))
         origin = Path(settings.extra[0]).name if len(settings.extra) == 1 else "data.extra"
@@ -124,7 +124,7 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
         store=join(stores) if len(stores) > 1 else stores[0],
         train_rows=train_rows,
         eval_rows=held_out,
-        judgeable=can,
+        has_responses=can,
         prior=every_label[train_rows].mean(axis=0),
         fingerprint=fingerprint(split, fold, recipe.prompt.model_dump()),
         trained_on=fingerprint(split),

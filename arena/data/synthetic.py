@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from arena.config import Recipe
 from arena.data import synthetic_text as text
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.metrics import CLASSES
 
 TONE, LENGTH, REFUSAL, TIE = 2.0, 2.0, 2.0, 1.0
@@ -192,7 +192,7 @@ def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
     train = [[ids[i], *rng.sample(MODELS, 2), *cells[i], *_draw(rng, truth[i])] for i in range(n_train)]
     test = [[ids[i], *cells[i]] for i in range(n_train, len(rows))]
     answers = [[name, *map(repr, chances)] for name, chances in zip(ids, truth, strict=True)]
-    with written_whole(folder) as draft:
+    with atomic_write(folder) as draft:
         draft.mkdir()
         _write(draft / "train.csv", TRAIN_COLUMNS, train)
         _write(draft / "test.csv", TEST_COLUMNS, test)

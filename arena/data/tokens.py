@@ -14,10 +14,10 @@ from datasets import Dataset
 
 from arena.background import ahead
 from arena.config import PromptSettings
-from arena.data.cached import kept
+from arena.data.cached import reading_cached
 from arena.data.control_tokens import control_ids
 from arena.data.prompt import Encoded, PromptEncoder
-from arena.files import fingerprint, written_whole
+from arena.files import atomic_write, fingerprint
 from arena.progress import progress
 
 FORMAT = 2  # raise it when the layout of the file or of the prompt changes
@@ -124,9 +124,9 @@ def tokenise(
     made_from += [encoder.prefix, encoder.suffix, sorted(control_ids(tokenizer))]
     path = cache / f"tokens-{fingerprint(*made_from)}.arrow"
     if not path.is_file():
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             _write(draft, rows, encoder, both_orders)
-    with kept(path):
+    with reading_cached(path):
         store = open_tokens(path, orders=2 if both_orders else 1)
         if len(store) != store.orders * len(rows):
             raise ValueError(f"it is of {len(store):,} examples, not {store.orders * len(rows):,}")

@@ -25,7 +25,7 @@ from arena.data import synthetic
 from arena.data.prompt import PromptEncoder
 from arena.demo.lessons import FACTS, FACTS_SHARE, Lesson, Reader, brief_row
 from arena.demo.tokenizer import make_tokenizer
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.progress import progress
 
 TOKENS_A_STEP, POOL = 3000, 256  # tokens of a step; rows from which steps are put together
@@ -43,7 +43,7 @@ def make_demo_base(folder: Path, seconds: float, seed: int, threads: int) -> Non
     reader = Reader(PromptEncoder(tokenizer, load_recipe("demo").prompt))
     model = make_model(len(tokenizer))
     pretrain(model, reader, rng, seconds)
-    with written_whole(folder) as draft:
+    with atomic_write(folder) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         (draft / "generation_config.json").unlink(missing_ok=True)

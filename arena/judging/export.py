@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arena.config import ModelSettings, Recipe, change
-from arena.files import write_json, written_whole
+from arena.files import atomic_write, write_json
 from arena.judging.find import CARD
 from arena.judging.judge import check_same_base, read_card
 from arena.model.backbone import load_base, load_tokenizer
@@ -39,7 +39,7 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
     del model.config.arena_backend
     tokenizer = load_tokenizer(str(judge))
     model.config.pad_token_id = tokenizer.pad_token_id
-    with written_whole(folder) as draft:
+    with atomic_write(folder) as draft:
         model.save_pretrained(str(draft))
         # the prompt that the model must be given stands in its recipe
         write_json(draft / CARD, {**card, "exported": True})

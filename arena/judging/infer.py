@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arena.config import Recipe, change
-from arena.data.conversations import judgeable_rows, read_conversations
+from arena.data.conversations import read_conversations, rows_with_responses
 from arena.data.limits import Limits
 from arena.data.prepare import data_file
 from arena.judging.ensemble import average, check_alike
@@ -59,7 +59,7 @@ def _infer(models: list[Path], data: str | None, out: Path, overrides: Sequence[
     shutil.rmtree(parts, ignore_errors=True)  # what is left of them costs space, and no submission
     console.print(
         f"written: {out}, {len(rows):,} rows from {len(models)} fold{'s' if len(models) > 1 else ''}; "
-        f"{int((~judgeable_rows(rows)).sum()):,} rows have nothing to judge and got the training prior"
+        f"{int((~rows_with_responses(rows)).sum()):,} rows have nothing to judge and got the training prior"
     )
     if known is None:
         console.print(f"there is no {sample} to check it against: columns and ids were checked against the test file")

@@ -13,15 +13,15 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from arena import __version__
-from arena.config import ModelSettings, Recipe, change
-from arena.data.conversations import judgeable_rows
+from arena.config import FORMER_POLICIES, ModelSettings, Recipe, change
+from arena.data.conversations import rows_with_responses
 from arena.data.prepare import source
 from arena.data.tokens import tokenise
 from arena.distributed import device_name, let_segments_grow
-from arena.files import file_digest, fingerprint, write_json, written_whole
+from arena.files import atomic_write, file_digest, fingerprint, write_json
 from arena.judging.find import CARD
 from arena.judging.inference import predict_or_prior
-from arena.judging.shards import Shards
+from arena.judging.logits_cache import LogitsCache
 from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
 from arena.model.base_files import base_digest
 from arena.model.card import card_of
@@ -87,17 +87,17 @@ class Judge:
         swap = self.recipe.judge.swap
         store = tokenise(rows, source(rows), self.tokenizer, self.recipe.prompt, cache, both_orders=swap)
         check_ids(underlying(self.classifier.model).config, store, self.tokenizer, self.recipe.model.base)
-        everything, judgeable = np.arange(len(rows)), judgeable_rows(rows)
+        everything, has_responses = np.arange(len(rows)), rows_with_responses(rows)
         prefixes = prefixes_for(store, self.recipe.packing, cache)
-        known = (self.classifier, store, everything, judgeable, self.prior, self.recipe, prefixes)
+        known = (self.classifier, store, everything, has_responses, self.prior, self.recipe, prefixes)
         if parts is None:
             return predict_or_prior(*known, ids=rows["id"])
-        keep = Shards(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
+        logits_cache = LogitsCache(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
         with stopping() as stop:
-            found = predict_or_prior(*known, ids=rows["id"], keep=keep, stop=stop)
+            probabilities = predict_or_prior(*known, ids=rows["id"], logits_cache=logits_cache, stop=stop)
         if stop():  # it came after the last micro-batch
             raise stop.stopped()
-        return found
+        return probabilities
 
     def _identity(self) -> dict[str, Any]:
         """What decides this judge's logits besides tokens and plan: its files, its base, and settings of the model."""
@@ -127,7 +127,7 @@ def save_judge(
         "trained_on": trained_on,
         "base": base,
     }
-    with written_whole(folder) as draft:
+    with atomic_write(folder) as draft:
         save_model(model, draft)
         tokenizer.save_pretrained(str(draft))
         write_json(draft / CARD, card)
@@ -163,6 +163,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = card.get("format")
         if version == FORMAT:
+            _rename_policy(card["recipe"]["model"])
             Recipe.model_validate(card["recipe"])
             _check_prior(card["prior"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -178,6 +179,12 @@ def read_card(folder: Path) -> dict[str, Any]:
             "AutoModelForSequenceClassification.from_pretrained, or name the fold that it was made from"
         )
     return card
+
+
+def _rename_policy(model: dict[str, Any]) -> None:
+    """Gives a recompute policy of an earlier version its present name; it does not apply to inference."""
+    if (policy := model.get("checkpointing")) in FORMER_POLICIES:
+        model["checkpointing"] = FORMER_POLICIES[policy]
 
 
 def _check_prior(prior: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from arena.data.cells import excerpt
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.metrics import CLASSES
 
 COLUMNS = ["id", *CLASSES]
@@ -26,7 +26,7 @@ def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray, 
         ValueError: the submission would not be accepted; says why, and nothing is written.
     """
     table = pd.DataFrame({"id": list(ids), **{name: probabilities[:, at] for at, name in enumerate(CLASSES)}})
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         table.to_csv(draft, index=False, float_format="%.9f", lineterminator="\n")
         check_submission(draft, ids, sample)
 

@@ -17,8 +17,8 @@ from transformers import AttentionInterface
 from arena.model.backends import BACKENDS, choose_backend
 from arena.model.card import card_of, product_dtype
 from arena.model.gather import gather
-from arena.model.last_layer import KeptKeys
-from arena.model.recompute import remake
+from arena.model.last_layer import KeyValueCapture
+from arena.model.recompute import recomputable
 
 NAME = "arena_varlen"  # under this name transformers finds `transformers_attention`
 # what a model call or a layer hands on to attention, and attention computes the same without
@@ -102,7 +102,7 @@ def transformers_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     kv_index: Tensor | None = None,
-    last_layer: KeptKeys | None = None,
+    last_layer: KeyValueCapture | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """`varlen_attention` under the signature that transformers calls: the one place where the spellings meet.
@@ -131,7 +131,7 @@ def transformers_attention(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if kv_index is not None:
         gathered = partial(gather, index=kv_index)
-        k, v = remake(gathered, k), remake(gathered, v)
+        k, v = recomputable(gathered, k), recomputable(gathered, v)
     choice = choose_backend(
         getattr(module.config, "arena_backend", "reference"),
         card_of(q.device), product_dtype(q, k, v), q.shape[-1], softcap,

@@ -24,7 +24,7 @@ from arena.config import ModelSettings
 from arena.metrics import LABELS
 from arena.model.attention import NAME
 from arena.model.backends import Choice, choose_backend
-from arena.model.base_files import base_folder, base_path, found
+from arena.model.base_files import base_folder, base_load_errors, base_path
 from arena.model.card import card_of
 from arena.model.last_layer import is_safe, only_last_tokens
 from arena.model.safety import SAFE, SAFE_WEIGHTS, check_loaded, own_heads
@@ -41,7 +41,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
     Raises:
         ValueError: there is none at that place; says how to get it.
     """
-    with found(base):
+    with base_load_errors(base):
         return AutoTokenizer.from_pretrained(base_path(base), revision=revision, **SAFE)
 
 
@@ -68,7 +68,7 @@ def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedM
     options, stored = loader_options(settings), stored_quantization(config) is not None
     if stored:
         del options["quantization_config"]  # the checkpoint's own counts
-    with found(settings.base), loading_quietly():
+    with base_load_errors(settings.base), loading_quietly():
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
         )
@@ -91,7 +91,7 @@ def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
     Args:
         folder: where the base stands, if that is known: a hub is not asked then.
     """
-    with found(settings.base):
+    with base_load_errors(settings.base):
         place = folder or base_path(settings.base)
         config = AutoConfig.from_pretrained(place, revision=settings.revision, **SAFE)
     check_stored(config, settings)

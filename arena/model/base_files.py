@@ -48,7 +48,7 @@ def base_folder(base: str, revision: str | None = None) -> Path:
 
 def _download(base: str, revision: str | None, names: list[str]) -> Path:
     """Files of a hub's base in the local cache: the folder of their commit."""
-    with found(base):
+    with base_load_errors(base):
         offline = constants.HF_HUB_OFFLINE  # not all versions of the library see by themselves that they need not ask
         return Path(snapshot_download(base, revision=revision, allow_patterns=names, local_files_only=offline))
 
@@ -86,7 +86,7 @@ def _remembered(path: Path, size: int, mtime_ns: int) -> str:
 
 
 @contextmanager
-def found(base: str) -> Iterator[None]:
+def base_load_errors(base: str) -> Iterator[None]:
     """Turns the many errors of a missing or gated base into one message that says how to get it."""
     if base.count("/") != 1 and base != DEMO_BASE and not Path(base).is_dir():
         raise ValueError(

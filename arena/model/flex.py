@@ -152,7 +152,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count[None, None], order[None, None]
 
 
-class _Masks:
+class _MaskCache:
     """The masks last made: all layers of a forward pass and of its backward ask for the same two or three.
 
     A mask belongs to the very tensors that it was made from. They are held with it, so that no other tensor can come
@@ -160,21 +160,21 @@ class _Masks:
     """
 
     def __init__(self) -> None:
-        self.kept: deque[tuple[tuple[Any, ...], BlockMask]] = deque(maxlen=MASKS)
+        self.masks: deque[tuple[tuple[Any, ...], BlockMask]] = deque(maxlen=MASKS)
 
     def get(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sizes: tuple[int, int], window: int | None) -> BlockMask:
-        for (ends_q, ends_k, *rest), mask in self.kept:
+        for (ends_q, ends_k, *rest), mask in self.masks:
             if ends_q is cu_seqlens_q and ends_k is cu_seqlens_k and rest == [sizes, window]:
                 return mask
         # Not inference tensors, even there: the same batch may be trained on next.
         with torch.inference_mode(False), torch.no_grad():
             first, last = visible(cu_seqlens_q, cu_seqlens_k, *sizes, window)
             mask = block_mask(first, last, sizes[1])
-        self.kept.append(((cu_seqlens_q, cu_seqlens_k, sizes, window), mask))
+        self.masks.append(((cu_seqlens_q, cu_seqlens_k, sizes, window), mask))
         return mask
 
 
-_masks = _Masks()
+_masks = _MaskCache()
 
 
 def _attend(

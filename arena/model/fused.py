@@ -21,7 +21,7 @@ from arena.config import Part
 from arena.model.backends import cannot_compile
 from arena.model.kernels import gated, rms_norm, rotary
 from arena.model.lora import fuse_lora
-from arena.model.recompute import CHEAP, PRODUCT, keeping_less, remake
+from arena.model.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 
 PARTS: tuple[Part, ...] = get_args(Part)
 ROTARY = "apply_rotary_pos_emb"  # as each family's module of transformers calls it
@@ -29,8 +29,8 @@ ADDED_TO_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm")  # norms whose weight is
 NORMS = (*ADDED_TO_ONE, "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 MLPS = ("GemmaMLP", "Gemma2MLP", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 ACTIVATIONS = {"GELUTanh": "gelu", "PytorchGELUTanh": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
-POLICY = "recomputes"  # the attribute of a layer that says what of it the backward computes again
-COSTS = {"light": CHEAP, "mlp": PRODUCT}
+POLICY = "recompute_policy"  # the attribute of a layer that names its recompute policy
+COSTS = {"elementwise": ELEMENTWISE, "elementwise_and_mlp": PRODUCT}
 
 Setting = tuple[Part, ...] | str
 _turning: ContextVar[Setting] = ContextVar("turning", default=())
@@ -48,7 +48,7 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
     for module in decoder.modules():
         kind = type(module).__name__
         if kind in NORMS:
-            module.forward = partial(remake, partial(_norm, fuse, module))
+            module.forward = partial(recomputable, partial(_norm, fuse, module))
         elif kind in MLPS:
             module.forward = MethodType(partial(_mlp, fuse), module)
     for layer in layers:
@@ -76,7 +76,7 @@ def _norm(fuse: Setting, module: Any, x: Tensor) -> Tensor:
 
 def _mlp(fuse: Setting, module: Any, x: Tensor) -> Tensor:
     gate, up = (_product(each, x) for each in (module.gate_proj, module.up_proj))
-    out: Tensor = module.down_proj(remake(partial(_gated, fuse, module.act_fn), gate, up))
+    out: Tensor = module.down_proj(recomputable(partial(_gated, fuse, module.act_fn), gate, up))
     return out
 
 
@@ -92,12 +92,12 @@ def _product(layer: Any, x: Tensor) -> Tensor:
     dropped = getattr(layer, "lora_dropout", {})
     if layer.training and any(not isinstance(each, nn.Identity) for each in dropped.values()):
         return torch.as_tensor(layer(x))
-    return remake(layer, x, cost=PRODUCT)
+    return recomputable(layer, x, cost=PRODUCT)
 
 
 def _in_layer(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     cost = COSTS.get(getattr(layer, POLICY, ""))
-    with nullcontext() if cost is None else keeping_less(cost):
+    with nullcontext() if cost is None else recomputing(cost):
         return forward(*args, **kwargs)
 
 

@@ -25,21 +25,21 @@ FAMILIES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 MARK = "takes_last_token"
 
 
-class KeptKeys:
+class KeyValueCapture:
     """Where the last layer's keys and values of all tokens wait for its queries."""
 
     def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.captured: tuple[Tensor, Tensor] | None = None
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """On the first call keeps what it is given and raises `KeysKept`; later gives back what it has kept."""
-        if self.kept is None:
-            self.kept = key, value
-            raise KeysKept
-        return self.kept
+        """On the first call keeps what it is given and raises `KeysCaptured`; later gives back what it has kept."""
+        if self.captured is None:
+            self.captured = key, value
+            raise KeysCaptured
+        return self.captured
 
 
-class KeysKept(Exception):  # noqa: N818 - it ends a run, it is no error
+class KeysCaptured(Exception):  # noqa: N818 - it ends a run, it is no error
     """Ends the last layer's first run."""
 
 
@@ -68,8 +68,8 @@ def _run(
     """In place of the layer's forward: all of it, or with `last_token` the last tokens alone."""
     if last_token is None:
         return whole(hidden_states, **given)
-    stage = KeptKeys()
-    stage.kept = _keys_and_values(bare, given, hidden_states)
+    stage = KeyValueCapture()
+    stage.captured = _keys_and_values(bare, given, hidden_states)
     return bare(hidden_states[:, last_token], **_of_last_tokens(given, last_token), last_layer=stage)
 
 
@@ -83,11 +83,11 @@ def _keys_and_values(
     forward: Callable[..., Any], given: dict[str, Any], hidden_states: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The keys and values of a layer for all tokens, (1, kv_heads, T, head_dim) each."""
-    stage = KeptKeys()
+    stage = KeyValueCapture()
     try:
         forward(hidden_states, **given, last_layer=stage)
-    except KeysKept:
-        return stage.kept
+    except KeysCaptured:
+        return stage.captured
     raise AssertionError("the last layer did not ask for attention")
 
 

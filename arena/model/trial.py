@@ -41,7 +41,7 @@ class Trial:
     training: bool
 
 
-_found: dict[tuple[str, Trial], str | None] = {}
+_outcomes: dict[tuple[str, Trial], str | None] = {}
 _ruled_out: dict[str, str] = {}
 _lock = Lock()
 
@@ -60,19 +60,19 @@ def why_it_fails(name: str, attend: Callable[..., Tensor], trial: Trial) -> str 
     if name in _ruled_out:
         return _ruled_out[name]
     with_backward = replace(trial, training=True)
-    if _found.get((name, with_backward), "") is None:
+    if _outcomes.get((name, with_backward), "") is None:
         return None  # it runs with its backward, so it does without
-    if (name, trial) in _found:
-        return _found[name, trial]
+    if (name, trial) in _outcomes:
+        return _outcomes[name, trial]
     if _in_backward():  # the engine has one thread a device: a backward of ours would wait for it, and it for ours
         return None
     with _lock:
-        if (name, trial) not in _found:
+        if (name, trial) not in _outcomes:
             # In a thread of its own: autocast, inference mode, hooks on what autograd saves and the compiler's settings
             # are those of a thread, and a layer asks from within any of them.
             with ThreadPoolExecutor(1) as thread:
-                _found[name, trial] = thread.submit(_try, attend, trial).result()
-        return _found[name, trial]
+                _outcomes[name, trial] = thread.submit(_try, attend, trial).result()
+        return _outcomes[name, trial]
 
 
 def _in_backward() -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 
 from arena.config import PackingSettings
 from arena.data.tokens import TokenStore
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.progress import progress
 
 # Tokens that two examples must share beyond what they already do for a segment of its own to pay: a segment less is a
@@ -161,7 +161,7 @@ def prefixes_for(store: TokenStore, settings: PackingSettings, cache: Path) -> P
     if not path.is_file():
         with progress("finding common beginnings", len(store), "examples") as advance:
             found = find_prefixes(store, advance)
-        with written_whole(path) as draft, draft.open("wb") as file:
+        with atomic_write(path) as draft, draft.open("wb") as file:
             np.savez(file, rank=found.rank, shared=found.shared[0])
     try:
         with np.load(path) as kept:

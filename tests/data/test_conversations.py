@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arena.data import conversations
-from arena.data.conversations import BadRowsError, judgeable, read_conversations, repeated
+from arena.data.conversations import BadRowsError, has_responses, read_conversations, repeated
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -87,7 +87,7 @@ def test_one_row_by_hand(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize(
-    ("cells", "texts", "can_be_judged"),
+    ("cells", "texts", "expected"),
     [
         (("[null]", "[null]", "[null]"), ([None], [None], [None]), False),
         (("[]", "[]", "[]"), ([], [], []), False),
@@ -108,13 +108,13 @@ def test_oddities_are_kept(
     ending: str,
     cells: tuple[str, str, str],
     texts: tuple[list[str | None], list[str | None], list[str | None]],
-    can_be_judged: bool,
+    expected: bool,
 ) -> None:
     names = ("prompt", "response_a", "response_b")
     row = a_row(**dict(zip(names, cells, strict=True)))
     [result] = read(write(tmp_path / f"train.{ending}", [row]))
     assert tuple(result[name] for name in names) == texts
-    assert judgeable(result) is can_be_judged
+    assert has_responses(result) is expected
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])

@@ -18,10 +18,10 @@ from arena.manifest import damage
 from tests.torture.ground import (
     Found,
     Ground,
+    checkpoints_of,
     command,
     differs,
     done,
-    shelf,
     start,
     steps_logged,
     steps_saved,
@@ -194,7 +194,7 @@ def _after_two(ground: Ground, place: Path, child: Child, doing: str, seconds: f
         return f"{doing}: exit status {child.status}: {child.text()[-1500:]}"
     if seconds > SOON:
         return f"{doing}: gone after {seconds:.1f} s"
-    torn = [str(path) for path in shelf(place / "runs").folder.glob("[!.]*") if damage(path)]
+    torn = [str(path) for path in checkpoints_of(place / "runs").folder.glob("[!.]*") if damage(path)]
     if torn:
         return f"{doing}: damaged: {', '.join(torn)}"
     why = same_in_the_end(ground, place, doing)
