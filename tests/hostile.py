@@ -73,7 +73,7 @@ def recipes() -> Iterable[Kind]:
         ("a tag without its value", "name: !!bool perhaps\n", ("mine.yaml", "tag")),
         ("a key twice", "name: a\nseed: 1\nseed: 2\n", ("mine.yaml", "'seed'", "twice")),
         ("lists in lists in lists", "a: " + "[" * 50_000, ("mine.yaml", "deeply")),
-        ("5 MB", "# x\n" * 1_300_000, ("mine.yaml", "cannot be settings")),
+        ("5 MB", "# x\n" * 1_300_000, ("mine.yaml", "too many for settings")),
         ("UTF-16", "name: x\n".encode("utf-16"), ("mine.yaml", "UTF-8")),
         ("random bytes", bytes(range(256)), ("mine.yaml",)),
         ("NUL", b"name: \0\n", ("mine.yaml",)),

@@ -184,7 +184,7 @@ def test_a_file_system_that_cannot_flush_at_all_takes_files(tmp_path: Path, monk
     "path", ["s3://b/x.csv", "s3:/b/x.csv", "https://host/x.csv", "file:///tmp/x.csv", Path("gs://b/x.csv")]
 )
 def test_urls_are_no_local_paths(path: str | Path) -> None:
-    with pytest.raises(ValueError, match=r"--out .* is a URL: write to a local path, and copy"):
+    with pytest.raises(ValueError, match=r"--out .* is a URL: write to a local path and copy"):
         local_path(path, "--out", [".csv"])
 
 

@@ -216,7 +216,7 @@ def test_a_second_one_at_the_same_submission_is_refused(
     pid = infer.start()
     infer.wait_for(2)
     assert run(monkeypatch, infer.folder) == 2
-    assert f"process {pid} is at work on submission.csv" in capsys.readouterr().out
+    assert f"process {pid} is using submission.csv" in capsys.readouterr().out
     assert infer.status() == 0
     assert infer.out.read_bytes() == whole
 

@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_what_was_kept(cache: LogitsCache, plan: PackPlan, mo
 
 def test_one_process_at_a_time(cache: LogitsCache, plan: PackPlan) -> None:
     with cache.open(plan, FACTS):
-        with pytest.raises(ValueError, match="is at work on"), cache.open(plan, FACTS):
+        with pytest.raises(ValueError, match="is using"), cache.open(plan, FACTS):
             pass
         with cache.open(plan, {**FACTS, "dtype": "bfloat16"}):  # control: another judging
             pass

@@ -142,7 +142,10 @@ def test_a_picture_that_fails_is_a_warning_also_of_a_finished_run_and_settings_s
     for _ in range(2):
         arena(monkeypatch, tmp_path, gemma2, "name=mine", "--data", "rows", "train.batch_size=9")
         shown = capsys.readouterr().out
-        assert "warning: drawing report.png failed (ValueError: no backend); the same command draws it" in shown
+        assert (
+            "warning: drawing report.png failed (ValueError: no backend); run the same command again to draw it"
+            in shown
+        )
         assert "written: runs/mine/fold0 (metrics.json, oof.csv, log.jsonl, model)" in shown
     assert "batch_size: 9" in (tmp_path / "runs/mine/fold0/recipe.yaml").read_text()
 

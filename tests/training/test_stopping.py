@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from arena.judging.logits_cache import Shards
+from arena.judging.logits_cache import LogitsCache
 from arena.mirror.mirror import Mirror
 from arena.stopping import MORE_TO_DO, Stop, Stopped, ending_at_once, stopping
 from arena.training import trainer as trainer_module
@@ -38,7 +38,7 @@ class Asked(Stop):
 
 @pytest.fixture(autouse=True)
 def shards_of_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "Shards", partial(Shards, seconds=0.0))
+    monkeypatch.setattr(trainer_module, "LogitsCache", partial(LogitsCache, seconds=0.0))
 
 
 def run(folder: Path, base: Path, at: int | None) -> tuple[Any, Asked]:
