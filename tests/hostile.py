@@ -230,9 +230,9 @@ def samples() -> Iterable[Kind]:
         ("ragged rows", lambda path: path.write_text(path.read_text() + "1,2,3,4,5,6,7\n"), ("cannot be read",)),
         ("no byte", lambda path: path.write_bytes(b""), ("cannot be read",)),
         ("not UTF-8", lambda path: path.write_bytes(CSV.encode("utf-16")), ("sample_submission.csv",)),
-        ("a folder", instead(Path.mkdir), ("no regular file",)),
-        ("a pipe", instead(os.mkfifo), ("no regular file",)),
-        ("a link to itself", instead(lambda path: path.symlink_to(path)), ("no regular file",)),
+        ("a folder", instead(Path.mkdir), ("not a regular file",)),
+        ("a pipe", instead(os.mkfifo), ("not a regular file",)),
+        ("a link to itself", instead(lambda path: path.symlink_to(path)), ("not a regular file",)),
     ):
         yield Kind("sample submissions", f"sample: {name}", sample(change), "error", ("sample_submission.csv", *says))
 

@@ -111,10 +111,8 @@ def transformers_attention(
     under autocast after it was loaded. Its name is stored in the module (`used_backends`).
 
     Args:
-        query: (1, heads, T_q, head_dim).
-        key, value: (1, kv_heads, T, head_dim).
-        kv_index: int64 (T_k,), the positions among the T of all segments' keys, one segment after another; None: the
-            keys are in that order already.
+        query: (1, heads, T_q, head_dim); key, value: (1, kv_heads, T, head_dim).
+        kv_index: int64 (T_k,), the positions of all segments' keys among the T; None: they are in that order already.
         last_layer: set if queries are needed for last tokens only (`model/last_layer.py`).
 
     Returns:

@@ -202,7 +202,7 @@ def test_a_signal_ends_it_well(infer: Infer, whole: bytes, number: int, status: 
             continue
         assert infer.status() == status, infer.shown()
         assert time.monotonic() - start < 10
-        assert "the same command resumes from it" in infer.shown()
+        assert "the same command resumes from them" in infer.shown()
         assert not infer.out.exists()
     infer.start()
     assert infer.status() == 0

@@ -229,7 +229,7 @@ def test_gradients_on_a_cpu_are_refused() -> None:
         attend(flex, [*qkv[:2], qkv[2].requires_grad_()], [5], [5])
     ends = torch.tensor([0, 2, 5], dtype=torch.int32)
     keys = torch.tensor([0, 1, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match="each query needs the key at its own place"):
+    with pytest.raises(ValueError, match="each query needs the key at its own position"):
         varlen_attention(*random_qkv(5, 5), ends, keys, 3, 4, scale=1.0, backend="flex")
 
 

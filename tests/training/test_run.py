@@ -203,7 +203,7 @@ def test_a_checkpoint_goes_with_its_base_and_its_place_is_not_saved(gemma2: Path
     run_fold(tiny_recipe(tmp_path, gemma2, SHORT), 0, tmp_path / "runs")
     checkpoint = next((tmp_path / "runs/demo/fold0/checkpoints").glob("step-*"))
     resume, again = (SHORT, f"train.resume={checkpoint}"), tmp_path / "again"
-    with pytest.raises(ValueError, match=r"its base model is not model\.base="):
+    with pytest.raises(ValueError, match=r"its base model is not the one that model\.base="):
         run_fold(tiny_recipe(tmp_path, make_base(tmp_path / "other", seed=1), *resume), 0, again)
     run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, again)
     shutil.rmtree(tmp_path / "runs")
