@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Judge", "PackedBatch", "VarlenCollator", "load_recipe", "open_fold"]
 
-# Threads that wait must sleep, not spin: where another process holds a core, spinning costs ten times the time. OpenMP
-# reads this when torch is first imported.
+# Waiting threads must sleep instead of spinning: when another process occupies a core, spinning makes everything ten
+# times slower. OpenMP reads this when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# On CPUs with bf16 products bitsandbytes asks for the package `kernels` when it is imported. Judges never use those:
-# they would repack weights in place.
+# On CPUs with bf16 products bitsandbytes recommends the package `kernels` when it is imported. Judges never use those
+# kernels, because they repack weights in place.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PLACES = {

@@ -1,4 +1,4 @@
-"""What is typed after `arena`: settings may stand on both sides of a flag."""
+"""The order of command-line arguments: settings may come before or after flags."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def settings_first(command: Any, words: Sequence[str]) -> list[str]:
-    """The arguments of a command with its `key=value` words first, which argparse takes from one place alone.
+    """Moves the `key=value` words of a command to the front, because argparse accepts them in one place only.
 
-    What follows a flag is its value, also with a `=` in it, and stays where it is.
+    A word after a flag is the flag's value, even if it contains `=`, and is not moved.
 
     Args:
-        command: the dataclass whose fields are the flags: a bool takes no value, a tuple all up to the next flag.
+        command: the dataclass whose fields are the flags. A bool takes no value, a tuple all words up to the next flag.
     """
     kinds = {field.name: type(field.default) for field in fields(command)}
     takes: dict[type, float] = {bool: 0, tuple: float("inf")}

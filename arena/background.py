@@ -1,4 +1,4 @@
-"""Work done in a background thread before its result is asked for."""
+"""Prefetching: items are made in a background thread before they are needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The same items, up to `depth` of them made in a background thread before they are asked for.
+    """Yields the same items, up to `depth` of which are made in a background thread before they are needed.
 
-    An error in making an item is raised where that item would have come. Worth it where making one leaves Python alone
-    for a while (a tokenizer, large copies) or where the caller waits for another device.
+    An error in making an item is raised in that item's place. This pays if making an item releases Python's global
+    lock for a while (a tokenizer, large copies) or if the caller waits for another device.
     """
     source = iter(items)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as maker:

@@ -18,18 +18,18 @@ from arena.arguments import settings_first
 from arena.config import Recipe, load_recipe, recipe_names, run_place
 from arena.files import local_path, require_utf8
 from arena.overrides import judge_settings, refuse_both
-from arena.progress import console, guard_output, optional, printable, quiet
+from arena.progress import console, escape_unprintable, guard_output, optional, quiet
 from arena.stopping import Stopped, ending_at_once
 
 Name = Annotated[
     str,
     arg(
         metavar="RECIPE",
-        help=f"A shipped recipe ({', '.join(recipe_names())}), a YAML file, or a run whose settings to use.",
+        help=f"A built-in recipe ({', '.join(recipe_names())}), a YAML file, or a run whose settings to use.",
     ),
 ]
 Judged = Annotated[
-    str, arg(metavar="RUN", help="A run or its recipe, by name or path; or the folder of one fold or judge (model).")
+    str, arg(metavar="RUN", help="A run or its recipe, by name or path, or the folder of one fold or judge.")
 ]
 Data = Annotated[
     str | None,
@@ -47,14 +47,14 @@ INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.atte
 
 @dataclass
 class Train:
-    """Train one fold, score it on its held-out rows, and write runs/RECIPE/foldK."""
+    """Train one fold, evaluate it on its held-out rows, and write runs/RECIPE/foldK."""
 
     overrides: Overrides = ()
     fold: Annotated[int, arg(help="The fold to hold out.")] = 0
     recipe: Name = "demo"
     data: Data = None
     runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
-    fresh: Annotated[bool, arg(help="Set an earlier run of this fold aside and train anew.")] = False
+    fresh: Annotated[bool, arg(help="Set an earlier run of this fold aside and start again.")] = False
 
     def run(self) -> None:
         from arena.distributed import is_main
@@ -74,7 +74,7 @@ class Train:
         if is_main():
             with optional("showing the result", f"see {folder / 'metrics.json'}"):
                 print_report(metrics)
-            with optional("drawing report.png", "the same command draws it"):
+            with optional("drawing report.png", "run the same command again to draw it"):
                 draw_report(folder)
             names = ["metrics.json", "oof.csv", "log.jsonl", "model", "report.png"]
             console.print(f"written: {folder} ({', '.join(name for name in names if (folder / name).exists())})")
@@ -82,7 +82,7 @@ class Train:
 
 @dataclass
 class Infer:
-    """Judge a test file with a judge, or with every finished fold of a run, averaged; write a checked submission."""
+    """Judge a test file with one judge, or the average of a run's finished folds, and write a checked submission."""
 
     overrides: Positional[
         Annotated[
@@ -93,7 +93,7 @@ class Infer:
     recipe: Judged = "demo"
     data: Annotated[
         str | None,
-        arg(metavar="PATH", help="Folder with a test file, or one file.", help_behavior_hint="(what was trained on)"),
+        arg(metavar="PATH", help="Folder with a test file, or one file.", help_behavior_hint="(the training data's)"),
     ] = None
     runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
@@ -111,14 +111,14 @@ class Infer:
 
 @dataclass
 class Inspect:
-    """Show one real micro-batch: examples decoded, what was cut, boundaries; and draw who attends to whom."""
+    """Show one real micro-batch: its decoded examples, truncation and boundaries, and a picture of its attention."""
 
     overrides: Overrides = ()
-    fold: Annotated[int, arg(help="The fold held out.")] = 0
+    fold: Annotated[int, arg(help="The held-out fold.")] = 0
     recipe: Name = "demo"
     data: Data = None
     runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
-    step: Annotated[int, arg(help="The optimizer step to look at.")] = 0
+    step: Annotated[int, arg(help="The optimizer step to show.")] = 0
     out: Annotated[Path, arg(help="The picture to write.")] = Path("runs/attention.png")
 
     def run(self) -> None:
@@ -132,26 +132,26 @@ class Inspect:
 
 @dataclass
 class Export:
-    """Write a trained fold as a plain transformers model: adapter merged, head included."""
+    """Write a trained fold as a plain transformers model, with the adapter merged and the head included."""
 
     overrides: Positional[
         Annotated[
             tuple[str, ...],
-            arg(metavar="[KEY=VALUE ...]", help="model.base=FOLDER, where the base was moved.", help_behavior_hint=""),
+            arg(metavar="[KEY=VALUE ...]", help="model.base=FOLDER if the base was moved.", help_behavior_hint=""),
         ]
     ] = ()
-    fold: Annotated[int | None, arg(help="The fold of a run; needed where several are finished.")] = None
+    fold: Annotated[int | None, arg(help="The fold of a run; required if several are finished.")] = None
     recipe: Judged = "demo"
     runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
     out: Annotated[Path, arg(help="The folder to write.")] = Path("runs/export")
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="Of the written weights.")] = "bfloat16"
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="The dtype of the weights.")] = "bfloat16"
 
     def run(self) -> None:
         from arena.judging.export import export_judge
         from arena.judging.find import find_model
 
         if local_path(self.out, "--out").exists():
-            raise ValueError(f"{self.out} exists: name a new folder")
+            raise ValueError(f"{self.out} already exists: name a new folder")
         settings = judge_settings(self.overrides, ("model.base",))
         model = find_model(self.recipe, self.runs, self.overrides, self.fold)
         export_judge(model, self.out, self.dtype, settings)
@@ -162,7 +162,7 @@ class Export:
 
 @dataclass
 class Memory:
-    """Show what a recipe takes and becomes on common cards: dtype, budget, what is computed again in the backward."""
+    """Estimate how a recipe runs on common cards: dtype, budget, memory, and what the backward recomputes."""
 
     overrides: Overrides = ()
     recipe: Name = "gemma-2-9b"
@@ -182,7 +182,7 @@ class Settings:
     words: Positional[
         Annotated[
             tuple[str, ...],
-            arg(metavar="[WORD ...]", help="Only settings whose key or meaning holds these.", help_behavior_hint=""),
+            arg(metavar="[WORD ...]", help="Only settings whose key or meaning has these.", help_behavior_hint=""),
         ]
     ] = ()
 
@@ -194,7 +194,7 @@ class Settings:
 
 @dataclass
 class DemoBase:
-    """Make the tiny Gemma-2 that the demo recipe adapts: tokenizer and weights, trained from nothing."""
+    """Make the tiny Gemma-2 that the demo recipe fine-tunes: tokenizer and weights, trained from scratch."""
 
     out: Annotated[Path, arg(help="The folder to write.")]
     minutes: Annotated[float, arg(help="How long to train; 0 leaves the weights random.")] = 20.0
@@ -223,7 +223,7 @@ ABOUT = "Train and run judges of pairwise preference on packed, padding-free bat
 
 
 def _check_command(words: list[str], commands: Commands) -> None:
-    """Answers `--version`, and names the nearest command where the first word is none."""
+    """Answers `--version`, and suggests the nearest command if the first word is not a command."""
     first = words[0] if words else "--help"
     if first == "--version":
         print(f"arena {__version__}")
@@ -231,13 +231,13 @@ def _check_command(words: list[str], commands: Commands) -> None:
     if not first.startswith("-") and first not in commands:
         near = difflib.get_close_matches(first, commands, n=1)
         hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands)}"
-        console.print(f"arena: there is no command {printable(first)!r}: {hint}", style="red")
+        console.print(f"arena: there is no command {escape_unprintable(first)!r}: {hint}", style="red")
         sys.exit(2)
 
 
 @ending_at_once()
 def main(commands: Commands = COMMANDS, prog: str = "arena", about: str = ABOUT) -> None:
-    """Runs a command. What the user can mend is said in one message, with status 2; ARENA_DEBUG=1 shows where."""
+    """Runs a command. A user's error gives one message and status 2; ARENA_DEBUG=1 shows the traceback."""
     guard_output()
     words = sys.argv[1:]
     _check_command(words, commands)
@@ -251,7 +251,7 @@ def main(commands: Commands = COMMANDS, prog: str = "arena", about: str = ABOUT)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("ARENA_DEBUG"):
             raise
-        console.print(f"arena: {printable(str(error))}", style="red")
+        console.print(f"arena: {escape_unprintable(str(error))}", style="red")
         sys.exit(2)
     except KeyboardInterrupt:  # the second Ctrl-C
         console.print("ended at once")
@@ -262,7 +262,7 @@ def main(commands: Commands = COMMANDS, prog: str = "arena", about: str = ABOUT)
 
 
 def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe, also that of a run; rows of one's own are never replaced by demo rows."""
+    """The recipe of a name or a run, with the rows of `data`, which demo rows never replace."""
     from arena.judging.find import recipe_of
 
     recipe = load_recipe(recipe_of(name, runs), overrides)
@@ -273,12 +273,12 @@ def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...])
 
 
 def _write_demo(recipe: Recipe) -> None:
-    """Writes the demo's rows on first use, and says so."""
+    """Writes the demo's rows on first use and reports it."""
     from arena.data.synthetic import ensure_demo
 
     if ensure_demo(recipe):
         console.print(
-            f"demo data written to {recipe.data.path}: labelled and unlabelled rows {recipe.data.synthetic_rows}"
+            f"demo data written to {recipe.data.path}: {recipe.data.synthetic_rows} labelled and unlabelled rows"
         )
 
 

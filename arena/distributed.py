@@ -1,4 +1,4 @@
-"""The process a run lives in: device, rank, sums over ranks, threads, random seeds; one process or several."""
+"""The processes of a run: device, rank, sums over ranks, threads and random seeds, for one process or several."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch import Tensor
 from arena.hints import command
 from arena.progress import console
 
-# The name that torch 2.8 reads, and that which newer versions ask for in a warning where they find the older alone.
+# The name that torch 2.8 reads, and the new name, without which newer versions print a warning.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def start(seed: int, track: str = "none", folder: str | None = None) -> Accelerator:
-    """Fixes threads and seeds, and finds the device and the other ranks (`accelerate launch` sets those up).
+    """Sets threads and seeds, and finds the device and the other ranks, which `accelerate launch` starts.
 
     Args:
         track: `none`, or the experiment tracker to report to.
-        folder: where a tracker that writes files puts them.
+        folder: for the files of trackers that write files.
 
     Raises:
         ValueError: the tracker's package is not installed.
@@ -43,32 +43,32 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
 
 
 def is_main() -> bool:
-    """Whether this process is the one that speaks and writes for all ranks."""
+    """Whether this process is the one that prints and writes for all ranks."""
     return bool(PartialState().is_main_process)
 
 
 def fix_threads() -> None:
-    """One pool of as many threads as this process may use: two pools that fight over cores cost ten times the time."""
+    """Uses one pool with as many threads as this process may use: pools that compete for cores are ten times slower."""
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = os.environ.get("OMP_NUM_THREADS", "")
     asked = given.split(",")[0].strip()  # one number for each level of nesting
     is_count = asked.isdecimal() and int(asked) > 0
     if given.strip() and not is_count:
-        console.print(f"OMP_NUM_THREADS={given} is not a number of threads: using {free}, one for each core")
+        console.print(f"OMP_NUM_THREADS={given} is not a number of threads: using {free}, one per core")
     torch.set_num_threads(int(asked) if is_count else free)
 
 
 def let_segments_grow() -> None:
-    """Has CUDA's allocator grow its segments, unless the user has set it up; to be called before CUDA is first used.
+    """Makes CUDA's allocator use expandable segments, unless the user has configured it; call it before CUDA is used.
 
-    Micro-batches differ in size, and memory that falls to pieces is memory lost.
+    Micro-batches differ in size, so memory would otherwise be lost to fragmentation.
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
-    """Adds up the gradients of all ranks. Ranks may have had different numbers of micro-batches, or none."""
+    """Sums the gradients of all ranks, which may have had different numbers of micro-batches, or none."""
     if accelerator.num_processes == 1:
         return
     for parameter in parameters:
@@ -81,12 +81,12 @@ def total(accelerator: Accelerator, value: float) -> float:
     """The sum of a number over all ranks."""
     if accelerator.num_processes == 1:
         return value
-    # float32 is the widest that every device can add up
+    # float32 is the widest dtype that every device can reduce
     return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="sum"))
 
 
 def first_rank(accelerator: Accelerator, value: float) -> float:
-    """The first rank's value, on all ranks: what they decide by it, they decide alike."""
+    """The first rank's value on all ranks, so that all of them make the same decisions."""
     values = [value]
     if accelerator.num_processes > 1:
         broadcast_object_list(values)
@@ -94,16 +94,18 @@ def first_rank(accelerator: Accelerator, value: float) -> float:
 
 
 def compute_in(device: torch.device, dtype: str) -> AbstractContextManager[None]:
-    """Autocast to the compute dtype of a recipe; float32 computes as it is."""
+    """Autocast to the compute dtype of a recipe; without autocast for float32."""
     return torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes ever held: allocated on a GPU, resident on a CPU."""
+    """Peak bytes: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        return process_memory("VmHWM")  # Linux's other count, below, takes in the process that started this one
+        return process_memory(
+            "VmHWM"
+        )  # unlike `ru_maxrss` below, it does not include the process that started this one
     except (OSError, ValueError):
         pass
     import psutil
@@ -118,10 +120,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def process_memory(key: str) -> int:
-    """Bytes of a line such as `VmHWM: 1234 kB` of Linux's /proc/self/status.
+    """The bytes in a line such as `VmHWM: 1234 kB` of Linux's /proc/self/status.
 
     Raises:
-        OSError: there is no such file here; ValueError: no such line.
+        OSError: there is no such file.
+        ValueError: there is no such line.
     """
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     (found,) = (line.split()[1] for line in lines if line.startswith(f"{key}:"))
@@ -129,19 +132,19 @@ def process_memory(key: str) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What a table of results calls this device."""
+    """The name of a device in tables of results."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's memory is used up: torch's own, or one of the libraries below it.
+    """Whether an error means that a device's memory is exhausted, be it torch's error or a lower library's.
 
-    A compiled kernel that wants more of a card's shared memory than there is ends in the same class of error, with
-    "out of resource" (triton's `OutOfResources`, and torch's launcher): no freed memory lets it run.
+    A compiled kernel that needs more shared memory than the card has raises the same class of error, with "out of
+    resource" (triton's `OutOfResources`, and torch's launcher); freeing memory does not help there.
     """
-    said = str(error).lower()
-    if "out of resource" in said:
+    message = str(error).lower()
+    if "out of resource" in message:
         return False
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "alloc_failed" in said
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in message or "alloc_failed" in message

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and fingerprints of what they hold."""
+"""Atomic writes of files and folders, and fingerprints of content."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pathlib import Path
 from typing import Any
 
 SCRATCH = ".scratch"
-NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of a file system that cannot flush
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` makes one slash of two; a single letter is a drive
+NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems that cannot flush
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` turns two slashes into one; a single letter is a drive
 
 
 def local_path(path: str | Path, name: str, endings: Sequence[str] = ()) -> Path:
-    """A path that a person gave to write to.
+    """Checks a path that a user gave for writing.
 
     Args:
         name: the option or setting, for messages.
-        endings: of file names, such as `.csv`, one of which `path` must have; none given: any, or a folder.
+        endings: file name endings such as `.csv`, of which `path` must have one; if empty, any file or folder.
 
     Raises:
-        ValueError: `path` is a URL, has another ending, or is a folder where a file is to be written.
+        ValueError: `path` is a URL, has another ending, or is a folder where a file is expected.
     """
     if URL.match(str(path)):
-        raise ValueError(f"{name} {path} is a URL: write to a local path, and copy what was written afterwards")
+        raise ValueError(f"{name} {path} is a URL: write to a local path and copy the result afterwards")
     if endings and Path(path).is_dir():
         raise ValueError(f"{name} {path} is a folder: name the file to write")
     if endings and Path(path).suffix.lower() not in endings:
@@ -40,12 +40,12 @@ def local_path(path: str | Path, name: str, endings: Sequence[str] = ()) -> Path
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Gives a scratch path beside `target`; what stands there when the block ends well becomes `target`.
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Yields a scratch path beside `target`, which replaces `target` when the block ends without an error.
 
-    The scratch path may be made a file or a directory. When the block raises, `target` stays as it was and the scratch
-    path is removed. The rename is atomic for a file; an existing directory is swapped out before it is removed. Modes
-    follow the umask, whatever the library that writes makes of them.
+    The block may create a file or a directory there. If it raises, `target` is unchanged and the scratch path is
+    removed. The rename is atomic for a file; an existing directory is moved out of the way before it is removed. File
+    modes follow the umask, whatever modes the writing library sets.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SCRATCH, dir=target.parent))
@@ -67,7 +67,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def _swap(draft: Path, target: Path, aside: Path) -> None:
-    """Puts the draft in the target's place; a folder that stands there is put back if that fails."""
+    """Renames the draft to the target; an existing folder is restored if that fails."""
     is_folder = target.is_dir() and not target.is_symlink()
     if is_folder:
         target.replace(aside)
@@ -81,7 +81,7 @@ def _swap(draft: Path, target: Path, aside: Path) -> None:
 
 @contextmanager
 def _os_errors(target: Path) -> Iterator[None]:
-    """Makes an `OSError` of what libraries in other languages raise in its place, such as on a full disk."""
+    """Raises an `OSError` in place of the errors that libraries in other languages raise, such as on a full disk."""
     try:
         yield
     except OSError:
@@ -94,13 +94,13 @@ def _os_errors(target: Path) -> Iterator[None]:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Removes what killed processes left of `written_whole` in a folder. No other process may be writing there."""
+    """Removes the scratch paths that killed processes left in a folder. No other process may be writing there."""
     for path in folder.glob(f".*{SCRATCH}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _follow_umask(draft: Path, paths: list[Path]) -> None:
-    """Gives files and folders the modes of ones made now beside the draft: some libraries write for the owner alone."""
+    """Sets the modes that new files and folders get by the umask: some libraries write files for the owner only."""
     sample = draft.with_name(f"{draft.name}.mode")
     sample.touch()
     file_mode = stat.S_IMODE(sample.stat().st_mode)
@@ -114,7 +114,7 @@ def _follow_umask(draft: Path, paths: list[Path]) -> None:
 
 
 def _sync_one(path: Path) -> None:
-    """Flushes a file or a folder to the disk, where the file system can: some cannot flush folders, or even open them.
+    """Flushes a file or folder to the disk if the file system can: some cannot flush folders, or even open them.
 
     Raises:
         OSError: a file could not be flushed.
@@ -132,29 +132,29 @@ def _sync_one(path: Path) -> None:
 
 
 def require_utf8(*values: object) -> None:
-    """Refuses paths and settings that cannot be written down: they would be used for hours, and then not saved.
+    """Refuses paths and settings that are not UTF-8, before a run uses them for hours and then cannot save them.
 
     Raises:
-        ValueError: it holds half of a surrogate pair, which is also how Python reads a path that is not UTF-8.
+        ValueError: a value holds half of a surrogate pair, as a path does that is not UTF-8.
     """
     for text in map(str, values):
         if text.encode("utf-8", "ignore").decode() != text:
-            raise ValueError(f"{text[:200]!a} is not UTF-8: rename that file or folder, or write whole characters")
+            raise ValueError(f"{text[:200]!a} is not UTF-8: rename that file or folder, or correct the text")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all."""
-    with written_whole(path) as draft:
+    """Writes `text` as UTF-8, atomically."""
+    with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, whole or not at all; NaN and infinity are refused."""
+    """Writes `value` as indented JSON, atomically; NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hexadecimal digits that change when any part changes. Parts: bytes, or anything JSON can hold."""
+    """16 hexadecimal digits that change when any part changes. Parts are bytes, or anything JSON can hold."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()

@@ -1,4 +1,4 @@
-"""Commands in messages, written so that they work when they are typed where the message is read."""
+"""Commands in messages, written so that they can be copied to the shell that shows the message."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def command(program: str, *words: str) -> str:
-    """A command line of a program that stands beside this interpreter: `arena`, `pip` or `hf`.
+    """A command line of a program that is installed beside this interpreter: `arena`, `pip` or `hf`.
 
-    It is called by its path where the shell would not find it, or would find another, as in a virtual environment that
-    is not active.
+    The program is called by its path if the shell would not find it or would find another one, as in a virtual
+    environment that is not active.
     """
     here = Path(sys.executable).with_name(program)
     found = shutil.which(program)

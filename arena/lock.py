@@ -1,4 +1,4 @@
-"""One process at a time at a file or a folder."""
+"""Locks that let one process at a time use a file or folder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # s
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Holds `target`, which need not exist and may be moved meanwhile, by a lock on the file `.NAME.lock` beside it.
+    """Locks `target` through the file `.NAME.lock` beside it; `target` need not exist and may be moved meanwhile.
 
-    The kernel lets go of the lock when its process ends in whatever way, so none is ever left behind by a killed one;
-    its file may be, and is taken over. Folders made for it go with it if nothing was put there. Not to be held across a
-    fork. On Windows the library filelock does the same, and does not know the id of the other process.
+    The kernel releases the lock when the process ends in any way, so a killed process leaves no lock behind. It may
+    leave the lock file, which is then reused. Folders created for the lock file are removed if they are empty. The lock
+    must not be held across a fork. On Windows the library filelock is used, which does not know the other process's id.
 
     Raises:
-        ValueError: another process holds it (its id is named), or nothing can be written beside `target`.
+        ValueError: another process holds the lock, or nothing can be written beside `target`.
     """
     path = target.parent / f".{target.name}.lock"
     made = [folder for folder in path.parents if not folder.exists()]
@@ -39,13 +39,13 @@ def locked(target: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked_by_library(path: Path, target: Path, made: list[Path]) -> Iterator[None]:
-    """By filelock, which removes its file where that is safe."""
+    """Locks with filelock, which removes its file where that is safe."""
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"another process is at work on {target}: wait for it, or end it") from None
+        raise ValueError(f"another process is using {target}: wait for it, or end it") from None
     except OSError as error:
         raise _not_writable(target, error) from error
     try:
@@ -59,7 +59,7 @@ def _locked_by_library(path: Path, target: Path, made: list[Path]) -> Iterator[N
 def _locked_by_kernel(path: Path, target: Path, made: list[Path]) -> Iterator[None]:
     handle = _held(path, target)
     try:
-        with suppress(OSError):  # a full disk: the id is for people, the lock holds without it
+        with suppress(OSError):  # a full disk: the id is only for messages
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield
@@ -72,13 +72,13 @@ def _locked_by_kernel(path: Path, target: Path, made: list[Path]) -> Iterator[No
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # as it should be where something stands in one
+    with suppress(OSError):  # raised for a folder that is not empty
         for folder in folders:
             folder.rmdir()
 
 
 def _held(path: Path, target: Path) -> int:
-    """The open and locked file. One that was removed between opening and locking it locks nothing: then again."""
+    """The open, locked file. A file that was removed between opening and locking locks nothing, so that is retried."""
     while True:
         handle = _opened(path, target)
         try:
@@ -91,18 +91,18 @@ def _held(path: Path, target: Path) -> int:
         os.close(handle)
 
 
-def _opened(path: Path, target: Path, again: int = 10) -> int:
+def _opened(path: Path, target: Path, retries: int = 10) -> int:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # less the umask
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and again:  # another process has just removed the folder it had made
-            return _opened(path, target, again - 1)
+        if isinstance(error, FileNotFoundError) and retries:  # another process has just removed its empty folder
+            return _opened(path, target, retries - 1)
         raise _not_writable(target, error) from error
 
 
 def _not_writable(target: Path, error: OSError) -> ValueError:
-    return ValueError(f"{target.parent} cannot be written to ({error.strerror}): mend that, or name another place")
+    return ValueError(f"{target.parent} cannot be written to ({error.strerror}): fix that, or name another place")
 
 
 def _lock(handle: int, target: Path) -> None:
@@ -111,11 +111,11 @@ def _lock(handle: int, target: Path) -> None:
     except BlockingIOError:
         holder = os.pread(handle, 20, 0).decode(errors="replace")
         who = f"process {holder}" if holder.isdigit() else "another process"
-        raise ValueError(f"{who} is at work on {target}: wait for it, or end it") from None
+        raise ValueError(f"{who} is using {target}: wait for it, or end it") from None
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        console.print(f"{target} is not locked ({error.strerror}): take care that only one process works on it")
+        console.print(f"{target} cannot be locked ({error.strerror}): make sure that only one process uses it")
 
 
 def _same(handle: int, path: Path) -> bool:

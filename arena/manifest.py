@@ -1,4 +1,4 @@
-"""Folders whose every byte is accounted for: a manifest with the size and SHA-256 of each file, and of itself."""
+"""Manifests of folders: the size and SHA-256 of each file, and the SHA-256 of the manifest itself."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from arena.files import file_digest
 
 NAME = "manifest.json"
-FORMAT = 3
-OWN = "sha256"  # of the manifest without this entry
-LARGEST = 2**24  # bytes of a manifest that is read at all
+FORMAT = 4  # 4: `resume_fingerprint`, and evaluations in folders called `evaluation-<n>`
+OWN = "sha256"  # the key of the digest of the manifest without this entry
+LARGEST = 2**24  # bytes; a larger manifest is refused
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes the manifest of the files that stand in a folder, as its last file.
+    """Writes the manifest of the files in a folder; it must be the last file written there.
 
     Args:
-        facts: plain JSON that is kept with it; `format`, `files` and `sha256` are added.
+        facts: plain JSON to save with it; `format`, `files` and `sha256` are added.
     """
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
@@ -31,10 +31,10 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote, byte for byte.
+    """Reads a manifest, which must be byte for byte as `write_manifest` wrote it.
 
     Raises:
-        ValueError: there is none, it was changed, or it is of another version of this package.
+        ValueError: it is missing, was changed, or was written by another version of this package.
     """
     path = folder / NAME
     if not path.is_file():
@@ -44,20 +44,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        kept = dict(content)
-        own = kept.pop(OWN)
-    except (ValueError, KeyError, TypeError, RecursionError):  # a broken text, or JSON of another kind
+        rest = dict(content)
+        own = rest.pop(OWN)
+    except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or JSON of another kind
         raise ValueError(f"{path} is damaged") from None
-    # the text itself must be as it was written, or a changed blank would go unnoticed
-    if own != _digest(kept) or text != _text(content):
+    # the text must be exactly as it was written, or a changed blank would go unnoticed
+    if own != _digest(rest) or text != _text(content):
         raise ValueError(f"{path} is damaged")
     if content.get("format") != FORMAT:
-        raise ValueError(f"{folder} has format {content.get('format')}, this version reads {FORMAT}: train anew")
+        raise ValueError(
+            f"{folder} was written by another version of arena (format {content.get('format')}, this one reads "
+            f"{FORMAT}): use that version, or start again"
+        )
     return dict(content)
 
 
 def damage(folder: Path) -> str | None:
-    """Why a folder is not what its manifest says; None where every file is there, whole, and no other."""
+    """How a folder differs from its manifest; None if all of its files, and no others, are there and unchanged."""
     try:
         files = read_manifest(folder)["files"]
         present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {NAME}
@@ -68,7 +71,7 @@ def damage(folder: Path) -> str | None:
             if path.stat().st_size != facts["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes, not {facts['bytes']:,}"
             if file_digest(path) != facts["sha256"]:
-                return f"{name} is damaged: its SHA-256 is another"
+                return f"{name} is damaged: its SHA-256 differs"
     except (OSError, ValueError) as error:
         return str(error)
     return None

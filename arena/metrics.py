@@ -1,4 +1,4 @@
-"""How good probabilities are: log-loss, accuracy, calibration error. Classes are always in the order A, B, tie."""
+"""Metrics of probabilities: log-loss, accuracy and calibration error. Classes are always in the order A, B, tie."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
 LABELS = ("A", "B", "tie")  # the same classes, in short
-SWAPPED = [1, 0, 2]  # the classes when A and B are exchanged
-# how far from 1 the three numbers of a label may sum: each may be rounded to three digits; the rest is float noise
+SWAPPED = [1, 0, 2]  # the order of classes when A and B are exchanged
+# tolerance for the sum of a label's three numbers, each of which may be rounded to three digits
 SUM_TOLERANCE = 3 * 0.0005 + 1e-6
-SMALLEST = 1e-15  # probabilities are kept this far from 0, as the competition's scorer does
+SMALLEST = 1e-15  # probabilities are clipped to at least this, as the competition's scorer does
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -20,14 +20,14 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
         probabilities: (n, 3), rows that sum to 1.
 
     Raises:
-        ValueError: no rows, shapes that differ, or a number that is not finite.
+        ValueError: there are no rows, the shapes differ, or a number is not finite.
     """
     _check(labels, probabilities)
     return float(-(labels * np.log(np.clip(probabilities, SMALLEST, 1.0))).sum(axis=1).mean())
 
 
 def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Share of rows where the most probable class is the most probable label."""
+    """The share of rows whose most probable class is the label's most probable class."""
     _check(labels, probabilities)
     return float((labels.argmax(axis=1) == probabilities.argmax(axis=1)).mean())
 
@@ -43,7 +43,7 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Float64 probabilities of float logits, along the last axis."""
+    """The float64 probabilities of logits along the last axis."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 

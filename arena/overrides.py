@@ -1,4 +1,4 @@
-"""Settings changed by `key=value` texts, and what is wrong with settings in words."""
+"""Overrides of settings by `key=value` texts, and messages about invalid settings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from arena.plain_yaml import read_yaml
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets one dotted key of a nested dictionary, making the groups on its way.
+    """Sets one dotted key of a nested dictionary, and creates missing groups.
 
     Args:
-        override: `key=value`, the value YAML.
+        override: `key=value`, where the value is YAML.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `override` has another form.
     """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -29,13 +29,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if below is None:
             below = tree[group] = {}
         if not isinstance(below, dict):
-            raise ValueError(f"override {_short(override)}: {group!r} is a single value, it has no settings below it")
+            raise ValueError(f"override {_short(override)}: {group!r} is a single value without settings below it")
         tree = below
     try:
         tree[last] = read_yaml(text, "the value")
     except ValueError as error:
         raise ValueError(
-            f"override {_short(override)}: {error}; quote the value if it holds special characters"
+            f"override {_short(override)}: {error}; quote the value if it has special characters"
         ) from None
 
 
@@ -44,7 +44,7 @@ def _short(text: str, width: int = 100) -> str:
 
 
 def explain(error: Any, settings: type[BaseModel]) -> str:
-    """One validation error of `settings` in words, with the nearest known key when a key is unknown."""
+    """The message for a validation error of `settings`, with the nearest known key if a key is unknown."""
     path = [str(part) for part in error["loc"]]
     where = ".".join(path) or "the recipe"
     if error["type"] != "extra_forbidden":
@@ -57,7 +57,7 @@ def explain(error: Any, settings: type[BaseModel]) -> str:
 
 
 def _group(settings: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    """The settings class that stands at a dotted path below `settings`."""
+    """The settings class at a dotted path below `settings`."""
     group = settings
     for name in path:
         field = group.model_fields.get(name)
@@ -69,10 +69,10 @@ def _group(settings: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
 
 
 def judge_settings(overrides: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The settings that change a judge, without `name=`, which says whose; any other would be ignored, and is refused.
+    """The overrides that apply to a trained judge, without `name=`, which selects the run; others are refused.
 
     Args:
-        known: keys, and beginnings of keys that end in a dot or an underscore.
+        known: keys, and prefixes of keys that end in a dot or an underscore.
     """
     keys = [each.partition("=")[0].strip() for each in overrides]
     groups = tuple(each for each in known if each.endswith((".", "_")))
@@ -84,7 +84,7 @@ def judge_settings(overrides: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def refuse_both(flag: str, overrides: Sequence[str], *keys: str) -> None:
-    """Raises `ValueError` where an override sets what a flag sets too: one of them would be ignored."""
+    """Raises `ValueError` if an override sets the same thing as a flag, as one of them would be ignored."""
     for override in overrides:
         if override.partition("=")[0].strip() in keys:
             raise ValueError(f"{flag} and {override} set the same thing: give one of the two")

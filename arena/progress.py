@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, a plain line now and then anywhere else."""
+"""Progress of long work: a rich bar on a terminal, and occasional plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Output:
-    """A text stream that passes what is written on to another one, and never raises when that fails.
+    """A text stream that forwards writes to another stream and never raises if they fail.
 
-    Output must not end a run: a reader that went away (`arena train | head`), a full disk behind `> log`, or a terminal
-    that was closed costs the rest of the output and nothing else. Characters that the stream cannot encode are escaped.
+    Output must not end a run: after a closed pipe (`arena train | head`), a full disk behind `> log` or a closed
+    terminal only the rest of the output is lost. Characters that the stream cannot encode are escaped.
 
     Args:
-        stream: gives the stream to write to; None where the process was started without one.
+        stream: returns the stream to write to, or None if the process has none.
     """
 
     def __init__(self, stream: Callable[[], TextIO | None]) -> None:
@@ -29,7 +29,7 @@ class Output:
 
     def write(self, text: str) -> int:
         if not isinstance(text, str):
-            raise TypeError(f"text is written here, not {type(text).__name__}")
+            raise TypeError(f"only text can be written, not {type(text).__name__}")
         self._guarded(lambda stream: stream.write(_encodable(text, stream)))
         return len(text)
 
@@ -46,8 +46,8 @@ class Output:
             return
         try:
             work(stream)
-        except (BlockingIOError, RuntimeError):  # a full pipe that does not block, or within a signal handler that
-            pass  # interrupts another write: the next one may succeed
+        except (BlockingIOError, RuntimeError):  # a full non-blocking pipe, or a signal handler during another write
+            pass  # the next write may succeed
         except Exception:
             _silence(stream)
 
@@ -66,15 +66,15 @@ class Output:
 
 
 def _encodable(text: str, stream: TextIO) -> str:
-    """The text with escapes for the characters that the stream cannot encode."""
+    """The text, with escapes for characters that the stream cannot encode."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _silence(stream: TextIO) -> None:
-    """Sends what a stream still holds, and the rest of what goes to it, to the null device.
+    """Redirects a stream, including its buffer, to the null device.
 
-    Otherwise the interpreter fails when it flushes the stream at exit, and the process ends with status 120.
+    Otherwise the interpreter fails to flush the stream at exit, and the process ends with status 120.
     """
     with suppress(Exception):  # a closed stream, or one without a descriptor
         descriptor = stream.fileno()
@@ -84,11 +84,11 @@ def _silence(stream: TextIO) -> None:
 
 
 def guard_output() -> None:
-    """Makes standard output and error safe to write to for the rest of the process; call it once, at its start."""
+    """Makes standard output and error safe to write to for the rest of the process; call it once at the start."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed (`>&-`): the next file to be opened would get its number, and what libraries print
+        except OSError:  # closed (`>&-`): the next opened file would get its number, and receive what libraries print
             os.open(os.devnull, os.O_RDWR)
     stdout, stderr = sys.stdout, sys.stderr
     if not isinstance(stdout, Output):
@@ -96,13 +96,13 @@ def guard_output() -> None:
 
 
 def _stdout() -> TextIO | None:
-    """Standard output as it is now, without what rich puts in its place while it draws a bar."""
+    """The current standard output, without rich's proxy while a bar is drawn."""
     return cast("TextIO | None", getattr(sys.stdout, "rich_proxied_file", sys.stdout))
 
 
 for _name in ("COLUMNS", "LINES"):
     if not re.fullmatch("[1-9][0-9]*", os.environ.get(_name, "80"), re.ASCII):
-        del os.environ[_name]  # a size of 0 would hide all that is printed
+        del os.environ[_name]  # a size of 0 would hide all output
 
 # paths and texts may hold [brackets]
 console = Console(file=cast(TextIO, Output(_stdout)), highlight=False, soft_wrap=True, markup=False)
@@ -112,36 +112,39 @@ PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 Advance = Callable[..., None]
 
 
-def printable(text: str) -> str:
-    """A text that any terminal can show: what steers one, and what is no character, is spelled out."""
+def escape_unprintable(text: str) -> str:
+    """A text that any terminal can show: control characters and invalid characters are escaped."""
     spelled = "".join(each if each in "\n\t" or each.isprintable() else repr(each)[1:-1] for each in text)
     return spelled.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def said(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
 
 
 @contextmanager
 def optional(what: str, advice: str = "") -> Iterator[None]:
-    """Makes a warning of whatever fails within: for what is made besides a result, and must not cost it.
+    """Turns any error in the block into a warning: for extras whose failure must not lose a result.
 
     Args:
-        what: is made, for the warning.
-        advice: how to get it later.
+        what: the action, for the warning.
+        advice: how to get the same later.
     """
     try:
         yield
     except Exception as error:
-        console.print(printable(f"warning: {what} failed ({said(error)}){advice and f'; {advice}'}"), style="yellow")
+        console.print(
+            escape_unprintable(f"warning: {what} failed ({format_error(error)}){advice and f'; {advice}'}"),
+            style="yellow",
+        )
 
 
 def quiet() -> None:
-    """Keeps the libraries' own notices off the screen; this package reports what matters of them.
+    """Silences the notices of libraries; this package reports the relevant ones itself.
 
-    bitsandbytes' warnings stay (see `arena/__init__.py` for the one that does not): a library that does not fit the
-    card is a real problem.
+    Warnings of bitsandbytes are shown, except one (see `arena/__init__.py`): a library that does not fit the card is a
+    real problem.
     """
     import logging as python_logging
     import warnings
@@ -157,7 +160,7 @@ def quiet() -> None:
 
 @contextmanager
 def loading_quietly() -> Iterator[None]:
-    """Without transformers' report of a head that the base does not have, and without its bar in plain output."""
+    """Silences transformers' report about a missing head, and its progress bar if the output is not a terminal."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -174,13 +177,13 @@ def loading_quietly() -> Iterator[None]:
 
 @contextmanager
 def progress(title: str, total: int | None, unit: str = "rows", done: int = 0) -> Iterator[Advance]:
-    """Shows how far some work is and how long it will take.
+    """Shows the progress of some work and the remaining time.
 
-    Gives `advance(count, note="")`, to be called as `count` more units are done.
+    Yields `advance(count, note="")`, to be called when `count` more units are done.
 
     Args:
-        total: the number of units, or None when it is not known beforehand.
-        done: units that were done by an earlier process; the time left is reckoned from the others.
+        total: the number of units, or None if it is unknown.
+        done: units done by an earlier process, which the estimate of the remaining time leaves out.
     """
     with _bar(title, total, done) if console.is_terminal else _lines(title, total, unit, done) as advance:
         yield advance

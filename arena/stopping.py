@@ -1,4 +1,4 @@
-"""Ending a run well: a signal or a deadline is noted, and the work ends at the next place where nothing is lost."""
+"""Graceful stops: a signal or a deadline is noted, and the work ends at the next point where nothing is lost."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from types import FrameType
 
 from arena.progress import console
 
-SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # a terminal that was closed; Windows has none
-MORE_TO_DO = 3  # exit status of a run that came to its deadline
+SIGHUP: signal.Signals | None = getattr(signal, "SIGHUP", None)  # sent when a terminal closes; Windows has none
+MORE_TO_DO = 3  # exit status of a run that reached its deadline
 
 
 def _signals() -> list[signal.Signals]:
-    """Those that ask a process to end; without SIGHUP where it is ignored already, as under nohup."""
+    """The signals that ask a process to end; without SIGHUP if it is already ignored, as under nohup."""
     hang_up = [SIGHUP] if SIGHUP is not None and signal.getsignal(SIGHUP) is not signal.SIG_IGN else []
     return [signal.SIGTERM, signal.SIGINT, *hang_up]
 
 
-class Stopped(Exception):  # noqa: N818 - it ends a run, it is no error
-    """A run ended before its end, with everything saved.
+class Stopped(Exception):  # noqa: N818 - it ends a run but is not an error
+    """A run was stopped early, with everything saved.
 
     Attributes:
-        status: exit status of the process, 128 and the signal's number, as shells count; 3 at a deadline.
+        status: exit status of the process: 128 plus the signal's number, as in shells, or 3 at a deadline.
     """
 
     def __init__(self, reason: str, status: int) -> None:
@@ -34,10 +34,10 @@ class Stopped(Exception):  # noqa: N818 - it ends a run, it is no error
 
 
 class Stop:
-    """Whether a run has been asked to end; called between micro-batches.
+    """Tells whether a run should stop; it is called between micro-batches.
 
     Args:
-        seconds: from now on, after which it is; None: never.
+        seconds: from now until the deadline; None: no deadline.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -49,19 +49,19 @@ class Stop:
         return self.signal is not None or (self.seconds is not None and time.monotonic() - self.start >= self.seconds)
 
     def stopped(self) -> Stopped:
-        """What to raise once everything is saved."""
+        """The exception to raise once everything is saved."""
         if self.signal is not None:
             return Stopped(f"ended by {self.signal.name}", 128 + self.signal)
-        return Stopped(f"ended after {self.seconds:g} seconds, as asked", MORE_TO_DO)
+        return Stopped(f"ended after {self.seconds:g} seconds, as requested", MORE_TO_DO)
 
 
 @contextmanager
 def stopping(seconds: float | None = None) -> Iterator[Stop]:
-    """Notes SIGTERM, SIGINT and SIGHUP instead of dying of them; a second SIGTERM or SIGINT ends the process at once.
+    """Notes SIGTERM, SIGINT and SIGHUP instead of ending; a second SIGTERM or SIGINT ends the process at once.
 
-    A second SIGHUP does not: the shell and the kernel both send one when a terminal is closed. Files are written whole,
-    so that even then none is left half-written. Outside of the main thread signals cannot be caught and only the
-    deadline counts.
+    A second SIGHUP does not, because the shell and the kernel both send one when a terminal closes. Files are written
+    atomically, so none is ever left incomplete. Outside the main thread signals cannot be caught, and only the deadline
+    applies.
     """
     stop = Stop(seconds)
     before = {each: signal.getsignal(each) for each in _signals()}
@@ -72,7 +72,7 @@ def stopping(seconds: float | None = None) -> Iterator[Stop]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if SIGHUP in before:
             signal.signal(SIGHUP, signal.SIG_IGN)
-        console.print(f"{stop.signal.name}: stopping after this micro-batch; SIGTERM or Ctrl-C now ends it at once")
+        console.print(f"{stop.signal.name}: stopping after this micro-batch; another SIGTERM or Ctrl-C stops at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -88,15 +88,15 @@ def stopping(seconds: float | None = None) -> Iterator[Stop]:
 
 @contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Ends the process, with status 128 and the signal's number, wherever SIGTERM, SIGINT or SIGHUP find it.
+    """Makes SIGTERM, SIGINT and SIGHUP end the process at once, with status 128 plus the signal's number.
 
-    For work that has nothing to save; `stopping` within it is more patient. Outside of the main thread signals cannot
-    be caught, and nothing changes.
+    This is for work that has nothing to save; a `stopping` block within it stops gracefully instead. Outside the main
+    thread signals cannot be caught, and this has no effect.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
         console.print(f"ended by {signal.Signals(number).name}")
-        raise SystemExit(128 + number)  # libraries swallow an `Exception` here and there, this they let through
+        raise SystemExit(128 + number)  # unlike an `Exception`, libraries do not swallow it
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from arena import cli
+from arena.stopping import MORE_TO_DO
 from benchmarks.collect import Collect
 from benchmarks.gpu import Gpu
 from benchmarks.small import Small
@@ -21,7 +24,14 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main() -> None:
     """Runs a command, with the messages and exit statuses of `arena`."""
-    cli.main(COMMANDS, "python -m benchmarks", "Measure packed batches beside padded ones, on a CPU or a GPU.")
+    try:
+        cli.main(COMMANDS, "python -m benchmarks", "Measure packed batches beside padded ones, on a CPU or a GPU.")
+    except SystemExit as end:
+        if end.code != MORE_TO_DO:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(MORE_TO_DO)  # the call's time is over, and processes that still compile would be waited for
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
-from arena.files import written_whole
+from arena.files import atomic_write
 
 STATE, PAGES = "state", "pages"
 ENDINGS = (".json", ".jsonl", ".txt")  # of results; what else lies there is made again
@@ -16,7 +16,7 @@ LEFT_OUT = "runs"  # folders of unfinished trainings, which are large
 
 def pack(folder: Path, pages: Iterable[Path], archive: Path) -> None:
     """Writes the results below `folder` and the pages into one zip, whole or not at all."""
-    with written_whole(archive) as draft, ZipFile(draft, "w", ZIP_DEFLATED) as out:
+    with atomic_write(archive) as draft, ZipFile(draft, "w", ZIP_DEFLATED) as out:
         for path in sorted(folder.rglob("*")):
             within = path.relative_to(folder)
             draft_or_run = any(part == LEFT_OUT or part.startswith(".") for part in within.parts)
@@ -43,7 +43,7 @@ def unpack(archive: Path, folder: Path) -> list[str]:
                 if target.exists():
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with written_whole(target) as draft, given.open(info) as source, draft.open("wb") as out:
+                with atomic_write(target) as draft, given.open(info) as source, draft.open("wb") as out:
                     shutil.copyfileobj(source, out)  # its CRC is checked at its end
                 added.append("/".join(parts[1:]))
     except (BadZipFile, EOFError) as error:

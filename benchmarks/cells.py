@@ -34,7 +34,7 @@ class Cell:
     task: Literal["train", "infer", "peak"] = "train"
     way: Literal["ours", "padded", "sorted", "restarted"] = "ours"
     attention: str = "auto"
-    checkpointing: Literal["auto", "full", "mlp", "light", "none"] = "auto"
+    checkpointing: Literal["auto", "full", "elementwise_and_mlp", "elementwise", "none"] = "auto"
     share: bool = True
     orders: Literal[1, 2] = 1
     fuse: Fuse = "auto"

@@ -59,14 +59,21 @@ class Clock:
         """Takes it that a part of a kind may last so long."""
         self.longest[kind] = max(self.longest.get(kind, 0.0), seconds)
 
-    def end_what_hangs(self) -> None:
-        """Ends the process some seconds after its end, with the places where its threads are, if it still runs then.
+    @contextmanager
+    def ending_what_hangs(self) -> Iterator[None]:
+        """Ends the process, and prints where its threads are, if the block still runs some seconds after the end.
 
         The interpreter may not come to notice an alarm, as where it waits for a device that does nothing any more.
         """
         left = self.left(GRACE)
-        if left is not None and sys.__stderr__ is not None:
-            faulthandler.dump_traceback_later(left + HANGS, exit=True, file=sys.__stderr__)
+        if left is None or sys.__stderr__ is None:
+            yield
+            return
+        faulthandler.dump_traceback_later(left + HANGS, exit=True, file=sys.__stderr__)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 from tyro.conf import UseAppendAction, arg
 
-from arena.files import local_path, written_whole
+from arena.files import atomic_write, local_path
 from arena.progress import console
 from benchmarks.needed import PLATFORMS, Target, Versions, closure, provides, read_list
 from benchmarks.start import dependencies
@@ -97,7 +97,7 @@ def collect(
 ) -> None:
     """Makes `out` the folder of these wheels, or leaves it as it was."""
     before = sorted(out.glob("*.whl"))
-    with written_whole(out) as draft:
+    with atomic_write(out) as draft:
         draft.mkdir()
         kept = reusable(before, lacking, target)
         for wheel in [*kept.values(), *added]:

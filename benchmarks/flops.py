@@ -51,13 +51,13 @@ def flops_recomputed(shapes: Shapes, policy: str, tune: str = "lora") -> int:
     """Operations a token that recomputing its activations adds, counted apart from those that are needed.
 
     Args:
-        policy: `full` computes whole layers again, `mlp` the products that widen the MLP (gate and up), and `light`
+        policy: `full` recomputes whole layers, `elementwise_and_mlp` the products gate and up, and `elementwise`
             and `none` no product.
     """
-    if tune == "head" or policy in ("light", "none"):
+    if tune == "head" or policy in ("elementwise", "none"):
         return 0
     if policy == "full":
         return 2 * weights(shapes)
-    assert policy == "mlp", policy
+    assert policy == "elementwise_and_mlp", policy
     widest = max(outputs for _, outputs in shapes)
     return 2 * sum(inputs * outputs * count for (inputs, outputs), count in shapes.items() if outputs == widest)

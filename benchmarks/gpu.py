@@ -73,18 +73,17 @@ class Gpu:
         recipe = load_recipe(self.recipe, self.overrides)
         local_path(self.out, "--out")
         clock = Clock(self.minutes, since=float(os.environ.get("ARENA_STARTED", time.time())))
-        clock.end_what_hangs()
         place = local_path(self.state, "--state") / recipe.name
         archive = place.with_name(f"{place.name}.zip") if self.archive is None else self.archive
         local_path(archive, "--archive", [".zip"])
         if archive.is_file() and not self.plan:
             console.print(f"{archive}: {len(unpack(archive, place))} files of results taken from it")
-        bench = self._bench(recipe, place)  # with --plan, one that measures nothing
-        if self.plan:
-            show_plan(self._jobs(bench, Path()), self.minutes)
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        with ending_at_once():
+        with clock.ending_what_hangs(), ending_at_once():
+            bench = self._bench(recipe, place)  # with --plan, one that measures nothing
+            if self.plan:
+                show_plan(self._jobs(bench, Path()), self.minutes)
+                return
+            self.out.mkdir(parents=True, exist_ok=True)
             left = self._do(bench, place, archive, clock)
         if left:
             stop(left)

@@ -15,7 +15,7 @@ SLOW = 1  # repeats of what takes several times as long as the rest
 PADDED = ("flash_attention_2", "flex_attention", "eager")  # transformers' own; its sdpa refuses Gemma-2's soft cap
 BACKENDS = {"cuda": ("flash", "flex"), "cpu": ("flash", "flex", "blockwise")}
 LIKE = {"flash": "flash_attention_2", "flex": "flex_attention"}  # transformers' attention of the same kernels
-RISKY = ("light", "none")  # keep so much that 80 GB may not hold it; after that the model has to be made again
+RISKY = ("elementwise", "none")  # keep so much that 80 GB may not hold it; after that the model has to be made again
 SMALLER = {"google/gemma-2-9b-it": "google/gemma-2-2b-it", "google/gemma-2-9b": "google/gemma-2-2b"}
 
 SMALLER_ONE = " (2B)"  # is added to the name of what is measured on that one
@@ -62,7 +62,10 @@ def tables(best: str, base: str, kind: Kind) -> list[Table]:
         Table("training, by attention backend", backends(train, kind)),
         Table(
             "training, by what is recomputed",
-            {each: replace(train, checkpointing=each) for each in ("auto", "full", "mlp", "light", "none")},
+            {
+                each: replace(train, checkpointing=each)
+                for each in ("auto", "full", "elementwise_and_mlp", "elementwise", "none")
+            },
         ),
         Table(
             "training, what is shared",

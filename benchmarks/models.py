@@ -26,7 +26,7 @@ from arena.model.safety import SAFE, SAFE_WEIGHTS
 from arena.model.tuning import adapt
 from arena.packing.loader import PackedLoader
 from arena.training.optim import trainable
-from arena.training.probe import keep_what_fits
+from arena.training.probe import choose_policies
 from benchmarks.cells import Cell
 from benchmarks.flops import Shapes, linear_shapes
 from benchmarks.passes import PAD
@@ -244,10 +244,10 @@ def set_checkpointing(classifier: nn.Module, cell: Cell, recipe: Recipe, loader:
         return policies_of(packed.model)
     assert loader is not None, "auto is probed with the micro-batches of a plan"
     try:
-        kept = keep_what_fits(packed, loader, recipe.model_copy(update={"model": cell.settings(recipe)}))
+        plan = choose_policies(packed, loader, recipe.model_copy(update={"model": cell.settings(recipe)}))
     except ValueError as error:
         raise CannotRun(_first_line(error)) from None
-    assert kept is not None
+    assert plan is not None
     return policies_of(packed.model)
 
 

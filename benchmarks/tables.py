@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.reporting.figure import new_figure
 
 Rows = list[list[str]]
@@ -88,5 +88,5 @@ def draw(panels: Sequence[Bars], columns: int, path: Path, *, title: str, below:
         axis.set_axis_off()
     figure.supxlabel(below)
     figure.suptitle(title)
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         figure.savefig(draft, dpi=120, format="png")

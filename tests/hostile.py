@@ -73,7 +73,7 @@ def recipes() -> Iterable[Kind]:
         ("a tag without its value", "name: !!bool perhaps\n", ("mine.yaml", "tag")),
         ("a key twice", "name: a\nseed: 1\nseed: 2\n", ("mine.yaml", "'seed'", "twice")),
         ("lists in lists in lists", "a: " + "[" * 50_000, ("mine.yaml", "deeply")),
-        ("5 MB", "# x\n" * 1_300_000, ("mine.yaml", "cannot be settings")),
+        ("5 MB", "# x\n" * 1_300_000, ("mine.yaml", "too many for settings")),
         ("UTF-16", "name: x\n".encode("utf-16"), ("mine.yaml", "UTF-8")),
         ("random bytes", bytes(range(256)), ("mine.yaml",)),
         ("NUL", b"name: \0\n", ("mine.yaml",)),
@@ -230,9 +230,9 @@ def samples() -> Iterable[Kind]:
         ("ragged rows", lambda path: path.write_text(path.read_text() + "1,2,3,4,5,6,7\n"), ("cannot be read",)),
         ("no byte", lambda path: path.write_bytes(b""), ("cannot be read",)),
         ("not UTF-8", lambda path: path.write_bytes(CSV.encode("utf-16")), ("sample_submission.csv",)),
-        ("a folder", instead(Path.mkdir), ("no regular file",)),
-        ("a pipe", instead(os.mkfifo), ("no regular file",)),
-        ("a link to itself", instead(lambda path: path.symlink_to(path)), ("no regular file",)),
+        ("a folder", instead(Path.mkdir), ("not a regular file",)),
+        ("a pipe", instead(os.mkfifo), ("not a regular file",)),
+        ("a link to itself", instead(lambda path: path.symlink_to(path)), ("not a regular file",)),
     ):
         yield Kind("sample submissions", f"sample: {name}", sample(change), "error", ("sample_submission.csv", *says))
 

@@ -53,6 +53,8 @@ def test_overrides() -> None:
         ("train.mirror=sftp://me:secret@host/x", "train.mirror: give a folder or a URL without a password"),
         ("train.mirror=''", "train.mirror: give a folder"),
         ("prompt.template=nope", "no template 'nope': name one of compact, judge"),
+        ("model.checkpointing=light", "model.checkpointing: light was renamed: set it to elementwise$"),
+        ("model.checkpointing=mlp", "model.checkpointing: mlp was renamed: set it to elementwise_and_mlp$"),
     ],
 )
 def test_refusals_name_the_key_and_the_remedy(override: str, message: str) -> None:

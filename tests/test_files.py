@@ -14,20 +14,20 @@ import pytest
 
 from arena.files import (
     SCRATCH,
+    atomic_write,
     file_digest,
     fingerprint,
     local_path,
     remove_scratch,
     write_json,
     write_text,
-    written_whole,
 )  # fmt: skip
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), written_whole(path) as draft:
+    with pytest.raises(RuntimeError), atomic_write(path) as draft:
         draft.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -37,7 +37,7 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_folders_replace_folders(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "folder"
     for text in ("one", "two"):
-        with written_whole(target) as draft:
+        with atomic_write(target) as draft:
             draft.mkdir()
             (draft / text).write_text(text)
     assert [path.name for path in target.iterdir()] == ["two"]
@@ -68,8 +68,8 @@ def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from arena.files import written_whole\n"
-        "with written_whole(Path(sys.argv[1])) as draft: draft.write_text('half'); os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from arena.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as draft: draft.write_text('half'); os.kill(os.getpid(), 9)"
     )
     (tmp_path / "kept").write_text("whole")
     (tmp_path / ".hidden").write_text("another's")
@@ -85,10 +85,10 @@ def test_errors_of_other_languages_are_errors_of_the_system(tmp_path: Path) -> N
     class RustError(Exception):
         pass
 
-    with pytest.raises(OSError, match=r"No space left on device: .*a\.txt") as found, written_whole(tmp_path / "a.txt"):
+    with pytest.raises(OSError, match=r"No space left on device: .*a\.txt") as found, atomic_write(tmp_path / "a.txt"):
         raise RustError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert found.value.errno == 28
-    with pytest.raises(RustError), written_whole(tmp_path / "a.txt"):
+    with pytest.raises(RustError), atomic_write(tmp_path / "a.txt"):
         raise RustError("something else")
 
 
@@ -106,7 +106,7 @@ def test_a_folder_is_put_back_if_its_successor_cannot_take_its_place(
         return replace(self, other)
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(OSError, match="no"), written_whole(target) as draft:
+    with pytest.raises(OSError, match="no"), atomic_write(target) as draft:
         draft.mkdir()
     assert (target / "old").read_text() == "old"
 
@@ -116,7 +116,7 @@ def test_modes_follow_the_umask_whatever_a_library_makes_of_them(tmp_path: Path,
     before = os.umask(umask)
     try:
         write_text(tmp_path / "mode", "x")  # called as the sample beside the draft might be
-        with written_whole(tmp_path / "deep" / "folder") as draft:
+        with atomic_write(tmp_path / "deep" / "folder") as draft:
             (draft / "inner").mkdir(parents=True)
             (draft / "inner" / "x.safetensors").touch(mode=0o600)
             tempfile.mkdtemp(dir=draft)
@@ -151,7 +151,7 @@ def test_a_file_system_that_cannot_flush_folders_takes_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     refuse_fsync(monkeypatch, True, getattr(errno, name))
-    with written_whole(tmp_path / "folder") as draft:
+    with atomic_write(tmp_path / "folder") as draft:
         draft.mkdir()
         (draft / "x").write_text("x")
     write_text(tmp_path / "folder" / "y", "y")
@@ -184,7 +184,7 @@ def test_a_file_system_that_cannot_flush_at_all_takes_files(tmp_path: Path, monk
     "path", ["s3://b/x.csv", "s3:/b/x.csv", "https://host/x.csv", "file:///tmp/x.csv", Path("gs://b/x.csv")]
 )
 def test_urls_are_no_local_paths(path: str | Path) -> None:
-    with pytest.raises(ValueError, match=r"--out .* is a URL: write to a local path, and copy"):
+    with pytest.raises(ValueError, match=r"--out .* is a URL: write to a local path and copy"):
         local_path(path, "--out", [".csv"])
 
 

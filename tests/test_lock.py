@@ -31,7 +31,7 @@ def holder(target: Path) -> Iterator[subprocess.Popen[str]]:
 def test_the_process_that_holds_it_is_named_and_one_that_was_killed_holds_nothing(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "fold0"
     with holder(target) as process:
-        with pytest.raises(ValueError, match=rf"process {process.pid} is at work on .*fold0"), locked(target):
+        with pytest.raises(ValueError, match=rf"process {process.pid} is using .*fold0"), locked(target):
             pass
         with locked(tmp_path / "deep" / "fold1"):  # control: another target is free
             pass
@@ -65,7 +65,7 @@ def test_the_target_may_be_moved_meanwhile(tmp_path: Path) -> None:
     with locked(tmp_path / "fold0"):
         (tmp_path / "fold0").rename(tmp_path / "earlier")
         (tmp_path / "fold0").mkdir()
-        with pytest.raises(ValueError, match="is at work on"), locked(tmp_path / "fold0"):
+        with pytest.raises(ValueError, match="is using"), locked(tmp_path / "fold0"):
             pass
 
 
@@ -105,7 +105,7 @@ def test_never_two_at_once_where_there_is_no_fcntl(tmp_path: Path, monkeypatch: 
         raise RuntimeError
     with (
         locked(tmp_path / "y"),
-        pytest.raises(ValueError, match="another process is at work on"),
+        pytest.raises(ValueError, match="another process is using"),
         locked(tmp_path / "y"),
     ):
         pass
@@ -146,4 +146,4 @@ def test_a_file_system_without_locks_is_said_and_used(
     monkeypatch.setattr(lock.fcntl, "flock", refuse)
     with locked(tmp_path / "x"):
         pass
-    assert "is not locked (No locks available)" in capsys.readouterr().out
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""From the competition's files to checked conversations, folds and token ids."""
+"""Data: from the competition's files to checked conversations, folds and token ids."""

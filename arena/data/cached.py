@@ -1,4 +1,4 @@
-"""Files that are kept between runs, read back: whole, or said to be damaged."""
+"""Reading of cached files, with a clear error if one is damaged."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
-END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream: one that is cut between two batches reads well without
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream; a stream cut between two batches lacks only this
 
 
 @contextmanager
-def kept(path: Path) -> Iterator[None]:
-    """Around reading a file of the cache back.
+def reading_cached(path: Path) -> Iterator[None]:
+    """Wraps the reading of a cached file.
 
     Raises:
-        ValueError: it is not what was written there; names it and says how to have it made again.
+        ValueError: the file is damaged; the message names it and says how to recreate it.
     """
     try:
         if path.suffix == ".arrow" and not _is_whole(path):
@@ -24,7 +24,7 @@ def kept(path: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, OSError, TypeError, pa.ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged ({reason}): delete it to have it made again") from error
+        raise ValueError(f"{path} is damaged ({reason}): delete it, and it is created again") from error
 
 
 def _is_whole(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What the cells of a row mean: its id, its turns and its label [A, B, tie]. Errors name the field."""
+"""Parses the cells of a row: its id, its turns and its label [A, B, tie]. Errors name the field."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class FieldError(ValueError):
-    """A field that cannot be used. `field` names it; `what` says what is wrong and what to do."""
+    """A field that cannot be used: `field` is its name, `what` the problem and the remedy."""
 
     def __init__(self, field: str, what: str) -> None:
         super().__init__(f"{field}: {what}")
@@ -35,29 +35,29 @@ class FieldError(ValueError):
 
 
 def read_id(value: Any) -> str:
-    """The id as text: a text as it is, a whole number in plain decimals."""
+    """The id as text; a whole number is written in plain decimals."""
     if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_EXACT_FLOAT:
-        value = int(value)  # pandas makes a column of whole numbers float as soon as one is missing
+        value = int(value)  # pandas turns a column of whole numbers to float if one is missing
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise FieldError("id", "is blank or missing; give every row its own")
+        raise FieldError("id", "is blank or missing; give every row an id of its own")
     if not isinstance(value, str):
         raise FieldError("id", f"is {excerpt(value)}; write a text or a whole number")
-    if CONTROL.search(value):  # readers of CSV do not agree on where such a row ends
-        raise FieldError("id", f"is {excerpt(value)}, with a line break or control character; write it without")
+    if CONTROL.search(value):  # CSV readers disagree on where such a row ends
+        raise FieldError("id", f"is {excerpt(value)}, with a line break or control character; remove that")
     return whole_characters(value)
 
 
 def read_turns(cells: Mapping[str, Any], field: str) -> list[str | None]:
-    """One text or None for each turn, from a list or from the JSON of a list."""
+    """The text or None of each turn, from a list or from a JSON list."""
     cell = cells.get(field)
     if cell is None or cell == "":
-        raise FieldError(field, 'is empty or missing; write one text or null a turn, as in ["Hello", null]')
+        raise FieldError(field, 'is empty or missing; write one text or null per turn, as in ["Hello", null]')
     value = read_json(cell, field) if isinstance(cell, str) else cell
     if not isinstance(value, list):
         raise FieldError(
-            field, f'is {excerpt(value)}, not a list; write one text or null a turn, as in ["Hello", null]'
+            field, f'is {excerpt(value)}, not a list; write one text or null per turn, as in ["Hello", null]'
         )
     for turn, text in enumerate(value, 1):
         if not (text is None or isinstance(text, str)):
@@ -66,16 +66,16 @@ def read_turns(cells: Mapping[str, Any], field: str) -> list[str | None]:
 
 
 def label_columns(names: Collection[str], labels: Labels) -> tuple[str, ...]:
-    """The columns among `names` which hold the label: the three numbers, the one word, or none.
+    """The columns among `names` that hold the label: three numbers, one word, or none.
 
-    Raises `FieldError` when only some of the three are there, when numbers and word are both there, and when
-    there is no label although `labels` is "required".
+    Raises `FieldError` if only some of the three numbers are there, if there are both numbers and a word, or if there
+    is no label although `labels` is "required".
     """
     if labels == "ignored":
         return ()
     numbers = tuple(name for name in NUMBERS if name in names)
     if numbers and WORD in names:
-        raise FieldError(WORD, f"stands beside {', '.join(numbers)}; keep one of the two spellings of the label")
+        raise FieldError(WORD, f"is there along with {', '.join(numbers)}; keep one of the two forms of the label")
     if numbers and numbers != NUMBERS:
         missing = [name for name in NUMBERS if name not in names]
         raise FieldError(missing[0], f"is missing, but {', '.join(numbers)} is there; give all three or none")
@@ -85,10 +85,10 @@ def label_columns(names: Collection[str], labels: Labels) -> tuple[str, ...]:
 
 
 def read_label(record: Mapping[str, Any], labels: Labels) -> list[float] | None:
-    """The probabilities [A, B, tie] of one row, which sum to 1; None where it has no label.
+    """The probabilities [A, B, tie] of a row, which sum to 1; None if it has no label.
 
-    Raises `FieldError` for a label that is neither one-hot nor a distribution, and for none at all where
-    `labels` is "required".
+    Raises `FieldError` for a label that is not a probability distribution, and for a missing label if `labels` is
+    "required".
     """
     columns = label_columns(record, labels)
     cells = [record[name] for name in columns]
@@ -133,7 +133,7 @@ def _from_numbers(values: list[float]) -> list[float]:
 
 
 def excerpt(cell: Any, width: int = 60) -> str:
-    """A cell as an error message shows it: short, on one line, and printable anywhere."""
+    """A cell as error messages show it: short, on one line, in printable ASCII."""
     if cell is None:
         return "null"
     if not isinstance(cell, str | int | float):
@@ -146,30 +146,30 @@ def excerpt(cell: Any, width: int = 60) -> str:
 
 
 def whole_characters(text: str) -> str:
-    """Halves of surrogate pairs, which JSON can spell but no tokenizer and no file takes, become U+FFFD."""
+    """Replaces lone surrogates by U+FFFD: JSON can encode them, but tokenizers and files refuse them."""
     return text if is_utf8(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def is_utf8(text: str) -> bool:
-    """Whether every character can be written as UTF-8. False also for bytes read with `surrogateescape`."""
+    """Whether every character can be written as UTF-8; False for bytes read with `surrogateescape`."""
     return text.isascii() or not SURROGATE.search(text)
 
 
 def read_json(text: str, field: str) -> Any:
-    """The value that `text` spells; raises `FieldError` when it is not JSON or repeats a key of an object."""
+    """The value of a JSON text; raises `FieldError` if it is not JSON or repeats a key of an object."""
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise FieldError(field, f"is {excerpt(text)}, which is not JSON: {why}; write it again as JSON") from None
+        raise FieldError(field, f"is {excerpt(text)}, which is not JSON: {why}; write it as JSON") from None
 
 
 def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object as a dict. Python alone would keep the last of two equal keys and say nothing."""
+    """An object as a dict. By default Python would silently keep the last of two equal keys."""
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise ValueError(f"{excerpt(next(name for name in names if names.count(name) > 1))} stands twice in an object")
+        raise ValueError(f"{excerpt(next(name for name in names if names.count(name) > 1))} appears twice in an object")
     return dict(pairs)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)  # made once: `json.loads` would make one a call
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)  # `json.loads` would create one for each call

@@ -1,4 +1,4 @@
-"""Which tokens of a vocabulary steer a model, and so must never come out of a user's text."""
+"""Which tokens of a vocabulary are control tokens, which a user's text must never produce."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import unicodedata
 from functools import lru_cache
 from typing import Any
 
-# Added tokens that are ordinary text: white space, and the markup that some vocabularies hold as single tokens.
+# Added tokens that are ordinary text: white space, and markup that some vocabularies have as single tokens.
 _TEXT_TOKEN = re.compile(
     r"[\s\u2581]*|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|p|br|li|ul|ol|pre)>"
 )
 
 
 def control_ids(tokenizer: Any) -> dict[int, str]:
-    """The control tokens, id to text.
+    """The control tokens, by id: every special token, and every added token (`<unused0>`, `[@BOS@]`) that is not text.
 
-    Every special token, and every added token (`<unused0>`, `[@BOS@]`) that is not plain text. Some tokenizers pad with
-    a token of plain text, such as `!`; nothing is padded here, so it stays text.
+    Some tokenizers pad with an ordinary token such as `!`; nothing is padded here, so it counts as text.
     """
     steering = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     added = tokenizer.added_tokens_decoder.items()
@@ -30,16 +29,16 @@ def control_ids(tokenizer: Any) -> dict[int, str]:
 
 @lru_cache(maxsize=8)
 def any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
-    """A pattern that finds any of the texts, the longest first."""
+    """A pattern that matches any of the texts, preferring the longest."""
     ordered = sorted(texts, key=lambda text: (-len(text), text))
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
 def _is_text(content: str) -> bool:
-    """White space, known markup, a single character, or letters, digits and white space only."""
+    """Whether a token is white space, known markup, a single character, or only letters, digits and white space."""
     return bool(_TEXT_TOKEN.fullmatch(content)) or len(content) == 1 or all(map(_is_of_words, content))
 
 
 def _is_of_words(character: str) -> bool:
-    """A letter (or a mark on one), a number, or white space."""
+    """Whether a character is a letter (or a mark on one), a digit, or white space."""
     return unicodedata.category(character)[0] in "LMN" or character.isspace() or character == "\u2581"

@@ -1,4 +1,4 @@
-"""The competition's files as conversations: bad rows named, good ones kept as memory-mapped Arrow."""
+"""Reads the competition's files as conversations: reports bad rows, and caches good ones as memory-mapped Arrow."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
-from arena.data.cached import kept
+from arena.data.cached import reading_cached
 from arena.data.cells import FieldError, Labels, excerpt, read_id, read_label, read_turns
 from arena.data.limits import Limits, characters
 from arena.data.rows import READERS, ROWS_AT_ONCE, TEXTS, Cells, Row, read_rows
-from arena.files import file_digest, fingerprint, written_whole
+from arena.files import atomic_write, file_digest, fingerprint
 from arena.progress import progress
 
-FORMAT = 2  # part of the stored file's name: raise it when the same files would be read differently
+FORMAT = 2  # part of the cached file's name: increase it when the same files would be read differently
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -31,12 +31,12 @@ FEATURES = Features(
         "label": List(Value("float32")),
     }
 )
-CHARACTERS_AT_ONCE = 2**24  # or fewer rows, as soon as they hold that many characters
+CHARACTERS_AT_ONCE = 2**24  # a chunk has fewer rows once they have this many characters
 PROBLEMS_SHOWN = 20
 
 
 class BadRowsError(ValueError):
-    """Rows or files that cannot be used: `count` of them, the first 20 in words in `shown`."""
+    """Rows or files that cannot be used: how many, and messages about the first 20 in `shown`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class BadRowsError(ValueError):
 
     def add(self, path: Path, where: str, problem: FieldError) -> None:
         self.count += 1
-        if len(self.shown) < PROBLEMS_SHOWN:  # a hopeless file of millions of rows must not fill the memory
+        if len(self.shown) < PROBLEMS_SHOWN:  # messages about millions of bad rows must not fill the memory
             self.shown.append(f"{path}, {where}, {problem.field}: {problem.what}")
 
     def __str__(self) -> str:
@@ -57,48 +57,51 @@ class BadRowsError(ValueError):
 def read_conversations(
     paths: Sequence[Path], cache_dir: Path, *, labels: Labels, limits: Limits | None = None
 ) -> Dataset:
-    """Reads CSV, parquet and JSONL files of the competition's columns, one after the other, as one dataset.
+    """Reads CSV, parquet and JSONL files with the competition's columns, one after another, as one dataset.
 
-    Columns of the result: `id` string; `prompt`, `response_a`, `response_b` list<string>, in which a text
-    may be None, all three padded with None to the same number of turns; `label` list<float32> [A, B, tie]
-    with sum 1, or None. `labels`: "required" (a row without is an error), "optional", "ignored" (all None).
-    `limits`: how large a row may be, `Limits()` when not given; a larger one is a bad row.
+    The result has the columns `id` string; `prompt`, `response_a`, `response_b` list<string>, in which a text may be
+    None, all padded with None to the same number of turns; and `label` list<float32> [A, B, tie] with sum 1, or None.
 
-    The rows are kept in one Arrow file in `cache_dir`, named after the content of the files, and are
-    memory-mapped from there; a later call with the same content converts nothing.
+    The rows are cached in one Arrow file in `cache_dir`, named after the content of the files, and memory-mapped from
+    there; a later call with the same content converts nothing.
 
-    Raises `BadRowsError`, a `ValueError` that names file, row and field, when anything cannot be used;
-    nothing is kept then. Lines of CSV and JSONL are counted as an editor does, rows of parquet from 1.
+    Args:
+        labels: "required" (a row without a label is an error), "optional", or "ignored" (all labels are None).
+        limits: how large a row may be; a larger one is a bad row. The default is `Limits()`.
+
+    Raises:
+        BadRowsError: something cannot be used, and nothing is cached. The message names file, row and field; lines of
+            CSV and JSONL are counted as in an editor, rows of parquet from 1.
     """
     limits = limits or Limits()
     made_from = FORMAT, labels, astuple(limits), _contents(paths)
     stored = cache_dir / f"conversations-{fingerprint(*made_from)}.arrow"
     if not stored.exists():
-        with written_whole(stored) as draft:
+        with atomic_write(stored) as draft:
             _convert(paths, draft, labels, limits)
-    with kept(stored):
+    with reading_cached(stored):
         rows = Dataset.from_file(str(stored))
         if rows.features != FEATURES:
             raise ValueError(f"it has the columns {', '.join(rows.column_names)}")
     return rows
 
 
-def judgeable(row: Mapping[str, Any]) -> bool:
-    """Whether a row has anything to compare: some text that is not blank in at least one of its answers."""
+def has_responses(row: Mapping[str, Any]) -> bool:
+    """Whether at least one of a row's answers has text that is not blank, so that there is something to judge."""
     return any(text and text.strip() for text in [*row["response_a"], *row["response_b"]])
 
 
-def judgeable_rows(rows: Dataset) -> NDArray[np.bool_]:
-    """bool (len(rows),): which rows are `judgeable`."""
+def rows_with_responses(rows: Dataset) -> NDArray[np.bool_]:
+    """bool (len(rows),): `has_responses` of each row."""
     flags: list[bool] = []
     for batch in rows.select_columns(["response_a", "response_b"]).iter(batch_size=ROWS_AT_ONCE):
         answers = zip(batch["response_a"], batch["response_b"], strict=True)
-        flags += [judgeable({"response_a": a, "response_b": b}) for a, b in answers]
+        flags += [has_responses({"response_a": a, "response_b": b}) for a, b in answers]
     return np.array(flags, dtype=np.bool_)
 
 
 def repeated(extra: Dataset, against: Dataset) -> NDArray[np.bool_]:
-    """bool (len(extra),): rows whose prompt and answers stand in `against`, or earlier in `extra`."""
+    """bool (len(extra),): rows whose prompt and answers also occur in `against`, or earlier in `extra`."""
     seen = set(_content_digests(against))
     flags = np.zeros(len(extra), dtype=np.bool_)
     for index, digest in enumerate(_content_digests(extra)):
@@ -114,7 +117,7 @@ def _content_digests(rows: Dataset) -> Iterator[bytes]:
 
 
 def _contents(paths: Sequence[Path]) -> list[list[str]]:
-    """The ending and the digest of each file: what the result depends on, wherever the files lie."""
+    """The ending and the digest of each file, which determine the result, wherever the files are."""
     if not paths:
         raise ValueError("no file to read conversations from; name at least one")
     bad = BadRowsError()
@@ -126,7 +129,7 @@ def _contents(paths: Sequence[Path]) -> list[list[str]]:
             continue
         try:
             if not (stat.S_ISREG(path.stat().st_mode) or path.is_dir()):  # reading a pipe or a device may never end
-                raise OSError(errno.EINVAL, "it is no regular file")
+                raise OSError(errno.EINVAL, "it is not a regular file")
             contents.append([path.suffix.lower(), file_digest(path)])
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
             why = getattr(error, "strerror", None) or error
@@ -139,13 +142,13 @@ def _contents(paths: Sequence[Path]) -> list[list[str]]:
 
 def _convert(paths: Sequence[Path], draft: Path, labels: Labels, limits: Limits) -> None:
     bad = BadRowsError()
-    first_file: dict[str, Path] = {}  # id -> the file in which it was seen first
+    first_file: dict[str, Path] = {}  # id -> the file in which it first occurs
     schema = FEATURES.arrow_schema
     with pa.ipc.new_stream(str(draft), schema) as stream, progress("Reading conversations", None) as advance:
         for path in paths:
             for chunk in _chunks(read_rows(path, labels, limits)):
                 good = _good_rows(path, chunk, labels, limits, first_file, bad)
-                if not bad.count:  # nothing will be kept otherwise
+                if not bad.count:  # otherwise nothing is cached
                     stream.write_batch(pa.RecordBatch.from_pylist(good, schema=schema))
                 advance(len(chunk))
     if bad.count:
@@ -153,7 +156,7 @@ def _convert(paths: Sequence[Path], draft: Path, labels: Labels, limits: Limits)
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """The rows in lists of at most `ROWS_AT_ONCE`, which are shorter where rows are long."""
+    """The rows in lists of at most `ROWS_AT_ONCE`; lists of long rows are shorter."""
     chunk: list[Row] = []
     held = 0
     for row in rows:
@@ -169,14 +172,14 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 def _good_rows(
     path: Path, chunk: list[Row], labels: Labels, limits: Limits, first_file: dict[str, Path], bad: BadRowsError
 ) -> list[Cells]:
-    """The rows of `chunk` as conversations; those that cannot be used are added to `bad`."""
+    """The good rows of `chunk` as conversations; the others are added to `bad`."""
     good = []
     for where, cells in chunk:
         try:
             row = _conversation(cells, labels, limits)
             if (earlier := first_file.get(row["id"])) is not None:
                 raise FieldError(
-                    "id", f"{excerpt(row['id'])} stands earlier too, in {earlier}; every row needs its own"
+                    "id", f"{excerpt(row['id'])} also occurs earlier, in {earlier}; every row needs its own"
                 )
             first_file[row["id"]] = path
             good.append(row)

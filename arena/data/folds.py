@@ -1,4 +1,4 @@
-"""Folds for cross-validation: stratified by label, and all rows with the same first prompt in one fold."""
+"""Folds for cross-validation, stratified by label, with all rows of the same first prompt in one fold."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
-from arena.data.cached import kept
+from arena.data.cached import reading_cached
 from arena.data.cells import excerpt
-from arena.files import fingerprint, written_whole
+from arena.files import atomic_write, fingerprint
 
-FORMAT = 1  # part of the stored file's name: raise it when keys or folds would come out differently
+FORMAT = 1  # part of the cached file's name: increase it when keys or folds would be different
 ROWS_AT_ONCE = 1_000
 
 Folds = NDArray[np.int8]
 
 
 def prompt_key(prompt: Sequence[str | None]) -> str:
-    """What makes two prompts the same: the first turn that is not blank, whatever its case and white space.
+    """The key by which prompts are equal: the first turn that is not blank, regardless of case and white space.
 
-    Compatibility forms are made equal too (NFKC). The key of a prompt without any text is "".
+    Compatibility forms are normalised too (NFKC). The key of a prompt without text is "".
     """
     first = next((turn for turn in prompt if turn and turn.strip()), "")
     folded = unicodedata.normalize("NFKC", first).casefold()
@@ -37,10 +37,14 @@ def prompt_key(prompt: Sequence[str | None]) -> str:
 def assign_folds(rows: Dataset, n_folds: int, seed: int, keys: list[str] | None = None) -> Folds:
     """The fold of each row, int8 (len(rows),), from 0 to n_folds - 1.
 
-    Rows with the same prompt key share a fold, and each fold gets its share of every label (the largest of
-    the three probabilities). The fold of a prompt does not depend on the order of the rows. `keys` are the
-    `prompt_keys` of the rows, if they are at hand. Raises `ValueError` for a row without a label, or when there
-    are too few prompts to fill the folds.
+    Rows with the same prompt key share a fold, and each fold gets its share of every label (the class with the largest
+    probability). The fold of a prompt does not depend on the order of the rows.
+
+    Args:
+        keys: the `prompt_keys` of the rows, if they are already known.
+
+    Raises:
+        ValueError: a row has no label, or there are too few prompts to fill the folds.
     """
     if not 2 <= n_folds <= np.iinfo(np.int8).max:
         raise ValueError(f"n_folds is {n_folds}; it must be from 2 to {np.iinfo(np.int8).max}")
@@ -60,10 +64,10 @@ def assign_folds(rows: Dataset, n_folds: int, seed: int, keys: list[str] | None 
 
 
 def load_or_assign_folds(rows: Dataset, n_folds: int, seed: int, cache_dir: Path) -> Folds:
-    """The folds kept for the same ids, prompts, labels, `n_folds` and `seed`; else assigned, then kept.
+    """The cached folds of the same ids, prompts, labels, `n_folds` and `seed`; assigned and cached if there are none.
 
-    int8 (len(rows),), kept in `cache_dir` as parquet (`id` string, `fold` int8) in the order of the rows.
-    Raises `ValueError` as `assign_folds` does, and when the kept file does not fit the rows.
+    Returns int8 (len(rows),). The cache is a parquet file in `cache_dir` (`id` string, `fold` int8) in the order of the
+    rows. Raises `ValueError` as `assign_folds` does, and if the cached file does not fit the rows.
     """
     ids = _column(rows, "id").to_pylist()
     keys = prompt_keys(rows)
@@ -71,12 +75,12 @@ def load_or_assign_folds(rows: Dataset, n_folds: int, seed: int, cache_dir: Path
     stored = cache_dir / f"folds-{content}.parquet"
     if not stored.exists():
         assigned = assign_folds(rows, n_folds, seed, keys)
-        with written_whole(stored) as draft:
+        with atomic_write(stored) as draft:
             pq.write_table(pa.table({"id": ids, "fold": assigned}), draft)
-    with kept(stored):
+    with reading_cached(stored):
         table = pq.read_table(stored, columns=["id", "fold"])
     if table["id"].to_pylist() != ids:
-        raise ValueError(f"{stored} does not hold the ids of these rows; delete it to assign the folds again")
+        raise ValueError(f"{stored} does not have the ids of these rows; delete it to assign the folds again")
     folds: Folds = table["fold"].to_numpy().astype(np.int8)  # a copy, which the caller may change
     _check_filled(folds, n_folds)
     check_no_leak(rows, folds, keys)
@@ -84,29 +88,30 @@ def load_or_assign_folds(rows: Dataset, n_folds: int, seed: int, cache_dir: Path
 
 
 def check_no_leak(rows: Dataset, folds: Folds, keys: list[str] | None = None) -> None:
-    """Raises `ValueError`, naming the first, when rows with the same prompt key stand in different folds.
+    """Raises `ValueError` if rows with the same prompt key are in different folds; the message names the first.
 
-    `keys` are the `prompt_keys` of the rows, if they are at hand.
+    Args:
+        keys: the `prompt_keys` of the rows, if they are already known.
     """
     if len(folds) != len(rows):
-        raise ValueError(f"{len(folds)} folds were given for {len(rows)} rows; give one a row")
+        raise ValueError(f"{len(folds)} folds were given for {len(rows)} rows; give one for each row")
     fold_of: dict[str, int] = {}
     for index, (key, fold) in enumerate(zip(prompt_keys(rows) if keys is None else keys, folds.tolist(), strict=True)):
         if fold_of.setdefault(key, fold) != fold:
             raise ValueError(
-                f"the prompt {excerpt(key)} stands in folds {fold_of[key]} and {fold} (row with id "
-                f"{rows[index]['id']}): a judge would be evaluated on what it has seen; group by prompt"
+                f"the prompt {excerpt(key)} is in folds {fold_of[key]} and {fold} (row with id {rows[index]['id']}): a "
+                "judge would be evaluated on a prompt that it was trained on; group rows by prompt"
             )
 
 
 def leaking(extra: Dataset, held_out: Dataset) -> NDArray[np.bool_]:
-    """bool (len(extra),): rows whose prompt key stands in `held_out`."""
+    """bool (len(extra),): rows whose prompt key occurs in `held_out`."""
     held_out_keys = set(prompt_keys(held_out))
     return np.fromiter((key in held_out_keys for key in prompt_keys(extra)), dtype=np.bool_, count=len(extra))
 
 
 def prompt_keys(rows: Dataset) -> list[str]:
-    """The `prompt_key` of every row; that of a repeated prompt is made once."""
+    """The `prompt_key` of every row; the key of a repeated prompt is computed once."""
     keys: dict[tuple[str | None, ...], str] = {}
     result = []
     for batch in rows.select_columns("prompt").iter(ROWS_AT_ONCE):

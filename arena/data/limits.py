@@ -1,4 +1,4 @@
-"""How large a row of a data file may be: what is larger is reported, before it is held in memory."""
+"""Limits on the size of a row: larger rows are reported before they are read into memory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from arena.config import MAX_ROW_CHARACTERS, MAX_TURNS
 from arena.data.cells import FieldError
 
 FEWEST_AT_ONCE = 16  # rows of parquet decoded at once, however large their column is
-DECODED_BYTES = 2**28  # what the rows decoded at once may take, as far as the sizes of columns tell
-BYTES_A_CHARACTER = 4  # in UTF-8, at most
-TOO_LONG = "the row's length"  # the field of such a problem
+DECODED_BYTES = 2**28  # the rows decoded at once may take this much, as far as column sizes tell
+BYTES_A_CHARACTER = 4  # the most in UTF-8
+TOO_LONG = "the row's length"  # the field named by such a problem
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The sizes beyond which a row is an error, as every other row that cannot be used: nothing is cut silently.
+    """The largest allowed size of a row. A larger row is an error, so that nothing is truncated silently.
 
     Attributes:
-        max_row_characters: characters of all columns of a row, as they stand in the file.
+        max_row_characters: characters in all columns of a row, as they are in the file.
         max_turns: turns of a prompt or an answer.
     """
 
@@ -28,36 +28,34 @@ class Limits:
     max_turns: int = MAX_TURNS
 
     def check_row(self, characters: int) -> None:
-        """Raises `FieldError` for a row of more characters than are allowed."""
+        """Raises `FieldError` for a row with more characters than allowed."""
         if characters > self.max_row_characters:
             raise self.too_long(f"is {characters:,} characters")
 
     def check_turns(self, turns: int, field: str) -> None:
-        """Raises `FieldError` for a field of more turns than are allowed."""
+        """Raises `FieldError` for a field with more turns than allowed."""
         if turns > self.max_turns:
             raise FieldError(
-                field, f"has {turns:,} turns, data.max_turns is {self.max_turns:,}; shorten it or raise data.max_turns"
+                field, f"has {turns:,} turns, but data.max_turns is {self.max_turns:,}; shorten it or raise that limit"
             )
 
     def too_long(self, what: str) -> FieldError:
-        """The problem of a row that is too long; `what` says how long."""
+        """The problem of a row that is too long; `what` states its length."""
         allowed = f"data.max_row_characters is {self.max_row_characters:,}"
-        return FieldError(
-            TOO_LONG, f"{what}, {allowed}; shorten the row, close its quotes, or raise data.max_row_characters"
-        )
+        return FieldError(TOO_LONG, f"{what}, but {allowed}; shorten the row, close its quotes, or raise that limit")
 
     def rows_at_once(self, rows: int, sizes: list[int], most: int) -> int:
         """How many rows of a parquet row group to decode at once.
 
-        A value that repeats is stored once and decoded many times, and may be as large as its column is stored.
+        A repeated value is stored once but decoded many times, and may be as large as its whole column.
 
         Args:
-            rows: of the row group.
-            sizes: bytes of each of its columns, decompressed.
-            most: the most to give.
+            rows: number of rows in the row group.
+            sizes: decompressed bytes of each of its columns.
+            most: the largest result.
 
         Raises:
-            FieldError: the sizes tell that some row is too long.
+            FieldError: the sizes show that some row is too long.
         """
         if max(sizes, default=0) > rows * BYTES_A_CHARACTER * self.max_row_characters:
             raise self.too_long(f"is {sum(sizes) / max(rows, 1):,.0f} bytes on average")
@@ -65,25 +63,25 @@ class Limits:
 
 
 class LimitedLines(Iterator[str]):
-    """The lines of a text file, none and no row of them longer than is allowed. `begin_row()` says where rows begin.
+    """The lines of a text file, with a limit on the length of each row; call `begin_row()` where a row begins.
 
-    Raises `FieldError` when a row is too long, having held no more of it than is allowed.
+    Raises `FieldError` if a row is too long, without reading more of it into memory than the limit.
     """
 
     def __init__(self, handle: TextIO, limits: Limits) -> None:
         self._handle, self._limits = handle, limits
         self._used = 0  # characters of this row's lines so far, with the ends of those lines
-        self._cut = False  # the line read last goes on
+        self._cut = False  # the last line was read incompletely
 
     def begin_row(self) -> None:
-        """The next line begins a row; what is left of one that was too long is passed over."""
+        """Marks the beginning of a row; the rest of a row that was too long is skipped."""
         while self._cut:
             self._cut = _goes_on(self._handle.readline(self._limits.max_row_characters))
         self._used = 0
 
     def __next__(self) -> str:
         most = self._limits.max_row_characters
-        line = self._handle.readline(max(0, most - self._used) + 3)  # two for the line's end, one too many
+        line = self._handle.readline(max(0, most - self._used) + 3)  # two for the end of the line, and one too many
         if not line:
             raise StopIteration
         if self._used + len(line) - _end(line) > most:
@@ -94,7 +92,7 @@ class LimitedLines(Iterator[str]):
 
 
 def characters(cells: Mapping[str, Any]) -> int:
-    """The characters of a row's cells; a list counts as its texts."""
+    """The number of characters in a row's cells; of a list, those of its texts."""
     return sum(len(cell) if type(cell) is str else _size(cell) for cell in cells.values())
 
 
@@ -109,5 +107,5 @@ def _goes_on(line: str) -> bool:
 
 
 def _end(line: str) -> int:
-    """The characters of a line's end."""
+    """The number of characters that end a line."""
     return 2 if line.endswith("\r\n") else line.endswith(("\n", "\r"))

@@ -1,4 +1,4 @@
-"""From a folder of files to what one fold trains on and is scored on."""
+"""Prepares a fold: from a folder of files to the rows, labels and tokens for training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 from datasets import Dataset
 
 from arena.config import Recipe, Template
-from arena.data.conversations import judgeable_rows, read_conversations, repeated
+from arena.data.conversations import read_conversations, repeated, rows_with_responses
 from arena.data.folds import leaking, load_or_assign_folds
 from arena.data.limits import Limits
 from arena.data.rows import READERS
 from arena.data.tokens import TokenStore, join, tokenise
 from arena.files import fingerprint
 
-# what the templates of other programs write where a text is to be put; other braces are ordinary text
+# placeholders that other programs use in templates; other braces are ordinary text
 PLACEHOLDER = re.compile(
     r"\{\{?\s*(prompt|response_[ab]|answer\w*|question|instruction|conversation|text)\s*\}\}?", re.IGNORECASE
 )
@@ -30,16 +30,16 @@ class FoldData:
 
     Attributes:
         rows: the training file's rows.
-        ids: what to call each row in messages; those of extra files with their file.
+        ids: the id of each row for messages; those of extra files include the file.
         labels: float64 (rows, 3), in the order A, B, tie.
         store: tokens of all rows.
-        train_rows: rows to train on, those that cannot be judged left out.
-        eval_rows: rows of the held-out fold, all of them.
-        judgeable: bool (rows,), whether a row has anything to judge.
+        train_rows: rows to train on, without those that have no responses.
+        eval_rows: all rows of the held-out fold.
+        has_responses: bool (rows,), whether there is anything to judge in a row.
         prior: (3,), mean label of `train_rows`.
-        fingerprint: changes when the rows, the fold or the prompt's settings do.
+        fingerprint: changes when the rows, the fold or the prompt settings change.
         trained_on: fingerprint of the files and of the split, the same for all folds.
-        notes: what was left out, and why, for people.
+        notes: messages about omitted rows.
     """
 
     rows: Dataset
@@ -48,7 +48,7 @@ class FoldData:
     store: TokenStore
     train_rows: np.ndarray
     eval_rows: np.ndarray
-    judgeable: np.ndarray
+    has_responses: np.ndarray
     prior: np.ndarray
     fingerprint: str
     trained_on: str
@@ -56,10 +56,10 @@ class FoldData:
 
 
 def data_file(path: str | Path, kind: str) -> Path:
-    """The file of a data folder that is called `kind` (train, test), or `path` itself when it is a file.
+    """The file called `kind` (train, test) in a data folder, or `path` itself if it is a file.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is no such file, or more than one.
     """
     place = Path(path)
     if place.is_file():
@@ -70,16 +70,16 @@ def data_file(path: str | Path, kind: str) -> Path:
     if len(found) != 1:
         names = ", ".join(f"{kind}{ending}" for ending in READERS)
         have = f"it has {', '.join(file.name for file in found)}" if found else "it has none of them"
-        raise ValueError(f"{place} must hold exactly one of {names}; {have}")
+        raise ValueError(f"{place} must have exactly one of {names}; {have}")
     return found[0]
 
 
 def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
-    """Reads, splits and tokenises what fold `fold` of a recipe needs.
+    """Reads, splits and tokenises the data of fold `fold` of a recipe.
 
     Raises:
-        ValueError: a file that cannot be used, a fold that does not exist, or a template with placeholders; nothing is
-            left half-written.
+        ValueError: a file cannot be used, the fold does not exist, or the template has placeholders; no incomplete
+            file is left behind.
     """
     _refuse_placeholders(recipe.prompt.template)
     settings = recipe.data
@@ -91,31 +91,31 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, cache)
     held_out = np.flatnonzero(folds == fold)
     stores = [_tokens(rows, recipe, tokenizer)]
-    labels, usable, kept = [_labels(rows)], [judgeable_rows(rows)], [folds != fold]
+    labels, responses, selected = [_labels(rows)], [rows_with_responses(rows)], [folds != fold]
     notes, sources, ids = [], [source(rows)], list(rows["id"])
     if settings.extra:
         extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required", limits=limits)
-        again, leaks = repeated(extra, rows), leaking(extra, rows.select(held_out))
+        repeats, leaks = repeated(extra, rows), leaking(extra, rows.select(held_out))
         notes.append(
-            f"extra rows: {len(extra):,}, of which {again.sum():,} repeat a row and {(leaks & ~again).sum():,} "
-            "have a prompt of the held-out fold; both are left out"
+            f"extra rows: {len(extra):,}, of which {repeats.sum():,} repeat a row and {(leaks & ~repeats).sum():,} "
+            "have a prompt of the held-out fold; both are omitted"
         )
         stores.append(_tokens(extra, recipe, tokenizer))
         labels.append(_labels(extra))
-        usable.append(judgeable_rows(extra))
-        kept.append(~again & ~leaks)
+        responses.append(rows_with_responses(extra))
+        selected.append(~repeats & ~leaks)
         sources.append(source(extra))
         origin = Path(settings.extra[0]).name if len(settings.extra) == 1 else "data.extra"
         ids += [f"{each} ({origin})" for each in extra["id"]]
-    can, keep = np.concatenate(usable), np.concatenate(kept)
+    answered, chosen = np.concatenate(responses), np.concatenate(selected)
     every_label = np.concatenate(labels)
-    train_rows = np.flatnonzero(keep & can)
+    train_rows = np.flatnonzero(chosen & answered)
     if not len(train_rows) or not len(held_out):
         raise ValueError(f"fold {fold} has {len(train_rows)} rows to train on and {len(held_out)} to score: add rows")
-    if not can[held_out].any():
-        raise ValueError(f"no row of fold {fold} has anything to judge: use other data or fewer folds")
-    if unusable := int((keep & ~can).sum()):
-        notes.append(f"{unusable:,} training rows have nothing to judge (no turn, or no answer) and are left out")
+    if not answered[held_out].any():
+        raise ValueError(f"no row of fold {fold} has a response to judge: use other data or fewer folds")
+    if omitted := int((chosen & ~answered).sum()):
+        notes.append(f"{omitted:,} training rows have no response to judge and are omitted")
     split = [sources, settings.folds, settings.fold_seed]
     return FoldData(
         rows=rows,
@@ -124,7 +124,7 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
         store=join(stores) if len(stores) > 1 else stores[0],
         train_rows=train_rows,
         eval_rows=held_out,
-        judgeable=can,
+        has_responses=answered,
         prior=every_label[train_rows].mean(axis=0),
         fingerprint=fingerprint(split, fold, recipe.prompt.model_dump()),
         trained_on=fingerprint(split),
@@ -133,23 +133,24 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
 
 
 def _refuse_placeholders(template: Template) -> None:
-    """A placeholder would stand in every prompt as it is written. Judges that were trained so can still be used."""
+    """Refuses placeholders, which would appear literally in every prompt. Judges trained that way still work."""
     for name, words in template:
         if found := PLACEHOLDER.search(words):
             raise ValueError(
-                f"prompt.template.{name} holds {found[0]}, but templates have no placeholders: texts are put between "
-                "the fields, the user's prompt after `user`, the answers after `answer_a` and `answer_b`. Remove it"
+                f"prompt.template.{name} has {found[0]}, but templates have no placeholders: texts are inserted "
+                "between the fields, the user's prompt after `user`, the answers after `answer_a` and `answer_b`. "
+                "Remove it"
             )
 
 
 def source(rows: Dataset) -> str:
-    """The fingerprint of rows that came from `read_conversations`: the name of their file, which is made from it.
+    """The fingerprint of rows from `read_conversations`, which is the name of their cached file.
 
     Raises:
-        ValueError: the rows are not all rows of one such file, in their order.
+        ValueError: these are not all rows of one such file in their original order.
     """
     if len(rows.cache_files) != 1 or rows._indices is not None:
-        raise ValueError("these rows are a selection or were made in memory: write a file and use read_conversations")
+        raise ValueError("these rows are a selection or exist in memory only: write a file and use read_conversations")
     return Path(rows.cache_files[0]["filename"]).stem
 
 

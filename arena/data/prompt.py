@@ -1,4 +1,4 @@
-"""Conversations to judge prompts: token ids within `max_length` that always end in the verdict suffix.
+"""Encodes conversations as judge prompts: token ids within `max_length` that always end in the verdict suffix.
 
 The layout of an example, with Gemma's chat markers and the `compact` template:
 
@@ -18,7 +18,8 @@ The layout of an example, with Gemma's chat markers and the `compact` template:
     <start_of_turn>model
     verdict is: [[
 
-Each prompt and answer is tokenised by itself, with control tokens in it kept as plain text, and is cut between tokens.
+Each prompt and answer is tokenised separately, with control tokens in it taken as plain text, and truncated at token
+boundaries.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from arena.data.cells import excerpt
 from arena.data.control_tokens import any_of, control_ids
 from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten, vocabulary_size
 
-# Chat markers by model family: what opens the user's turn, closes it, and opens the model's.
+# Chat markers by model family: the beginning and end of the user's turn, and the beginning of the model's.
 CHAT_MARKERS = {
     "gemma": ("<start_of_turn>user\n", "<end_of_turn>\n", "<start_of_turn>model\n"),
     "chatml": ("<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n"),
@@ -57,8 +58,8 @@ class Example:
 
     Attributes:
         input_ids: int32, shape (n_tokens,), at most `max_length`.
-        turns_dropped: turns of the conversation that were left out.
-        tokens_cut: tokens of its texts that were left out, those of dropped turns included.
+        turns_dropped: turns of the conversation that were omitted.
+        tokens_cut: tokens of its texts that were omitted, including those of dropped turns.
     """
 
     input_ids: np.ndarray
@@ -72,7 +73,7 @@ class Encoded:
 
     Attributes:
         input_ids: int32 (tokens of all examples,).
-        offsets: int32 (n + 1,), where each example begins, and the end.
+        offsets: int32 (n + 1,), the beginning of each example, and the end.
         turns_dropped: int32 (n,), as in `Example`.
         tokens_cut: int32 (n,), as in `Example`.
     """
@@ -95,11 +96,11 @@ class PromptEncoder:
     Args:
         tokenizer: a fast transformers tokenizer; it needs no chat template.
         settings: template, chat markers, `max_length`.
-        memo: remembers token ids from call to call, by a digest of the text; within a call no text is tokenised twice.
+        memo: caches token ids between calls by a digest of the text; within a call no text is tokenised twice.
 
     Raises:
-        ValueError: the tokenizer is not a fast one, or `max_length` cannot hold the template and one cut turn; from any
-            method, a text that cannot be told from a control token.
+        ValueError: the tokenizer is not a fast one, or `max_length` is too small for the template and one truncated
+            turn; from any method, if a text cannot be tokenised without a control token.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class PromptEncoder:
         self._control = control_ids(tokenizer)
         self._is_control = np.zeros(vocabulary_size(tokenizer), dtype=bool)
         steering = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        known = set(self._control) - ({tokenizer.unk_token_id} - steering)  # which stands for any strange character
+        known = set(self._control) - ({tokenizer.unk_token_id} - steering)  # which replaces any unknown character
         self._is_control[list(known)] = True
         self._control_text = any_of(tuple(self._control.values()))
         self._is_continuation = continuation_bytes(tokenizer)
@@ -136,12 +137,12 @@ class PromptEncoder:
         least = least_room(self._overhead, len(self.cut), len(self.cut_turns))
         if self._room < least:
             raise ValueError(
-                f"prompt.max_length {settings.max_length} cannot hold this template: it takes "
-                f"{settings.max_length - self._room + least} tokens at least; raise max_length or shorten the template"
+                f"prompt.max_length {settings.max_length} is too small for this template, which takes at least "
+                f"{settings.max_length - self._room + least} tokens; raise max_length or shorten the template"
             )
         user, a, b = self.headings
         between = user, self.separator + a, self.separator + b, self.separator
-        self._user, self._answer_a, self._answer_b, self._end = map(_ids, between)  # as arrays, to be laid out
+        self._user, self._answer_a, self._answer_b, self._end = map(_ids, between)
         self._missing, self._cut = _ids(self.missing), _ids(self.cut)
         self._prefix, self._suffix = _ids(self.prefix), _ids(self.suffix)
         self._prefix_cut = _ids(self.prefix + self.cut_turns)
@@ -151,15 +152,15 @@ class PromptEncoder:
 
         Args:
             rows: columns `prompt`, `response_a`, `response_b`: per row a list of turns, each a text or None.
-            both_orders: give each conversation twice, as it stands and with A and B exchanged.
+            both_orders: encode each conversation twice, as given and with A and B exchanged.
 
         Yields:
-            One example per row in order; with `both_orders` two in a row, of the same tokens and the same cuts.
+            One example per row, in order; with `both_orders` two adjacent ones, with the same truncation.
         """
         yield from self.lay_out(self.tokenise(rows), both_orders=both_orders).examples()
 
     def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[list[Fields]]:
-        """Token ids of every field, by row and turn; the texts of all rows are handed to the tokenizer at once."""
+        """The token ids of every field, by row and turn; the texts of all rows are tokenised in one call."""
         columns = rows["prompt"], rows["response_a"], rows["response_b"]
         turns = [list(zip(*fields, strict=True)) for fields in zip(*columns, strict=True)]
         texts = dict.fromkeys(text for row in turns for turn in row for text in turn if text is not None)
@@ -167,7 +168,7 @@ class PromptEncoder:
         return [[(ids[prompt], ids[a], ids[b]) for prompt, a, b in row] for row in turns]
 
     def lay_out(self, rows: Sequence[list[Fields]], *, both_orders: bool) -> Encoded:
-        """Cuts the tokenised conversations to length and lays them out: as they stand, or each in both orders."""
+        """Truncates the tokenised conversations and lays them out, each in the given order or in both orders."""
         pieces, lengths, counts = [], [], []
         for turns in rows:
             shown, dropped, cut = self._shorten_turns(turns)
@@ -183,7 +184,7 @@ class PromptEncoder:
         return Encoded(np.concatenate([_ids([]), *pieces]), offsets, turns_dropped, tokens_cut)
 
     def _fields(self, texts: Collection[str]) -> dict[str, np.ndarray]:
-        """int32 token ids of each of these user texts; none is a control token."""
+        """The int32 token ids of each of these user texts, without control tokens."""
         memo: MutableMapping[bytes, np.ndarray] = {} if self._memo is None else self._memo
         keys = {text: blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts}
         found = {text: ids for text, key in keys.items() if (ids := memo.get(key)) is not None}
@@ -205,7 +206,7 @@ class PromptEncoder:
         return ids
 
     def _without_control(self, text: str) -> list[int]:
-        """Encodes a text that spells control tokens: it is split inside each of them, so that none is recognised."""
+        """Encodes a text that contains control tokens' texts: it is split inside each, so that none is recognised."""
         breaks = [0, *(match.start() + 1 for match in self._control_text.finditer(text)), len(text)]
         pieces = [text[start:end] for start, end in pairwise(breaks) if start < end]
         ids: list[int] = []
@@ -217,15 +218,15 @@ class PromptEncoder:
         if self._is_control[ids].any():
             token = next(self._control[token] for token in ids if self._is_control[token])
             raise ValueError(
-                f"the text {excerpt(text)} cannot be tokenised without {token!r}, which this tokenizer holds as a "
-                "control token: change the text, or use a base whose tokenizer keeps it apart from text"
+                f"the text {excerpt(text)} cannot be tokenised without {token!r}, which is a control token of this "
+                "tokenizer: change the text, or use a base whose tokenizer can represent it as plain text"
             )
         return ids
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """What `tokenizer(texts, add_special_tokens=False, split_special_tokens=True)` gives, without its wrapping.
+        """Does the same as `tokenizer(texts, add_special_tokens=False, split_special_tokens=True)`, but faster.
 
-        The settings are those that this call makes too, and makes anew each time: they are not left for others.
+        That call makes these settings too, every time, so they do not affect other callers.
         """
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
@@ -237,7 +238,7 @@ class PromptEncoder:
         return list(self._tokenise_new([text])[0].tolist()) if text else []
 
     def _trusted(self, text: str) -> list[int]:
-        """Token ids of our own markers, in which control tokens are meant."""
+        """Token ids of this package's own markers, in which control tokens are recognised."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _pieces(self, turns: list[Fields], dropped: int) -> list[np.ndarray]:
@@ -248,7 +249,7 @@ class PromptEncoder:
         return pieces
 
     def _shorten_turns(self, turns: list[Fields]) -> tuple[list[Fields], int, int]:
-        """The turns as they are shown, how many before them are left out, and how many tokens are."""
+        """The turns as shown, the number of earlier turns omitted, and the number of tokens omitted."""
         lengths = [(len(prompt), len(a), len(b)) for prompt, a, b in turns]
         cut = choose_cut(lengths, self._room, self._overhead, len(self.cut), len(self.cut_turns))
         first, shown = cut.first_turn, turns[cut.first_turn :]
@@ -268,7 +269,7 @@ def _ids(ids: Sequence[int]) -> np.ndarray:
 
 
 def chat_family(tokenizer: Any, chat: str = "auto") -> str:
-    """The key of `CHAT_MARKERS` that a tokenizer's vocabulary calls for, unless `chat` names one.
+    """The key of `CHAT_MARKERS` that fits a tokenizer's vocabulary, unless `chat` names one.
 
     Raises:
         ValueError: `chat` names a family whose markers are not in the vocabulary.

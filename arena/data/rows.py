@@ -1,4 +1,4 @@
-"""Rows of CSV, parquet and JSONL files, each with its place there: its cells, or what is wrong with it."""
+"""Reads the rows of CSV, parquet and JSONL files, each with its position: its cells, or the problem with it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SLICED_BYTES = 2**25  # of a record batch whose rows become Python objects one b
 CSV_FIELD_LIMIT = 2**31 - 1  # Python's own limit, 131,072 characters, is shorter than some conversations
 
 Cells = dict[str, Any]
-Row = tuple[str, Cells | FieldError]  # where it stands in its file, and its cells or what is wrong with it
+Row = tuple[str, Cells | FieldError]  # the position in the file, and the cells or the problem
 
 
 def read_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
-    """Every row of a file, good or bad, none larger than `limits`. What is wrong with the whole file comes last."""
+    """Every row of a file, good or bad, none larger than `limits`. A problem with the whole file comes last."""
     row = None
     try:
         if path.stat().st_size == 0:
-            raise FieldError("any row", "is missing: the file is empty; fetch or write it again")
+            raise FieldError("any row", "is missing, because the file is empty; fetch or write it again")
         for row in READERS[path.suffix.lower()](path, labels, limits):
             yield row
         if row is None:
-            raise FieldError("any row", "is missing: there is none; fetch or write it again")
+            raise FieldError("any row", "is missing, because the file has none; fetch or write it again")
     except FieldError as problem:
         yield "the file", problem
     except (pa.ArrowException, OSError, ValueError, OverflowError, NotImplementedError) as error:
@@ -40,9 +40,9 @@ def read_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
-    """Rows of a CSV file, by the line on which each begins.
+    """The rows of a CSV file, by the line on which each begins.
 
-    Read with Python's own reader, because pandas fills up rows that have too few fields and says nothing.
+    They are read with Python's own reader, because pandas silently fills up rows that have too few fields.
     """
     csv.field_size_limit(CSV_FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
@@ -63,16 +63,16 @@ def _csv_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
                 start = reader.line_num + 1
                 lines.begin_row()
         except csv.Error as error:
-            what = f"is broken CSV ({error}), so nothing below it was read; quote it rightly"
+            what = f"is broken CSV ({error}), so nothing after it was read; correct its quotes"
             yield f"line {start}", FieldError("the row", what)
         except FieldError as problem:
             if problem.field != TOO_LONG:
                 raise
-            yield f"line {start}", problem  # the last one: where a row that is too long ends cannot be told
+            yield f"line {start}", problem  # the last one: the end of a row that is too long is unknown
 
 
 def _parquet_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
-    """Rows of a parquet file, counted from 1."""
+    """The rows of a parquet file, counted from 1."""
     number = 0
     with pq.ParquetFile(path) as file:
         names = _columns(file.schema_arrow.names, labels)
@@ -83,7 +83,7 @@ def _parquet_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
                 cells = _within(dict(zip(names, values, strict=True)), limits)
                 yield f"row {number}", cells
                 if isinstance(cells, FieldError) and cells.field == TOO_LONG:
-                    return  # the rows below it may be as long, and take hours
+                    return  # the next rows may be as long and take hours
 
 
 def _record_batches(file: pq.ParquetFile, names: list[str], limits: Limits) -> Iterator[pa.RecordBatch]:
@@ -93,14 +93,14 @@ def _record_batches(file: pq.ParquetFile, names: list[str], limits: Limits) -> I
         sizes = [chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in names]
         at_once = limits.rows_at_once(group.num_rows, sizes, ROWS_AT_ONCE) if group.num_rows else 1
         for batch in file.iter_batches(batch_size=at_once, row_groups=[index], columns=names):
-            if batch.nbytes > SLICED_BYTES:  # as Python's objects they would take as much again
+            if batch.nbytes > SLICED_BYTES:  # as Python objects they would take as much memory again
                 yield from (batch.slice(row, 1) for row in range(len(batch)))
             else:
                 yield batch
 
 
 def _jsonl_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
-    """Rows of a file with one JSON object a line; blank lines are passed over."""
+    """The rows of a file with one JSON object per line; blank lines are skipped."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as handle:
         lines = LimitedLines(handle, limits)
         for number in count(1):
@@ -128,17 +128,17 @@ def _json_row(line: str) -> Cells | FieldError:
     except FieldError as problem:
         return problem
     if not isinstance(cells, dict):
-        return FieldError("the row", "is not an object; write one JSON object a line")
+        return FieldError("the row", "is not an object; write one JSON object per line")
     return cells
 
 
 def _columns(names: Sequence[str], labels: Labels) -> list[str]:
-    """The columns to read, given those of a file. Raises `FieldError` if one is missing or stands twice."""
+    """The columns to read, given those of a file. Raises `FieldError` if one is missing or appears twice."""
     for name in names:
         if not is_utf8(name):
             raise FieldError("a column name", "is not UTF-8; save the file as UTF-8")
         if names.count(name) > 1:
-            raise FieldError(f'column "{name}"', "stands twice; rename or remove one of the two")
+            raise FieldError(f'column "{name}"', "appears twice; rename or remove one of the two")
     wanted = ("id", *TEXTS)
     missing = [name for name in wanted if name not in names]
     if missing:
@@ -147,13 +147,13 @@ def _columns(names: Sequence[str], labels: Labels) -> list[str]:
 
 
 def _checked(cells: Cells) -> Cells | FieldError:
-    """The cells, unless one of them was not UTF-8."""
+    """The cells, or a problem if one of them is not UTF-8."""
     broken = next((name for name, cell in cells.items() if isinstance(cell, str) and not is_utf8(cell)), None)
     return cells if broken is None else FieldError(broken, "is not UTF-8; save the file as UTF-8")
 
 
 def _within(cells: Cells, limits: Limits) -> Cells | FieldError:
-    """The cells, unless they are too long or not UTF-8."""
+    """The cells, or a problem if they are too long or not UTF-8."""
     try:
         limits.check_row(characters(cells))
     except FieldError as problem:

@@ -1,13 +1,13 @@
-"""Competition-shaped demo data; its labels are drawn from a stated model, so the best log-loss is known.
+"""Demo data in the competition's format, with labels drawn from a known model, so that the best log-loss is known.
 
-The model reads three visible features of the two answers, all turns together:
+The model uses three visible features of the two answers, over all turns:
 
 - tone: the mean tone of A's claims minus that of B's (see `synthetic_text`; no claims: tone 0);
 - length: (words of A - words of B) / (words of A + words of B);
 - refusal: whether A refuses minus whether B does.
 
-Their weighted sum `d` gives the probabilities after Davidson (1970): A, B and tie are as exp(d / 2),
-exp(-d / 2) and TIE. The mean entropy of these probabilities is the floor: no judge can expect a lower log-loss.
+Their weighted sum `d` gives the probabilities as in Davidson (1970): A, B and tie are proportional to exp(d / 2),
+exp(-d / 2) and TIE. No judge can expect a log-loss below the mean entropy of these probabilities.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from arena.config import Recipe
 from arena.data import synthetic_text as text
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.metrics import CLASSES
 
 TONE, LENGTH, REFUSAL, TIE = 2.0, 2.0, 2.0, 1.0
@@ -35,7 +35,7 @@ Answers = Sequence[str | None]
 
 
 class Features(NamedTuple):
-    """What the label model sees, as differences between A and B."""
+    """The label model's features, as differences between A and B."""
 
     tone: float
     length: float
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def features(response_a: Answers, response_b: Answers) -> Features:
-    """The features, from the visible text alone."""
+    """The features of the visible text."""
     a, b = (" ".join(turn for turn in answers if turn) for answers in (response_a, response_b))
     words_a, words_b = len(a.split()), len(b.split())
     length = (words_a - words_b) / max(words_a + words_b, 1)
@@ -60,7 +60,7 @@ def features(response_a: Answers, response_b: Answers) -> Features:
 
 
 def mean_tone(answer: str) -> float:
-    """The mean tone of an answer's claims, in [-1, 1]; 0 where it makes none."""
+    """The mean tone of an answer's claims, in [-1, 1]; 0 if it has none."""
     tones = text.tones(answer)
     return sum(tones) / len(tones) if tones else 0.0
 
@@ -75,31 +75,31 @@ def preference(response_a: Answers, response_b: Answers) -> tuple[float, float, 
 
 
 def entropy(probabilities: Sequence[float]) -> float:
-    """The expected log-loss, in nats, of stating these probabilities when they are the true ones."""
+    """The expected log-loss, in nats, of predicting these probabilities if they are the true ones."""
     return -sum(p * math.log(p) for p in probabilities if p > 0)
 
 
-def make_row(rng: Random, said: Sequence[str] = ()) -> Row:
-    """One conversation, now and then with an oddity of real data; its first prompt may repeat one of `said`."""
+def make_row(rng: Random, earlier: Sequence[str] = ()) -> Row:
+    """One conversation, sometimes with an irregularity of real data; its first prompt may repeat one of `earlier`."""
     topic = rng.choice(list(text.TOPICS))
     turns = rng.choices((1, 2, 3, 4), (0.78, 0.13, 0.06, 0.03))[0]
     scripts = rng.random() < 0.12
     prompts = [_prompt(rng, topic, scripts and rng.random() < 0.5) for _ in range(turns)]
-    if said and rng.random() < 0.08:
-        prompts[0] = rng.choice(said)
+    if earlier and rng.random() < 0.08:
+        prompts[0] = rng.choice(earlier)
     size = min(max(rng.lognormvariate(1.5, 0.60), 1.2), 14) / math.sqrt(turns)  # sentences in an answer
     answers = [_answers(rng, topic, turns, size, scripts) for _ in "ab"]
     return Row(prompts, *_odd(rng, *answers))
 
 
 def _prompt(rng: Random, topic: str, scripts: bool) -> str:
-    """A question, now and then after a long introduction."""
+    """A question, sometimes after a long introduction."""
     introduction = [text.talk(rng, topic) for _ in range(rng.randint(4, 9))] if rng.random() < 0.06 else []
     return " ".join([*introduction, text.question(rng, topic, scripts)])
 
 
 def _answers(rng: Random, topic: str, turns: int, size: float, scripts: bool) -> list[str | None]:
-    """One side's answers: one leaning of tone and one taste for length through all turns."""
+    """One side's answers, with the same tendency in tone and length in all turns."""
     leaning, taste = rng.uniform(-1, 1), rng.lognormvariate(0, 0.35)
     sentences = max(1, round(size * taste))
     answers: list[str | None] = [_answer(rng, topic, sentences, leaning, scripts) for _ in range(turns)]
@@ -109,19 +109,19 @@ def _answers(rng: Random, topic: str, turns: int, size: float, scripts: bool) ->
 
 
 def _answer(rng: Random, topic: str, sentences: int, leaning: float, scripts: bool) -> str:
-    """Claims that lean to one tone among talk without any."""
-    said = []
+    """Claims that tend to one tone, mixed with talk that has none."""
+    parts = []
     for _ in range(sentences):
         tone = 1 if rng.random() < (1 + leaning) / 2 else -1
-        said.append(text.claim(rng, tone) if rng.random() < 0.6 else text.talk(rng, topic))
+        parts.append(text.claim(rng, tone) if rng.random() < 0.6 else text.talk(rng, topic))
     if scripts:
-        said.insert(rng.randint(0, len(said)), rng.choice(text.OTHER_SCRIPTS))
+        parts.insert(rng.randint(0, len(parts)), rng.choice(text.OTHER_SCRIPTS))
     joint = "\n" if rng.random() < 0.1 else " "
-    return joint.join(said)
+    return joint.join(parts)
 
 
 def _odd(rng: Random, a: list[str | None], b: list[str | None]) -> tuple[list[str | None], list[str | None]]:
-    """Real data's oddities, each in about one row of a hundred: nulls, blanks, equal answers, a turn missing."""
+    """Irregularities of real data, each in about one row of a hundred: nulls, blanks, equal answers, a missing turn."""
     luck, side, turn = rng.random(), rng.choice((a, b)), rng.randrange(len(a))
     if luck < 0.012:
         side[turn] = None
@@ -139,20 +139,20 @@ def _odd(rng: Random, a: list[str | None], b: list[str | None]) -> tuple[list[st
 
 
 def make_rows(rng: Random, count: int) -> list[Row]:
-    """`count` conversations, some of which repeat an earlier one's first prompt."""
+    """`count` conversations, some of which repeat the first prompt of an earlier one."""
     rows: list[Row] = []
-    said: list[str] = []
+    earlier: list[str] = []
     for _ in range(count):
-        rows.append(make_row(rng, said))
-        said.append(rows[-1].prompt[0])
+        rows.append(make_row(rng, earlier))
+        earlier.append(rows[-1].prompt[0])
     return rows
 
 
 def ensure_demo(recipe: Recipe) -> bool:
-    """Writes a recipe's demo rows where nothing stands yet; whether it did. Recipes of real data have none.
+    """Writes a recipe's demo rows if their folder does not exist, and returns whether it did.
 
     Raises:
-        ValueError: demo rows of other numbers stand there, and the run would not be what its recipe says.
+        ValueError: the folder has demo rows in other numbers than the recipe asks for.
     """
     folder, rows = Path(recipe.data.path), recipe.data.synthetic_rows
     if rows is None:
@@ -164,14 +164,14 @@ def ensure_demo(recipe: Recipe) -> bool:
         there = tuple(_count(folder / name) for name in ("train.csv", "test.csv"))
         if None not in there and there != rows:
             raise ValueError(
-                f"{folder} holds demo data of {there[0]:,} and {there[1]:,} rows, data.synthetic_rows asks for "
+                f"{folder} has demo data of {there[0]:,} and {there[1]:,} rows, but data.synthetic_rows asks for "
                 f"{rows[0]:,} and {rows[1]:,}: remove that folder, or name another with data.path="
             )
     return False
 
 
 def _count(path: Path) -> int | None:
-    """Rows of a CSV file; None for one that cannot be read, which is named when its rows are needed."""
+    """The number of rows of a CSV file; None if it cannot be read, which is reported when its rows are needed."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             return sum(1 for _ in csv.reader(file)) - 1
@@ -180,9 +180,10 @@ def _count(path: Path) -> int | None:
 
 
 def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
-    """Writes a folder, all or nothing: `train.csv`, `test.csv`, `sample_submission.csv` and, for all rows, `truth.csv`.
+    """Writes a folder atomically: `train.csv`, `test.csv`, `sample_submission.csv` and, for all rows, `truth.csv`.
 
-    `truth.csv` holds the probabilities that the labels were drawn from; the mean of their `entropy` is the floor.
+    `truth.csv` has the probabilities that the labels were drawn from; the mean of their `entropy` is the best possible
+    log-loss.
     """
     rng = Random(seed)
     rows = make_rows(rng, n_train + n_test)
@@ -192,7 +193,7 @@ def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
     train = [[ids[i], *rng.sample(MODELS, 2), *cells[i], *_draw(rng, truth[i])] for i in range(n_train)]
     test = [[ids[i], *cells[i]] for i in range(n_train, len(rows))]
     answers = [[name, *map(repr, chances)] for name, chances in zip(ids, truth, strict=True)]
-    with written_whole(folder) as draft:
+    with atomic_write(folder) as draft:
         draft.mkdir()
         _write(draft / "train.csv", TRAIN_COLUMNS, train)
         _write(draft / "test.csv", TEST_COLUMNS, test)
@@ -201,13 +202,13 @@ def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
 
 
 def _draw(rng: Random, probabilities: Sequence[float]) -> list[str]:
-    """A label drawn from `probabilities`, as the competition writes it: three cells, one of them 1."""
+    """A label drawn from `probabilities`, in the competition's format: three cells, one of which is 1."""
     winner = rng.choices(range(3), probabilities)[0]
     return ["1" if index == winner else "0" for index in range(3)]
 
 
 def _cell(turns: Sequence[str | None]) -> str:
-    """A JSON list as the competition escapes it: no spaces, ASCII only, `/` as `\\/`."""
+    """A JSON list with the competition's escapes: no spaces, ASCII only, `/` as `\\/`."""
     return json.dumps(list(turns), separators=(",", ":")).replace("/", "\\/")
 
 

@@ -1,8 +1,8 @@
-"""The sentences of the demo data: claims, whose tone is a mark and its negation, and plain talk without a tone.
+"""The sentences of the demo data: claims, whose tone depends on a word and its negation, and talk without a tone.
 
-A claim is a sentence with one evaluative word, a *mark*. Before the mark stands either a negator or a plain
-adverb, with 1 to 4 filler words between, so the tone is `mark XOR negator`, and neither single words nor
-neighbouring pairs tell it. Plain talk never holds a mark, but may hold a negator.
+A claim is a sentence with one evaluative word, the *mark*. It is preceded by either a negator or a plain adverb, with 1
+to 4 filler words in between. The tone is `mark XOR negator`, so neither single words nor adjacent pairs determine it.
+Talk never has a mark, but may have a negator.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ _GOOD, _BAD, _NEGATORS = frozenset(GOOD), frozenset(BAD), frozenset(NEGATORS)
 
 
 def claim(rng: Random, tone: int) -> str:
-    """A sentence whose tone is `tone` (+1 or -1); half of all claims are negated, whatever their tone."""
+    """A sentence whose tone is `tone` (+1 or -1); half of all claims are negated, regardless of tone."""
     negated = rng.random() < 0.5
     mark = rng.choice(GOOD if (tone > 0) != negated else BAD)
     adverb = rng.choice(NEGATORS if negated else PLAIN)
@@ -101,12 +101,12 @@ def claim(rng: Random, tone: int) -> str:
 
 
 def talk(rng: Random, topic: str) -> str:
-    """A sentence about `topic` that has no tone."""
+    """A sentence about `topic` without a tone."""
     return _fill(rng, rng.choice(TALK), topic)
 
 
 def question(rng: Random, topic: str, scripts: bool = False) -> str:
-    """What a user asks about `topic`; with `scripts`, in another script."""
+    """A user's question about `topic`; with `scripts`, in another script."""
     return _fill(rng, rng.choice(SCRIPT_PROMPTS if scripts else PROMPTS), topic)
 
 
@@ -121,7 +121,7 @@ def tones(text: str) -> list[int]:
 
 
 def _tone(sentence: str) -> int:
-    """The tone of one sentence: 0 without a mark; a negator before the mark turns it round."""
+    """The tone of one sentence: 0 without a mark; a negator before the mark inverts it."""
     negated = False
     for word in _WORD.findall(sentence.lower()):
         if word in _NEGATORS:

@@ -1,4 +1,4 @@
-"""Judge prompts tokenised once and kept as memory-mapped Arrow, found again by what they were made from."""
+"""Tokenises judge prompts once and caches them as memory-mapped Arrow, by a fingerprint of what they are made from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from datasets import Dataset
 
 from arena.background import ahead
 from arena.config import PromptSettings
-from arena.data.cached import kept
+from arena.data.cached import reading_cached
 from arena.data.control_tokens import control_ids
 from arena.data.prompt import Encoded, PromptEncoder
-from arena.files import fingerprint, written_whole
+from arena.files import atomic_write, fingerprint
 from arena.progress import progress
 
-FORMAT = 2  # raise it when the layout of the file or of the prompt changes
-ROWS_AT_ONCE = 512  # rows handed to the tokenizer at once, and in one Arrow record batch
+FORMAT = 2  # increase it when the layout of the file or of the prompt changes
+ROWS_AT_ONCE = 512  # rows tokenised at once, and in one Arrow record batch
 
 REMEMBERED_TOKENS = 2**25  # 128 MiB of token ids
 
@@ -30,16 +30,16 @@ _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int3
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Token ids of many examples, read in place from memory-mapped files.
+    """The token ids of many examples, read in place from memory-mapped files.
 
-    Example `row * orders + order` is conversation `row`, as it stands (order 0) or with A and B exchanged (order 1).
+    Example `row * orders + order` is conversation `row`, as given (order 0) or with A and B exchanged (order 1).
 
     Attributes:
         orders: 1 or 2 examples per conversation.
         lengths: int64 (n,), tokens of each example.
-        turns_dropped: int32 (n,), turns that were left out of each example.
-        tokens_cut: int32 (n,), tokens that were left out of each example.
-        fingerprint: changes when any token or any of the above does; fit for a file's name.
+        turns_dropped: int32 (n,), turns omitted from each example.
+        tokens_cut: int32 (n,), tokens omitted from each example.
+        fingerprint: changes when any token or any of the above changes; suitable for a file name.
     """
 
     orders: int
@@ -55,17 +55,17 @@ class TokenStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Token ids of one example: a read-only int32 view of shape (lengths[index],)."""
+        """The token ids of one example: a read-only int32 view of shape (lengths[index],)."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         return self.take(np.array([index]))[0]
 
     def largest_id(self) -> int:
-        """The largest token id of all examples, -1 where there is none."""
+        """The largest token id of all examples; -1 if there is none."""
         return max((int(flat.max()) for flat in self._flat if len(flat)), default=-1)
 
     def take(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Token ids of many examples, each a view as of `store[index]`."""
+        """The token ids of many examples, each a view like `store[index]`."""
         chunks = np.searchsorted(self._starts, indices, side="right") - 1
         places = indices - self._starts[chunks]
         views = []
@@ -76,7 +76,7 @@ class TokenStore:
 
 
 class TextMemo(MutableMapping[bytes, np.ndarray]):
-    """Token ids, int32 (n,), by a digest of their text: those asked for last, at most `limit` tokens altogether."""
+    """A least-recently-used cache of int32 (n,) token ids by a digest of their text, with at most `limit` tokens."""
 
     def __init__(self, limit: int = REMEMBERED_TOKENS) -> None:
         self.limit = limit
@@ -108,33 +108,35 @@ class TextMemo(MutableMapping[bytes, np.ndarray]):
 def tokenise(
     rows: Dataset, source: str, tokenizer: Any, settings: PromptSettings, cache: Path, *, both_orders: bool
 ) -> TokenStore:
-    """Encodes conversations into a file under `cache`, or finds the file of an earlier call.
+    """Encodes conversations into a file under `cache`, or opens the file of an earlier call.
+
+    Tokenizers are distinguished by their whole state in memory. An interrupted call leaves nothing behind: the file
+    gets its name only when it is complete.
 
     Args:
         rows: conversations (`read_conversations`).
         source: fingerprint of the rows.
-        both_orders: keep each conversation in both orders.
-
-    A tokenizer is told from another by its whole state, as it is in memory. An interrupted call leaves nothing behind:
-    the file appears under its name only when it is complete.
+        both_orders: store each conversation in both orders.
     """
     encoder = PromptEncoder(tokenizer, settings, TextMemo())
-    state = tokenizer.backend_tokenizer.to_str().encode()  # bytes: as JSON in JSON it would take thrice as long
+    state = (
+        tokenizer.backend_tokenizer.to_str().encode()
+    )  # as bytes, because JSON within JSON takes three times as long
     made_from = [FORMAT, source, settings.model_dump(), both_orders, state]
     made_from += [encoder.prefix, encoder.suffix, sorted(control_ids(tokenizer))]
     path = cache / f"tokens-{fingerprint(*made_from)}.arrow"
     if not path.is_file():
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             _write(draft, rows, encoder, both_orders)
-    with kept(path):
+    with reading_cached(path):
         store = open_tokens(path, orders=2 if both_orders else 1)
         if len(store) != store.orders * len(rows):
-            raise ValueError(f"it is of {len(store):,} examples, not {store.orders * len(rows):,}")
+            raise ValueError(f"it has {len(store):,} examples, not {store.orders * len(rows):,}")
     return store
 
 
 def open_tokens(path: Path, orders: int) -> TokenStore:
-    """Opens a token file, memory-mapped. Its name must tell its content, as it does for files of `tokenise`."""
+    """Opens a token file as a memory map. Its name must identify its content, as for files of `tokenise`."""
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     if table.schema != _SCHEMA:
         raise ValueError(f"{path} has the columns {', '.join(table.column_names)}, not those of tokens")
@@ -155,7 +157,7 @@ def open_tokens(path: Path, orders: int) -> TokenStore:
 
 
 def join(stores: Sequence[TokenStore]) -> TokenStore:
-    """Several stores one after another as one."""
+    """The concatenation of several stores."""
     assert len({store.orders for store in stores}) == 1, "stores with one and with two orders cannot be joined"
     shifts = np.cumsum([0, *(len(store) for store in stores)])
     return TokenStore(

@@ -1,4 +1,4 @@
-"""Which tokens of an over-long conversation are kept, chosen by lengths alone, and the cut of one text."""
+"""Truncation of long conversations: which turns and tokens to keep, decided by lengths alone, and the cut of a text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Lengths = tuple[int, int, int]  # tokens of a turn's prompt, answer A, answer B
 
 @dataclass(frozen=True)
 class Cut:
-    """What is kept of a conversation.
+    """The part of a conversation to keep.
 
     Attributes:
-        first_turn: index of the first turn kept; the turns before it are left out.
-        caps: per kept turn, the tokens that its prompt and its two answers may take, cut marks included.
+        first_turn: index of the first turn to keep; the turns before it are omitted.
+        caps: for each of these turns, the most tokens of its prompt and two answers, including marks of truncation.
     """
 
     first_turn: int
@@ -25,23 +25,23 @@ class Cut:
 
 
 def least_room(overhead: int, mark: int, turns_mark: int) -> int:
-    """The fewest tokens in which any conversation can be shown: one turn, all three fields cut to almost nothing."""
+    """The fewest tokens that can show any conversation: one turn with all three fields truncated to a minimum."""
     return turns_mark + overhead + 3 * _least(mark)
 
 
 def choose_cut(turns: Sequence[Lengths], room: int, overhead: int, mark: int, turns_mark: int) -> Cut:
     """Chooses what to keep so that it fits in `room` tokens.
 
-    The latest turns are kept whole as long as they fit. The turn before them is shown cut where the room left shows
-    at least an eighth of it, else it is left out with all before it; the last turn is always shown. In a cut turn, the
-    prompt and both answers share the room evenly, and what one does not need goes to the others: A and B alike.
+    The latest turns are kept whole as long as they fit. The turn before them is truncated if at least an eighth of it
+    fits, and otherwise omitted along with all earlier turns; the last turn is always shown. In a truncated turn, the
+    prompt and both answers share the room evenly, and what one does not need goes to the others, A and B alike.
 
     Args:
         turns: lengths in tokens of each turn's fields.
         room: tokens for all turns together, at least `least_room`.
         overhead: tokens around the fields of one turn (headings, separators).
-        mark: tokens of the mark where a text is cut.
-        turns_mark: tokens of the mark for turns left out.
+        mark: tokens of the mark of a truncated text.
+        turns_mark: tokens of the mark for omitted turns.
     """
     first, left = len(turns), room
     while first > 0:
@@ -58,7 +58,7 @@ def choose_cut(turns: Sequence[Lengths], room: int, overhead: int, mark: int, tu
 
 
 def _partial(turn: Lengths, room: int, mark: int, must: bool) -> Lengths | None:
-    """The turn's fields cut to `room` tokens together, or None where that would show too little to be of use."""
+    """The caps of a turn's fields that fit in `room` tokens together, or None if that would show too little."""
     if not must and (room < 3 * _least(mark) or 8 * room < sum(turn)):
         return None
     cap = even_cap(turn, room)
@@ -66,12 +66,12 @@ def _partial(turn: Lengths, room: int, mark: int, must: bool) -> Lengths | None:
 
 
 def _least(mark: int) -> int:
-    """Tokens of the shortest cut field: one before the mark, one after."""
+    """Tokens of the shortest truncated field: one before the mark, one after."""
     return mark + 2
 
 
 def even_cap(lengths: Sequence[int], room: int) -> int:
-    """The largest cap with `sum(min(length, cap)) <= room`: what a short field leaves over goes to the longer ones."""
+    """The largest cap with `sum(min(length, cap)) <= room`: what a short field does not need goes to longer ones."""
     cap, left = 0, room
     ordered = sorted(lengths)
     for done, length in enumerate(ordered):
@@ -83,11 +83,11 @@ def even_cap(lengths: Sequence[int], room: int) -> int:
 
 
 def shorten(ids: np.ndarray, cap: int, mark: np.ndarray, is_continuation: np.ndarray) -> tuple[np.ndarray, int]:
-    """The beginning (two thirds) and the end of a text around the cut mark, and how many of its tokens are gone.
+    """The beginning (two thirds) and the end of a text around the mark, and the number of tokens omitted.
 
     Args:
-        ids: int32 (n,), token ids of the text; given back as they are where n <= `cap`.
-        cap: the most tokens to give back, the mark included.
+        ids: int32 (n,), token ids of the text; returned unchanged if n <= `cap`.
+        cap: the most tokens to return, including the mark.
         mark: int32 (m,), token ids of the mark.
         is_continuation: bool (vocabulary,), as from `continuation_bytes`.
     """
@@ -104,12 +104,12 @@ def shorten(ids: np.ndarray, cap: int, mark: np.ndarray, is_continuation: np.nda
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """One more than the largest id; ids may have gaps, so that it can be more than the number of tokens."""
+    """One more than the largest id; as ids may have gaps, this can exceed the number of tokens."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def continuation_bytes(tokenizer: Any) -> np.ndarray:
-    """bool (vocabulary,): tokens that are a byte in the middle of a UTF-8 character (byte fallback)."""
+    """bool (vocabulary,): tokens for a continuation byte of a UTF-8 character (byte fallback)."""
     flags = np.zeros(vocabulary_size(tokenizer), dtype=bool)
     for byte in range(0x80, 0xC0):
         if (token := tokenizer.backend_tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None:

@@ -1,1 +1,1 @@
-"""The demo's base model: how it is made from nothing."""
+"""The demo's base model: how it is trained from scratch."""

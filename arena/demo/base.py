@@ -1,9 +1,9 @@
-"""Makes the demo's base: a tiny Gemma-2 and its tokenizer, trained to notice what stands in a judge prompt.
+"""Makes the demo's base: a tiny Gemma-2 and its tokenizer, trained to extract the features of a judge prompt.
 
-The base reads conversations like the demo data's, seeds apart, and learns what `lessons` notes in them. It is
-next-token prediction against the distribution of all such notes at once instead of one that was drawn, which takes a
-fraction of the time. All layers learn together. To prefer is left to fine-tuning, as with a large base, which reads but
-does not judge.
+The base is trained on conversations like the demo data's, from other seeds, to predict the notes of `lessons`. This is
+next-token prediction, but against the distribution of all possible notes instead of one sample, which takes a fraction
+of the time. All layers are trained together. The preference itself is left to fine-tuning, as with a large base, which
+can read but does not judge.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from arena.data import synthetic
 from arena.data.prompt import PromptEncoder
 from arena.demo.lessons import FACTS, FACTS_SHARE, Lesson, Reader, brief_row
 from arena.demo.tokenizer import make_tokenizer
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.progress import progress
 
-TOKENS_A_STEP, POOL = 3000, 256  # tokens of a step; rows from which steps are put together
+TOKENS_A_STEP, POOL = 3000, 256  # tokens of a step; rows from which steps are formed
 PEAK_LR, WARMUP = 3e-3, 50  # warm-up in steps
-BRIEF, EARLY = 0.35, 3  # share of the time in which brief rows go out of use; layers after which facts must be known
-WEIGHTS, TEXT_SHARE = (1.0, 1.0, 2.0, 0.1), 0.1  # of the losses, as `batch_losses` gives them; share of text learned
+BRIEF, EARLY = 0.35, 3  # share of the time in which brief rows are phased out; layers after which facts must be known
+WEIGHTS, TEXT_SHARE = (1.0, 1.0, 2.0, 0.1), 0.1  # of the losses of `batch_losses`; share of the text to predict
 
 
 def make_demo_base(folder: Path, seconds: float, seed: int, threads: int) -> None:
-    """Trains tokenizer and base, the base for `seconds` on `threads` threads, and writes both whole into `folder`."""
+    """Trains the tokenizer, and the base for `seconds` on `threads` threads, and writes both to `folder` atomically."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    rng = Random(f"demo base {seed}")  # demo data have plain numbers for seeds, so never the same stream
+    rng = Random(f"demo base {seed}")  # the demo data's seeds are plain numbers, so the streams differ
     tokenizer = make_tokenizer(rng)
     reader = Reader(PromptEncoder(tokenizer, load_recipe("demo").prompt))
     model = make_model(len(tokenizer))
     pretrain(model, reader, rng, seconds)
-    with written_whole(folder) as draft:
+    with atomic_write(folder) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         (draft / "generation_config.json").unlink(missing_ok=True)
@@ -52,7 +52,7 @@ def make_demo_base(folder: Path, seconds: float, seed: int, threads: int) -> Non
 
 
 def make_model(vocabulary: int) -> Gemma2ForCausalLM:
-    """A Gemma-2 of about 0.9 M parameters: four layers, every other one with a sliding window."""
+    """A Gemma-2 with about 0.9 M parameters: four layers, every other one with a sliding window."""
     config = Gemma2Config(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32, sliding_window=64, max_position_embeddings=2048,
@@ -67,7 +67,7 @@ def _attend(
     module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
     scaling: float | None = None, sliding_window: int | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Fused causal attention without the softcap, which these small logits do not reach; padding on the right."""
+    """Fused causal attention without the softcap, which such small logits do not reach; padding is on the right."""
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     mask = None
@@ -82,7 +82,7 @@ AttentionInterface.register("demo_pretraining", _attend)
 
 
 def pretrain(model: Gemma2ForCausalLM, reader: Reader, rng: Random, seconds: float) -> None:
-    """Trains all layers for `seconds`; the share of brief rows falls to a tenth, the learning rate to nothing."""
+    """Trains all layers for `seconds`; the share of brief rows falls to a tenth, and the learning rate to nearly 0."""
     if seconds <= 0:  # random weights, to compare with
         return
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98))
@@ -102,7 +102,7 @@ def pretrain(model: Gemma2ForCausalLM, reader: Reader, rng: Random, seconds: flo
 
 
 def _batches(reader: Reader, rng: Random, seconds: float) -> Iterator[tuple[float, list[Lesson]]]:
-    """For `seconds`, the share of the time gone by and a batch of lessons of like length, `TOKENS_A_STEP` at most."""
+    """For `seconds`, the elapsed share of the time and a batch of lessons of similar length, up to `TOKENS_A_STEP`."""
     start, share = time.monotonic(), 0.0
     while share < 1:
         brief = max(0.1, 1 - share / BRIEF)
@@ -120,7 +120,7 @@ def _batches(reader: Reader, rng: Random, seconds: float) -> Iterator[tuple[floa
 
 
 def batch_losses(model: Gemma2ForCausalLM, reader: Reader, batch: Sequence[Lesson]) -> list[torch.Tensor]:
-    """Losses of the notes, of their facts already at an early layer, of the note at the suffix, and of plain text."""
+    """The losses of the notes, of their facts at an early layer, of the note at the suffix, and of plain text."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(lesson.ids) for lesson in batch], batch_first=True)
     out = model.model(input_ids=ids, use_cache=False, output_hidden_states=True)
     last, early = out.last_hidden_state, model.model.norm(out.hidden_states[EARLY])
@@ -147,6 +147,6 @@ def _logits(model: Gemma2ForCausalLM, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _excess(logits: torch.Tensor, words: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross entropy less its least possible value, per row; `target` is a distribution over `words`."""
+    """Cross entropy minus its least possible value, per row; `target` is a distribution over `words`."""
     surprise: torch.Tensor = torch.special.xlogy(target, target) - target * logits.log_softmax(-1)[:, words]
     return surprise.sum(-1)

@@ -1,7 +1,7 @@
-"""What the demo's base is taught: the words a reader might note down at the claims of a judge prompt, and at its end.
+"""What the demo's base learns: words that a reader might note at the claims of a judge prompt, and at its end.
 
-At the end of each claim: its mark, its negation, its tone, who speaks, and how A and B stand so far; after the verdict
-suffix, how they compare in the end. What people prefer (weights, ties, labels) is never among them.
+At the end of each claim these are its mark, its negation, its tone, the speaker, and how A and B compare so far; after
+the verdict suffix, how they compare overall. Preferences (weights, ties, labels) are never among them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from arena.data.prompt import PromptEncoder
 
 FACTS_SHARE = 0.4  # of what is noted after a claim
 
-# What may be noted after a claim: its mark, whether it is negated, its tone (their XOR), who speaks.
+# What may be noted after a claim: its mark, whether it is negated, its tone (their XOR), the speaker.
 FACTS = (" Praise", " Blame", " Stated", " Denied", " Hooray", " Alas", " A", " B")
-# How the two sides stand, each on a scale of words from -1 to 1; and how large a share of the notes speaks of it.
+# Comparisons of the two sides, each on a scale of words from -1 to 1, with its share of the notes.
 SCALES = (
     (0.26, "dismal poor glum gloomy dim level bright sunny cheerful rich superb"),  # tone of A against B
     (0.16, "sour bitter stern plain mild kind sweet"),  # tone of A
@@ -34,7 +34,7 @@ WORDS = (*FACTS, *(f" {word}" for _, scale in SCALES for word in scale.split()))
 
 
 class Lesson(NamedTuple):
-    """A judge prompt, the places where something is noted (ends of claims, then of the suffix), and what may be."""
+    """A judge prompt, the positions of notes (the ends of claims, then of the suffix), and the possible notes."""
 
     ids: np.ndarray  # int64, shape (n_tokens,)
     places: list[int]
@@ -42,7 +42,7 @@ class Lesson(NamedTuple):
 
 
 class Reader:
-    """Finds the claims in a judge prompt's tokens and says what may be noted at the end of each."""
+    """Finds the claims in a judge prompt's tokens, and what may be noted at the end of each."""
 
     def __init__(self, encoder: PromptEncoder) -> None:
         self.encoder = encoder
@@ -52,7 +52,7 @@ class Reader:
         self.stop = self._ids(".")[0]
         self.refusal = self._ids(text.REFUSAL)
         if len({*self.words, *self.marks, *self.negators}) < len(WORDS) + len(self.marks) + len(self.negators):
-            raise ValueError("the tokenizer splits some of the words that this module counts on; enlarge VOCABULARY")
+            raise ValueError("the tokenizer splits some of the words that this module relies on; enlarge VOCABULARY")
 
     def _ids(self, words: str) -> list[int]:
         return list(self.encoder.tokenizer(words, add_special_tokens=False)["input_ids"])
@@ -105,7 +105,7 @@ def _facts(sign: int, negated: bool, who: int) -> list[float]:
 
 
 def _standing(tones: Sequence[list[int]], tokens: Sequence[int], refused: Sequence[int]) -> list[float]:
-    """The distribution over the words of `SCALES`, from what A and B have said so far."""
+    """The distribution over the words of `SCALES`, from the answers of A and B so far."""
     a, b = (sum(side) / max(len(side), 1) for side in tones)
     length = (tokens[0] - tokens[1]) / max(sum(tokens), 1)
     values = ((a - b) / 2, a, b, length, refused[0] - refused[1])
@@ -114,13 +114,13 @@ def _standing(tones: Sequence[list[int]], tokens: Sequence[int], refused: Sequen
 
 
 def _graded(levels: int, value: float) -> list[float]:
-    """Probabilities of a scale's words for a value in [-1, 1]: a bell, about one word wide, around its place."""
+    """Probabilities of a scale's words for a value in [-1, 1]: a bell curve, about one word wide, around the value."""
     place = (value + 1) / 2 * (levels - 1)
     bell = [math.exp(-((level - place) ** 2) / (2 * 0.7**2)) for level in range(levels)]
     return [each / sum(bell) for each in bell]
 
 
 def brief_row(rng: Random) -> synthetic.Row:
-    """A short conversation of claims only: the densest text about tone, read first."""
+    """A short conversation of claims only, used first because it teaches tone fastest."""
     a, b = (" ".join(text.claim(rng, rng.choice((1, -1))) for _ in range(rng.randint(1, 4))) for _ in "ab")
     return synthetic.Row([text.question(rng, rng.choice(list(text.TOPICS)))], [a], [b])

@@ -1,4 +1,4 @@
-"""A plain judge to compare with: TF-IDF and lengths with logistic regression."""
+"""A simple judge for comparison: logistic regression on TF-IDF and lengths."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from sklearn.preprocessing import StandardScaler
 from arena.data.prepare import FoldData
 from arena.metrics import SWAPPED, log_loss
 
-WORDS = 20_000  # most frequent words and pairs of words
-STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # inverse regularisation to choose from
-FITTED = 20_000  # rows at most; more change little and take minutes
+WORDS = 20_000  # the most frequent words and word pairs
+STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # candidates for the inverse regularisation
+FITTED = 20_000  # most rows; more change little and take minutes
 
 
 def baseline_probabilities(data: FoldData, seed: int = 0) -> np.ndarray:
-    """Trains on the fold's training rows (at most `FITTED` of them, drawn by the seed) and judges its held-out rows.
+    """Trains on the fold's training rows (at most `FITTED`, sampled by the seed) and judges its held-out rows.
 
-    Features: TF-IDF of words and pairs of words, A's minus B's; the logarithms of both lengths and their difference.
-    Each training row is also shown with A and B exchanged; how strongly to regularise is chosen on a fifth of the rows.
+    The features are TF-IDF of words and word pairs, A's minus B's, and the logarithms of both lengths and their
+    difference. Each training row is also used with A and B exchanged. The regularisation is chosen on a fifth of the
+    rows.
 
     Returns:
         float64 (len(data.eval_rows), 3).
 
     Raises:
-        ValueError: too few rows, or no words in them.
+        ValueError: there are too few rows, or no words in them.
     """
     rows = data.rows
     train = data.train_rows[data.train_rows < len(rows)]
@@ -51,7 +52,7 @@ def baseline_probabilities(data: FoldData, seed: int = 0) -> np.ndarray:
 
 
 def _fit(both: tuple[csr_matrix, csr_matrix], labels: np.ndarray, c: float, which: np.ndarray) -> LogisticRegression:
-    """Fits some rows, each in both orders. A soft label counts as a row of each class in its proportion."""
+    """Fits some rows, each in both orders. A soft label counts as one row of each class with that weight."""
     features = vstack([each[which] for each in both])
     weights = np.vstack([labels[which], labels[which][:, SWAPPED]])
     model = LogisticRegression(C=c, max_iter=500)

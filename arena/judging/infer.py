@@ -1,4 +1,4 @@
-"""A test file to a checked submission: read, judged by every judge given, averaged, written whole."""
+"""From a test file to a checked submission, averaged over judges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arena.config import Recipe, change
-from arena.data.conversations import judgeable_rows, read_conversations
+from arena.data.conversations import read_conversations, rows_with_responses
 from arena.data.limits import Limits
 from arena.data.prepare import data_file
 from arena.judging.ensemble import average, check_alike
@@ -25,13 +25,14 @@ def infer(models: list[Path], data: str | None, out: Path, overrides: Sequence[s
     Args:
         models: the judges' folders.
         data: a folder with a test file, or the file; None: the folder that the first judge was trained on.
-        out: the submission to write. While it is being made, logits are saved in `OUT.parts`, from which the same call
+        out: the submission to write. Until it is complete, logits are cached in `OUT.parts`, from which the same call
             resumes.
         overrides: settings to change, as in `Judge`.
 
     Raises:
-        ValueError: judges that do not belong together, a test file that cannot be used, or another process at `out`.
-        Stopped: a signal ended it; what was judged is saved.
+        ValueError: the judges were trained on different data, the test file cannot be used, or another process is
+            writing `out`.
+        Stopped: a signal ended it; the logits computed so far are saved.
     """
     check_alike(models)
     parts = out.with_name(f"{out.name}.parts")
@@ -40,7 +41,7 @@ def infer(models: list[Path], data: str | None, out: Path, overrides: Sequence[s
             _infer(models, data, out, overrides, parts)
     except (Stopped, SystemExit):
         if parts.is_dir():
-            console.print(f"what was judged is saved in {parts}: the same command resumes from it")
+            console.print(f"the results so far are saved in {parts}: the same command resumes from them")
         raise
 
 
@@ -56,10 +57,10 @@ def _infer(models: list[Path], data: str | None, out: Path, overrides: Sequence[
     known = sample if os.path.lexists(sample) else None
     check_target(out, rows["id"], known)
     write_submission(out, rows["id"], average(models, rows, cache, overrides, parts), known)
-    shutil.rmtree(parts, ignore_errors=True)  # what is left of them costs space, and no submission
+    shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     console.print(
         f"written: {out}, {len(rows):,} rows from {len(models)} fold{'s' if len(models) > 1 else ''}; "
-        f"{int((~judgeable_rows(rows)).sum()):,} rows have nothing to judge and got the training prior"
+        f"{int((~rows_with_responses(rows)).sum()):,} rows have no response to judge and got the training prior"
     )
     if known is None:
-        console.print(f"there is no {sample} to check it against: columns and ids were checked against the test file")
+        console.print(f"there is no {sample}, so columns and ids were checked against the test file only")

@@ -1,1 +1,1 @@
-"""Checkpoints kept away from the machine, at any URL that fsspec knows, and brought back to a fresh one."""
+"""Copies of checkpoints at any URL that fsspec supports, from which a fresh machine restores a run."""

@@ -1,4 +1,4 @@
-"""One background thread that does jobs until they succeed, so that whoever hands them over never waits."""
+"""One background thread that retries jobs until they succeed, so that callers never wait."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from arena.mirror.store import Hopeless
-from arena.progress import said
+from arena.mirror.store import PermanentError
+from arena.progress import format_error
 
 
 @dataclass
 class Job:
-    """Something to bring away.
+    """One upload.
 
     Attributes:
-        name: a later job of the same name takes the place of one that waits.
-        number: a job that waits gives way to one with a higher number, unless it is spared; infinity: never.
-        work: does it; raises `Hopeless` where trying again is of no use, anything else where it is.
-        discard: frees what the job holds; called once, when it is done or given up.
-        tries, due: how often it failed, and when it is tried next, on the monotonic clock; infinity: when another
-            job comes, or at the end.
+        name: a later job of the same name replaces one that is waiting.
+        number: a waiting job is dropped when a job with a higher number arrives, unless it is protected or its number
+            is infinity.
+        work: does the upload; raises `PermanentError` if a retry is useless, any other error if it is not.
+        discard: frees what the job holds; called once, when the job is done or dropped.
+        tries, due: how often it failed, and when it is due next on the monotonic clock; infinity means when another
+            job arrives, or at the end.
     """
 
     name: str
@@ -34,40 +35,40 @@ class Job:
 
 
 class Sender:
-    """Does jobs one after the other in a thread of its own.
+    """Runs jobs one after another in its own thread.
 
     Args:
-        label: what the jobs go to, for messages.
-        say: takes messages. A failing store is said once, and once when it works again.
-        first_pause, longest_pause: seconds before a job that failed is tried again; doubled each time.
-        tries: after so many in a row a job rests until another comes.
+        label: the destination of the jobs, for messages.
+        report: is called with each message; a failing store is reported once, and again when it recovers.
+        first_pause, longest_pause: seconds before a failed job is retried; doubled after each failure.
+        tries: after this many failures in a row a job rests until another arrives.
     """
 
     def __init__(
-        self, label: str, say: Callable[[str], None], first_pause: float = 1.0, longest_pause: float = 60.0,
+        self, label: str, report: Callable[[str], None], first_pause: float = 1.0, longest_pause: float = 60.0,
         tries: int = 8,
     ) -> None:  # fmt: skip
-        self.label, self.say = label, say
+        self.label, self.report = label, report
         self.first_pause, self.longest_pause, self.tries = first_pause, longest_pause, tries
-        self.spared = -1.0  # jobs of this number give way to none
+        self.protected = -1.0  # jobs of this number are never dropped for others
         self.done: set[str] = set()  # names of the jobs that succeeded
         self.waiting: dict[str, Job] = {}
         self.busy: Job | None = None
-        self.failing: str | None = None  # why, while it fails
+        self.failing: str | None = None  # the reason, while the store fails
         self.closing = self.ended = False
         self.changed = threading.Condition()
         self.thread: threading.Thread | None = None
 
     def submit(self, job: Job) -> None:
-        """Takes a job; returns at once. Jobs of lower numbers that wait and are not spared are given up for it."""
+        """Queues a job and returns at once. Waiting jobs with lower numbers that are not protected are dropped."""
         with self.changed:
-            assert not self.closing, "jobs come before close()"
+            assert not self.closing, "no job may be submitted after close()"
             if job.name in self.waiting:
-                self._give_up(self.waiting[job.name])
+                self._drop(self.waiting[job.name])
             for each in list(self.waiting.values()):
-                if job.number < math.inf and self._gives_way(each, job):
-                    self._give_up(each)
-            self._wake()
+                if job.number < math.inf and self._is_superseded(each, job):
+                    self._drop(each)
+            self._retry_resting()
             self.waiting[job.name] = job
             if self.thread is None:
                 self.thread = threading.Thread(target=self._run, daemon=True, name="mirror")
@@ -75,21 +76,24 @@ class Sender:
             self.changed.notify_all()
 
     def pending(self, name: str) -> bool:
-        """Whether a job of this name waits or is being done."""
+        """Whether a job of this name is waiting or running."""
         with self.changed:
             return name in self.waiting or (self.busy is not None and self.busy.name == name)
 
-    def spare(self, number: float) -> None:
-        """From now on jobs of this number, and of no other, give way to none."""
+    def protect(self, number: float) -> None:
+        """From now on jobs of this number, and of no other, are never dropped for later ones."""
         with self.changed:
-            self.spared = number
+            self.protected = number
 
     def close(self, patience: float) -> list[str]:
-        """Waits up to `patience` seconds for what is left and ends the thread; says and gives what has not arrived."""
+        """Waits up to `patience` seconds for the remaining jobs and ends the thread.
+
+        Reports and returns the names of the jobs that did not succeed.
+        """
         deadline = time.monotonic() + patience
         with self.changed:
             self.closing = True
-            self._wake()
+            self._retry_resting()
             self.changed.notify_all()
             while self.busy or any(job.due < math.inf for job in self.waiting.values()):
                 left = deadline - time.monotonic()
@@ -101,18 +105,18 @@ class Sender:
             names = ([self.busy.name] if self.busy else []) + list(self.waiting)
         if names:
             why = f" ({self.failing})" if self.failing else ""
-            self.say(f"mirror: {', '.join(names)} did not arrive at {self.label}{why}")
+            self.report(f"mirror: {', '.join(names)} did not arrive at {self.label}{why}")
         return names
 
-    def _gives_way(self, job: Job, to: Job) -> bool:
-        return job.number < to.number and job.number != self.spared
+    def _is_superseded(self, job: Job, to: Job) -> bool:
+        return job.number < to.number and job.number != self.protected
 
-    def _give_up(self, job: Job) -> None:
+    def _drop(self, job: Job) -> None:
         del self.waiting[job.name]
         job.discard()
 
-    def _wake(self) -> None:
-        """Jobs that rest are tried again."""
+    def _retry_resting(self) -> None:
+        """Makes resting jobs due again."""
         for job in self.waiting.values():
             if job.due == math.inf:
                 job.tries, job.due = 0, 0.0
@@ -121,18 +125,18 @@ class Sender:
         while (job := self._take()) is not None:
             try:
                 job.work()
-            except Hopeless as error:
-                self.say(f"mirror: {job.name} is left out: {error}")
+            except PermanentError as error:
+                self.report(f"mirror: {job.name} is not uploaded: {error}")
                 self._finish(job)
             except Exception as error:  # whatever a store raises must not end the thread
-                self._failed(job, said(error))
+                self._failed(job, format_error(error))
             else:
                 self.done.add(job.name)
-                self._worked()
+                self._succeeded()
                 self._finish(job)
 
     def _take(self) -> Job | None:
-        """The next job that is due; None when there will be none."""
+        """The next job that is due; None at the end."""
         with self.changed:
             while not self.ended:
                 now = time.monotonic()
@@ -150,17 +154,17 @@ class Sender:
             self.busy = None
             self.changed.notify_all()
 
-    def _worked(self) -> None:
+    def _succeeded(self) -> None:
         with self.changed:
             worked_before, self.failing = self.failing is None, None
         if not worked_before:
-            self.say(f"mirror: {self.label} works again")
+            self.report(f"mirror: {self.label} works again")
 
     def _failed(self, job: Job, why: str) -> None:
         with self.changed:
             known, self.failing = self.failing is not None, why
             self.busy = None
-            newer = any(self._gives_way(job, each) for each in self.waiting.values() if each.number < math.inf)
+            newer = any(self._is_superseded(job, each) for each in self.waiting.values() if each.number < math.inf)
             if newer or job.name in self.waiting:
                 job.discard()
             else:
@@ -170,4 +174,4 @@ class Sender:
                 self.waiting[job.name] = job
             self.changed.notify_all()
         if not known:
-            self.say(f"mirror: {self.label} fails ({why}); it is tried again while training continues")
+            self.report(f"mirror: {self.label} fails ({why}); training continues, and uploads are retried")

@@ -1,7 +1,7 @@
-"""A place at a URL: folders with a manifest, which goes there last, so that one cut short is never taken for whole.
+"""A place at a URL that holds folders with a manifest. The manifest is uploaded last and so marks a complete folder.
 
-Every file is read back and its SHA-256 compared, whatever the store: checksums that stores give depend on how a file
-was sent and with which key.
+Every file is read back and its SHA-256 compared, whatever the store: the checksums that stores report depend on how a
+file was uploaded and with which key.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 import fsspec
 
-from arena.files import file_digest, written_whole
+from arena.files import atomic_write, file_digest
 from arena.hints import command
 from arena.manifest import LARGEST, NAME, damage, read_manifest
-from arena.progress import said
+from arena.progress import format_error
 
 CHUNK = 2**22  # bytes read at a time
 MOST_FILES = 1000  # in a folder
@@ -30,23 +30,23 @@ PACKAGES = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
     "hf": "huggingface_hub", "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "webdav": "webdav4",
 }  # fmt: skip
-# stores whose folders are parts of names: none has to be made, and making one might make a bucket of a misspelt name
+# Stores without real folders: none has to be created, and creating one might create a bucket from a misspelt name.
 FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory"}
-# what a store answers to a wrong name or key; all else is taken for a store that is down
+# errors that mean a wrong name or key; all others are taken to mean that the store is unreachable
 WRONG = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, ValueError)
 WRONG_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "LocalTokenNotFoundError",
                "RepositoryNotFoundError", "GatedRepoError"}  # fmt: skip
 
 
-class Hopeless(ValueError):  # noqa: N818 - said of one folder, which is then passed over
-    """A folder that cannot be brought over, however often it is tried."""
+class PermanentError(ValueError):
+    """A folder that cannot be transferred, however often that is tried."""
 
 
 class Store:
     """One run's place in a store.
 
     Args:
-        url: a folder or a URL that fsspec knows, without passwords.
+        url: a folder, or a URL that fsspec supports, without passwords.
         place: the run's path below it.
 
     Raises:
@@ -70,10 +70,10 @@ class Store:
         self.root = f"{root.rstrip('/')}/{place}"
 
     def check(self, patience: float) -> str | None:
-        """Writes, reads and removes a small file. Gives why the store does not answer well now; None where it does.
+        """Writes, reads and removes a small file. Returns None, or why the store cannot be used at the moment.
 
         Raises:
-            ValueError: it answers that this cannot be, because of a wrong name, key or permission.
+            ValueError: the store refuses because of a wrong name, key or permission.
         """
         answer: list[BaseException | None] = []
 
@@ -92,22 +92,22 @@ class Store:
             return f"no answer within {patience:g} s"
         if answer[0] is not None and _wrong(answer[0]):
             raise ValueError(
-                f"train.mirror={self.url} cannot be written to ({said(answer[0])}): mend the address, the credentials "
-                "or the permissions there, or train without it"
+                f"train.mirror={self.url} cannot be written to ({format_error(answer[0])}): correct the address, the "
+                "credentials or the permissions there, or train without a mirror"
             )
-        return None if answer[0] is None else said(answer[0])
+        return None if answer[0] is None else format_error(answer[0])
 
     def _probe(self) -> None:
         path, content = f"{self.root}/.writable-{uuid.uuid4().hex[:8]}", b"arena"
         self._make_parent(path)
         self.fs.pipe_file(path, content)
         if self.fs.cat_file(path) != content:
-            raise OSError("a small file did not come back as it was written")
-        with suppress(Exception):  # where nothing may be removed, old checkpoints stay; that is said when it happens
+            raise OSError("a small file was read back with other content")
+        with suppress(Exception):  # a store that does not permit removal keeps old checkpoints, which is reported later
             self.fs.rm_file(path)
 
     def names(self, folder: str) -> list[str]:
-        """What stands in a folder of the place; nothing where there is no such folder."""
+        """The names in a folder of the place; none if there is no such folder."""
         self.fs.invalidate_cache()
         try:
             found = self.fs.ls(f"{self.root}/{folder}".rstrip("/"), detail=False)
@@ -116,22 +116,22 @@ class Store:
         return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found})
 
     def put(self, folder: Path, name: str) -> None:
-        """Brings a folder that has a manifest to the store; what a try before left there whole is not sent again.
+        """Uploads a folder that has a manifest. Files that an earlier attempt uploaded completely are not sent again.
 
         Raises:
-            Hopeless: it is gone or damaged here.
-            Exception: whatever the store raises; the folder does not count there then.
+            PermanentError: the local folder is missing or damaged.
+            Exception: whatever the store raises; the folder is then incomplete there and ignored.
         """
         try:
             files = listed(read_manifest(folder))
             content = (folder / NAME).read_bytes()
         except (OSError, ValueError) as error:
-            raise Hopeless(str(error).replace(str(folder), name)) from None
+            raise PermanentError(str(error).replace(str(folder), name)) from None
         facts = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
         manifest = f"{self.root}/{name}/{NAME}"
         if self._holds(manifest, facts):
             return
-        self._remove_file(manifest)  # of another run's folder: its files are about to be replaced
+        self._remove_file(manifest)  # a manifest of other content: its files are about to be replaced
         for file, expected in files.items():
             self._put_file(folder / file, f"{self.root}/{name}/{file}", expected)
         self._put_file(folder / NAME, manifest, facts)
@@ -146,14 +146,14 @@ class Store:
             if source.is_file():
                 raise
         if not source.is_file():
-            raise Hopeless(f"{source} was removed before it had arrived")
+            raise PermanentError(f"{source} was removed before it was uploaded")
         if not self._holds(path, facts):
             if file_digest(source) != facts["sha256"]:
-                raise Hopeless(f"{source} is damaged: its SHA-256 is not that of its manifest")
-            raise OSError(f"{path} did not arrive as it was sent")
+                raise PermanentError(f"{source} is damaged: its SHA-256 differs from its manifest")
+            raise OSError(f"{path} did not arrive unchanged")
 
     def _holds(self, path: str, facts: dict[str, Any]) -> bool:
-        """Whether a file stands there with these bytes, all of them read back."""
+        """Whether a file in the store has this size and SHA-256; it is read back in full."""
         self.fs.invalidate_cache()
         try:
             if self.fs.info(path)["size"] != facts["bytes"]:
@@ -167,45 +167,45 @@ class Store:
         return digest.hexdigest() == str(facts["sha256"])
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """The manifest of a folder there.
+        """The manifest of a folder in the store.
 
         Raises:
-            Hopeless: it has none, or one that is damaged or must not be followed.
+            PermanentError: it is missing, damaged or unsafe to follow.
         """
         with tempfile.TemporaryDirectory(prefix="arena-mirror-") as draft:
             return self._fetch_manifest(name, Path(draft))
 
     def fetch(self, name: str, target: Path) -> None:
-        """Brings a folder here: aside, every SHA-256 verified, then renamed to `target`.
+        """Downloads a folder to a scratch folder, verifies every SHA-256, and renames it to `target`.
 
         Raises:
-            Hopeless: it is incomplete or damaged there, or its manifest must not be followed; `target` is untouched.
+            PermanentError: it is incomplete or damaged, or its manifest is unsafe to follow; `target` is unchanged.
             Exception: whatever the store raises.
         """
-        with written_whole(target) as draft:
+        with atomic_write(target) as draft:
             draft.mkdir()
             files = listed(self._fetch_manifest(name, draft))
             size, free = sum(facts["bytes"] for facts in files.values()), shutil.disk_usage(draft).free
             if size > free:
-                raise Hopeless(f"{name} has {size:,} bytes, but only {free:,} are free in {target.parent}")
+                raise PermanentError(f"{name} has {size:,} bytes, but only {free:,} are free in {target.parent}")
             for file, facts in files.items():
                 self._fetch_file(f"{self.root}/{name}/{file}", draft / file, facts["bytes"])
             why = damage(draft)
             if why is not None:
-                raise Hopeless(f"{name}: {why}")
+                raise PermanentError(f"{name}: {why}")
 
     def _fetch_manifest(self, name: str, folder: Path) -> dict[str, Any]:
-        """Writes it into `folder` and reads it there."""
+        """Downloads the manifest into `folder` and reads it."""
         self._fetch_file(f"{self.root}/{name}/{NAME}", folder / NAME, LARGEST, exact=False)
         try:
             content = read_manifest(folder)
             listed(content)
         except ValueError as error:
-            raise Hopeless(f"{name}: {error}".replace(f"{folder}/", "")) from None
+            raise PermanentError(f"{name}: {error}".replace(f"{folder}/", "")) from None
         return content
 
     def _fetch_file(self, path: str, target: Path, size: int, exact: bool = True) -> None:
-        """Copies at most `size` bytes here; what is longer, or where `exact` shorter, is an error."""
+        """Downloads at most `size` bytes; a longer file is an error, and with `exact` a shorter one too."""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with self.fs.open(path, "rb") as source, target.open("xb") as file:
@@ -216,12 +216,12 @@ class Store:
                         break
                     file.write(chunk)
         except FileNotFoundError:
-            raise Hopeless(f"{path} is missing") from None
+            raise PermanentError(f"{path} is missing") from None
         if left < 0 or (exact and left):
-            raise Hopeless(f"{path} has {'more' if left < 0 else 'fewer'} than {size:,} bytes")
+            raise PermanentError(f"{path} has {'more' if left < 0 else 'fewer'} than {size:,} bytes")
 
     def remove(self, name: str) -> None:
-        """Removes a folder there, its manifest first, so that it counts for nothing from the beginning."""
+        """Removes a folder from the store, its manifest first, so that a partly removed folder is ignored."""
         self._remove_file(f"{self.root}/{name}/{NAME}")
         with suppress(FileNotFoundError):
             self.fs.rm(f"{self.root}/{name}", recursive=True)
@@ -240,17 +240,17 @@ def listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The files of a manifest, by their path within its folder.
 
     Raises:
-        Hopeless: a path that leads elsewhere, or sizes and digests that are none.
+        PermanentError: a path leads out of the folder, or a size or digest is invalid.
     """
     files = manifest.get("files")
     if not isinstance(files, dict) or len(files) > MOST_FILES:
-        raise Hopeless(f"its manifest does not name between 0 and {MOST_FILES:,} files")
+        raise PermanentError(f"its manifest does not list between 0 and {MOST_FILES:,} files")
     for name, facts in files.items():
         if not _plain(name):
-            raise Hopeless(f"its manifest names {name[:100]!r}, which is no plain path within its folder")
+            raise PermanentError(f"its manifest lists {name[:100]!r}, which is not a plain path within its folder")
         known = isinstance(facts, dict) and type(facts.get("bytes")) is int and facts["bytes"] >= 0
         if not known or not re.fullmatch("[0-9a-f]{64}", str(facts.get("sha256"))):
-            raise Hopeless(f"its manifest gives no size and SHA-256 of {name!r}")
+            raise PermanentError(f"its manifest has no valid size and SHA-256 for {name!r}")
     return files
 
 

@@ -1,1 +1,1 @@
-"""The model: a transformers decoder read through variable-length attention, and a 3-way head."""
+"""The model: a transformers decoder with variable-length attention and a three-way head."""

@@ -1,8 +1,8 @@
-"""Variable-length attention over packed examples: one signature, several backends, and its place in transformers.
+"""Variable-length attention over packed examples: one signature, several backends, registered with transformers.
 
-Queries and keys of all segments lie end to end; segment i has queries `cu_seqlens_q[i]:cu_seqlens_q[i+1]` and keys
-`cu_seqlens_k[i]:cu_seqlens_k[i+1]`. Attention is causal, aligned at the bottom right as in flash-attn: the last query
-of a segment sees all of its keys. No mask over the whole row is ever built.
+Queries and keys of all segments lie end to end; segment i has the queries `cu_seqlens_q[i]:cu_seqlens_q[i+1]` and the
+keys `cu_seqlens_k[i]:cu_seqlens_k[i+1]`. Attention is causal and aligned at the bottom right as in flash-attn: the last
+query of a segment sees all of its keys. No mask over the whole row is ever built.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from transformers import AttentionInterface
 from arena.model.backends import BACKENDS, choose_backend
 from arena.model.card import card_of, product_dtype
 from arena.model.gather import gather
-from arena.model.last_layer import KeptKeys
-from arena.model.recompute import remake
+from arena.model.last_layer import KeyValueCapture
+from arena.model.recompute import recomputable
 
-NAME = "arena_varlen"  # under this name transformers finds `transformers_attention`
-# what a model call or a layer hands on to attention, and attention computes the same without
+NAME = "arena_varlen"  # the name under which `transformers_attention` is registered
+# arguments that transformers passes to attention and that do not affect its result
 NO_EFFECT = frozenset(
     ("position_ids", "cache_position", "use_cache", "last_token", "output_attentions", "output_hidden_states",
      "output_router_logits", "return_dict")
 )  # fmt: skip
-USED = "arena_used_backend"  # each attention module's last backend
+USED = "arena_used_backend"  # the attribute of an attention module that names its last backend
 
 
 def varlen_attention(
@@ -50,16 +50,16 @@ def varlen_attention(
         k, v: (T_k, kv_heads, head_dim); heads is a multiple of kv_heads.
         cu_seqlens_q, cu_seqlens_k: int32 (n + 1,), 0 first, T_q and T_k last.
         max_seqlen_q, max_seqlen_k: the longest segment's queries and keys.
-        scale: scores are multiplied by it.
-        softcap: scores become `softcap * tanh(score / softcap)`; None leaves them.
-        window: a query sees this many keys at most, the one at its own place included; None sees all before it.
+        scale: factor of the scores.
+        softcap: scores become `softcap * tanh(score / softcap)`; None leaves them unchanged.
+        window: the most keys that a query sees, including the one at its own position; None: all keys before it.
 
     Returns:
         (T_q, heads, head_dim), in the dtype of q.
 
     Raises:
-        ValueError: shapes or boundaries that do not belong together, a segment with fewer keys than queries, or an
-            unknown backend.
+        ValueError: shapes or boundaries are inconsistent, a segment has fewer keys than queries, or the backend is
+            unknown.
     """
     if backend not in BACKENDS:
         raise ValueError(f"there is no attention backend {backend!r}: name one of {', '.join(BACKENDS)}")
@@ -71,19 +71,19 @@ def varlen_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, window: int | None) -> None:
     if k.shape[:2] == v.shape[:2] and k.shape[-1] != v.shape[-1]:
-        raise ValueError(f"keys have {k.shape[-1]} numbers per head, values {v.shape[-1]}: they must be equal")
+        raise ValueError(f"keys have head size {k.shape[-1]}, but values {v.shape[-1]}: they must be equal")
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
+        raise ValueError(f"the shapes of q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not match")
     if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError(f"{len(cu_seqlens_q) - 1} query segments, but {len(cu_seqlens_k) - 1} key segments")
+        raise ValueError(f"there are {len(cu_seqlens_q) - 1} query segments, but {len(cu_seqlens_k) - 1} key segments")
     for name, ends, rows in (("cu_seqlens_q", cu_seqlens_q, len(q)), ("cu_seqlens_k", cu_seqlens_k, len(k))):
         if ends.device.type == "cpu" and (int(ends[0]) != 0 or int(ends[-1]) != rows):
-            raise ValueError(f"{name} must go from 0 to {rows}, it goes from {int(ends[0])} to {int(ends[-1])}")
-    # on other devices the boundaries are not looked at: that would wait for the device in every layer
+            raise ValueError(f"{name} must go from 0 to {rows}, but goes from {int(ends[0])} to {int(ends[-1])}")
+    # boundaries on other devices are not checked, because every layer would wait for the device
     if cu_seqlens_q.device.type == "cpu" and bool((cu_seqlens_k.diff() < cu_seqlens_q.diff()).any()):
-        raise ValueError("a segment has more queries than keys: each query needs the key at its own place")
+        raise ValueError("a segment has more queries than keys: each query needs the key at its own position")
     if window is not None and window < 1:
-        raise ValueError(f"a window of {window} keys shows nothing: it counts the query's own place")
+        raise ValueError(f"a window of {window} keys is too small: it includes the query's own position")
 
 
 def transformers_attention(
@@ -102,25 +102,25 @@ def transformers_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     kv_index: Tensor | None = None,
-    last_layer: KeptKeys | None = None,
+    last_layer: KeyValueCapture | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """`varlen_attention` under the signature that transformers calls: the one place where the spellings meet.
+    """`varlen_attention` with the signature that transformers calls, whose argument names differ.
+
+    The backend is chosen here for the present device and dtype of the tensors, because a model may be moved or run
+    under autocast after it was loaded. Its name is stored in the module (`used_backends`).
 
     Args:
         query: (1, heads, T_q, head_dim); key, value: (1, kv_heads, T, head_dim).
-        kv_index: int64 (T_k,), the keys of all segments, one after another, as places among the T; None: as they stand.
-        last_layer: set where queries are wanted for the last tokens alone (`model/last_layer.py`).
-
-    The backend is chosen here, for the device and the dtype that the tensors have by now: a model may be moved, or
-    run under autocast, at any time after it was loaded. Its name is left with the module (`used_backends`).
+        kv_index: int64 (T_k,), the positions of all segments' keys among the T; None: they are in that order already.
+        last_layer: set if queries are needed for last tokens only (`model/last_layer.py`).
 
     Returns:
-        (1, T_q, heads, head_dim) and no attention weights.
+        (1, T_q, heads, head_dim), and None in place of attention weights.
 
     Raises:
-        ValueError: a mask, dropout, missing or misspelt boundaries, a keyword that may change the result and is not
-            known here, a model that is not causal, or a backend that was asked for and cannot run here.
+        ValueError: there is a mask, dropout, or an unknown keyword that may change the result; boundaries are missing
+            or misspelt; the model is not causal; or the requested backend cannot run here.
     """
     boundaries = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     _check_call(module, query, attention_mask, dropout, boundaries, others)
@@ -131,7 +131,7 @@ def transformers_attention(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     if kv_index is not None:
         gathered = partial(gather, index=kv_index)
-        k, v = remake(gathered, k), remake(gathered, v)
+        k, v = recomputable(gathered, k), recomputable(gathered, v)
     choice = choose_backend(
         getattr(module.config, "arena_backend", "reference"),
         card_of(q.device), product_dtype(q, k, v), q.shape[-1], softcap,
@@ -158,30 +158,30 @@ def _check_call(
 ) -> None:
     if attention_mask is not None:
         raise ValueError(
-            "packed attention takes no attention_mask: boundaries come from cu_seq_lens_q and cu_seq_lens_k"
+            "packed attention does not accept an attention_mask: pass boundaries as cu_seq_lens_q and cu_seq_lens_k"
         )
     wrong = [name for name in others if name.startswith(("cu_", "max_seq", "max_len"))]
     if wrong or any(each is None for each in boundaries):
         raise ValueError(
             "packed attention needs cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k in the model call"
-            + (f"; it does not know {', '.join(wrong)}" if wrong else "")
+            + (f"; {', '.join(wrong)} is unknown" if wrong else "")
         )
     if unknown := [name for name, value in others.items() if value is not None and name not in NO_EFFECT]:
         raise ValueError(
-            f"{type(module).__name__} gives its attention {', '.join(unknown)}, which packed attention does not know"
+            f"{type(module).__name__} passes {', '.join(unknown)} to attention, which packed attention does not support"
         )
     if dropout:
         raise ValueError("packed attention has no dropout: set attention_dropout to 0 in the model's config")
     if query.shape[0] != 1:
-        raise ValueError(f"packed attention takes one row of examples end to end, not {query.shape[0]} rows")
+        raise ValueError(f"packed attention needs one row of examples end to end, not {query.shape[0]} rows")
     if not getattr(module, "is_causal", True):
-        raise ValueError(f"packed attention is causal, {type(module).__name__} is not")
+        raise ValueError(f"packed attention is causal, but {type(module).__name__} is not")
 
 
 def used_backends(model: torch.nn.Module) -> str:
-    """The backends that the model's layers used when they were last called, such as `flash`."""
+    """The backends that the model's layers used in their last call, such as `flash`."""
     return ", ".join(sorted({getattr(module, USED) for module in model.modules() if hasattr(module, USED)}))
 
 
-# Only the attention function is registered and no mask function: transformers then builds no mask at all.
+# Only the attention function is registered and no mask function, so transformers builds no mask at all.
 AttentionInterface.register(NAME, transformers_attention)

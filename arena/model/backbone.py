@@ -1,4 +1,4 @@
-"""Loads a base model, quantised or not, and makes it read packed batches."""
+"""Loads a base model, quantised or not, and prepares it for packed batches."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ from arena.config import ModelSettings
 from arena.metrics import LABELS
 from arena.model.attention import NAME
 from arena.model.backends import Choice, choose_backend
-from arena.model.base_files import base_folder, base_path, found
+from arena.model.base_files import base_folder, base_load_errors, base_path
 from arena.model.card import card_of
 from arena.model.last_layer import is_safe, only_last_tokens
 from arena.model.safety import SAFE, SAFE_WEIGHTS, check_loaded, own_heads
 from arena.model.stored import check_stored, compute_in, keep_head, stored_quantization
 from arena.progress import console, loading_quietly
 
-REPACKS = "support_avx512bf16_for_cpu"  # what a 4-bit layer of bitsandbytes asks itself before it repacks
-HEAD = "score"  # as in transformers' sequence classifiers, so that a merged model loads as one of them
+REPACKS = "support_avx512bf16_for_cpu"  # the attribute of bitsandbytes' 4-bit layers that permits repacking
+HEAD = "score"  # the name in transformers' sequence classifiers, so that a merged model loads as one of them
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> Any:
     """The tokenizer of a base model.
 
     Raises:
-        ValueError: there is none at that place; says how to get it.
+        ValueError: it cannot be loaded; the message says how to get it.
     """
-    with found(base):
+    with base_load_errors(base):
         return AutoTokenizer.from_pretrained(base_path(base), revision=revision, **SAFE)
 
 
 def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedModel:
-    """The sequence classifier over a base model: frozen weights in 4 bits or `dtype`, `score` fresh (zeros) in float32.
+    """The sequence classifier over a base model: frozen weights quantised or in `dtype`, and `score` of float32 zeros.
 
-    A base that has a head already, such as a reward model, is used without it.
+    A base that already has a head, such as a reward model, is used without it.
 
     Args:
-        announce: print a line where a head is left out.
+        announce: print a line if the base's head or attention dropout is not used.
 
     Raises:
-        ValueError: the base is missing, gated, stored quantised in another way than the settings say, or no decoder
-            that takes an attention function; says what to do.
+        ValueError: the base is missing or gated, is stored with another quantisation than the settings ask for, or is
+            not a decoder with replaceable attention; the message says what to do.
     """
     folder = base_folder(settings.base, settings.revision)
     config = base_config(settings, folder)
@@ -67,8 +67,8 @@ def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedM
     keep_head(config, HEAD)
     options, stored = loader_options(settings), stored_quantization(config) is not None
     if stored:
-        del options["quantization_config"]  # the checkpoint's own counts
-    with found(settings.base), loading_quietly():
+        del options["quantization_config"]  # the checkpoint's own config applies
+    with base_load_errors(settings.base), loading_quietly():
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
         )
@@ -80,18 +80,18 @@ def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedM
         )
     if stored:
         compute_in(model, getattr(torch, settings.dtype))
-    model.name_or_path = model.config.name_or_path = base_path(settings.base)  # not the folder of a hub's cache
+    model.name_or_path = model.config.name_or_path = base_path(settings.base)  # not the folder in the hub's cache
     take_over(model, settings)
     return model
 
 
 def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
-    """The config of a base model, as transformers reads it. Errors as `load_base`.
+    """The config of a base model, as transformers reads it. Raises the same errors as `load_base`.
 
     Args:
-        folder: where the base stands, if that is known: a hub is not asked then.
+        folder: the folder of the base, if known; the hub is then not contacted.
     """
-    with found(settings.base):
+    with base_load_errors(settings.base):
         place = folder or base_path(settings.base)
         config = AutoConfig.from_pretrained(place, revision=settings.revision, **SAFE)
     check_stored(config, settings)
@@ -99,19 +99,19 @@ def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
 
 
 def as_judge(config: Any) -> None:
-    """Changes a base's config into that of a classifier over A, B and tie, without a cache or dropout in attention."""
+    """Turns a base's config into that of a classifier over A, B and tie, without a cache or attention dropout."""
     config.num_labels = len(LABELS)
     config.id2label = dict(enumerate(LABELS))
     config.label2id = {label: index for index, label in enumerate(LABELS)}
-    config.problem_type = None  # a reward model's may be regression
+    config.problem_type = None  # may be regression in a reward model
     config.use_cache = False
     if getattr(config, "attention_dropout", None):
         config.attention_dropout = 0.0  # packed attention has none
 
 
 def loader_options(settings: ModelSettings) -> dict[str, Any]:
-    """How transformers is to load or create a base: in which precision, with which attention."""
-    assert settings.dtype != "auto", "the dtype is decided by the card first (arena.model.precision)"
+    """The options with which transformers loads or creates a base: precision and attention."""
+    assert settings.dtype != "auto", "the dtype must be resolved for the card first (arena.model.precision)"
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attn_implementation": NAME}
     if settings.quantization != "none":
         options["quantization_config"] = _quantization(settings)
@@ -119,10 +119,10 @@ def loader_options(settings: ModelSettings) -> dict[str, Any]:
 
 
 def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """Makes a sequence classifier of transformers ours: a fresh float32 `score`, and packed batches alone."""
-    model.config.arena_backend = settings.attention  # or `auto`; chosen when called, by device and dtype
+    """Adapts a sequence classifier of transformers: sets a new float32 `score`, and restricts it to packed batches."""
+    model.config.arena_backend = settings.attention  # `auto` is resolved in each call, by device and dtype
     score = nn.Linear(model.score.in_features, len(LABELS), bias=False, dtype=torch.float32)
-    nn.init.zeros_(score.weight)  # the first probabilities are even, whatever the scale of the hidden states
+    nn.init.zeros_(score.weight)  # initial probabilities are uniform, whatever the scale of the hidden states
     model.score = score.to(next(model.parameters()).device)
     _keep_layout(model)
     if is_safe(model.config.model_type):
@@ -142,13 +142,13 @@ def backbone(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attention_choice(model: PreTrainedModel, dtype: str, *, training: bool) -> Choice:
-    """The attention backend that a model will use on the device where it is now.
+    """The attention backend that a model will use on its present device.
 
     Args:
         dtype: compute dtype of the recipe.
 
     Raises:
-        ValueError: the recipe names a backend that cannot run there; said before anything is computed.
+        ValueError: the recipe names a backend that cannot run there.
     """
     config = underlying(model).config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -158,7 +158,7 @@ def attention_choice(model: PreTrainedModel, dtype: str, *, training: bool) -> C
 
 
 def sliding_window(settings: ModelSettings) -> int | None:
-    """The keys that a query of the base's sliding-window layers sees; None without such layers or without a config."""
+    """The window size of the base's sliding-window layers; None without such layers or without a config."""
     place = base_path(settings.base)
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         return None
@@ -167,9 +167,9 @@ def sliding_window(settings: ModelSettings) -> int | None:
 
 def _quantization(settings: ModelSettings) -> BitsAndBytesConfig:
     """4-bit NormalFloat with double quantisation (Dettmers et al., 2023, arXiv:2305.14314), or LLM.int8()."""
-    # No list of modules to skip is given: only without one does the library leave the head alone.
+    # No list of modules to skip is given, because the library spares the head only without one.
     if settings.quantization == "int8":
-        # else each product says that it rounds its input to float16, as LLM.int8() does
+        # otherwise each product warns that it rounds its input to float16, as LLM.int8() does
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -181,13 +181,13 @@ def _quantization(settings: ModelSettings) -> BitsAndBytesConfig:
 
 
 def _keep_layout(model: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights in place.
+    """Prevents bitsandbytes from repacking 4-bit weights in place.
 
-    On CPUs with bf16 instructions an evaluation forward does so, and what reads the weights by another way afterwards
-    (a merge, a backward) gets garbage; the repacked product also depends on the batch's shape.
+    On CPUs with bf16 instructions an evaluation forward repacks them, and whatever reads the weights in another way
+    afterwards (a merge, a backward) gets wrong numbers; the repacked product also depends on the batch's shape.
 
     Raises:
-        ValueError: this version of bitsandbytes repacks them all the same.
+        ValueError: this version of bitsandbytes repacks them nevertheless.
     """
     for module in model.modules():
         if hasattr(module, REPACKS):
@@ -202,9 +202,9 @@ def _keep_layout(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def _repacks() -> bool:
-    """Whether an evaluation forward changes what a small 4-bit layer's weights are read as, though `REPACKS` is off.
+    """Whether an evaluation forward changes the weights of a small 4-bit layer although `REPACKS` is off.
 
-    The library decides by the processor's instructions and by nothing else of a layer.
+    The library's decision depends only on the processor's instructions, not on the layer.
     """
     layer: Any = Linear4bit(128, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu").eval()
     if hasattr(layer, REPACKS):
@@ -212,27 +212,29 @@ def _repacks() -> bool:
     before = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     layer(torch.ones(2, 128, dtype=torch.bfloat16))
     after = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return bool((after - before).norm() > 0.05 * before.norm())  # repacked, they have nothing to do with one another
+    return bool((after - before).norm() > 0.05 * before.norm())  # repacked weights are unrelated to the original ones
 
 
 def _refuse_mask_and_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A mask or a cache would be ignored by packed attention, or mix examples: an error, not a wrong number."""
+    """Refuses a mask or a cache, which packed attention would ignore or which would mix examples."""
     for name in ("attention_mask", "past_key_values"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"a packed model takes no {name}: give cu_seq_lens_q, cu_seq_lens_k and position_ids")
+            raise ValueError(
+                f"a packed model does not accept {name}: pass cu_seq_lens_q, cu_seq_lens_k and position_ids"
+            )
     if kwargs.get("use_cache") or len(args) > 1:
-        raise ValueError("a packed model takes input_ids alone by position, and use_cache=False")
+        raise ValueError("a packed model accepts only input_ids as a positional argument, and needs use_cache=False")
     position_ids, begin = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
     if position_ids is None:
         raise ValueError("a packed model needs position_ids that start at 0 with each example")
     if kwargs.get("kv_index") is not None or begin is None:
         return
-    # on a GPU it waits for the device, so it is done only for callers who do not say that they share nothing
+    # on a GPU this waits for the device, so it is checked only for callers that do not pass kv_index=None
     if position_ids.device.type == "cpu" or "kv_index" not in kwargs:
         first = begin[:-1][begin[:-1] < position_ids.shape[-1]].long()
         if bool(position_ids[..., first].any()):
             raise ValueError(
-                "without kv_index each segment of cu_seq_lens_q has to begin at position 0, but one continues a shared "
-                "beginning: give kv_index, cu_seqlens_k and max_seq_len of the batch too, or load batches without "
+                "without kv_index each segment of cu_seq_lens_q must begin at position 0, but one continues a shared "
+                "beginning: pass the batch's kv_index, cu_seqlens_k and max_seq_len too, or load batches without "
                 "sharing (packing.share=false, or share=False for VarlenCollator)"
             )

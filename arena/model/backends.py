@@ -1,4 +1,4 @@
-"""The attention backends, what each needs, and which one a recipe's `model.attention` stands for on a device."""
+"""The attention backends, their requirements, and the choice of one by a recipe's `model.attention` and the device."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from arena.model.trial import Trial, why_it_fails
 Backend = Callable[..., Tensor]
 
 BACKENDS: dict[str, Backend] = {"flash": flash, "flex": flex, "blockwise": blockwise, "reference": reference}
-BEST = {"cuda": ("flash", "flex", "blockwise"), "cpu": ("blockwise",)}  # what `auto` takes the first of that can run
+BEST = {"cuda": ("flash", "flex", "blockwise"), "cpu": ("blockwise",)}  # `auto` chooses the first that can run
 
 AMPERE = (8, 0)
 WIDEST_HEAD = 256
-FLASH_VERSION = "2.6.0"  # the first that takes a softcap
-FLASH_VERSION_SOFTCAP = "2.6.2"  # the first whose backward knows it
+FLASH_VERSION = "2.6.0"  # the first with a softcap argument
+FLASH_VERSION_SOFTCAP = "2.6.2"  # the first with a softcap in the backward
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, and why it was taken, in one line."""
+    """A backend, and the reason for the choice in one line."""
 
     name: str
     reason: str
@@ -47,15 +47,15 @@ class Choice:
 def choose_backend(
     setting: str, card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, *, training: bool = False
 ) -> Choice:
-    """The backend that `model.attention` stands for.
+    """The backend for a value of `model.attention`.
 
     Args:
         setting: a backend's name, or `auto`: the fastest that can run.
-        dtype: that of the products.
-        training: whether gradients will be asked for.
+        dtype: of the products.
+        training: whether gradients will be needed.
 
     Raises:
-        ValueError: a named backend that cannot run here.
+        ValueError: the named backend cannot run here.
     """
     needs = card, dtype, head_dim, softcap
     if setting != "auto":
@@ -78,10 +78,10 @@ def choose_backend(
 def why_not(
     name: str, card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, *, training: bool = False
 ) -> str | None:
-    """Why a backend cannot run, in a few words; None if it can. Arguments as in `choose_backend`.
+    """Why a backend cannot run, in a few words; None if it can. For arguments see `choose_backend`.
 
-    Flash and flex are run once on a GPU that is really there, before they are believed to run: flash-attn can be built
-    for some head sizes and cards alone, and flex compiles, which takes some seconds.
+    On a real GPU, flash and flex are tried once: flash-attn may be built for certain head sizes and cards only, and
+    flex has to be compiled, which takes some seconds.
     """
     assert name in BACKENDS, name
     if name not in ("flash", "flex"):
@@ -111,21 +111,21 @@ def _why_not_flash(card: Card, dtype: torch.dtype, head_dim: int, softcap: float
     if card.capability < AMPERE:
         return _too_old(card)
     if dtype not in HALF:
-        return f"it computes in bfloat16 and float16, not {_name(dtype)}"
+        return f"it supports bfloat16 and float16, not {_name(dtype)}"
     if head_dim > WIDEST_HEAD or head_dim % 8:
-        return f"it takes heads of at most {WIDEST_HEAD} numbers, a multiple of 8, not {head_dim}"
+        return f"it supports head sizes up to {WIDEST_HEAD} that are a multiple of 8, not {head_dim}"
     return flash_attn_missing(FLASH_VERSION if softcap is None else FLASH_VERSION_SOFTCAP)
 
 
 def _why_not_flex(card: Card, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
     if dtype not in (*HALF, torch.float32):
-        return f"it computes in bfloat16, float16 and float32, not {_name(dtype)}"
+        return f"it supports bfloat16, float16 and float32, not {_name(dtype)}"
     if card.kind == "cpu":
         return "it has no backward on a CPU" if training else compiler_missing(("g++", "clang++"), "CXX")
     if card.capability < AMPERE:
         return _too_old(card)
     if not 16 <= head_dim <= WIDEST_HEAD:
-        return f"it takes heads of 16 to {WIDEST_HEAD} numbers, not {head_dim}"
+        return f"it supports head sizes from 16 to {WIDEST_HEAD}, not {head_dim}"
     try:
         kernel_options(card, dtype, head_dim)
     except ValueError as error:
@@ -134,7 +134,7 @@ def _why_not_flex(card: Card, dtype: torch.dtype, head_dim: int, training: bool)
 
 
 def _too_old(card: Card) -> str:
-    return f"it needs compute capability 8.0, {card.name} has {card.capability[0]}.{card.capability[1]}"
+    return f"it needs compute capability 8.0, but {card.name} has {card.capability[0]}.{card.capability[1]}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -143,39 +143,39 @@ def _name(dtype: torch.dtype) -> str:
 
 @cache
 def flash_attn_missing(least: str) -> str | None:
-    """Why flash-attn cannot be used: not there, older than version `least`, or built for another torch."""
+    """Why flash-attn cannot be used: it is missing, older than version `least`, or built for another torch."""
     try:
         version = metadata.version("flash-attn")
     except metadata.PackageNotFoundError:
         return "flash-attn is not installed"
     if Version(version) < Version(least):
-        return f"flash-attn {version} is older than {least}, the first with what this model needs"
+        return f"flash-attn {version} is older than {least}, the first version that supports this model"
     return _import_error("flash_attn", f"flash-attn {version}")
 
 
 def cannot_compile() -> str | None:
-    """Why torch cannot compile for a GPU here."""
+    """Why torch cannot compile for a GPU here; None if it can."""
     return triton_missing() or compiler_missing(("gcc", "clang"), "CC")
 
 
 @cache
 def triton_missing() -> str | None:
-    """Why no kernel can be compiled for a GPU."""
+    """Why triton cannot be used; None if it can."""
     return _import_error("triton", "triton")
 
 
 @cache
 def compiler_missing(names: tuple[str, ...], variable: str) -> str | None:
-    """Why kernels cannot be built: what torch generates goes through a compiler of the machine."""
+    """Why the code that torch generates cannot be compiled on this machine; None if it can."""
     if os.environ.get(variable) or any(map(shutil.which, names)):
         return None
-    return f"it compiles its kernels, and there is no compiler ({' or '.join(names)})"
+    return f"it needs a compiler for its kernels, and there is none ({' or '.join(names)})"
 
 
 def _import_error(module: str, title: str) -> str | None:
     try:
         importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as error:  # a library built for another torch fails in any of them
+    except (ImportError, OSError, RuntimeError) as error:  # a library built for another torch raises any of these
         lines = str(error).strip().splitlines()
         return f"{title} cannot be imported ({lines[0] if lines else type(error).__name__})"
     return None

@@ -1,4 +1,4 @@
-"""The files of a base: the folder that they stand in, and the fingerprint of their content."""
+"""The files of a base: their folder, and the fingerprint of their content."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ DEMO_BASE = "demo_base"
 
 
 def base_path(base: str) -> str:
-    """Where a base stands: `demo_base` ships with the package, anything else is a folder or a hub name."""
+    """The path or hub name of a base; `demo_base` is built in."""
     return str(RECIPES / DEMO_BASE) if base == DEMO_BASE else base
 
 
 def base_folder(base: str, revision: str | None = None) -> Path:
-    """The folder that holds a base's config and weights; those of a hub are downloaded, unless they are in its cache.
+    """The folder with a base's config and weights, which are downloaded from the hub unless they are cached.
 
     Args:
-        revision: on a hub: a branch, tag or commit.
+        revision: a branch, tag or commit on the hub.
 
     Raises:
-        ValueError: there is none, or its weights are not safetensors files; says what to do.
+        ValueError: it cannot be found, or its weights are not safetensors files; the message says what to do.
     """
     place = Path(base_path(base))
     on_hub = not place.is_dir()
@@ -42,36 +42,37 @@ def base_folder(base: str, revision: str | None = None) -> Path:
         place = _download(base, revision, [CONFIG, WEIGHTS, INDEX])
     check_base(place)
     if on_hub and not (place / WEIGHTS).is_file():
-        _download(base, place.name, [path.name for path in weight_files(place)])  # of that commit and no later one
+        _download(base, place.name, [path.name for path in weight_files(place)])  # from the same commit
     return place
 
 
 def _download(base: str, revision: str | None, names: list[str]) -> Path:
-    """Files of a hub's base in the local cache: the folder of their commit."""
-    with found(base):
-        offline = constants.HF_HUB_OFFLINE  # not all versions of the library see by themselves that they need not ask
+    """Downloads files of a base from the hub; returns the folder of their commit in the local cache."""
+    with base_load_errors(base):
+        offline = constants.HF_HUB_OFFLINE  # some versions of the library do not check this themselves
         return Path(snapshot_download(base, revision=revision, allow_patterns=names, local_files_only=offline))
 
 
 def base_digest(base: str, revision: str | None = None) -> str:
-    """Fingerprint of what is loaded of a base, wherever it stands: its config, and every byte of its weights.
+    """Fingerprint of a base's config and of every byte of its weights, regardless of its place.
 
-    A folder that was downloaded from a hub has the digest of that hub's base. The tokenizer does not count: a judge
-    keeps its own. Files are read in parallel, and once in a process unless their size or time of change differs.
+    A folder downloaded from a hub has the same digest as the base on the hub. The tokenizer is not included, because a
+    judge has its own. Files are read in parallel, and only once per process unless their size or modification time
+    changes.
 
     Raises:
-        ValueError: as `base_folder`, and for a base that lacks a file.
+        ValueError: as `base_folder`, and if the base lacks a file.
     """
     folder = base_folder(base, revision)
     config = folder / CONFIG
     files = weight_files(folder)
     if missing := [path.name for path in (config, *files) if not path.is_file()]:
-        raise ValueError(f"model.base: {folder} lacks {', '.join(missing)}: fetch the base again, whole")
+        raise ValueError(f"model.base: {folder} lacks {', '.join(missing)}: fetch the complete base again")
     try:
         parsed = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{config} is not JSON ({error}): fetch the base again") from None
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing does not hold the interpreter's lock
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the global interpreter lock
         return fingerprint(parsed, *pool.map(_digest, files))
 
 
@@ -86,27 +87,27 @@ def _remembered(path: Path, size: int, mtime_ns: int) -> str:
 
 
 @contextmanager
-def found(base: str) -> Iterator[None]:
-    """Turns the many errors of a missing or gated base into one message that says how to get it."""
+def base_load_errors(base: str) -> Iterator[None]:
+    """Turns the various errors of a missing or gated base into one message that says how to get it."""
     if base.count("/") != 1 and base != DEMO_BASE and not Path(base).is_dir():
         raise ValueError(
-            f"model.base: there is no folder {base}; give a folder, or a hub name such as google/gemma-2-9b-it"
+            f"model.base: there is no folder {base}; give a folder or a hub name such as google/gemma-2-9b-it"
         )
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # what a broken config or tokenizer raises is of any kind
+    except Exception as error:  # a broken config or tokenizer may raise any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "custom code" in reason:
             raise ValueError(
-                f"model.base: {base!r} brings code of its own, which is never run: use a base of a family that "
-                "transformers has itself"
+                f"model.base: {base!r} needs code of its own, which is never run: use a base of a family that "
+                "transformers supports itself"
             ) from error
         if Path(base_path(base)).is_dir():
             raise ValueError(
                 f"model.base: {base!r} could not be loaded ({reason}): config.json, tokenizer.json and *.safetensors "
-                "must be those of one model; fetch them again"
+                "must belong to one model; fetch them again"
             ) from error
         raise ValueError(
             f"model.base: {base!r} could not be loaded ({reason}). If it is a gated model, accept its licence on its "

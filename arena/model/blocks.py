@@ -1,4 +1,4 @@
-"""What blockwise attention is made of: which queries and keys make a block, its scores, and memory to hold them."""
+"""The parts of blockwise attention: the queries and keys of a block, its scores, and reusable memory for them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Rows of one key head in one block, queries times the group of heads: few, as half of the diagonal's square is wasted;
-# more in bfloat16, whose products are cheaper and want longer rows, and whose sums over blocks cost a conversion each.
+# Rows of one key head in one block: queries times the group of heads. Few, because half of the diagonal's square is
+# wasted; more in bfloat16, whose products are cheaper and need longer rows, and where each block's sum is converted.
 ROWS, ROWS_BFLOAT16 = 192, 512
-BLOCK_SCORES = 1 << 21  # scores in one block of all key heads: fewer rows where the keys are many
-FEW_SCORES = 1 << 18  # a segment with no more scores is one block: the calls for a block would cost more than it saves
-MIN_ROWS = 64  # but no fewer than this, as matrix products get slow below
+BLOCK_SCORES = 1 << 21  # most scores in one block of all key heads: with many keys a block has fewer rows
+FEW_SCORES = 1 << 18  # a segment with no more scores is one block, because blocks would cost more than they save
+MIN_ROWS = 64  # least rows, because smaller matrix products are slow
 
 LOG2_E = math.log2(math.e)
 
 
 class Segment(NamedTuple):
-    """Where a segment's queries and keys lie in the packed row, and how many they are."""
+    """The positions of a segment's queries and keys in the packed row, and their numbers."""
 
     queries: slice
     keys: slice
@@ -33,7 +33,7 @@ class Segment(NamedTuple):
 class Block:
     """Rows of a segment and the keys that some of them see, both counted from the segment's start.
 
-    `before` is the number of keys up to the place of the first query, that one included.
+    `before` is the number of keys up to and including the position of the first query.
     """
 
     rows: slice
@@ -42,14 +42,14 @@ class Block:
     before: int
 
     def hide(self, scores: Tensor, window: int | None, value: float) -> None:
-        """Writes `value` where a query sees no key: only at the diagonal and at the window's edge.
+        """Writes `value` where a query must not see a key, which is only near the diagonal and the window's edge.
 
         Args:
             scores: (kv_heads, rows, keys) of this block.
         """
         queries, n_k = scores.shape[1] // self.group, scores.shape[2]
         by_query = scores.unflatten(1, (queries, self.group))
-        after = torch.arange(queries, device=scores.device)  # places from the first query's own
+        after = torch.arange(queries, device=scores.device)  # positions relative to the first query's own
         place = after[:, None, None]
         if queries > 1:
             by_query[..., n_k - queries :].masked_fill_(after > place, value)
@@ -61,9 +61,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Form:
-    """From products of queries and keys to exponents of two.
+    """Turns products of queries and keys into exponents of two.
 
-    An exponent is `slope` times what `levels` gives, up to a constant for each row.
+    An exponent is `slope` times the result of `levels`, up to a constant for each row.
     """
 
     scale: float
@@ -75,7 +75,7 @@ class Form:
         return 1.0 if self.softcap is None else 2 * LOG2_E * self.softcap
 
     def blocks(self, segment: Segment, kv_heads: int, group: int, most: int) -> Iterator[Block]:
-        """A segment's queries in blocks of at most `most` rows, or as one block where it is short."""
+        """A segment's queries in blocks of at most `most` rows, or in one block if the segment is short."""
         _, _, n_q, n_k = segment
         seen = n_k if self.window is None else min(n_k, self.window + most // group)
         rows = min(most, max(MIN_ROWS, BLOCK_SCORES // (kv_heads * seen)))
@@ -94,7 +94,7 @@ class Form:
         return scores if self.softcap is None else scores.sigmoid_()
 
     def chain(self, grad: Tensor, levels: Tensor) -> float:
-        """Turns, in place, the gradient of capped scores to that of products, up to the factor it returns."""
+        """Turns the gradient of capped scores in place into that of products, up to the factor that it returns."""
         if self.softcap is None:
             return self.scale
         grad.mul_(levels).addcmul_(grad, levels, value=-1)
@@ -102,9 +102,9 @@ class Form:
 
 
 class Space:
-    """Memory for one block's intermediate results, used again for each block: fresh memory costs a CPU page faults.
+    """Memory for a block's intermediate results, reused for each block, because new memory causes page faults.
 
-    dtype is that of the products' factors, wide that of scores: float32 at least.
+    `dtype` is that of the products' factors, and `wide` that of scores, at least float32.
     """
 
     def __init__(self, like: Tensor) -> None:

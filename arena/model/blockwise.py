@@ -1,13 +1,13 @@
 """Blockwise attention with a hand-written gradient: fast on CPUs, memory linear in the number of tokens.
 
-The forward pass keeps its output and one number for each query and head, the logarithm of the sum of its exponentiated
-scores; the backward pass computes the scores anew, block by block (Dao 2023, FlashAttention-2, arXiv:2307.08691). A
-block is a few queries against all keys that they see: a CPU's matrix products want long rows and its caches hold them.
-A row is one query of one head: the heads that share a key head are folded into the rows of one product.
+The forward saves its output and one number for each query and head, the logarithm of the sum of its exponentiated
+scores; the backward recomputes the scores block by block (Dao 2023, FlashAttention-2, arXiv:2307.08691). A block is a
+few queries with all keys that they see, because matrix products on a CPU need long rows and its caches can hold them.
+A row is one query of one head; the heads that share a key head are folded into the rows of one product.
 
-Two identities make the softcap cheap, as tanh costs a CPU as much as the product before it: `c tanh(s / c)` is
-`2c g - c` with the sigmoid g of `2s / c`, no softmax sees the constant, and the derivative in s is `4 g (1 - g)`.
-Exponentials are powers of two, which cost less than half of those of e.
+Two identities make the softcap cheap, since tanh costs a CPU as much as the product before it: `c tanh(s / c)` equals
+`2c g - c` with the sigmoid g of `2s / c`, whose constant does not affect the softmax, and the derivative in s is
+`4 g (1 - g)`. Exponentials are powers of two, which cost less than half as much as powers of e.
 """
 
 from __future__ import annotations
@@ -37,12 +37,10 @@ def blockwise(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attends within each segment, as `arena.model.attention.varlen_attention` says; for any device.
+    """Attends within each segment, on any device; see `arena.model.attention.varlen_attention`.
 
-    Products are in bfloat16 for bfloat16 where the CPU can, with the softmax in float32; float64 stays float64; all
-    else is float32. Differentiable once in q, k and v.
-
-    Args and Returns: as there; q (T_q, heads, head_dim), k and v (T_k, kv_heads, head_dim), boundaries int32 (n + 1,).
+    Products of bfloat16 are in bfloat16 if the CPU supports it, with the softmax in float32; float64 stays float64;
+    everything else is in float32. Differentiable once in q, k and v.
 
     Raises:
         ValueError: a segment has no query, or fewer keys than queries.
@@ -60,9 +58,11 @@ def _segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[Segment]:
     segments = [Segment(slice(*at_q), slice(*at_k), at_q[1] - at_q[0], at_k[1] - at_k[0]) for at_q, at_k in ends]
     for _, _, n_q, n_k in segments:
         if n_q < 1:
-            raise ValueError("a segment has no query: leave it out")
+            raise ValueError("a segment has no query: remove it")
         if n_k < n_q:
-            raise ValueError(f"a segment has {n_q} queries but {n_k} keys: each query needs the key at its own place")
+            raise ValueError(
+                f"a segment has {n_q} queries but {n_k} keys: each query needs the key at its own position"
+            )
     return segments
 
 
@@ -76,7 +76,7 @@ def _product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
 
 @cache
 def _bfloat16_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16; torch tells all of a CPU's capabilities from 2.10 on."""
+    """Whether this CPU has bfloat16 products; torch reports all of a CPU's capabilities from 2.10 on."""
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     return bool(torch.cpu._is_avx512_bf16_supported())
@@ -96,7 +96,7 @@ def _unfold(rows: Tensor, into: Tensor) -> None:
 
 
 def _by_head(states: Tensor) -> Tensor:
-    """(n, heads, head_dim) to (heads, n, head_dim): bfloat16 products are slow with strides, so there it is copied."""
+    """(n, heads, head_dim) to (heads, n, head_dim); copied for bfloat16, whose products are slow with strides."""
     heads_first = states.transpose(0, 1)
     return heads_first.contiguous() if states.dtype == torch.bfloat16 else heads_first
 
@@ -111,7 +111,7 @@ class _Blockwise(torch.autograd.Function):
         lse = q.new_empty(k.shape[1], len(q), q.shape[1] // k.shape[1], dtype=space.wide)
         for segment in segments:
             _forward(q, k, v, out, lse, segment, form, space)
-        # detached: under saved-tensor hooks a function that saves its own result is never freed after an error
+        # detached, because under saved-tensor hooks a function that saves its own result is never freed after an error
         ctx.save_for_backward(q, k, v, out.detach(), lse)
         ctx.segments, ctx.form = segments, form
         return out
@@ -156,7 +156,7 @@ def _forward(
 def _backward(
     saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], segment: Segment, form: Form, space: Space
 ) -> None:
-    """Writes one segment's part of the gradients of q, k and v, those wanted."""
+    """Writes one segment's part of the required gradients of q, k and v."""
     q, k, v, out, grad_out, lse = saved
     kv_heads, _, group = lse.shape
     rows, grad_rows = (_rows(states[segment.queries], kv_heads) for states in (q, grad_out))
@@ -189,7 +189,7 @@ def _backward(
 
 
 class _Sum:
-    """Adds up blocks' parts of a segment's gradient, (kv_heads, keys, head_dim), into memory not yet written."""
+    """Sums the blocks' parts of a segment's gradient, (kv_heads, keys, head_dim), in uninitialised memory."""
 
     def __init__(self, into: Tensor, space: Space) -> None:
         self.into, self.space, self.written = into, space, False

@@ -1,4 +1,4 @@
-"""The device that a model runs on: what it is, how much it holds, and the dtype that it multiplies in."""
+"""The device that a model runs on: its kind, its memory, and the dtype of its products."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Kind = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True)
 class Card:
-    """A device, as far as choices depend on it; made up in tests, found by `card_of` elsewhere.
+    """The properties of a device that choices depend on, as returned by `card_of` or made up.
 
     Attributes:
-        name: as its maker calls it.
+        name: the manufacturer's name.
         capability: CUDA compute capability, such as (9, 0); (0, 0) on a CPU.
-        memory: bytes in all, used or not.
-        shared: bytes of shared memory that a block of threads may use; None: not told.
-        index: its number among the CUDA devices here; None for a CPU, and for a card that is made up.
+        memory: total bytes, used or not.
+        shared: bytes of shared memory that a block of threads may use; None: unknown.
+        index: its index among the CUDA devices; None for a CPU and for a made-up card.
     """
 
     kind: Kind
@@ -35,15 +35,15 @@ class Card:
 
     @property
     def bfloat16(self) -> bool:
-        """Whether bfloat16 products are computed as such: from Ampere on; a CPU computes in any dtype."""
+        """Whether bfloat16 products are supported: on a GPU from Ampere on, and on any CPU."""
         return self.kind == "cpu" or self.capability >= (8, 0)
 
 
 def card_of(device: torch.device | str) -> Card:
-    """What stands behind a torch device.
+    """The properties of a torch device.
 
     Raises:
-        ValueError: neither a CUDA device nor a CPU.
+        ValueError: it is neither a CUDA device nor a CPU.
     """
     found = torch.device(device)
     if found.type == "cpu":
@@ -54,7 +54,7 @@ def card_of(device: torch.device | str) -> Card:
 
 
 def product_dtype(*states: Tensor) -> torch.dtype:
-    """The dtype to multiply in: that of autocast where it is on, as in torch's own attention, else the widest."""
+    """The dtype of products: autocast's if it is on, as in torch's own attention, or else the widest dtype."""
     device = states[0].device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

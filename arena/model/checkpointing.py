@@ -1,4 +1,4 @@
-"""What each layer keeps of its forward pass for the backward, and what it computes again there."""
+"""What each layer saves of its forward pass for the backward, and what it recomputes there."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from arena.model.backbone import backbone, underlying
-from arena.model.fused import COSTS, POLICY
+from arena.model.fused import POLICY
 from arena.model.last_layer import MARK
-
-POLICIES = ("none", *COSTS, "full")  # from the least to the most that is computed again
+from arena.model.memory import POLICIES
 
 
 def policies_of(model: PreTrainedModel) -> list[str]:
-    """The policy that each decoder layer has now."""
+    """The current policy of each decoder layer."""
     return [getattr(layer, POLICY) for layer in backbone(model).layers]
 
 
 def set_policies(model: PreTrainedModel, policies: Sequence[str]) -> None:
-    """Gives each decoder layer its policy, one of `POLICIES`; it may be called again at any time.
+    """Sets the policy of each decoder layer, one of `POLICIES`; policies can be changed at any time.
 
-    `none` keeps everything; `light` computes norms, the MLP's activation and gathered keys again, passes over memory
-    that cost no matrix product; `mlp` also the two wide products of the MLP; `full` the whole layer from its input. A
-    last layer that reads last tokens alone keeps little, and is never computed again as a whole.
+    `none` saves everything. `elementwise` recomputes norms, the MLP's activation and gathered keys, which takes no
+    matrix product. `elementwise_and_mlp` also recomputes the two wide products of the MLP, and `full` the whole layer
+    from its input. A last layer that is computed for last tokens only saves little and is never recomputed as a whole.
     """
     layers = backbone(model).layers
     assert len(policies) == len(layers), f"{len(policies)} policies for {len(layers)} layers"
@@ -31,6 +30,6 @@ def set_policies(model: PreTrainedModel, policies: Sequence[str]) -> None:
     for layer, policy in zip(layers, policies, strict=True):
         assert policy in POLICIES, policy
         if policy == "full" and getattr(layer, MARK, False):
-            policy = "light"
+            policy = "elementwise"
         layer.gradient_checkpointing = policy == "full"
         setattr(layer, POLICY, policy)

@@ -1,4 +1,4 @@
-"""Packed examples to logits and to the loss."""
+"""The classifier of packed examples, and its loss."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from arena.packing.batch import PackedBatch
 
 
 class PackedClassifier(nn.Module):
-    """Reads a `PackedBatch` and gives one row of logits per example.
+    """Computes one row of logits for each example of a `PackedBatch`.
 
     Args:
-        model: what `backbone.load_base`, `adapt` or `load_trained` gave.
+        model: as returned by `load_base`, `adapt` or `load_trained`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -41,19 +41,19 @@ class PackedClassifier(nn.Module):
                 **({"last_token": last_token} if only_last else {}),
             ).last_hidden_state[0]
         ends = hidden if only_last else hidden[last_token]
-        assert len(ends) == len(last_token), "the last layer gave another number of states than segments"
+        assert len(ends) == len(last_token), "the last layer must return one state per segment"
         with torch.autocast(hidden.device.type, enabled=False):
             logits: Tensor = underlying(self.model).score(ends[batch.segment].float())
         return logits
 
 
 def _trains(decoder: nn.Module) -> bool:
-    """Whether anything below the head is trained; if not, nothing of the decoder's forward has to be kept."""
+    """Whether anything below the head is trained; if not, nothing of the decoder's forward needs to be saved."""
     return any(parameter.requires_grad for parameter in decoder.parameters())
 
 
 def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Soft-label cross entropy, summed over examples: divide by the number of examples in the whole step.
+    """Soft-label cross entropy, summed over examples; divide it by the number of examples in the whole step.
 
     Args:
         logits: float32 (n, 3).

@@ -1,4 +1,4 @@
-"""torch.compile with room for more variants of a function than it has by default, and with open numbers of rows."""
+"""torch.compile with a higher limit on the variants of a function, and with a dynamic number of rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 def compiled(function: Callable[..., Any], variants: int, *, dynamic: bool | None = None) -> Callable[..., Any]:
-    """The function, compiled whole when it is first called: where that cannot be done it is an error, never a slow run.
+    """The function, compiled as a whole in its first call; an error if that is not possible, never a slow fallback.
 
     Args:
-        variants: kept at most, one for each dtype, width and so on; one more is an error too.
+        variants: the most variants (one for each dtype, width and so on); exceeding it is an error too.
         dynamic: as in `torch.compile`.
     """
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -32,11 +32,11 @@ def compiled(function: Callable[..., Any], variants: int, *, dynamic: bool | Non
 
 
 def raise_limits(variants: int) -> None:
-    """Has torch.compile keep this many variants of any function: older versions of torch have no limit for one alone.
+    """Lets torch.compile keep this many variants of every function; older versions have no limit per function.
 
-    Raised and left so, which costs far less at each call than to raise and lower them around it; but looked at in each
-    call, as a limit that was set in one thread may not hold in another, such as the backward's. Where torch has no
-    such settings its own limits hold.
+    The limits are raised permanently, which costs far less than changing them around each call. They are checked in
+    each call, because a limit set in one thread may not apply in another, such as the backward's. If torch does not
+    have these settings, its own limits apply.
     """
     config = getattr(getattr(torch, "_dynamo", None), "config", None)
     for name in ("recompile_limit", "accumulated_recompile_limit"):
@@ -45,7 +45,7 @@ def raise_limits(variants: int) -> None:
 
 
 def leave_rows_open(x: Tensor) -> None:
-    """Has the compiler make one variant for all numbers of rows; else it does so once it has seen a second number."""
+    """Makes the compiler use one variant for all numbers of rows from the start, not from the second number on."""
     mark = getattr(getattr(torch, "_dynamo", None), "maybe_mark_dynamic", None)
     if mark is not None:
         mark(x, 0)

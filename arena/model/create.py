@@ -1,8 +1,9 @@
-"""Random bases of any size, made where they will stand: each weight is drawn, quantised and done with before the next.
+"""Random bases of any size, created on their device: each weight is drawn and quantised before the next one.
 
 A matrix product takes as long with random weights as with published ones, so the speed and memory of a large judge can
-be measured without them. The loader of transformers makes the model, from a state dict whose tensors are drawn when
-they are asked for: what comes out is what `load_base` would give, and held at most is the finished model and a matrix.
+be measured without downloading it. The loader of transformers builds the model from a state dict whose tensors are
+drawn on access. The result is equivalent to that of `load_base`, and memory never holds more than the finished model
+and one matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PIECE = 2**22  # normals drawn at once in float32, before they are rounded to th
 
 
 def _gemma2(**sizes: int) -> Gemma2Config:
-    """What the published sizes of Gemma-2 have in common (Gemma Team, 2024, arXiv:2408.00118)."""
+    """The config that the published sizes of Gemma-2 have in common (Gemma Team, 2024, arXiv:2408.00118)."""
     return Gemma2Config(
         vocab_size=256000, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, max_position_embeddings=8192,
         attn_logit_softcapping=50.0, final_logit_softcapping=30.0, rms_norm_eps=1e-6, initializer_range=0.02,
@@ -50,7 +51,7 @@ ARCHITECTURES: Mapping[str, Gemma2Config] = {
 
 
 def known_config(settings: ModelSettings) -> PretrainedConfig:
-    """The config of a recipe's base, without the network for those in `ARCHITECTURES`; errors as `load_base`."""
+    """The config of a recipe's base, without network access for those in `ARCHITECTURES`; errors as in `load_base`."""
     known: PretrainedConfig = ARCHITECTURES.get(settings.base) or base_config(settings)
     return known
 
@@ -58,19 +59,20 @@ def known_config(settings: ModelSettings) -> PretrainedConfig:
 def create_base(
     config: PretrainedConfig, settings: ModelSettings, device: torch.device | str, seed: int
 ) -> PreTrainedModel:
-    """A base of random weights in the place of a loaded one: the same modules, dtypes, flags and state dict keys.
+    """A base with random weights and the same modules, dtypes, flags and state dict keys as a loaded one.
 
-    Matrices are normal with the standard deviation `config.initializer_range`, norms and biases as the family starts
-    them, `score` zeros in float32. Weights depend on their names, the seed and the kind of device, not on their order.
+    Matrices are normal with the standard deviation `config.initializer_range`, norms and biases have their family's
+    initial values, and `score` is zeros in float32. Weights depend on their names, the seed and the kind of device, not
+    on their order.
 
     Args:
         config: of the model, such as one of `ARCHITECTURES`; it is not changed.
-        settings: `dtype`, `quantization` and `attention` are used; `base` is noted in the model, nothing is read there.
-        device: where the weights are drawn and stay.
+        settings: `dtype`, `quantization` and `attention` are used; `base` is stored in the model but not read.
+        device: where the weights are created.
         seed: of the weights.
     """
     config = deepcopy(config)
-    config.__dict__.pop("quantization_config", None)  # of a checkpoint that is stored quantised: these weights are not
+    config.__dict__.pop("quantization_config", None)  # describes a quantised checkpoint, which this is not
     as_judge(config)
     with torch.device("meta"):
         empty = AutoModelForSequenceClassification.from_config(config)
@@ -85,7 +87,7 @@ def create_base(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A matrix that is drawn when the loader takes all of it, as it takes a tensor that lies in a file."""
+    """A matrix that is drawn when the loader reads it, like a tensor in a file."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -94,7 +96,7 @@ class _Drawn:
     seed: int
 
     def __getitem__(self, places: Any) -> Tensor:
-        assert places is ..., f"the loader is to take the whole of a weight, it asks for {places}"
+        assert places is ..., f"the loader must read a weight as a whole, but reads {places}"
         generator = torch.Generator(self.device).manual_seed(self.seed)
         drawn = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for piece in drawn.view(-1).split(PIECE):
@@ -105,7 +107,7 @@ class _Drawn:
 def _weights(
     empty: PreTrainedModel, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Iterator[tuple[str, Tensor | _Drawn]]:
-    """The state dict of a model on the meta device: matrices to be drawn, and the few small weights."""
+    """The state dict for a model on the meta device: matrices that are drawn on access, and the small weights."""
     std = empty.config.initializer_range
     for path, module in empty.named_modules():
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
@@ -121,7 +123,7 @@ def _weights(
 
 
 def _started(model: PreTrainedModel, module: nn.Module) -> nn.Module:
-    """A module on the CPU with the weights that its family starts it with, such as norms that change nothing."""
+    """A module on the CPU with its family's initial weights, such as those of norms."""
     own = deepcopy(module).to_empty(device="cpu")
     model._init_weights(own)
     return own

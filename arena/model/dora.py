@@ -1,8 +1,8 @@
-"""DoRA (Liu et al., 2024, arXiv:2402.09353) over peft's layers: y = m / |W + sBA| * (Wx + sBAx), a length m a row of W.
+"""DoRA (Liu et al., 2024, arXiv:2402.09353) for peft's layers: y = m / |W + sBA| * (Wx + sBAx), one m per row of W.
 
-peft finds BA by sending the identity through the adapters, which for a layer with 14,336 inputs is a matrix of 0.8 GB,
-takes the lengths in the dtype of the weights, and gives a float32 result under autocast. Here the lengths are taken in
-float32 from a product of the adapters' weights, and the result has the dtype of the frozen layer's.
+peft computes BA by sending the identity through the adapters, which for a layer with 14,336 inputs is a matrix of
+0.8 GB, computes the norms in the dtype of the weights, and returns float32 under autocast. Here the norms are computed
+in float32 from a product of the adapters' weights, and the result has the dtype of the frozen layer's result.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 
 def _forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **others: Any) -> Tensor:
-    """What a peft layer asks its variant for."""
+    """The forward of a peft variant."""
     length = module.lora_magnitude_vector[active_adapter].weight
     change = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
     bias = module.get_base_layer().bias
     straight = result if bias is None else result - bias
-    factor = length / _lengths(module, active_adapter)  # float32: half precision has no room for its changes
-    found = (factor * (straight + module.scaling[active_adapter] * change.to(result.dtype))).to(result.dtype)
-    return torch.as_tensor(found if bias is None else found + bias)
+    factor = length / _lengths(module, active_adapter)  # float32, because half precision cannot represent its changes
+    scaled = (factor * (straight + module.scaling[active_adapter] * change.to(result.dtype))).to(result.dtype)
+    return torch.as_tensor(scaled if bias is None else scaled + bias)
 
 
 def install_dora(model: nn.Module, *, fresh: bool) -> None:
-    """Makes a model's DoRA layers compute this way; layers without DoRA are left alone.
+    """Makes a model's DoRA layers use this implementation; layers without DoRA are unchanged.
 
     Args:
-        fresh: the lengths are set to those of the weights, so that the layer starts as the frozen one.
+        fresh: set the magnitudes to the norms of the weights, so that the layer starts equal to the frozen one.
     """
     for module in model.modules():
         if not isinstance(module, LoraLayer):
@@ -39,8 +39,8 @@ def install_dora(model: nn.Module, *, fresh: bool) -> None:
         layer: Any = module
         for adapter, variant in getattr(layer, "lora_variant", {}).items():
             kind = type(variant)
-            assert "Dora" in kind.__name__, f"no other variant is asked for: {kind}"
-            # a kind of peft's own, so that merging stays peft's
+            assert "Dora" in kind.__name__, f"unexpected variant: {kind}"
+            # a subclass of peft's own, so that peft still does the merging
             layer.lora_variant[adapter] = type(kind.__name__, (kind,), {"forward": staticmethod(_forward)})()
             if fresh:
                 layer.lora_magnitude_vector[adapter].weight.data = _lengths(layer, adapter)
@@ -48,7 +48,7 @@ def install_dora(model: nn.Module, *, fresh: bool) -> None:
 
 @torch.no_grad()
 def _lengths(layer: Any, adapter: str) -> Tensor:
-    """Float32 (out,): the norm of each row of W + sBA. It gets no gradient, as the paper has it in section 4.3."""
+    """Float32 (out,): the norm of each row of W + sBA, without a gradient, as in section 4.3 of the paper."""
     weight = _weight(layer.get_base_layer()).float()
     down, up = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
     with torch.autocast(weight.device.type, enabled=False):

@@ -1,9 +1,9 @@
-"""Whether packing changes a base's numbers: tried on a small model of the same kind, before the base is used.
+"""Checks on a small model of the same kind that packing does not change a base's numbers, before the base is used.
 
-Attention is told where each row begins. But a base may mix rows in other ways too: by a state that is handed from token
-to token, by rotary frequencies that depend on the longest row of a batch, by something that its attention is given and
-ours does not know. No list of bases foresees that. So the base's config is made small, and the model it describes is
-run with random weights: packed, with shared beginnings, alone, and one row at a time through plain transformers.
+Packed attention knows where each row begins, but a base may mix rows in other ways: by a recurrent state, by rotary
+frequencies that depend on the longest row of a batch, or by inputs of its attention that packed attention does not
+support. No list of bases can cover that. So the base's config is shrunk, and the model that it describes is run with
+random weights: packed, with shared beginnings, alone, and one row at a time through plain transformers.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
 
-FIXED_ROPE = {"default", "linear", "yarn", "llama3"}  # rotary embeddings that are the same for rows of any length
-TOLERANCE = 1e-5  # of the largest logit, in float32
-CONTROL = 1e-3  # what a boundary or a window in the wrong place must change at least
+FIXED_ROPE = {"default", "linear", "yarn", "llama3"}  # rotary embeddings that do not depend on the length of a row
+TOLERANCE = 1e-5  # relative to the largest logit, in float32
+CONTROL = 1e-3  # the least change that a wrong boundary or window must cause
 
-# settings of the small model; adapters add nothing there, so that those of the recipe do not matter
+# settings of the small model; its adapters add nothing, so the recipe's adapters do not matter
 SIMPLEST: dict[str, Any] = {
     "dtype": "float32", "quantization": "none", "attention": "reference", "checkpointing": "none",
     "lora": LoraSettings(),
@@ -59,19 +59,19 @@ def check_exact(
     trained: bool = False,
     cache: Path | None = None,
 ) -> None:
-    """Makes sure that a base gives each row of a packed batch the numbers that it gives that row alone.
+    """Checks that a base computes the same numbers for a row in a packed batch as for that row alone.
 
-    Takes a second or two. A base that passes is remembered, by its config, the settings, and what computes the numbers:
-    this package's code and the versions of transformers and torch. A later call reads no more than that.
+    This takes a second or two. A base that passes is remembered by its config, the settings, this package's code, and
+    the versions of transformers and torch, and is not checked again.
 
     Args:
         config: of the base; it is not changed.
         max_length: tokens of the longest row that the base will be given.
-        trained: whether a judge was trained on the base already, so that settings come too late.
+        trained: whether a judge was already trained on the base, so that changing settings means training again.
         cache: where bases that passed are remembered; None: in the user's cache.
 
     Raises:
-        ValueError: a row's numbers would depend on the rows beside it, or the base cannot be read in packs at all.
+        ValueError: a row's numbers would depend on the other rows, or the base cannot be used on packed batches.
     """
     settings = settings.model_copy(update=SIMPLEST)
     longest = longest_row(config, max_length)
@@ -83,30 +83,30 @@ def check_exact(
     if why := why_not_exact(config, settings, longest):
         advice = _shorter_rows(config, settings, longest, "train the fold again with" if trained else "set")
         raise ValueError(f"model.base: {settings.base!r} cannot be used on packed batches: {why}{advice}")
-    with suppress(OSError):  # it is then tried again the next time
+    with suppress(OSError):  # the check is then repeated next time
         write_json(note, {"model_type": config.model_type, "longest_row": longest, "transformers": versions[0]})
 
 
 def why_not_exact(config: PretrainedConfig, settings: ModelSettings, longest: int) -> str | None:
-    """Why rows would not be their own in a packed batch, in a few words; None where they are, to 1e-5 in float32.
+    """Why a base is not exact on packed batches, in a few words; None if it is, to 1e-5 in float32.
 
     Args:
         settings: of a model in float32, with `SIMPLEST`.
-        longest: tokens of the longest row that the small model is given; see `longest_row`.
+        longest: tokens of the small model's longest row; see `longest_row`.
     """
     try:
         if why := _wrong_kind(config):
             return why
         with _repeatable():
             return _compare(miniature(config), settings, longest)
-    except Exception as error:  # whatever a modeling file raises that was not written for this
+    except Exception as error:  # a modeling file may raise any error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         return f"a small {config.model_type} could not be run on packed batches ({kind}{reason})"
 
 
 def longest_row(config: PretrainedConfig, max_length: int) -> int:
-    """Tokens of the small model's longest row: over each of its limits where `max_length` is over that of the base."""
+    """Tokens of the small model's longest row, which exceeds the limits that `max_length` exceeds for the base."""
     original, most = _limits(config)
     if max_length > most:
         return BEYOND
@@ -114,7 +114,7 @@ def longest_row(config: PretrainedConfig, max_length: int) -> int:
 
 
 def _limits(config: PretrainedConfig) -> tuple[float, float]:
-    """The positions beyond which the rotary embedding may be another, and all positions of a base."""
+    """The number of positions beyond which the rotary embedding may change, and the number of all positions."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
     changing = [each for each in kinds if each.get("rope_type", "default") not in FIXED_ROPE]
@@ -125,7 +125,7 @@ def _limits(config: PretrainedConfig) -> tuple[float, float]:
 
 
 def _shorter_rows(config: PretrainedConfig, settings: ModelSettings, longest: int, remedy: str) -> str:
-    """What to do where a base is exact for shorter rows."""
+    """Advice if a base is exact for shorter rows."""
     original, most = _limits(config)
     for limit, rows in ((most, LONGEST), (original, ORIGINAL)):
         if rows < longest and limit < math.inf and why_not_exact(config, settings, rows) is None:
@@ -134,11 +134,11 @@ def _shorter_rows(config: PretrainedConfig, settings: ModelSettings, longest: in
 
 
 def _wrong_kind(config: PretrainedConfig) -> str | None:
-    """What can be seen of a base that is no decoder of text, or one that cannot be told where rows begin."""
+    """Why a base is not a text decoder with replaceable attention; None if it is."""
     if config.is_encoder_decoder:
-        return "it has an encoder beside its decoder"
+        return "it has an encoder in addition to its decoder"
     if config.get_text_config() is not config:
-        return "it reads more than text; use a model of its text part alone"
+        return "it is a multimodal model; use a model of its text part alone"
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return "transformers has no sequence classifier over it"
     if not MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]._supports_attention_backend:
@@ -158,37 +158,37 @@ def _compare(small: PretrainedConfig, settings: ModelSettings, longest: int) -> 
     packed, order, shared = collate([{"input_ids": row} for row in rows]), *_sharing(rows)
     alone = _apart(torch.cat([ours(collate([{"input_ids": row}])) for row in rows]), expected)
     if not alone <= TOLERANCE:
-        return f"packed attention differs from its own for a single row too (relative difference {alone:.1g})"
+        return f"packed attention differs from its own even for a single row (relative difference {alone:.1g})"
     for batch, right in ((packed, expected), (shared, expected[order])):
         together = _apart(ours(batch), right)
         if not together <= TOLERANCE:
             return f"a row's numbers depend on the rows beside it (relative difference {together:.1g})"
-    # what must be seen: two rows taken for one, a window that is a token too wide
+    # controls that the comparison must detect: two rows taken for one, and a window that is one token too wide
     if not _apart(ours(_in_pairs(packed)), expected[1::2]) > CONTROL:
-        return "two rows taken for one give the same numbers, so the comparison shows nothing"
+        return "two rows taken for one give the same numbers, so the comparison proves nothing"
     windows = [each for each in ours.modules() if _has_window(each)]
     for module in windows:
         setattr(module, "sliding_window", WINDOW + 1)  # noqa: B010 - a name that torch's modules do not declare
     if windows and not _apart(ours(packed), expected) > CONTROL:
-        return "a wider window gives the same numbers, so the comparison shows nothing about it"
-    ours.train()(packed)  # what cannot be trained fails here: dropout within attention
+        return "a wider window gives the same numbers, so the comparison proves nothing about it"
+    ours.train()(packed)  # fails if the base cannot be trained, for example because of dropout in attention
     return None
 
 
 def _has_window(module: Any) -> bool:
-    """Whether a layer's attention looks back through a window; some hold its width and say that they do not use it."""
+    """Whether an attention module uses a sliding window; some have a width but a flag that turns it off."""
     return isinstance(getattr(module, "sliding_window", None), int) and getattr(module, "is_sliding", True)
 
 
 def _models(small: PretrainedConfig, settings: ModelSettings) -> tuple[PreTrainedModel, PackedClassifier]:
-    """The same random weights as transformers runs them, and as this package does, with adapters that add nothing."""
+    """Two models with the same random weights: transformers' own, and this package's with adapters that add nothing."""
     as_judge(small)
     plain, ours = (
         AutoModelForSequenceClassification.from_config(deepcopy(small), attn_implementation=name, dtype=torch.float32)
         for name in ("eager", NAME)
     )
     for name, parameter in plain.named_parameters():
-        if parameter.ndim > 1:  # large enough for every part to show in the logits
+        if parameter.ndim > 1:  # large enough for every part to affect the logits
             parameter.normal_(std=1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -198,7 +198,7 @@ def _models(small: PretrainedConfig, settings: ModelSettings) -> tuple[PreTraine
 
 
 def _rows(longest: int, vocabulary: int) -> list[np.ndarray]:
-    """An even number of rows, int32 (n,) each, of lengths on both sides of each limit; they share beginnings."""
+    """An even number of rows, int32 (n,) each, with lengths around each limit and with common beginnings."""
     around = {1, 2, *(limit + off for limit in (WINDOW, ORIGINAL, LONGEST) for off in (-1, 0, 1)), longest}
     lengths = [n for n in sorted(around) if n <= longest]
     lengths += [longest // 2] * (len(lengths) % 2)
@@ -212,7 +212,7 @@ def _rows(longest: int, vocabulary: int) -> list[np.ndarray]:
 
 
 def _sharing(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, PackedBatch]:
-    """The rows with every common beginning laid out once, and their order in that batch."""
+    """The order of the rows in a batch with every common beginning laid out once, and that batch."""
     prefixes = find_prefixes(rows)
     order = np.argsort(prefixes.rank)
     shared = prefixes.between(prefixes.rank[order])
@@ -221,7 +221,7 @@ def _sharing(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, PackedBatch]:
 
 
 def _in_pairs(batch: PackedBatch) -> PackedBatch:
-    """A batch that shares nothing, every two rows as one."""
+    """A batch that shares nothing, with every two rows taken for one."""
     ends = batch.cu_seqlens_q[::2]
     longest, segment = int(ends.diff().max()), torch.arange(len(ends) - 1)
     return replace(
@@ -230,26 +230,26 @@ def _in_pairs(batch: PackedBatch) -> PackedBatch:
 
 
 def _user_cache() -> Path:
-    """Where this user's programs keep what they can compute again; a folder for this package."""
+    """This package's folder in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "arena"
 
 
 @cached
 def _code() -> str:
-    """Fingerprint of the modules that lay out and compute batches."""
+    """Fingerprint of the code that lays out and computes batches."""
     package = Path(__file__).parents[1]
     modules = sorted([*(package / "model").glob("*.py"), *(package / "packing").glob("*.py")])
     return fingerprint(*(path.read_bytes() for path in modules))
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest logit."""
+    """The largest difference relative to the largest logit."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 
 @contextmanager
 def _repeatable() -> Iterator[None]:
-    """The same random numbers each time and none of the run's; one thread, as it is little work; no warnings."""
+    """Uses fixed random numbers without touching the run's, one thread as there is little work, and no warnings."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

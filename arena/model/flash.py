@@ -23,22 +23,20 @@ def flash(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attends within each segment, as `arena.model.attention.varlen_attention` says.
+    """Attends within each segment; see `arena.model.attention.varlen_attention`. Boundaries are on the device of q.
 
-    Products are in bfloat16 or float16: the dtype of autocast, or that of q, k and v. The gradient is the same bit by
-    bit in each run where `torch.use_deterministic_algorithms` is on; else dq is added up in the order of arrival.
-
-    Args and Returns: as there; q (T_q, heads, head_dim), k and v (T_k, kv_heads, head_dim), boundaries int32 (n + 1,)
-    on the device of q.
+    Products are in bfloat16 or float16: the dtype of autocast, or that of q, k and v. With
+    `torch.use_deterministic_algorithms` the gradient is reproducible bit for bit; otherwise dq is summed in the order
+    of arrival.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: the dtype is another one.
     """
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
     dtype = product_dtype(q, k, v)
     if dtype not in HALF:
-        raise ValueError(f"flash attention is for bfloat16 and float16, not {dtype}: set model.attention=auto")
+        raise ValueError(f"flash attention supports bfloat16 and float16, not {dtype}: set model.attention=auto")
     if len(q) == 0:
         return torch.empty_like(q)
     for ends in (cu_seqlens_q, cu_seqlens_k):
@@ -47,20 +45,20 @@ def flash(
         *(_dense_heads(states.to(dtype)) for states in (q, k, v)),
         cu_seqlens_q,
         cu_seqlens_k,
-        # An upper bound, which sizes the grid. At 1 flash-attn takes the path made for generation instead: without the
-        # causal mask, query heads moved into the query axis, another layout of what the backward reads; and small
-        # builds leave that path out. Our last layer asks one query of each segment.
+        # This is an upper bound that determines the grid size. With 1, flash-attn would use its path for generation,
+        # which has no causal mask, moves query heads into the query axis, saves another layout for the backward, and is
+        # missing from small builds. The last layer has one query per segment.
         max(max_seqlen_q, 2),
         max_seqlen_k,
         softmax_scale=scale,
         causal=True,  # aligned at the bottom right
-        window_size=(-1, -1) if window is None else (window - 1, 0),  # keys before the own one, both bounds included
-        softcap=0.0 if softcap is None else softcap,  # 0 is none
+        window_size=(-1, -1) if window is None else (window - 1, 0),  # keys before and after the own one
+        softcap=0.0 if softcap is None else softcap,  # 0 means none
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return out.to(q.dtype)
 
 
 def _dense_heads(states: Tensor) -> Tensor:
-    """The kernel reads heads of consecutive numbers; tokens and heads may lie in any order."""
+    """Makes each head contiguous, as the kernel requires; tokens and heads may have any strides."""
     return states if states.stride(-1) == 1 else states.contiguous()

@@ -1,10 +1,10 @@
 """Attention by compiled FlexAttention (Dong et al. 2024, arXiv:2412.05496): for CUDA cards without flash-attn.
 
-The compiled kernel is made for fixed numbers of queries and keys, so that both are padded to a few sizes. Padded
-queries see nothing and padded keys are seen by nobody: the kernel skips them in blocks, they cost memory alone.
+A compiled kernel has fixed numbers of queries and keys, so both are padded to a few sizes. Padded queries see no keys
+and no query sees padded keys; the kernel skips them in blocks, so they only take memory.
 
-What is seen is one range of keys for each query: the keys of its own segment up to its own place, from the window's
-edge on. Two numbers a query make the mask, and as they are data, neither lengths nor the window need a new kernel.
+Each query sees one range of keys: those of its segment from the window's edge up to its own position. Two numbers per
+query define the mask, and because they are data, neither lengths nor the window need a new kernel.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from arena.model.card import card_of, product_dtype
 from arena.model.compiler import compiled
 from arena.model.tiles import kernel_options
 
-BLOCK = 128  # queries and keys in a block of the mask; also the least size
-# Sizes in an octave. With these, micro-batches of 16,384 tokens from competition-like lengths come in four sizes of
-# queries and a dozen pairs of sizes, with 3% padding on average.
+BLOCK = 128  # queries and keys in a block of the mask; also the smallest size
+# Sizes per octave. With these, micro-batches of 16,384 tokens with the competition's lengths need four sizes of queries
+# and a dozen pairs of sizes, with 3% padding on average.
 STEPS = 8
-KERNELS = 256  # compiled at most: sizes of queries, sizes of keys, with and without gradients
-MASKS = 6  # kept: those of a micro-batch's sliding, full and last layer, and as many of the one before
+KERNELS = 256  # most compiled kernels: for sizes of queries and keys, with and without gradients
+MASKS = 6  # cached masks: of a micro-batch's sliding, full and last layers, and of the micro-batch before
 
 Mod = Callable[..., Tensor]
 
@@ -46,15 +46,13 @@ def flex(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attends within each segment, as `arena.model.attention.varlen_attention` says; forward only on a CPU.
+    """Attends within each segment; see `arena.model.attention.varlen_attention`. On a CPU there is only the forward.
 
     Products are in bfloat16, float16 or float32: the dtype of autocast, or the widest of q, k and v; the softmax is in
-    float32. The gradient is the same bit by bit in each run.
-
-    Args and Returns: as there; q (T_q, heads, head_dim), k and v (T_k, kv_heads, head_dim), boundaries int32 (n + 1,).
+    float32. The gradient is reproducible bit for bit.
 
     Raises:
-        ValueError: gradients are wanted on a CPU, or the card has too little shared memory.
+        ValueError: gradients are needed on a CPU, or the card has too little shared memory.
     """
     _refuse_gradients_on_cpu(q, k, v)
     if len(q) == 0:
@@ -77,9 +75,9 @@ def _refuse_gradients_on_cpu(*states: Tensor) -> None:
 
 
 def bucket(n: int) -> int:
-    """The size that n queries or keys are padded to: at most an eighth more, or less than `BLOCK` more.
+    """The size to which n queries or keys are padded: at most an eighth more, or less than `BLOCK` more.
 
-    Eight sizes in an octave, all multiples of `BLOCK`.
+    There are eight sizes per octave, all multiples of `BLOCK`.
     """
     assert n > 0
     octave = 1 << ((n - 1).bit_length() - 1) if n > 1 else 1  # the power of two below n
@@ -88,17 +86,17 @@ def bucket(n: int) -> int:
 
 
 def _padded(states: Tensor, size: int) -> Tensor:
-    """(T, heads, head_dim) to (1, heads, size, head_dim), zeros behind; always a copy, whose strides are known."""
+    """(T, heads, head_dim) to (1, heads, size, head_dim), padded with zeros; always a copy, so strides are known."""
     return F.pad(states, (0, 0, 0, 0, 0, size - len(states))).transpose(0, 1)[None]
 
 
 def visible(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, rows: int, keys: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The first and the last key that each query sees, int32 (rows,); padded rows see from `keys` to -1: none."""
+    """The first and the last key that each query sees, int32 (rows,); `keys` and -1, an empty range, for padding."""
     row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens_q.device)
     segment = torch.searchsorted(cu_seqlens_q, row, right=True).sub_(1).clamp_(max=len(cu_seqlens_q) - 2)
-    last = row + (cu_seqlens_k - cu_seqlens_q)[1:][segment]  # both end together
+    last = row + (cu_seqlens_k - cu_seqlens_q)[1:][segment]  # a segment's queries and keys end together
     first = cu_seqlens_k[:-1][segment]
     if window is not None:
         first = torch.maximum(first, last - (window - 1))
@@ -107,13 +105,13 @@ def visible(
 
 
 def block_mask(first: Tensor, last: Tensor, keys: int) -> BlockMask:
-    """Which blocks of keys each block of queries needs, in part or whole.
+    """Which blocks of keys each block of queries sees, partially or fully.
 
-    Made from the ranges, without a (rows, keys) mask and without waiting for the device: a query's range touches a
-    block or contains it, the largest tensor is bool (rows, keys / BLOCK).
+    It is computed from the ranges, which overlap a block or contain it, without a (rows, keys) mask and without waiting
+    for the device; the largest tensor is bool (rows, keys / BLOCK).
 
     Args:
-        first, last: int32 (rows,) of `visible`; rows and keys are multiples of `BLOCK`.
+        first, last: int32 (rows,) from `visible`; rows and keys are multiples of `BLOCK`.
     """
     start = torch.arange(0, keys, BLOCK, dtype=torch.int32, device=first.device)
     end = start + (BLOCK - 1)
@@ -126,7 +124,7 @@ def block_mask(first: Tensor, last: Tensor, keys: int) -> BlockMask:
 
 
 def mask_mod(first: Tensor, last: Tensor) -> Mod:
-    """Whether a query sees a key, for places in the padded rows of queries and keys."""
+    """Whether a query sees a key, for positions in the padded rows of queries and keys."""
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first[query] <= key) & (key <= last[query])
@@ -135,7 +133,7 @@ def mask_mod(first: Tensor, last: Tensor) -> Mod:
 
 
 def score_mod(softcap: float | None) -> Mod | None:
-    """The soft cap of a score; through the sigmoid, as a GPU's exact tanh costs far more: c tanh(s / c) is 2c g - c."""
+    """The softcap of a score, by the sigmoid, because a GPU's exact tanh costs far more: c tanh(s / c) is 2c g - c."""
     if softcap is None:
         return None
 
@@ -146,35 +144,35 @@ def score_mod(softcap: float | None) -> Mod | None:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Bool (rows, columns) as FlexAttention reads it: how many are set in each row, and these columns first; int32."""
+    """Bool (rows, columns) in FlexAttention's int32 form: each row's count of set columns, and these columns first."""
     count = blocks.sum(-1, dtype=torch.int32)
     order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return count[None, None], order[None, None]
 
 
-class _Masks:
-    """The masks last made: all layers of a forward pass and of its backward ask for the same two or three.
+class _MaskCache:
+    """A cache of recent masks, because all layers of a forward and its backward need the same two or three.
 
-    A mask belongs to the very tensors that it was made from. They are held with it, so that no other tensor can come
-    to stand at their place in memory; boundaries are never changed in place.
+    A mask is found by the identity of the tensors that it was made from. The cache holds these tensors, so that no
+    other tensor can take their place in memory; boundaries are never changed in place.
     """
 
     def __init__(self) -> None:
-        self.kept: deque[tuple[tuple[Any, ...], BlockMask]] = deque(maxlen=MASKS)
+        self.masks: deque[tuple[tuple[Any, ...], BlockMask]] = deque(maxlen=MASKS)
 
     def get(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, sizes: tuple[int, int], window: int | None) -> BlockMask:
-        for (ends_q, ends_k, *rest), mask in self.kept:
+        for (ends_q, ends_k, *rest), mask in self.masks:
             if ends_q is cu_seqlens_q and ends_k is cu_seqlens_k and rest == [sizes, window]:
                 return mask
-        # Not inference tensors, even there: the same batch may be trained on next.
+        # Not inference tensors, even in inference mode, because the same batch may be used for training next.
         with torch.inference_mode(False), torch.no_grad():
             first, last = visible(cu_seqlens_q, cu_seqlens_k, *sizes, window)
             mask = block_mask(first, last, sizes[1])
-        self.kept.append(((cu_seqlens_q, cu_seqlens_k, sizes, window), mask))
+        self.masks.append(((cu_seqlens_q, cu_seqlens_k, sizes, window), mask))
         return mask
 
 
-_masks = _Masks()
+_masks = _MaskCache()
 
 
 def _attend(
@@ -186,7 +184,7 @@ def _attend(
     softcap: float | None,
     tiles: dict[str, int] | None,
 ) -> Tensor:
-    """What is compiled."""
+    """The function that is compiled."""
     options: Any = tiles
     out: Tensor = flex_attention(
         q, k, v, score_mod=score_mod(softcap), block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1],

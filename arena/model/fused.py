@@ -1,7 +1,7 @@
-"""Puts the fused parts into a decoder of transformers, and lets each layer keep less for its backward.
+"""Installs fused kernels in a transformers decoder, and lets each layer recompute parts in its backward.
 
-The decoder's modules and weights stay what they are. Of norms, MLPs and LoRA layers the `forward` is replaced;
-the rotary embedding, a function in transformers, by one that hands on to it outside of our layers.
+The decoder's modules and weights stay the same. The `forward` of norms, MLPs and LoRA layers is replaced. The rotary
+embedding is a function in transformers; it is replaced by one that calls the original outside of these layers.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from arena.config import Part
 from arena.model.backends import cannot_compile
 from arena.model.kernels import gated, rms_norm, rotary
 from arena.model.lora import fuse_lora
-from arena.model.recompute import CHEAP, PRODUCT, keeping_less, remake
+from arena.model.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 
 PARTS: tuple[Part, ...] = get_args(Part)
-ROTARY = "apply_rotary_pos_emb"  # as each family's module of transformers calls it
-ADDED_TO_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm")  # norms whose weight is
+ROTARY = "apply_rotary_pos_emb"  # the function's name in each family's module of transformers
+ADDED_TO_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm")  # norms whose weight is added to one
 NORMS = (*ADDED_TO_ONE, "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 MLPS = ("GemmaMLP", "Gemma2MLP", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 ACTIVATIONS = {"GELUTanh": "gelu", "PytorchGELUTanh": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
-POLICY = "recomputes"  # the attribute of a layer that says what of it the backward computes again
-COSTS = {"light": CHEAP, "mlp": PRODUCT}
+POLICY = "recompute_policy"  # the attribute of a layer that names its recompute policy
+COSTS = {"elementwise": ELEMENTWISE, "elementwise_and_mlp": PRODUCT}
 
 Setting = tuple[Part, ...] | str
 _turning: ContextVar[Setting] = ContextVar("turning", default=())
 
 
 def install(decoder: nn.Module, fuse: Setting) -> None:
-    """Replaces what can be computed in fewer passes, and makes every layer heed its `POLICY`.
+    """Replaces the parts that have fused kernels, and makes every layer follow its `POLICY`.
 
     Args:
-        decoder: of a family of transformers; with modules of other kinds than those above, these run as they are.
-        fuse: parts; or `auto`, LoRA and on a GPU all the others; or `none`.
+        decoder: of any family of transformers; modules of other kinds than those above are unchanged.
+        fuse: the parts to fuse; `auto`: LoRA, and on a GPU all parts; or `none`.
     """
     fuse = () if fuse == "none" else fuse
     layers: Any = decoder.layers
     for module in decoder.modules():
         kind = type(module).__name__
         if kind in NORMS:
-            module.forward = partial(remake, partial(_norm, fuse, module))
+            module.forward = partial(recomputable, partial(_norm, fuse, module))
         elif kind in MLPS:
             module.forward = MethodType(partial(_mlp, fuse), module)
     for layer in layers:
-        attention = getattr(layer, "self_attn", None)  # within what transformers may run again in the backward
+        attention = getattr(layer, "self_attn", None)  # inside what transformers may recompute in the backward
         if attention is not None:
             _replace_rotary(sys.modules[type(attention).__module__])
             attention.forward = partial(_turned, fuse, attention.forward)
@@ -62,7 +62,7 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
 
 
 def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
-    """`auto` compiles for a GPU only, where it can: on a CPU compiling takes longer than it saves in small models."""
+    """Whether a part is fused; `auto` compiles for a GPU only, because on a CPU compiling small models does not pay."""
     return x.is_cuda and cannot_compile() is None if fuse == "auto" else part in fuse
 
 
@@ -76,7 +76,7 @@ def _norm(fuse: Setting, module: Any, x: Tensor) -> Tensor:
 
 def _mlp(fuse: Setting, module: Any, x: Tensor) -> Tensor:
     gate, up = (_product(each, x) for each in (module.gate_proj, module.up_proj))
-    out: Tensor = module.down_proj(remake(partial(_gated, fuse, module.act_fn), gate, up))
+    out: Tensor = module.down_proj(recomputable(partial(_gated, fuse, module.act_fn), gate, up))
     return out
 
 
@@ -88,21 +88,21 @@ def _gated(fuse: Setting, activation: nn.Module, gate: Tensor, up: Tensor) -> Te
 
 
 def _product(layer: Any, x: Tensor) -> Tensor:
-    """A linear layer's result, to be made again unless dropout would make it another."""
+    """A linear layer's result, recomputable unless it has dropout."""
     dropped = getattr(layer, "lora_dropout", {})
     if layer.training and any(not isinstance(each, nn.Identity) for each in dropped.values()):
         return torch.as_tensor(layer(x))
-    return remake(layer, x, cost=PRODUCT)
+    return recomputable(layer, x, cost=PRODUCT)
 
 
 def _in_layer(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     cost = COSTS.get(getattr(layer, POLICY, ""))
-    with nullcontext() if cost is None else keeping_less(cost):
+    with nullcontext() if cost is None else recomputing(cost):
         return forward(*args, **kwargs)
 
 
 def _turned(fuse: Setting, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Attention's forward, with rotary embedding as `fuse` has it."""
+    """The attention's forward, with the rotary embedding that `fuse` selects."""
     token = _turning.set(fuse)
     try:
         return forward(*args, **kwargs)
@@ -111,14 +111,14 @@ def _turned(fuse: Setting, forward: Callable[..., Any], *args: Any, **kwargs: An
 
 
 def _replace_rotary(module: Any) -> None:
-    """Puts `_rotary` in the place of a modeling module's function, once."""
+    """Replaces a modeling module's function by `_rotary`, once."""
     function = getattr(module, ROTARY, None)
     if function is not None and not isinstance(function, partial):
         setattr(module, ROTARY, partial(_rotary, function))
 
 
 def _rotary(whole: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
-    """(1, heads, T, head_dim) turned by cos and sin (1, T, head_dim); outside of our layers transformers' own."""
+    """(1, heads, T, head_dim) rotated by cos and sin (1, T, head_dim); outside of these layers by transformers' own."""
     fits = not rest and not more and len(q) == 1 and cos.shape[-1] == q.shape[-1]
     if not (fits and _wanted("rotary", _turning.get(), q)):
         return whole(q, k, cos, sin, *rest, **more)

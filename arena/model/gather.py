@@ -1,4 +1,4 @@
-"""Keys and values in the order in which segments see them; what a shared beginning's gradient is summed in."""
+"""Gathers keys and values in the order of the segments, with the gradient of shared beginnings summed in float32."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 def gather(states: Tensor, index: Tensor) -> Tensor:
     """`states[index]`, (K, heads, head_dim) of (T, heads, head_dim), with its gradient summed in float32.
 
-    A token of a shared beginning stands in many segments' keys, and the sum of their gradients would be rounded with
-    each of them in half precision. On a GPU the order of the sum varies from run to run unless torch is told to use
-    deterministic algorithms.
+    A token of a shared beginning is a key of many segments, and in half precision the sum of their gradients would be
+    rounded with each addition. On a GPU the order of the sum varies from run to run unless torch uses deterministic
+    algorithms.
     """
     out: Tensor = _Gather.apply(states, index)
     return out

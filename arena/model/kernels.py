@@ -1,8 +1,8 @@
-"""RMSNorm, gated MLP activation and rotary embedding: each one pass over memory forward, and one backward.
+"""Fused RMSNorm, gated MLP activation and rotary embedding: one pass over memory in the forward and in the backward.
 
-Plain formulas that torch compiles (to Triton on a GPU, C++ on a CPU) into one loop each, in place of operations that
-each read and write the whole tensor. Inside they compute in float32 and round once, on writing. For the backward they
-save their inputs alone.
+These are plain formulas that torch compiles (to Triton on a GPU, C++ on a CPU) into one loop each, instead of separate
+operations that each read and write the whole tensor. They compute in float32 and round once, when writing. For the
+backward they save only their inputs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from arena.model.compiler import compiled, leave_rows_open
 
 Compiled = Callable[..., Any]
-VARIANTS = 64  # of one function: dtypes, widths, a single row, tensors of inference mode
+VARIANTS = 64  # of one function: for dtypes, widths, a single row, tensors of inference mode
 
 
 def _compiled(function: Compiled) -> Compiled:
-    """Compiled when first called, once for all numbers of rows; anew for another dtype or width.
+    """Compiles a function in its first call, once for all numbers of rows, and again for another dtype or width.
 
-    Beyond `VARIANTS`, and where it cannot be compiled, that is an error: never a slow run without a word. Gradients and
-    autocast are left outside, as each would make variants of its own.
+    More than `VARIANTS`, or a failure to compile, is an error, never a silent slow fallback. Gradients and autocast are
+    turned off inside, because they would need separate variants.
     """
     made = compiled(function, VARIANTS)
 
@@ -34,7 +34,7 @@ def _compiled(function: Compiled) -> Compiled:
     def run(*given: Any) -> Any:
         plain = [_open(each) if isinstance(each, Tensor) else each for each in given]
         kind = plain[0].device.type
-        # Called thousands of times a step: what is off already is not switched off, and autocast by its flag alone.
+        # This is called thousands of times per step, so it avoids what is already off, and sets only autocast's flag.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             if not torch.is_autocast_enabled(kind):
                 return made(*plain)
@@ -48,7 +48,7 @@ def _compiled(function: Compiled) -> Compiled:
 
 
 def _open(x: Tensor) -> Tensor:
-    """Without its history, and with the number of rows left open."""
+    """The tensor without its history and with a dynamic number of rows."""
     bare = x.detach()
     if bare.ndim > 1:  # a norm's weight has one width
         leave_rows_open(bare)
@@ -103,7 +103,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     Args:
         x: (..., width).
         weight: (width,).
-        offset: 1 for Gemma, whose weights are what is added to one.
+        offset: 1 for Gemma, whose weights are added to one.
     """
     out: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, offset)
     return out.view(x.shape)
@@ -198,11 +198,11 @@ class _Rotary(torch.autograd.Function):
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + head_dim / 2]) by its position's angle; the gradient is turned back by the same.
+    """Rotates each pair (x[i], x[i + head_dim / 2]) by its position's angle, and the gradient back by the same angle.
 
     Args:
         x: (T, heads, head_dim).
-        cos, sin: (T, head_dim), of the angles, twice over: the second half repeats the first.
+        cos, sin: (T, head_dim), of the angles; the second half repeats the first.
     """
     out: Tensor = _Rotary.apply(x, cos, sin)
     return out

@@ -1,10 +1,10 @@
-"""The last decoder layer, computed for the last token of each segment alone.
+"""The last decoder layer, computed for the last token of each segment only.
 
-A classifier reads one token of each example. Every layer but the last feeds all tokens to the next; the last one has to
-give keys and values for all tokens, but queries, output projection, norms and MLP only for the tokens that are read.
+A classifier reads one token of each example. Every layer but the last passes all tokens to the next. The last layer
+needs keys and values of all tokens, but queries, output projection, norms and MLP only for the tokens that are read.
 
-The layer's own code is run, twice: over all tokens until it asks for attention, which keeps the keys and values and
-goes no further; then over the last tokens, whose attention is given those keys and values.
+The layer's own code runs twice: first over all tokens up to its call of attention, which captures the keys and values
+and stops; then over the last tokens, whose attention uses the captured keys and values.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Decoders whose layers treat each token by itself but for attention and take `position_embeddings` (tests/model/
-# test_last_layer.py holds each to the whole layer's result).
+# Decoders whose layers process each token separately except in attention, and accept `position_embeddings`
+# (tests/model/test_last_layer.py compares each with the whole layer).
 FAMILIES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 MARK = "takes_last_token"
 
 
-class KeptKeys:
-    """Where the last layer's keys and values of all tokens wait for its queries."""
+class KeyValueCapture:
+    """Captures the last layer's keys and values of all tokens for its queries."""
 
     def __init__(self) -> None:
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.captured: tuple[Tensor, Tensor] | None = None
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """On the first call keeps what it is given and raises `KeysKept`; later gives back what it has kept."""
-        if self.kept is None:
-            self.kept = key, value
-            raise KeysKept
-        return self.kept
+        """Captures its arguments and raises `KeysCaptured` in the first call; returns the captured ones later."""
+        if self.captured is None:
+            self.captured = key, value
+            raise KeysCaptured
+        return self.captured
 
 
-class KeysKept(Exception):  # noqa: N818 - it ends a run, it is no error
+class KeysCaptured(Exception):  # noqa: N818 - it ends a run but is not an error
     """Ends the last layer's first run."""
 
 
 def is_safe(model_type: str) -> bool:
-    """Whether `only_last_tokens` is known to be right for a family of models."""
+    """Whether `only_last_tokens` is known to be correct for a family of models."""
     return model_type in FAMILIES
 
 
 def only_last_tokens(layer: nn.Module) -> None:
-    """Makes a decoder's last layer give the states of each segment's last token: (1, s, hidden) for (1, T, hidden).
+    """Makes a decoder's last layer return the states of each segment's last token: (1, s, hidden) for (1, T, hidden).
 
-    It does so in calls with `last_token`, int64 (s,), the places of these tokens; other calls are left as they are.
+    This applies to calls with `last_token`, int64 (s,), the positions of these tokens; other calls are unchanged.
     """
     whole = layer.forward
     # without the gradient checkpointing that transformers may have wrapped around it
     bare = MethodType(unwrap(type(layer).forward), layer)
 
-    layer.forward = partial(_run, whole, bare)  # no closure: a copy of the layer must run with its own weights
+    layer.forward = partial(_run, whole, bare)  # not a closure, so that a copy of the layer uses its own weights
     setattr(layer, MARK, True)
 
 
@@ -65,11 +65,11 @@ def _run(
     whole: Callable[..., Any], bare: Callable[..., Any], hidden_states: Tensor, *,
     last_token: Tensor | None = None, **given: Any,
 ) -> Any:  # fmt: skip
-    """In place of the layer's forward: all of it, or with `last_token` the last tokens alone."""
+    """Replaces the layer's forward: runs all of it, or with `last_token` only the last tokens."""
     if last_token is None:
         return whole(hidden_states, **given)
-    stage = KeptKeys()
-    stage.kept = _keys_and_values(bare, given, hidden_states)
+    stage = KeyValueCapture()
+    stage.captured = _keys_and_values(bare, given, hidden_states)
     return bare(hidden_states[:, last_token], **_of_last_tokens(given, last_token), last_layer=stage)
 
 
@@ -83,16 +83,16 @@ def _keys_and_values(
     forward: Callable[..., Any], given: dict[str, Any], hidden_states: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The keys and values of a layer for all tokens, (1, kv_heads, T, head_dim) each."""
-    stage = KeptKeys()
+    stage = KeyValueCapture()
     try:
         forward(hidden_states, **given, last_layer=stage)
-    except KeysKept:
-        return stage.kept
-    raise AssertionError("the last layer did not ask for attention")
+    except KeysCaptured:
+        return stage.captured
+    raise AssertionError("the last layer did not call attention")
 
 
 def _of_last_tokens(given: dict[str, Any], last_token: Tensor) -> dict[str, Any]:
-    """A layer's keyword arguments for a row of one query a segment."""
+    """A layer's keyword arguments for a row with one query per segment."""
     cos, sin = given["position_embeddings"]
     changed: dict[str, Any] = {
         "position_embeddings": (cos[:, last_token], sin[:, last_token]),

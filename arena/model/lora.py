@@ -1,8 +1,8 @@
-"""A linear layer with LoRA in fewer passes over the activations than peft takes.
+"""A linear layer with LoRA that takes fewer passes over the activations than peft's.
 
 peft copies the frozen layer's result, multiplies by both adapters, scales that product and adds it: four passes over
-memory beside the products, and three more in the backward. A matrix product can scale and add while it writes, so here
-the adapters' product is added in place, and so is its part of the gradient of the input.
+memory besides the products, and three more in the backward. A matrix product can scale and add while it writes, so here
+the adapters' product is added in place, and so is its part of the input's gradient.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from arena.progress import console
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Makes a model's LoRA layers compute this way, where they are plain LoRA over a 4-bit or unquantised layer.
+    """Makes a model's LoRA layers use this implementation if they are plain LoRA over a 4-bit or unquantised layer.
 
-    peft still computes the rest: DoRA and other variants, layers with dropout, 8-bit layers, merged or switched-off
-    adapters, several adapters at once; and everything, with a note, where this version of peft computes another way.
+    peft still computes the others: DoRA and other variants, layers with dropout, 8-bit layers, merged or disabled
+    adapters, and several adapters at once. If this version of peft computes LoRA in another way, peft computes all of
+    them, and a note is printed.
     """
     if not any(isinstance(module, LoraLayer) for module in model.modules()):
         return
     if not peft_is_known():
         console.print(
-            f"peft {peft.__version__} computes LoRA differently from what this package expects, so its own, slower "
+            f"peft {peft.__version__} computes LoRA in another way than this package expects, so peft's own slower "
             "layers are used"
         )
         return
@@ -44,7 +45,7 @@ def fuse_lora(model: nn.Module) -> None:
 
 @cache
 def peft_is_known() -> bool:
-    """Whether a small layer computed this way gives the result and the gradients that peft's own code gives."""
+    """Whether this implementation and peft's give the same result and gradients for a small layer."""
     try:
         with torch.random.fork_rng(devices=()), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(0)
@@ -62,7 +63,7 @@ def peft_is_known() -> bool:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """In place of the forward of a peft layer."""
+    """Replaces the forward of a peft layer."""
     name = None if args or kwargs else _plain_adapter(layer)
     if name is None:
         return type(layer).forward(layer, x, *args, **kwargs)
@@ -76,7 +77,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _plain_adapter(layer: Any) -> str | None:
-    """The name of a layer's one adapter, if it is plain LoRA over weights that `_weight` can read."""
+    """The name of a layer's only adapter if it is plain LoRA over weights that `_weight` can read; else None."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
         return None
@@ -88,7 +89,7 @@ def _plain_adapter(layer: Any) -> str | None:
 
 
 def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The frozen weight, (out, in), 4-bit ones dequantised."""
+    """The frozen (out, in) weight, dequantised if it is in 4 bits."""
     weight: Any = base.weight
     if isinstance(base, Linear4bit):
         weight = dequantize_4bit(weight.data, weight.quant_state)

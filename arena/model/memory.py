@@ -1,9 +1,10 @@
-"""What a judge takes on a card, by arithmetic, and which layers keep how much of a forward pass.
+"""An estimate of the memory that training takes on a card, and the choice of a recompute policy for each layer.
 
-With H the hidden size, I that of the MLP, Q and K all query and all key heads, a layer keeps for each token, in the
-compute dtype: its input and the input of the MLP's norm (2 H); the last products of attention and MLP if norms follow
-them (2 H); queries, keys, values and attention's result (2 Q + 2 K); the MLP's wide products (2 I); and with policy
-`none` the norms' results (2 H) and the activation's (I). `mlp` does without 2 I; `full` keeps its input alone.
+Let H be the hidden size, I the MLP's, and Q and K the total width of the query and of the key heads. For each token a
+layer saves, in the compute dtype: its input and the input of the MLP's norm (2 H); the last products of attention and
+MLP if norms follow them (2 H); queries, keys, values and the attention output (2 Q + 2 K); and the MLP's wide products
+(2 I). Policy `none` also saves the results of the norms (2 H) and of the activation (I). `elementwise_and_mlp` does not
+save the 2 I, and `full` saves the layer's input only.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from arena.config import ModelSettings, Recipe
 from arena.model.card import Card
 
 GIB = 2**30
-RESERVED = 0.9 * GIB  # the driver's context, the workspace of matrix products
-USABLE = 0.94  # of the rest: memory falls to pieces
+RESERVED = 0.9 * GIB  # the driver's context and the workspace of matrix products
+USABLE_SHARE = 0.94  # of the rest: some is lost to fragmentation
 LEAST_BUDGET = 1024
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight: 64 share a scale of 8 bits, 256 of these one of 32 bits
-LADDER = ("full", "mlp", "light", "none")  # each keeps more than the one before and computes less again
+POLICIES = (
+    "none",
+    "elementwise",
+    "elementwise_and_mlp",
+    "full",
+)  # each saves less than the one before, recomputes more
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes; `closing_norms`: whether norms follow attention and MLP too, as in Gemma-2."""
+    """A decoder's sizes; `closing_norms` tells whether norms also follow attention and MLP, as in Gemma-2."""
 
     hidden: int
     intermediate: int
@@ -39,41 +45,43 @@ class Shape:
 
     @property
     def attention_weights(self) -> int:
-        """Of one layer's four products."""
+        """Weights of one layer's four attention products."""
         return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
 
     @property
     def mlp_weights(self) -> int:
-        """Of one layer's three products."""
+        """Weights of one layer's three MLP products."""
         return 3 * self.hidden * self.intermediate
 
     @property
     def linear_weights(self) -> int:
-        """Of all layers' products: the N of the 2 N operations that a token's forward takes."""
+        """Weights of all layers' products: the N of the 2 N operations that a token's forward takes."""
         return self.layers * (self.attention_weights + self.mlp_weights)
 
     def lora_weights(self, r: int) -> int:
-        """Of adapters of rank r on all products."""
+        """Weights of adapters of rank r on all products."""
         attention = 4 * self.hidden + 2 * self.head_dim * (self.heads + self.kv_heads)
         return self.layers * r * (attention + 3 * (self.hidden + self.intermediate))
 
-    def kept(self, policy: str) -> int:
-        """Numbers that a layer keeps for each token under a policy."""
+    def saved_per_token(self, policy: str) -> int:
+        """Numbers that a layer saves for the backward, for each token, under a policy."""
         if policy == "full":
             return self.hidden
         streams = self.hidden * (4 if self.closing_norms else 2)
         attention = 2 * self.head_dim * (self.heads + self.kv_heads)
-        wide = {"mlp": 0, "light": 2 * self.intermediate, "none": 3 * self.intermediate + 2 * self.hidden}[policy]
-        return streams + attention + wide
+        if policy == "elementwise_and_mlp":
+            return streams + attention
+        products = streams + attention + 2 * self.intermediate
+        return products if policy == "elementwise" else products + self.intermediate + 2 * self.hidden
 
-    def again(self, policy: str) -> float:
-        """The share of a layer's forward that the backward computes again, by operations.
+    def recompute_fraction(self, policy: str) -> float:
+        """The share of a layer's forward that the backward recomputes, by operations.
 
-        Passes over memory have no operations to speak of; they are counted as a twentieth (of a fused forward's time,
-        at the bandwidth and matrix rate of current cards, about that is theirs).
+        Elementwise passes have hardly any operations; they count as a twentieth, which is about their share of a fused
+        forward's time at the bandwidth and matrix rate of current cards.
         """
         wide = 2 / 3 * self.mlp_weights / (self.attention_weights + self.mlp_weights)
-        return {"full": 1.0, "mlp": 0.05 + 0.95 * wide, "light": 0.05, "none": 0.0}[policy]
+        return {"full": 1.0, "elementwise_and_mlp": 0.05 + 0.95 * wide, "elementwise": 0.05, "none": 0.0}[policy]
 
 
 def shape_of(config: Any) -> Shape:
@@ -92,20 +100,20 @@ def shape_of(config: Any) -> Shape:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one training step with full recomputation, by what they are for."""
+    """Bytes of one training step with full recomputation, by purpose."""
 
     weights: float
-    trained: float  # weights that train, their gradients, the optimizer's moments
-    kept: float  # every layer's input
+    trained: float  # trainable weights, their gradients, the optimizer's moments
+    layer_inputs: float
     working: float  # one layer's forward and backward
 
     @property
     def total(self) -> float:
-        return self.weights + self.trained + self.kept + self.working
+        return self.weights + self.trained + self.layer_inputs + self.working
 
 
 def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "adamw") -> Need:
-    """What training takes with full recomputation and micro-batches of `tokens`."""
+    """The memory that training takes with full recomputation and micro-batches of `tokens` tokens."""
     width = WIDTH["bfloat16" if settings.dtype == "auto" else settings.dtype]
     embeddings = shape.vocabulary * shape.hidden
     state = 4 + 4 + (2 if optimizer == "adamw8bit" else 8)
@@ -115,26 +123,26 @@ def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "a
         bytes_of = {"nf4": NF4, "int8": 1.0, "none": float(width)}[settings.quantization]
         weights = bytes_of * shape.linear_weights + width * embeddings
         trained = float(state * shape.lora_weights(settings.lora.r)) if settings.tune == "lora" else 0.0
-    # at the most a layer's everything, gradients of its wide tensors and streams, and one dequantised weight or two
-    per_token = shape.kept("none") + 4 * shape.intermediate + 4 * shape.hidden
+    # at most all of one layer's activations, gradients of its wide tensors and streams, and two dequantised weights
+    per_token = shape.saved_per_token("none") + 4 * shape.intermediate + 4 * shape.hidden
     dequantised = 2 * width * shape.hidden * shape.intermediate
     stream = 4 if settings.tune == "full" else width
-    kept = 0 if settings.tune == "head" else stream * shape.layers * shape.kept("full") * tokens
-    return Need(weights, trained, kept, width * per_token * tokens + dequantised)
+    layer_inputs = 0 if settings.tune == "head" else stream * shape.layers * shape.saved_per_token("full") * tokens
+    return Need(weights, trained, layer_inputs, width * per_token * tokens + dequantised)
 
 
 def room(card: Card) -> float:
-    """Bytes of a card that a run may plan with."""
-    return (card.memory - RESERVED) * USABLE
+    """Bytes of a card's memory that a run may use."""
+    return (card.memory - RESERVED) * USABLE_SHARE
 
 
 def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
-    """The recipe as it runs on a card: the budget halved until a micro-batch fits.
+    """The recipe as it runs on a card, with the budget halved until a micro-batch fits.
 
-    A CPU's memory is not looked at. Rows and checkpoints are made for the budget, so it never changes within a run.
+    On a CPU the budget is left as it is. Plans and checkpoints depend on the budget, so it never changes within a run.
 
     Raises:
-        ValueError: even the least budget does not fit; says what would.
+        ValueError: even the least budget does not fit; the message says which settings to lower.
     """
     settings = recipe.model
     if card.kind == "cpu":
@@ -145,32 +153,32 @@ def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
         if budget // 2 < least:
             smaller = "" if settings.quantization == "nf4" else ", or set model.tune=lora model.quantization=nf4"
             raise ValueError(
-                f"{recipe.name} takes about {found.total / GIB:.1f} GiB with micro-batches of {budget:,} tokens, and "
-                f"{card.name} has room for {room(card) / GIB:.1f}: lower prompt.max_length (now "
-                f"{recipe.prompt.max_length:,}) or take a smaller base{smaller}"
+                f"{recipe.name} takes about {found.total / GIB:.1f} GiB with micro-batches of {budget:,} tokens, but "
+                f"{card.name} has only {room(card) / GIB:.1f} GiB to use: lower prompt.max_length (now "
+                f"{recipe.prompt.max_length:,}) or choose a smaller base{smaller}"
             )
         budget //= 2
     return recipe.model_copy(update={"packing": recipe.packing.model_copy(update={"budget": budget})})
 
 
-def mix(kept: Mapping[str, float], again: Mapping[str, float], layers: int, free: float) -> list[str]:
-    """A policy for each of some layers that keep alike: as little computed again as `free` bytes allow.
+def mix_policies(saved: Mapping[str, float], recompute: Mapping[str, float], layers: int, free: float) -> list[str]:
+    """A policy for each of several equal layers that recomputes as little as `free` bytes allow.
 
-    Starts with `full` everywhere and, step by step, takes the change of one layer that saves most for its bytes.
+    Starts with `full` everywhere and repeatedly makes the change of one layer that avoids most recomputation per byte.
 
     Args:
-        kept: bytes that a layer keeps under each policy; a policy that is not named is not used.
-        again: what it computes again, in any unit.
-        free: bytes beside those of `full` everywhere.
+        saved: bytes that a layer saves under each policy; policies that are not listed are not used.
+        recompute: the cost of what it recomputes, in any unit.
+        free: bytes beyond those of `full` everywhere.
     """
     policies = ["full"] * layers
     while True:
         steps = []
         for at, policy in enumerate(policies):
-            for other in kept:
-                extra, saved = kept[other] - kept[policy], again[policy] - again[other]
-                if saved > 0 and extra <= free:
-                    steps.append((saved / max(extra, 1.0), -at, other, extra))
+            for other in saved:
+                extra, avoided = saved[other] - saved[policy], recompute[policy] - recompute[other]
+                if avoided > 0 and extra <= free:
+                    steps.append((avoided / max(extra, 1.0), -at, other, extra))
         if not steps:
             return policies
         _, at, other, extra = max(steps)
@@ -179,6 +187,6 @@ def mix(kept: Mapping[str, float], again: Mapping[str, float], layers: int, free
 
 
 def describe(policies: list[str]) -> str:
-    """Such as `36 layers light, 6 mlp`."""
-    counts = {policy: policies.count(policy) for policy in reversed(LADDER) if policy in policies}
+    """How many layers have each policy, such as `36 elementwise, 6 elementwise_and_mlp`."""
+    counts = {policy: policies.count(policy) for policy in POLICIES if policy in policies}
     return ", ".join(f"{count} {policy}" for policy, count in counts.items())

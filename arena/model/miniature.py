@@ -1,6 +1,6 @@
-"""A config of the same kind as a base's, made so narrow that the model it describes runs in milliseconds.
+"""Shrinks a base's config so far that the model it describes runs in milliseconds.
 
-Widths shrink, and with them the limits on how far tokens see one another; of layers that are alike one is left.
+Widths are reduced, and so are the limits on positions and windows; of equal layers one is left.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 
 VOCABULARY = 128
 FIRST_TOKEN = 10  # the tokens below may be special
-WINDOW = 8  # tokens, in the place of every sliding window, chunk or block
-ORIGINAL = 24  # positions, in the place of those that a stretched rotary embedding was trained on
-LONGEST = 40  # positions, in the place of all that a base can read
-BEYOND = LONGEST + WINDOW + 1  # tokens of a row that is longer than these
+WINDOW = 8  # tokens in every sliding window, chunk or block
+ORIGINAL = 24  # positions that an extended rotary embedding was originally trained on
+LONGEST = 40  # most positions of the small model
+BEYOND = LONGEST + WINDOW + 1  # tokens of a row that exceeds them
 
 HEADS, HEAD_DIM, HIDDEN = 4, 16, 64
 
-# names that transformers' configs give to widths, and what stands in their place
+# the names of widths in transformers' configs, and their small values
 WIDTHS = {
     "vocab_size": VOCABULARY, "intermediate_size": 2 * HIDDEN, "query_pre_attn_scalar": HEAD_DIM,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
@@ -31,7 +31,7 @@ WIDTHS = {
     "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "qk_head_dim": 24,
     "v_head_dim": 16, "index_head_dim": 16,
 }  # fmt: skip
-# and what names of limits hold, known or not: how far a token sees, or may stand from the first
+# patterns in the names of limits on windows and positions, and their small values
 LIMITS = (
     (re.compile(r"original_max_position"), ORIGINAL),
     (re.compile(r"n_positions|n_ctx|max_position|max_seq_len|max_target_positions"), LONGEST),
@@ -41,12 +41,13 @@ NO_LIMIT = re.compile(r"layers|group|feed_forward")
 
 
 def miniature(config: PretrainedConfig) -> PretrainedConfig:
-    """The same config, narrow and shallow, and with `WINDOW`, `ORIGINAL` and `LONGEST` in the place of its limits.
+    """The same config, but narrow and shallow and with the limits `WINDOW`, `ORIGINAL` and `LONGEST`.
 
-    Whether several query heads share a key head, and whether all heads together are wider than the hidden size, stays.
+    It still has several query heads per key head, and heads that are together wider than the hidden size, if the base
+    has them.
     """
     small = deepcopy(config)
-    vars(small).pop("quantization_config", None)  # of a base that is stored quantised
+    vars(small).pop("quantization_config", None)  # if the base is stored quantised
     values = config.to_dict()
     for name, value in values.items():
         if isinstance(value, int) and not isinstance(value, bool):
@@ -68,7 +69,7 @@ def without_weights(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _small(name: str, value: int) -> int:
-    """What stands in the place of a number of the config."""
+    """The small value of a number in the config."""
     if name in WIDTHS:
         return min(value, WIDTHS[name])
     if name.endswith(("_token_id", "_token_index")):
@@ -96,7 +97,7 @@ def _shrink_heads(small: PretrainedConfig, config: PretrainedConfig, values: dic
 
 
 def _head_width(values: dict[str, Any]) -> int:
-    """The least width of a head of which the part that the rotary embedding turns has two or more whole frequencies."""
+    """The least head size whose rotated part has at least two whole frequencies."""
     ropes = [each for name, each in values.items() if name.startswith("rope_") and isinstance(each, dict)]
     ropes += [below for rope in ropes for below in rope.values() if isinstance(below, dict)]
     parts = {float(each.get("partial_rotary_factor") or 1.0) for each in (values, *ropes)}
@@ -105,23 +106,23 @@ def _head_width(values: dict[str, Any]) -> int:
 
 
 def _head_dim(config: PretrainedConfig) -> int:
-    """How many numbers of a head the rotary embedding may turn."""
+    """The head size, of which the rotary embedding may rotate all or a part."""
     stated = getattr(config, "head_dim", None)
     return stated if isinstance(stated, int) else config.hidden_size // config.num_attention_heads
 
 
 def _small_rope(rope: dict[str, Any], head_dim: int, part: float) -> dict[str, Any]:
-    """Rotary parameters, also in groups by kind of layer; their lists have a number for each frequency.
+    """The small rotary parameters, possibly grouped by kind of layer; their lists have a number for each frequency.
 
-    `part` of a head is turned where they do not say how much. Of lists for short and long rows the place where these
-    differ most comes first, where it shows most.
+    `part` is the rotated share of a head if they do not give one. From lists for short and long rows, the entry where
+    they differ most comes first, where it has the largest effect.
     """
     frequencies = int(head_dim * (rope.get("partial_rotary_factor") or part)) // 2
     short, long = rope.get("short_factor"), rope.get("long_factor")
     first = 0
     if isinstance(short, list) and isinstance(long, list):
-        apart = [abs(math.log(b / a)) for a, b in zip(short, long, strict=False)]
-        first = apart.index(max(apart))
+        ratios = [abs(math.log(b / a)) for a, b in zip(short, long, strict=False)]
+        first = ratios.index(max(ratios))
     small: dict[str, Any] = {}
     for name, value in rope.items():
         if isinstance(value, dict):
@@ -138,9 +139,9 @@ def _evenly(values: list[Any], count: int) -> list[Any]:
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:
-    """The config with one layer of each kind, and its last; as it is where that would lose a kind.
+    """The config with one layer of each kind and the last layer, or unchanged if that would lose a kind.
 
-    Which layers are alike is read from the config's lists that have an entry for each layer, then checked.
+    The kinds of layers are read from those lists of the config that have an entry for each layer, and then checked.
     """
     depth = getattr(config, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth <= 2:
@@ -156,7 +157,7 @@ def _shallow(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _kinds_of_layers(config: PretrainedConfig) -> set[str]:
-    """What tells a model's layers apart: the classes of their parts, and the switches and sizes that these hold."""
+    """Descriptions of a model's different layers: the classes of their modules, and the modules' plain attributes."""
     model = without_weights(config)
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
     layers = next((each for each in lists if len(each) == config.num_hidden_layers), nn.ModuleList())

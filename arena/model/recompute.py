@@ -1,13 +1,12 @@
-"""Results that the backward makes anew instead of keeping them.
+"""Results that the backward recomputes instead of having them saved.
 
-Inside `keeping_less` a function called through `remake` leaves a note: which function of which tensors its result is.
-Where autograd would save that result, or a view of it, for the backward, it saves the note, and the backward makes the
-result from its inputs when it is first asked for it, once for all who ask. Inputs that are results themselves are made
-in turn. What autograd saves is replaced through `torch.autograd.graph.saved_tensors_hooks`, so any function that saves
-its inputs takes part; a layer's code runs once, as it is.
+Inside `recomputing`, a function called through `recomputable` leaves a note of its inputs. Where autograd would save
+the result, or a view of it, for the backward, the note is saved instead, and the backward computes the result from its
+inputs when it is first needed, once for all uses. Inputs that are noted results are recomputed in turn. The tensors
+that autograd saves are replaced through `torch.autograd.graph.saved_tensors_hooks`, so this works with any function
+that saves its inputs, and a layer's code runs once and unchanged.
 
-Compared with recomputing a whole layer this costs only what is noted: for norms and activations a pass over memory, no
-matrix product.
+Unlike recomputing a whole layer, this costs only the noted operations: norms and activations take no matrix product.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-CHEAP, PRODUCT = 1, 2  # what a result costs to make again: a pass over memory, or a matrix product
+ELEMENTWISE, PRODUCT = 1, 2  # the cost of recomputing a result: an elementwise pass, or a matrix product
 
 
 class _Note:
-    """A result as a function of others; holds the result from the first time it is made, until nobody needs it.
+    """A result as a function of its inputs; once recomputed, it holds the result until nothing needs it.
 
     Attributes:
-        version: torch's count of changes in place of the result's memory, when it was noted.
+        version: torch's count of in-place changes to the result's memory at the time of the note.
     """
 
     def __init__(self, make: Callable[..., Tensor], inputs: list[_Saved], result: Tensor) -> None:
@@ -39,7 +38,7 @@ class _Note:
         self.result: Tensor | None = None
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Whether a tensor of the result's memory is all of it."""
+        """Whether a tensor in the result's memory covers all of it."""
         return tensor.numel() == self.numel and tensor.dtype == self.dtype and tensor.is_contiguous()
 
     def value(self) -> Tensor:
@@ -47,32 +46,32 @@ class _Note:
             kind, dtype, enabled = self.autocast
             with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
                 made = self.make(*(_unpack(each) for each in self.inputs))
-            assert made.numel() == self.numel and made.dtype == self.dtype, "a result came out otherwise"
-            self.result, self.inputs = made, []  # what it was made from is no longer needed
+            assert made.numel() == self.numel and made.dtype == self.dtype, "the recomputed result differs"
+            self.result, self.inputs = made, []  # the inputs are no longer needed
         return self.result
 
 
 @dataclass(frozen=True)
 class _View:
-    """A noted result in the shape in which it was saved."""
+    """A noted result, in the shape that autograd saved."""
 
     note: _Note
     shape: torch.Size
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A tensor that is kept, and torch's count of changes in place of its memory: under hooks torch does not look."""
+class _SavedTensor:
+    """A saved tensor and torch's count of in-place changes to it, which torch does not check under hooks."""
 
     tensor: Tensor
     version: int
 
 
-_Saved = _Kept | _View
+_Saved = _SavedTensor | _View
 
 
 class _Scope:
-    """The notes of one layer's forward; results are held until it ends, so that their addresses stay their own."""
+    """The notes of one layer's forward; results are held until it ends, so that no address is reused meanwhile."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -86,19 +85,19 @@ class _Scope:
         note, result = self.notes.get(tensor.untyped_storage().data_ptr(), (None, None))
         if note is not None and result is not None and result._version == note.version and note.is_of(tensor):
             return _View(note, tensor.shape)
-        # detached: a function's own result would else hold the function, and the function what it has saved
-        return _Kept(tensor.detach(), tensor._version)
+        # detached, because a function's own result would otherwise form a reference cycle with what the function saves
+        return _SavedTensor(tensor.detach(), tensor._version)
 
 
 _scope: ContextVar[_Scope | None] = ContextVar("scope", default=None)
 
 
 @contextmanager
-def keeping_less(most: int) -> Iterator[None]:
-    """Within it, results that cost `most` or less are not kept for the backward.
+def recomputing(most: int) -> Iterator[None]:
+    """Within it, results that cost `most` or less are recomputed in the backward instead of saved.
 
     Args:
-        most: `CHEAP` or `PRODUCT`.
+        most: `ELEMENTWISE` or `PRODUCT`.
     """
     scope = _Scope(most)
     token = _scope.set(scope)
@@ -107,16 +106,16 @@ def keeping_less(most: int) -> Iterator[None]:
             yield
     finally:
         _scope.reset(token)
-        scope.notes.clear()  # what autograd saved holds the hook, and by it this scope, until the backward
+        scope.notes.clear()  # what autograd saved refers to the hook, and so to this scope, until the backward
 
 
-def remake(make: Callable[..., Tensor], *inputs: Tensor, cost: int = CHEAP) -> Tensor:
-    """`make(*inputs)`, which may be computed again in the backward.
+def recomputable(make: Callable[..., Tensor], *inputs: Tensor, cost: int = ELEMENTWISE) -> Tensor:
+    """`make(*inputs)`, which may be recomputed in the backward.
 
     Args:
-        make: a function of these tensors and of weights that do not change before the backward. Called again, it must
-            give the same numbers: nothing random. Its result must be contiguous, and no input.
-        cost: `CHEAP` or `PRODUCT`.
+        make: a deterministic function of these tensors and of weights that do not change before the backward. Its
+            result must be contiguous and must not be one of the inputs.
+        cost: `ELEMENTWISE` or `PRODUCT`.
     """
     result = make(*inputs)
     scope = _scope.get()

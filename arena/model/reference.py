@@ -1,11 +1,11 @@
-"""The exact attention backend: float32 scores and softmax, segment by segment. The others are held to it."""
+"""The exact attention backend, to which the others are compared: float32 scores and softmax, segment by segment."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-QUERY_CHUNK = 512  # queries handled at once, which bounds the memory for the scores
+QUERY_CHUNK = 512  # queries processed at once, which limits the memory for scores
 
 
 def reference(
@@ -21,7 +21,7 @@ def reference(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Attends within each segment, as `arena.model.attention.varlen_attention` says; on any device, in any dtype."""
+    """Attends within each segment, on any device and in any dtype; see `arena.model.attention.varlen_attention`."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     out: list[Tensor] = []
     with torch.autocast(q.device.type, enabled=False):
@@ -32,11 +32,11 @@ def reference(
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> list[Tensor]:
-    """One segment, a chunk of queries at a time, each with just the keys that some of its queries see."""
+    """One segment, a chunk of queries at a time, each with only the keys that some of its queries see."""
     n_q, n_k = len(q), len(k)
-    offset = n_k - n_q  # the key at the place of the segment's first query
+    offset = n_k - n_q  # the key at the position of the segment's first query
     if offset < 0:
-        raise ValueError(f"a segment has {n_q} queries but {n_k} keys: each query needs the key at its own place")
+        raise ValueError(f"a segment has {n_q} queries but {n_k} keys: each query needs the key at its own position")
     out = []
     for start in range(0, n_q, QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, n_q)
@@ -49,7 +49,7 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | Non
 def _chunk(
     q: Tensor, k: Tensor, v: Tensor, offset: int, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    """Queries against keys; query i stands at the place of key i + `offset`. Keys are shared by a group of heads."""
+    """Queries with keys, where query i has the position of key i + `offset`. A group of heads shares each key head."""
     n_q, heads, head_dim = q.shape
     n_k, kv_heads, _ = k.shape
     group = heads // kv_heads

@@ -1,4 +1,4 @@
-"""Bases whose checkpoint is stored quantised. It is used as it is stored, or refused: it cannot be quantised anew."""
+"""Bases with a quantised checkpoint, which is either used as it is or refused, because it cannot be requantised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arena.config import ModelSettings
 
 
 def stored_quantization(config: Any) -> str | None:
-    """How the weights are stored that a config of transformers describes: `nf4`, `fp4`, `int8`, or another method.
+    """The quantisation of the weights that a transformers config describes: `nf4`, `fp4`, `int8` or another method.
 
     None: they are not quantised.
     """
@@ -27,10 +27,10 @@ def stored_quantization(config: Any) -> str | None:
 
 
 def check_stored(config: Any, settings: ModelSettings) -> None:
-    """Compares what a base's config says of its weights with what a recipe asks for.
+    """Compares the quantisation in a base's config with that in a recipe.
 
     Raises:
-        ValueError: they are stored quantised in another way; names the settings that take it as it is, if any do.
+        ValueError: they differ; the message names the settings that suit the base, if there are any.
     """
     stored = stored_quantization(config)
     if stored in (None, settings.quantization):
@@ -50,16 +50,16 @@ def check_stored(config: Any, settings: ModelSettings) -> None:
 
 
 def keep_head(config: Any, head: str) -> None:
-    """Changes a config: where it lists modules that are not stored quantised, the head becomes one of them."""
+    """Adds the head to a config's list of unquantised modules, if there is such a list."""
     stored = getattr(config, "quantization_config", None)
     if stored and stored.get("llm_int8_skip_modules") is not None:
         stored["llm_int8_skip_modules"] = sorted({*stored["llm_int8_skip_modules"], head})
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Has a model that was stored quantised compute in `dtype`, whatever its checkpoint says; other weights become it.
+    """Makes a model with a quantised checkpoint compute in `dtype`, and converts its unquantised weights to it.
 
-    The library leaves them as they are stored, unlike those of a checkpoint that it quantises itself.
+    The library leaves these weights in the stored dtype, unlike those of a checkpoint that it quantises itself.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):

@@ -1,6 +1,6 @@
-"""Whether a backend runs on a GPU, and with the right numbers, found by running it once.
+"""Tries once whether a backend runs on a GPU and gives the right numbers.
 
-A build of flash-attn may lack the card or the head size, and FlexAttention's tiles may not fit.
+A build of flash-attn may not support the card or the head size, and FlexAttention's tiles may not fit.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from arena.model.reference import reference
 LENGTHS = (100, 28)  # tokens of two segments
 HEADS, KV_HEADS = 4, 2
 WINDOW = 64
-SOFTCAP = 5.0  # of scores of about 4
-TOLERANCE = 0.05  # bfloat16 is 0.01 off, a mistake in window, soft cap or boundaries several times as much
+SOFTCAP = 5.0  # for scores of about 4
+TOLERANCE = 0.05  # bfloat16 differs by 0.01, and a wrong window, softcap or boundary by several times the tolerance
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A call to be tried.
+    """A call to try.
 
     Attributes:
         softcap: whether scores are capped.
-        training: whether the backward is run too.
+        training: whether to run the backward too.
     """
 
     device: torch.device
@@ -41,38 +41,38 @@ class Trial:
     training: bool
 
 
-_found: dict[tuple[str, Trial], str | None] = {}
+_outcomes: dict[tuple[str, Trial], str | None] = {}
 _ruled_out: dict[str, str] = {}
 _lock = Lock()
 
 
 def rule_out(name: str, reason: str) -> None:
-    """Has a backend not even be tried: what another process has found, which it ended."""
+    """Excludes a backend without trying it, because it crashed another process."""
     _ruled_out[name] = reason
 
 
 def why_it_fails(name: str, attend: Callable[..., Tensor], trial: Trial) -> str | None:
-    """The first line of the error that a backend's small call ends with, None where it runs; tried once in a process.
+    """The first line of the error that a small call of a backend raises; None if it runs. Tried once per process.
 
     Raises:
-        Exception: the call's own error, where memory was used up, or where the device answers to nothing any more.
+        Exception: the call's own error, if memory was exhausted or the device no longer responds.
     """
     if name in _ruled_out:
         return _ruled_out[name]
     with_backward = replace(trial, training=True)
-    if _found.get((name, with_backward), "") is None:
-        return None  # it runs with its backward, so it does without
-    if (name, trial) in _found:
-        return _found[name, trial]
-    if _in_backward():  # the engine has one thread a device: a backward of ours would wait for it, and it for ours
+    if _outcomes.get((name, with_backward), "") is None:
+        return None  # it runs with its backward, so it also runs without
+    if (name, trial) in _outcomes:
+        return _outcomes[name, trial]
+    if _in_backward():  # the engine has one thread per device, so a backward here would deadlock
         return None
     with _lock:
-        if (name, trial) not in _found:
-            # In a thread of its own: autocast, inference mode, hooks on what autograd saves and the compiler's settings
-            # are those of a thread, and a layer asks from within any of them.
+        if (name, trial) not in _outcomes:
+            # In a separate thread, because a layer may call this under autocast, inference mode, hooks on saved tensors
+            # and compiler settings, all of which belong to the thread.
             with ThreadPoolExecutor(1) as thread:
-                _found[name, trial] = thread.submit(_try, attend, trial).result()
-        return _found[name, trial]
+                _outcomes[name, trial] = thread.submit(_try, attend, trial).result()
+        return _outcomes[name, trial]
 
 
 def _in_backward() -> bool:
@@ -91,17 +91,17 @@ def _try(attend: Callable[..., Tensor], trial: Trial) -> str | None:
             if cuda:
                 try:
                     torch.cuda.synchronize()
-                except RuntimeError:  # not this backend's lack: whatever is run next would fail as well
+                except RuntimeError:  # not specific to this backend: any later call would fail too
                     raise error from None
             return first_line(error)
     return None
 
 
 def _run(attend: Callable[..., Tensor], trial: Trial) -> None:
-    """A forward and backward of two segments, without and with a window, held to the exact backend.
+    """Compares a forward and backward of two segments, without and with a window, with the exact backend.
 
     Raises:
-        ValueError: the numbers are others.
+        ValueError: the numbers differ.
     """
     ends = torch.tensor([0, LENGTHS[0], sum(LENGTHS)], dtype=torch.int32, device=trial.device)
     for window in (None, WINDOW):
@@ -111,14 +111,14 @@ def _run(attend: Callable[..., Tensor], trial: Trial) -> None:
         exact = _results(reference, [each.float() for each in states], ends, options, trial.training)
         for name, ours, right in zip(("output", "gradient of q", "of k", "of v"), found, exact, strict=False):
             error = float((ours.float() - right).norm() / right.norm())
-            if not error <= TOLERANCE:  # not a number, too
-                raise ValueError(f"its numbers are wrong: the {name} is {error:.0%} off the exact one")
+            if not error <= TOLERANCE:  # also for NaN
+                raise ValueError(f"its numbers are wrong: the {name} differs by {error:.0%} from the exact one")
     if trial.device.type == "cuda":
-        torch.cuda.synchronize()  # what a kernel ends with is told when it is waited for
+        torch.cuda.synchronize()  # a kernel's error is raised when it is waited for
 
 
 def _states(trial: Trial) -> list[Tensor]:
-    """q, k and v of random numbers, the same each time, with scores for which the soft cap matters."""
+    """Fixed random q, k and v, with scores large enough for the softcap to matter."""
     generator = torch.Generator().manual_seed(0)
     states = []
     for heads, factor in ((HEADS, 2.0), (KV_HEADS, 2.0), (KV_HEADS, 1.0)):
@@ -138,7 +138,7 @@ def _results(
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the lines that only say that one was raised, and without a full stop."""
+    """The first informative line of an error's message, without a full stop."""
     lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line and not line.endswith("raised:")]
-    return told[0][:300].rstrip(".") if told else type(error).__name__
+    informative = [line for line in lines if line and not line.endswith("raised:")]
+    return informative[0][:300].rstrip(".") if informative else type(error).__name__

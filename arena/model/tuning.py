@@ -1,4 +1,4 @@
-"""What is trained of a base: adapters, all of it or the head alone; saved, and loaded again."""
+"""Makes parts of a base trainable (adapters, all weights, or only the head), and saves and loads them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from arena.model.dora import install_dora
 from arena.model.fused import install
 from arena.model.safety import check_adapter, undamaged
 
-HEAD_FILE = "head.safetensors"  # of a judge of which nothing else was trained
+HEAD_FILE = "head.safetensors"  # of a judge with only the head trained
 WHOLE_FILE = "model.safetensors"
 HEAD_WEIGHT = f"{HEAD}.weight"
 
 
 def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
-    """Makes what `model.tune` names trainable, in float32: LoRA or DoRA adapters, added here, all weights, or nothing.
+    """Makes the weights that `model.tune` selects trainable, in float32: new LoRA or DoRA adapters, all, or none.
 
-    The head always trains. In float32 a trainable parameter takes 16 bytes with its gradient and AdamW's two means:
-    little for adapters, four times the weights themselves for `full` (42 GB for 2.6 billion), where autocast holds
+    The head is always trained. A trainable float32 parameter takes 16 bytes with its gradient and AdamW's two moments.
+    That is little for adapters, and four times the weights for `full` (42 GB for 2.6 billion), where autocast adds
     another 2 bytes in half precision. Frozen weights stay as they were loaded.
 
     Raises:
-        ValueError: the base has no modules of the names in `model.lora.targets`.
+        ValueError: the base has no modules with the names in `model.lora.targets`.
     """
     if settings.tune == "lora":
         try:
@@ -54,7 +54,7 @@ def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Writes what training changed, as safetensors and JSON: adapter and head, the head alone, or the whole model."""
+    """Writes the trained weights as safetensors and JSON: adapter and head, only the head, or the whole model."""
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     if trained.keys() == {HEAD_WEIGHT}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether `save_model` wrote all weights of a model, not only what was trained on top of a base."""
+    """Whether `save_model` wrote all weights of a model, not only those trained on top of a base."""
     return not (folder / "adapter_config.json").is_file() and not (folder / HEAD_FILE).is_file()
 
 
@@ -73,7 +73,7 @@ def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
     """The model that `save_model` wrote, ready for inference.
 
     Raises:
-        ValueError: what was saved is damaged, not safetensors, or does not fit the base.
+        ValueError: the saved weights are damaged, are not safetensors, or do not fit the base.
     """
     if (folder / "adapter_config.json").is_file():
         model = with_adapter(load_base(settings), folder, settings)
@@ -88,14 +88,14 @@ def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
 
 
 def with_adapter(model: PreTrainedModel, folder: Path, settings: ModelSettings) -> PreTrainedModel:
-    """The model with the adapter that stands in a folder, as the settings describe it: its own config is not obeyed."""
+    """The model with the adapter in a folder, configured by the settings and not by the adapter's own config."""
     check_adapter(folder)
     with undamaged(folder):
         return PeftModel.from_pretrained(model, str(folder), config=_lora(settings.lora))
 
 
 def with_head(model: PreTrainedModel, file: Path) -> PreTrainedModel:
-    """The model, its head replaced by the one that a safetensors file holds."""
+    """The model with its head replaced by the one in a safetensors file."""
     with undamaged(file.parent), safe_open(file, framework="pt") as tensors, torch.no_grad():
         model.score.weight.copy_(tensors.get_tensor(HEAD_WEIGHT))
     return model
@@ -115,6 +115,6 @@ def _lora(settings: LoraSettings) -> LoraConfig:
 
 
 def _file_of_head(folder: Path) -> Path:
-    """Which of the files of a whole model, one or many, holds the head."""
+    """The file of a whole model that contains the head."""
     index = folder / "model.safetensors.index.json"
     return folder / (json.loads(index.read_text())["weight_map"][HEAD_WEIGHT] if index.is_file() else WHOLE_FILE)

@@ -1,1 +1,1 @@
-"""Packing: which examples share a micro-batch, and the tensors of it."""
+"""Packing: which examples share a micro-batch, and the tensors of a micro-batch."""

@@ -1,4 +1,4 @@
-"""`PackedBatch`: judge prompts laid end to end in one row, what they share only once, and where each segment begins."""
+"""`PackedBatch`: judge prompts laid end to end in one row, with common beginnings only once."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from arena.packing.tree import Tree, find_prefixes
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: n examples as s segments, T tokens in all, no padding.
+    """One micro-batch: n examples as s segments, T tokens in all, without padding.
 
-    A segment is an example, or a part of one: a beginning that several examples share, or the rest of an example after
-    such a beginning. Where nothing is shared, s is n and segment i is example i. Its queries see its own keys and those
-    of the segments before it in its examples: of the row's keys, taken in the order `kv_index`, those from
+    A segment is an example or a part of one: a beginning that several examples share, or the rest of an example after
+    such a beginning. If nothing is shared, s is n and segment i is example i. A segment's queries see its own keys and
+    those of the preceding segments of the same example: of the row's keys in the order of `kv_index`, those from
     `cu_seqlens_k[i]` to `cu_seqlens_k[i + 1]`.
 
-    What it holds can also be read by key (`batch["input_ids"]`). A batch that cannot have a correct `cu_seqlens` or
-    `label` does not list it among its keys, and asking for it raises a `ValueError`.
+    Attributes can also be read by key (`batch["input_ids"]`). A batch without a correct `cu_seqlens` or `label` does
+    not list it among its keys, and reading it raises a `ValueError`.
 
     Attributes:
         batch_size: n.
         input_ids: int64 (1, T).
-        position_ids: int64 (1, T), the place of each token in its example.
+        position_ids: int64 (1, T), the position of each token in its example.
         seq_lens: tokens of each example, shared or not.
-        cu_seqlens_q: int32 (s + 1,), where each segment, and so its queries, begins; 0 first, T last.
-        cu_seqlens: int32 (n + 1,), where each example begins; only where nothing is shared, and then `cu_seqlens_q`.
-        max_seq_len: the longest example's tokens.
-        label: float32 (n, 3), probabilities of A, B, tie; only where the examples are labelled.
-        labels: what `label` gives, or None.
-        index: int64 (n,), which example of the data set each one is.
-        input_text: the examples decoded, or empty where texts were not asked for.
-        cu_seqlens_k: int32 (s + 1,), where each segment's keys begin; `cu_seqlens_q` itself where nothing is shared.
-        kv_index: int64 (K,), the place in the row of each key; None where nothing is shared.
-        max_segment_len: the longest segment's tokens.
+        cu_seqlens_q: int32 (s + 1,), the beginning of each segment and so of its queries; 0 first, T last.
+        cu_seqlens: int32 (n + 1,), the beginning of each example; equal to `cu_seqlens_q`, and only if nothing is
+            shared.
+        max_seq_len: tokens of the longest example.
+        label: float32 (n, 3), probabilities of A, B, tie; only if the examples are labelled.
+        labels: the same, or None.
+        index: int64 (n,), the index of each example in the data set.
+        input_text: the decoded examples; empty unless requested.
+        cu_seqlens_k: int32 (s + 1,), the beginning of each segment's keys; `cu_seqlens_q` itself if nothing is shared.
+        kv_index: int64 (K,), the position in the row of each key; None if nothing is shared.
+        max_segment_len: tokens of the longest segment.
         segment: int64 (n,), the segment that ends with each example's last token.
     """
 
@@ -69,9 +70,9 @@ class PackedBatch:
     def cu_seqlens(self) -> Tensor:
         if not self._one_segment_each:
             raise ValueError(
-                "this batch shares what its examples have in common, so it has no cu_seqlens: a plain variable-length "
-                "kernel would compute wrong numbers without an error. Load it without sharing (packing.share=false, or "
-                "share=False for VarlenCollator), or use attention that takes cu_seqlens_q, cu_seqlens_k and kv_index"
+                "this batch shares common beginnings, so it has no cu_seqlens: a plain variable-length kernel would "
+                "compute wrong numbers without an error. Load it without sharing (packing.share=false, or share=False "
+                "for VarlenCollator), or use attention that takes cu_seqlens_q, cu_seqlens_k and kv_index"
             )
         return self.cu_seqlens_q
 
@@ -79,14 +80,14 @@ class PackedBatch:
     def label(self) -> Tensor:
         if self.labels is None:
             raise ValueError(
-                "this batch has no labels: give PackedLoader the labels of its examples, as in "
+                "this batch has no labels: pass PackedLoader the labels of its examples, such as "
                 "example_labels(data.labels, data.store), or give each example a label"
             )
         return self.labels
 
     @property
     def _one_segment_each(self) -> bool:
-        """Whether segment i is the whole of example i. Equal examples may share one segment."""
+        """Whether segment i is all of example i. Equal examples may share one segment."""
         return self.kv_index is None and len(self.cu_seqlens_q) == self.batch_size + 1
 
     def __getitem__(self, key: str) -> Any:
@@ -106,7 +107,7 @@ class PackedBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        """The same batch in page-locked memory, from which a GPU copies asynchronously."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -121,26 +122,26 @@ class VarlenCollator:
         DataLoader(examples, batch_size=80, collate_fn=VarlenCollator(tokenizer))
 
     Args:
-        tokenizer: decodes `input_text` for people who look at batches; None leaves it empty and costs nothing.
-        budget: tokens that a micro-batch may hold.
-        share: lay out common beginnings once. A model must then take its keys by `kv_index` and `cu_seqlens_k`; off,
+        tokenizer: decodes `input_text` for inspection; None leaves it empty and takes no time.
+        budget: the most tokens in a micro-batch.
+        share: lay out common beginnings once; the model must then use `kv_index` and `cu_seqlens_k`. Without sharing,
             batches suit any variable-length kernel.
     """
 
     def __init__(self, tokenizer: Any = None, budget: int = 16384, share: bool = False) -> None:
         if tokenizer is not None and not hasattr(tokenizer, "decode"):
-            raise ValueError(f"tokenizer is a {type(tokenizer).__name__}: give a tokenizer that is loaded, or None")
+            raise ValueError(f"tokenizer is a {type(tokenizer).__name__}: give a loaded tokenizer, or None")
         if not isinstance(budget, int) or budget < 1:
-            raise ValueError(f"budget is {budget!r}: give the tokens that a micro-batch may hold, such as 16384")
+            raise ValueError(f"budget is {budget!r}: give the most tokens in a micro-batch, such as 16384")
         self.tokenizer = tokenizer
         self.budget = budget
         self.share = share
 
     def __call__(self, examples: Sequence[Item]) -> list[PackedBatch]:
-        """The least number of micro-batches that holds the examples, evenly loaded.
+        """Packs the examples into the least number of micro-batches, evenly loaded.
 
         Raises:
-            ValueError: no examples, one that is longer than the budget, or one that cannot be used (`read_examples`).
+            ValueError: there are no examples, one is longer than the budget, or one is invalid (`read_examples`).
         """
         ids, labels, index = read_examples(examples)
         lengths = np.array([len(each) for each in ids], dtype=np.int64)
@@ -163,10 +164,10 @@ def collate(examples: Sequence[Item], tokenizer: Any = None, tree: Tree | None =
 
     Args:
         tokenizer: decodes `input_text`; None leaves it empty.
-        tree: what the examples, in the order of the tree, share, which is laid out once; None shares nothing.
+        tree: the common beginnings of the examples, which are in the order of the tree; None shares nothing.
 
     Raises:
-        ValueError: no examples, or one that cannot be used (`read_examples`).
+        ValueError: there are no examples, or one is invalid (`read_examples`).
     """
     return lay_out(*read_examples(examples), tokenizer, tree)
 
@@ -178,14 +179,15 @@ def lay_out(
     tokenizer: Any = None,
     tree: Tree | None = None,
 ) -> PackedBatch:
-    """Like `collate`, for examples that were read into columns.
+    """Like `collate`, for examples in columns.
 
     Args:
         ids: token ids of n examples.
-        labels: float32 (n, 3), or None; index: int64 (n,).
+        labels: float32 (n, 3), or None.
+        index: int64 (n,).
 
     Raises:
-        ValueError: no examples, or an empty one.
+        ValueError: there are no examples, or one is empty.
     """
     seq_lens = [len(each) for each in ids]
     if not seq_lens or min(seq_lens) == 0:
@@ -216,13 +218,13 @@ def lay_out(
 
 
 def _plain(seq_lens: list[int]) -> Tree:
-    """Each example a segment."""
+    """The tree in which each example is a segment."""
     n = len(seq_lens)
     return Tree(list(range(n)), [0] * n, seq_lens, [-1] * n, list(range(n)))
 
 
 def _keys(tree: Tree, places: np.ndarray) -> tuple[Tensor, Tensor]:
-    """`kv_index` and `cu_seqlens_k`: for each segment the places of its ancestors' tokens, then of its own."""
+    """`kv_index` and `cu_seqlens_k`: for each segment the positions of its ancestors' tokens, then of its own."""
     chains: list[list[int]] = []
     for node, parent in enumerate(tree.parent):
         chains.append([*(chains[parent] if parent >= 0 else []), node])
@@ -234,7 +236,7 @@ def _keys(tree: Tree, places: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def _ranges(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """int64: start, start + 1, ... of each range, end to end."""
+    """int64: the numbers start, start + 1, ... of each range, end to end."""
     ends = np.cumsum(sizes)
     places = np.arange(ends[-1])
     places += np.repeat(starts - ends + sizes, sizes)

@@ -11,9 +11,9 @@ Bins = list[list[int]]
 
 
 def longest_first(sizes: Sequence[int], costs: Sequence[float], capacity: int, count: int) -> Bins | None:
-    """Each item, the costliest first, to the cheapest of `count` bins that has room; None when one finds no room.
+    """Puts each item, the costliest first, into the least loaded of `count` bins with room; None if one does not fit.
 
-    Longest-processing-time scheduling (Graham, 1969) under a hard cap.
+    This is longest-processing-time scheduling (Graham, 1969) with a hard cap.
     """
     bins: Bins = [[] for _ in range(count)]
     room, loads = [capacity] * count, [0.0] * count
@@ -33,7 +33,7 @@ def longest_first(sizes: Sequence[int], costs: Sequence[float], capacity: int, c
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> Bins:
-    """Each item, the largest first, to the fullest bin that has room for it, a new bin where none has."""
+    """Best-fit decreasing: puts each item, the largest first, into the fullest bin with room, or else a new bin."""
     bins: Bins = []
     room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
     for item in np.argsort(-np.asarray(sizes, dtype=np.int64), kind="stable").tolist():

@@ -1,4 +1,4 @@
-"""Examples as people bring them to a collator: checked, then as columns. Errors name the example and the key."""
+"""Checks the examples given to a collator and turns them into columns. Errors name the example and the key."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Columns = tuple[list[np.ndarray], np.ndarray | None, np.ndarray]
 
 
 class Item(TypedDict, total=False):
-    """One example, as `collate` and `VarlenCollator` take it: `input_ids` is required, the rest may be left out.
+    """One example for `collate` and `VarlenCollator`: `input_ids` is required, the rest is optional.
 
-    Values may be lists, numpy arrays or tensors on the CPU. `label` is three probabilities, of A, B and tie;
-    `attention_mask` says nothing, since nothing is padded, and has to be all ones.
+    Values may be lists, numpy arrays or tensors on the CPU. `label` is three probabilities, of A, B and tie.
+    `attention_mask` must be all ones, because nothing is padded.
     """
 
     input_ids: Sequence[int] | np.ndarray
@@ -32,12 +32,12 @@ def read_examples(examples: Sequence[Item]) -> Columns:
     """The examples' columns.
 
     Returns:
-        Token ids, int32 (n_tokens,) each; labels, float32 (n, 3), rows that sum to 1, or None where no example has one;
-        index, int64 (n,), the place in `examples` where an example has none.
+        The token ids, int32 (n_tokens,) each; the labels, float32 (n, 3) with rows that sum to 1, or None if no example
+        has one; and the index, int64 (n,), which defaults to the position in `examples`.
 
     Raises:
-        ValueError: no examples, an unknown key, padding, ids that are no row of token ids, a label that is not three
-            probabilities, or labels in only some of the examples.
+        ValueError: there are no examples, a key is unknown, an example is padded, ids are not one row of token ids, a
+            label is not three probabilities, or only some examples have labels.
     """
     if not len(examples):
         raise ValueError("a batch needs at least one example")
@@ -70,7 +70,7 @@ def _token_ids(example: Item, at: int) -> np.ndarray:
     if not len(ids):
         raise ValueError(f"example {at}, input_ids: it is empty; every example needs at least one token")
     if ids.dtype.kind not in "iu":
-        raise ValueError(f"example {at}, input_ids: they are {ids.dtype}; give whole numbers")
+        raise ValueError(f"example {at}, input_ids: the dtype is {ids.dtype}; give whole numbers")
     if example.get("attention_mask") is not None:
         mask = _array(example["attention_mask"], f"example {at}, attention_mask")
         if mask.shape != ids.shape or not (mask == 1).all():
@@ -88,7 +88,7 @@ def _labels(examples: Sequence[Item]) -> np.ndarray | None:
         return None
     if missing:
         raise ValueError(
-            f"example {missing[0]} has no label, others have: label all examples of a batch or none "
+            f"example {missing[0]} has no label, but others have one: label all examples of a batch or none "
             f"({len(missing)} of {len(given)} have none)"
         )
     arrays = [_array(label, f"example {at}, label") for at, label in enumerate(given)]
@@ -96,11 +96,11 @@ def _labels(examples: Sequence[Item]) -> np.ndarray | None:
         if label.shape != (3,) or label.dtype.kind not in "biuf":
             raise ValueError(
                 f"example {at}, label: {str(given[at])[:60]!r} is not three probabilities, of {', '.join(LABELS)}; "
-                "write [1, 0, 0] where A is better, [0, 1, 0] where B is, [0, 0, 1] for a tie"
+                "write [1, 0, 0] if A is better, [0, 1, 0] if B is, or [0, 0, 1] for a tie"
             )
     labels = np.stack(arrays).astype(np.float64)
     totals = labels.sum(axis=1)
-    wrong = ~((labels >= 0).all(axis=1) & (np.abs(totals - 1) <= SUM_TOLERANCE))  # also where a number is NaN
+    wrong = ~((labels >= 0).all(axis=1) & (np.abs(totals - 1) <= SUM_TOLERANCE))  # also for NaN
     if wrong.any():
         at = int(wrong.argmax())
         raise ValueError(
@@ -118,7 +118,7 @@ def _index(value: Any, at: int) -> int:
     except TypeError:
         raise ValueError(f"example {at}, index: {str(value)[:60]!r} is not a whole number") from None
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"example {at}, index: a number of more than 64 bits; write a smaller one")
+        raise ValueError(f"example {at}, index: it has more than 64 bits; write a smaller number")
     return number
 
 

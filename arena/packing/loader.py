@@ -1,4 +1,4 @@
-"""The data loader: for each optimizer step, the list of its micro-batches; `background.ahead` makes them early."""
+"""The data loader: yields for each optimizer step the list of its micro-batches; `background.ahead` prefetches them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from arena.packing.plan import PackPlan
 
 
 class PackedLoader:
-    """Iterates over the steps of a plan; iterating again starts again.
+    """Iterates over the steps of a plan, from the start each time.
 
         for batch in loader:                # one optimizer step
             for micro_batch in batch:       # at most `plan.budget` tokens
@@ -21,16 +21,16 @@ class PackedLoader:
 
     Args:
         store: token ids.
-        labels: float (n, 3) for the n examples of the store (`example_labels` makes them of the rows' labels); None
+        labels: float (n, 3) for the n examples of the store (`example_labels` makes them from the rows' labels); None
             gives batches without `label`, for inference.
         plan: what to load; its example indices are indices into the store.
-        tokenizer: decodes `input_text` for people who look at batches; None leaves it empty and costs nothing.
-        rank: which of `plan.ranks` this process is.
-        start: steps to leave out at the beginning, those an interrupted run has already done.
-        pin: put batches into page-locked memory, from which a GPU copies by itself.
+        tokenizer: decodes `input_text` for inspection; None leaves it empty and takes no time.
+        rank: the rank of this process among `plan.ranks`.
+        start: steps to skip at the beginning, which an interrupted run has already done.
+        pin: put batches into page-locked memory, from which a GPU copies asynchronously.
 
     Raises:
-        ValueError: labels of another shape, such as those of rows where the store holds each row in both orders.
+        ValueError: labels have another shape, such as the rows' labels for a store with both orders.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class PackedLoader:
         self.tokenizer, self.rank, self.start, self.pin = tokenizer, rank, start, pin
 
     def __len__(self) -> int:
-        """Steps that an iteration gives."""
+        """The number of steps that an iteration yields."""
         return max(0, self.plan.n_steps - self.start)
 
     def __iter__(self) -> Iterator[list[PackedBatch]]:
@@ -62,7 +62,7 @@ class PackedLoader:
             yield list(self._step(step))
 
     def micro_batches(self) -> Iterator[PackedBatch]:
-        """The micro-batches of all steps, one by one: for evaluation, whose one step is the whole set."""
+        """The micro-batches of all steps, one by one: for evaluation, whose single step is the whole set."""
         for step in range(self.start, self.plan.n_steps):
             yield from self._step(step)
 
@@ -71,7 +71,7 @@ class PackedLoader:
         return (self.micro_batch(index) for index in every if len(self.plan.micro_batch(index)))
 
     def micro_batch(self, index: int) -> PackedBatch:
-        """One micro-batch of the plan, by its number there."""
+        """One micro-batch of the plan, by its index."""
         members = self.plan.micro_batch(index)
         ids = self.store.take(members)
         labels = None if self.labels is None else self.labels[members]

@@ -1,8 +1,8 @@
-"""Which examples share a micro-batch: integers in, plan out.
+"""Plans which examples share a micro-batch, from their lengths and common beginnings alone.
 
-Training keeps the examples of an optimizer step together and cuts each step into the least number of micro-batches,
-evenly loaded. Evaluation may put any examples together and uses best-fit decreasing over the whole set. Where the
-examples' common beginnings are known, those that share most are kept together and each shared token counts once.
+Training keeps the examples of an optimizer step together and divides each step into the least number of micro-batches,
+evenly loaded. Evaluation may combine any examples and uses best-fit decreasing over the whole set. If the examples'
+common beginnings are known, examples that share most are kept together, and each shared token counts once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class PackPlan:
         examples: int64 (n,), example indices, micro-batch after micro-batch.
         micro_ends: int64 (m,), where each micro-batch ends in `examples`.
         step_ends: int64 (s,), where each step ends in `micro_ends`.
-        tokens: int64 (m,), tokens that each micro-batch computes: what examples share counts once.
+        tokens: int64 (m,), tokens that each micro-batch computes; shared tokens count once.
         logical_tokens: int64 (m,), tokens of each micro-batch's examples.
-        least_micro_batches: by the tokens that a step computes, what pays to be shared counted once, it needs as many.
-        budget: tokens a micro-batch may hold.
+        least_micro_batches: a lower bound of their number, from the tokens that each step computes.
+        budget: the most tokens in a micro-batch.
         ranks: every step has a multiple of this many micro-batches; micro-batch i of a step is for rank i % ranks.
-        shared: int32 (n,), tokens that each of `examples` shares with the one before it; those of a micro-batch are in
-            the order of their tokens. None: nothing is shared.
+        shared: int32 (n,), tokens that each of `examples` shares with the one before it; a micro-batch's examples are
+            in the order of their tokens. None: nothing is shared.
     """
 
     examples: np.ndarray
@@ -62,12 +62,12 @@ class PackPlan:
 
     @property
     def unique_share(self) -> float:
-        """Tokens that are computed / tokens of the examples."""
+        """Computed tokens / tokens of the examples."""
         return float(self.tokens.sum() / max(1, self.logical_tokens.sum()))
 
     @property
     def evenness(self) -> np.ndarray:
-        """float64 (s,), fewest over most tokens among the micro-batches of each step; 1 is even."""
+        """float64 (s,), the fewest divided by the most tokens among each step's micro-batches; 1 is even."""
         parts = np.split(self.tokens, self.step_ends[:-1])
         return np.array([part.min() / max(part.max(), 1) for part in parts])
 
@@ -77,12 +77,12 @@ class PackPlan:
         return fingerprint(self.budget, self.ranks, *(np.ascontiguousarray(part, np.int64).tobytes() for part in parts))
 
     def micro_batch(self, index: int) -> np.ndarray:
-        """Example indices of one micro-batch; empty where a rank has nothing to do."""
+        """The example indices of one micro-batch; empty if a rank has nothing to do."""
         start = self.micro_ends[index - 1] if index else 0
         return self.examples[start : self.micro_ends[index]]
 
     def tree(self, index: int, lengths: np.ndarray) -> Tree | None:
-        """What the examples of one micro-batch share, given the tokens of every example; None: nothing is shared."""
+        """The prefix tree of one micro-batch's examples, given the length of every example; None: nothing is shared."""
         if self.shared is None:
             return None
         start = self.micro_ends[index - 1] if index else 0
@@ -90,16 +90,16 @@ class PackPlan:
         return _tree_within(lengths[members].tolist(), shared.tolist(), self.budget)
 
     def of_step(self, index: int, rank: int = 0) -> range:
-        """The micro-batches of one step that are for `rank`."""
+        """The micro-batches of one step for `rank`."""
         start = int(self.step_ends[index - 1]) if index else 0
         return range(start + rank, int(self.step_ends[index]), self.ranks)
 
     def step(self, index: int, rank: int = 0) -> list[np.ndarray]:
-        """Example indices of these micro-batches; together the ranks have each example once."""
+        """The example indices of these micro-batches; all ranks together have each example once."""
         return [self.micro_batch(at) for at in self.of_step(index, rank)]
 
     def step_size(self, index: int) -> int:
-        """Examples in a step, over all ranks."""
+        """The number of examples in a step, over all ranks."""
         start = int(self.step_ends[index - 1]) if index else 0
         before = self.micro_ends[start - 1] if start else 0
         return int(self.micro_ends[self.step_ends[index] - 1] - before)
@@ -114,15 +114,15 @@ def plan_training(
     ranks: int = 1,
     prefixes: Prefixes | None = None,
 ) -> PackPlan:
-    """Plans training: `order` is cut into steps of `step_size` examples, each step into micro-batches.
+    """Plans training: divides `order` into steps of `step_size` examples, and each step into micro-batches.
 
     Args:
         lengths: tokens of every example.
-        order: example indices in the order in which they are to be seen. The last step may be short.
+        order: example indices in the order of training. The last step may have fewer examples.
         prefixes: what the examples share; None shares nothing.
 
     Raises:
-        ValueError: an example is longer than the budget; its index is named.
+        ValueError: an example is longer than the budget; the message names its index.
     """
     check_fits(lengths, order, budget)
     order = np.asarray(order, dtype=np.int64)
@@ -134,12 +134,12 @@ def plan_training(
 def plan_evaluation(
     lengths: np.ndarray, indices: np.ndarray, *, budget: int, ranks: int = 1, prefixes: Prefixes | None = None
 ) -> PackPlan:
-    """Plans evaluation: all examples in as few micro-batches as best-fit decreasing finds, in one step.
+    """Plans evaluation: all examples in one step, in as few micro-batches as best-fit decreasing finds.
 
-    Micro-batches come in order of falling cost, so that ranks that take every `ranks`-th one are evenly loaded.
+    Micro-batches are in order of decreasing cost, so that ranks that take every `ranks`-th one are evenly loaded.
 
     Raises:
-        ValueError: an example is longer than the budget; its index is named.
+        ValueError: an example is longer than the budget; the message names its index.
     """
     check_fits(lengths, indices, budget)
     indices = np.asarray(indices, dtype=np.int64)
@@ -153,17 +153,17 @@ def plan_evaluation(
 
 
 def least_bins(lengths: np.ndarray, budget: int) -> int:
-    """No packing of these lengths, nothing shared, needs fewer micro-batches than this."""
+    """A lower bound for the number of micro-batches of these lengths if nothing is shared."""
     return -(-int(lengths.sum()) // budget)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A shuffle of `range(n)` that depends on the seed and the epoch alone."""
+    """A permutation of `range(n)` that depends only on the seed and the epoch."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
 def check_fits(lengths: np.ndarray, indices: np.ndarray, budget: int) -> None:
-    """Raises `ValueError` where an example has more tokens than a micro-batch may hold, or none."""
+    """Raises `ValueError` if an example has more tokens than the budget, or none."""
     wrong = indices[(lengths[indices] > budget) | (lengths[indices] < 1)]
     if len(wrong):
         named = ", ".join(f"example {index} has {lengths[index]:,} tokens" for index in wrong[:5])
@@ -174,10 +174,10 @@ def check_fits(lengths: np.ndarray, indices: np.ndarray, budget: int) -> None:
 
 
 def _tree_within(lengths: list[int], shared: list[int], budget: int) -> Tree:
-    """The prefix tree of a micro-batch, within the budget that the planner counted for it.
+    """The prefix tree of a micro-batch, within the budget.
 
-    What is worth a segment of its own depends on who else is there, so the tree of a few examples may hold more tokens
-    than their part of a larger tree, which the planner counted; sharing every common token never does.
+    Which beginnings are worth a segment depends on the other examples. So the tree of a few examples may have more
+    tokens than their part of a larger tree, which the planner counted; sharing every common token never has more.
     """
     tree = grow_tree(lengths, shared)
     return tree if tree.tokens <= budget else grow_tree(lengths, shared, least=1)
@@ -189,7 +189,7 @@ Step = tuple[list[np.ndarray], int]  # examples of each micro-batch; the least n
 def _items(
     indices: np.ndarray, lengths: np.ndarray, budget: int, prefixes: Prefixes | None
 ) -> tuple[np.ndarray, Items]:
-    """What to place, and the examples that its members count in; in the order of their tokens if that is known."""
+    """The items to place and the examples that their members refer to, in the order of their tokens if it is known."""
     if prefixes is None or not len(indices):
         return indices, single_items(lengths[indices])
     members = indices[np.argsort(prefixes.rank[indices], kind="stable")]
@@ -200,10 +200,10 @@ def _items(
 def _cut_evenly(
     indices: np.ndarray, *, lengths: np.ndarray, budget: int, ranks: int, prefixes: Prefixes | None
 ) -> Step:
-    """A step in the least number of micro-batches (a multiple of `ranks`) that the heuristics can fill."""
+    """Divides a step into the least number of micro-batches (a multiple of `ranks`) that the heuristics find."""
     members, items = _items(indices, lengths, budget, prefixes)
     ways = [items]
-    if len(items.sizes) < len(members):  # sharers that stay together may need one micro-batch more than each by itself
+    if len(items.sizes) < len(members):  # keeping sharers together may need one more micro-batch than separating them
         ways.append(single_items(lengths[members], items.base))
     count = least = _least(items, budget, ranks)
     while True:
@@ -218,13 +218,13 @@ def _cut_evenly(
 
 
 def _least(items: Items, budget: int, ranks: int) -> int:
-    """The multiple of `ranks` that the tokens alone need; each micro-batch holds the base once."""
+    """The least multiple of `ranks` that the tokens need; each micro-batch has the base once."""
     least = max(1, -(-(items.tokens - items.base) // max(1, budget - items.base)))
     return least + -least % ranks
 
 
 def _examples(bins: list[list[int]], members: np.ndarray, items: Items) -> list[np.ndarray]:
-    """The examples of each bin, in the order in which they stand in `members`."""
+    """The examples of each bin, in the order of `members`."""
     if items.members is not None:
         bins = [[at for item in places for at in items.members[item]] for places in bins]
     return [members[sorted(places)] for places in bins]

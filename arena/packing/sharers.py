@@ -1,4 +1,4 @@
-"""What a planner places: examples that share a beginning stay together, as far as they fit one micro-batch."""
+"""The items that a planner places: examples that share a beginning stay together if they fit into one micro-batch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 from arena.packing.bins import best_fit
 from arena.packing.tree import Tree, grow_tree
 
-# Cost of an example of n tokens, in units of one token's linear layers: n + n^2 / QUADRATIC. On Gemma-2-9B attention
-# costs as much as the linear layers at n = 50,000 or so: 4 * 42 layers * 4,096 wide * n / 2 FLOP a token, against
-# 2 * 8.3e9.
+# The cost of an example of n tokens, in units of one token's linear layers, is n + n^2 / QUADRATIC. On Gemma-2-9B
+# attention costs as much as the linear layers at about n = 50,000: 4 * 42 layers * 4,096 wide * n / 2 FLOP per token
+# compared with 2 * 8.3e9.
 QUADRATIC = 50_000.0
 
 
 @dataclass(frozen=True)
 class Items:
-    """What is placed into micro-batches.
+    """The items to place into micro-batches.
 
     Attributes:
-        members: the examples (places in the planner's list) of each item; None where item i is example i.
+        members: the examples (indices in the planner's list) of each item; None if item i is example i.
         sizes: tokens that each item adds to a micro-batch.
-        costs: what it costs to compute them, in tokens of linear layers.
-        base: tokens that every micro-batch has beside them: the beginning that all examples share.
-        tokens: tokens of all items and of one base, each shared one counted once.
+        costs: the cost of computing them, in tokens of linear layers.
+        base: tokens that every micro-batch has in addition: the beginning that all examples share.
+        tokens: tokens of all items and of one base, where shared tokens count once.
     """
 
     members: list[list[int]] | None
@@ -36,16 +36,16 @@ class Items:
 
 
 def single_items(lengths: np.ndarray, base: int = 0) -> Items:
-    """Each example by itself."""
+    """One item for each example."""
     sizes, costs = lengths - base, cost(np.full_like(lengths, base), lengths)
     return Items(None, sizes.tolist(), costs.tolist(), base, base + int(sizes.sum()))
 
 
 def sharing_items(lengths: Sequence[int], shared: Sequence[int], budget: int) -> Items:
-    """Groups of examples that share more than all do; a group too large for the budget is cut into several.
+    """One item for each group of examples that share more than all do; groups that exceed the budget are divided.
 
     Args:
-        lengths, shared: of examples in the order of their tokens, as `grow_tree` takes them.
+        lengths, shared: as for `grow_tree`, of examples in the order of their tokens.
     """
     tree = grow_tree(lengths, shared)
     groups = _Groups(tree, budget)
@@ -57,7 +57,7 @@ def sharing_items(lengths: Sequence[int], shared: Sequence[int], budget: int) ->
 
 
 def cost(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Of computing the tokens [start, end) of examples, float64."""
+    """The cost of computing the tokens [start, end) of examples, float64."""
     return np.asarray(end - start + (end**2 - start**2) / QUADRATIC)
 
 
@@ -65,13 +65,13 @@ Part = tuple[list[int], int, float]  # members, size, cost
 
 
 class _Groups:
-    """A prefix tree with the size, cost and examples of everything below each segment.
+    """A prefix tree with the size, cost and examples of each segment's subtree.
 
     Attributes:
-        below: the segments right below each one; -1: those that begin an example.
+        below: the children of each segment; under -1, the segments that begin an example.
         own: the examples that end in each segment.
-        size, cost: of each segment and all below it.
-        cut: where that is too much for a micro-batch, the parts that are not, each with the segment itself.
+        size, cost: of each segment and its descendants.
+        cut: for subtrees that exceed a micro-batch, the parts that fit, each including the segment itself.
     """
 
     def __init__(self, tree: Tree, budget: int) -> None:
@@ -84,7 +84,7 @@ class _Groups:
         self.size: list[int] = (end - start).tolist()
         self.cost: list[float] = cost(start, end).tolist()
         alone = list(zip(self.size, self.cost, strict=True))
-        for node in reversed(range(len(tree.parent))):  # what is below a segment comes after it
+        for node in reversed(range(len(tree.parent))):  # descendants come after their ancestors
             if self.size[node] > budget - tree.start[node]:
                 self.cut[node] = self._merged(node, *alone[node], room=budget - tree.end[node])
             parent = tree.parent[node]
@@ -94,14 +94,14 @@ class _Groups:
                 self.cost[parent] += self.cost[node]
 
     def parts(self, node: int) -> list[Part]:
-        """Everything below a segment, without it, in parts that fit a micro-batch beside it and what is above it."""
+        """The descendants of a segment, in parts that fit into a micro-batch along with it and its ancestors."""
         parts: list[Part] = [(self.own[node], 0, 0.0)] if node in self.own else []
         for child in self.below.get(node, []):
             parts += self.cut.get(child) or [(self._members(child), self.size[child], self.cost[child])]
         return parts
 
     def _merged(self, node: int, size: int, cost: float, room: int) -> list[Part]:
-        """The parts below a segment put together as far as `room` tokens hold them, each with the segment."""
+        """The parts below a segment, merged as far as they fit in `room` tokens, each including the segment."""
         parts = self.parts(node)
         merged = []
         for places in best_fit([part[1] for part in parts], room):

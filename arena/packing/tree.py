@@ -1,7 +1,8 @@
-"""What examples have in common at their beginnings: found from their token ids, laid out as segments of a prefix tree.
+"""The common beginnings of examples, found from their token ids, as segments of a prefix tree.
 
-Sorted by their tokens, examples that begin alike stand side by side, and what two of them share is the least that any
-neighbours between them share. So an order and one number a neighbour describe every common beginning of a data set.
+Examples sorted by their tokens are next to those with the same beginning, and two of them share as many tokens as the
+minimum over the neighbours between them. So an order and one number for each pair of neighbours describe all common
+beginnings of a data set.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import numpy as np
 
 from arena.config import PackingSettings
 from arena.data.tokens import TokenStore
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.progress import progress
 
-# Tokens that two examples must share beyond what they already do for a segment of its own to pay: a segment less is a
-# partly filled block of queries less in the attention kernels, which work in blocks of 64 or 128.
+# The least number of additional shared tokens that is worth a segment: every segment adds a partly filled block of
+# queries in the attention kernels, which work in blocks of 64 or 128.
 LEAST_SHARED = 32
 
-FORMAT = 1  # part of the stored file's name
-BLOCK, MOST_AT_ONCE = 64, 256  # tokens compared at once when sorting, at first and at most
+FORMAT = 1  # part of the cached file's name
+BLOCK, MOST_AT_ONCE = 64, 256  # tokens compared at once when sorting, initially and at most
 
 
 @dataclass(frozen=True)
@@ -33,21 +34,21 @@ class Prefixes:
     """The common beginnings of n examples.
 
     Attributes:
-        rank: int64 (n,), the place of each example in an order by tokens: any that keeps equal beginnings together.
+        rank: int64 (n,), the position of each example in an order by tokens that keeps equal beginnings together.
         shared: int32 (levels, n); `shared[0, r]` tokens are common to the examples of ranks r - 1 and r, and
-            `shared[j, r]` is the least of the 2^j numbers from r on (a sparse table for minima of ranges).
+            `shared[j, r]` is the minimum of the 2^j numbers from r on (a sparse table for range minima).
     """
 
     rank: np.ndarray
     shared: np.ndarray
 
     def between(self, ranks: np.ndarray) -> np.ndarray:
-        """int64 like `ranks`, which do not fall: the tokens that each example shares with the one before; 0 first.
+        """int64: the tokens that each example shares with the one before it, given ascending `ranks`; 0 first.
 
-        The same rank twice is the same example twice, which shares all: the number is then larger than any length.
+        A repeated rank is the same example, which shares all tokens: the number is then larger than any length.
         """
         common = np.zeros(len(ranks), dtype=np.int64)
-        first, last = ranks[:-1] + 1, ranks[1:] + 1  # the least of [first, last)
+        first, last = ranks[:-1] + 1, ranks[1:] + 1  # the minimum over [first, last)
         level = np.frexp(np.maximum(last - first, 1))[1] - 1
         within = np.minimum(
             self.shared[level, np.minimum(first, len(self.rank) - 1)], self.shared[level, last - 2**level]
@@ -58,12 +59,12 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Tree:
-    """Segments of m examples that stand in the order of their tokens; a segment's ancestors come before it.
+    """The segments of m examples in the order of their tokens; a segment's ancestors come before it.
 
     Attributes:
-        example: (s,) the example, 0 to m - 1, whose tokens a segment shows.
-        start, end: (s,) the tokens of that example which the segment shows: [start, end).
-        parent: (s,) the segment that ends where this one starts; -1 where it starts at 0.
+        example: (s,) an example, 0 to m - 1, that contains the segment.
+        start, end: (s,) the segment is that example's tokens [start, end).
+        parent: (s,) the segment that ends where this one starts; -1 if it starts at 0.
         ends_in: (m,) the segment that each example ends in.
     """
 
@@ -75,17 +76,17 @@ class Tree:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all segments: what a model has to compute."""
+        """The tokens of all segments, which a model has to compute."""
         return sum(self.end) - sum(self.start)
 
 
 def grow_tree(lengths: Sequence[int], shared: Sequence[int], least: int = LEAST_SHARED) -> Tree:
-    """The prefix tree of examples that stand in the order of their tokens.
+    """The prefix tree of examples in the order of their tokens.
 
     Args:
         lengths: tokens of each example.
-        shared: tokens that each has in common with the one before; the first number is not looked at.
-        least: a segment is shared when it has at least this many tokens.
+        shared: tokens that each example shares with the one before it; the first number is ignored.
+        least: the least number of tokens of a shared segment.
     """
     tree = Tree([], [], [], [], [-1] * len(lengths))
     waiting: list[Branch] = [(range(len(lengths)), 0, -1)] if len(lengths) else []
@@ -94,13 +95,13 @@ def grow_tree(lengths: Sequence[int], shared: Sequence[int], least: int = LEAST_
     return tree
 
 
-Branch = tuple[range, int, int]  # examples that have their first tokens in common, how many, and the segment they end
+Branch = tuple[range, int, int]  # examples with common first tokens, the number of these, and the segment they end
 
 
 def _branch(
     tree: Tree, lengths: Sequence[int], shared: Sequence[int], least: int, members: range, depth: int, parent: int
 ) -> list[Branch]:
-    """Adds the segments of `members` that begin at `depth`, below `parent`; gives the branches that go on."""
+    """Adds the segments of `members` that begin at `depth`, below `parent`; returns the branches that continue."""
     further: list[Branch] = []
     cuts = [at for at in members[1:] if shared[at] < depth + least]
     for first, last in pairwise([members.start, *cuts, members.stop]):
@@ -117,7 +118,7 @@ def _branch(
             tree.ends_in[first] = node
         elif end > depth:
             further.append((range(first, last), end, node))
-        else:  # equal to the last token, all of them: they end where they are
+        else:  # all are equal up to the last token and end here
             tree.ends_in[first:last] = [node] * (last - first)
     return further
 
@@ -127,12 +128,12 @@ def find_prefixes(
 ) -> Prefixes:
     """Sorts examples by their tokens and compares neighbours.
 
-    Groups that are equal so far are sorted by a block of tokens at a time, so that memory stays linear in the number
-    of examples, whatever their length.
+    Groups of examples that are equal so far are sorted by one block of tokens at a time, so memory is linear in the
+    number of examples, whatever their length.
 
     Args:
         examples: int32 arrays of token ids.
-        advance: is told of each number of examples that have found their place.
+        advance: is called with the number of examples whose position has been found.
     """
     n = len(examples)
     order, shared = np.arange(n), np.zeros(n, dtype=np.int32)
@@ -154,27 +155,27 @@ def find_prefixes(
 
 
 def prefixes_for(store: TokenStore, settings: PackingSettings, cache: Path) -> Prefixes | None:
-    """The common beginnings of a store's examples, kept in `cache` under its fingerprint; None if not to be shared."""
+    """The common beginnings of a store's examples, cached in `cache`; None if the settings turn sharing off."""
     if not settings.share:
         return None
     path = cache / f"prefixes-{store.fingerprint}-{FORMAT}.npz"
     if not path.is_file():
         with progress("finding common beginnings", len(store), "examples") as advance:
-            found = find_prefixes(store, advance)
-        with written_whole(path) as draft, draft.open("wb") as file:
-            np.savez(file, rank=found.rank, shared=found.shared[0])
+            prefixes = find_prefixes(store, advance)
+        with atomic_write(path) as draft, draft.open("wb") as file:
+            np.savez(file, rank=prefixes.rank, shared=prefixes.shared[0])
     try:
-        with np.load(path) as kept:
-            rank, shared = kept["rank"], kept["shared"]
+        with np.load(path) as arrays:
+            rank, shared = arrays["rank"], arrays["shared"]
         if len(rank) != len(store) or len(shared) != len(store):
-            raise ValueError(f"it is of {len(rank):,} examples, not {len(store):,}")
+            raise ValueError(f"it has {len(rank):,} examples, not {len(store):,}")
     except (ValueError, KeyError, EOFError, OSError, BadZipFile, zlib.error, NotImplementedError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it to have it made again") from error
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it is created again") from error
     return Prefixes(rank, _minima(shared))
 
 
 def _common(a: bytes, b: bytes) -> int:
-    """Tokens (int32) at the beginning that both have."""
+    """The number of equal int32 tokens at the beginning of both."""
     size = min(len(a), len(b))
     if a[:size] == b[:size]:
         return size // 4
@@ -182,7 +183,7 @@ def _common(a: bytes, b: bytes) -> int:
 
 
 def _runs(keys: list[bytes], block: int) -> list[tuple[int, int]]:
-    """Ranges of two or more equal keys that fill the block: they may differ later on."""
+    """Ranges of two or more equal keys that fill the block, whose examples may differ later."""
     ends = [0, *(at for at in range(1, len(keys)) if keys[at] != keys[at - 1]), len(keys)]
     return [(a, b) for a, b in pairwise(ends) if b - a > 1 and len(keys[a]) == 4 * block]
 

@@ -1,1 +1,1 @@
-"""Reporting: what a run found, for people."""
+"""Reporting: tables and figures about runs."""

@@ -1,4 +1,4 @@
-"""Figures for files: no window, no display, and no setting of the environment is needed to draw one."""
+"""Figures that are written to files, without a window or display and regardless of environment variables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, sharey: bool = False, **settings: Any) -> tuple[Any, Any]:
-    """A matplotlib figure, not pyplot's, and its axes: one, or for a grid an array (rows, columns).
+    """A matplotlib figure without pyplot, and its axes: one, or an array (rows, columns) of a grid.
 
     Args:
-        settings: of `matplotlib.figure.Figure`.
+        settings: arguments of `matplotlib.figure.Figure`.
     """
-    # notebooks export a backend that may not be installed here: then matplotlib could not even be imported
+    # notebooks export a backend that may not be installed, and then matplotlib could not even be imported
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         import matplotlib.figure
@@ -22,6 +22,6 @@ def new_figure(rows: int = 1, columns: int = 1, *, sharey: bool = False, **setti
             os.environ["MPLBACKEND"] = backend
     if backend is not None:
         with suppress(ValueError):
-            matplotlib.rcParams["backend"] = backend  # for what else this process may draw
+            matplotlib.rcParams["backend"] = backend  # for other figures of this process
     figure = matplotlib.figure.Figure(layout="constrained", **settings)
     return figure, figure.subplots(rows, columns, sharey=sharey, squeeze=rows == columns == 1)

@@ -1,4 +1,4 @@
-"""A look at one real micro-batch: its examples decoded, what was cut, its boundaries, and who attends to whom."""
+"""Shows one real micro-batch: its decoded examples, truncation, boundaries, and attention pattern."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def inspect_fold(recipe: Recipe, fold: int, step: int, out: Path) -> None:
 
 
 def print_plan(plan: PackPlan) -> None:
-    """Prints how well a training plan packs."""
+    """Prints the packing quality of a training plan."""
     console.print(
         f"plan: {plan.n_steps:,} steps, {_packing(plan)}, fewest/most tokens in a step {plan.evenness.mean():.4f} on "
         f"average, {plan.evenness.min():.4f} at worst"
@@ -55,7 +55,7 @@ def print_plan(plan: PackPlan) -> None:
 
 
 def print_evaluation_plan(plan: PackPlan) -> None:
-    """Prints how well a plan over a whole set packs."""
+    """Prints the packing quality of a plan over a whole set."""
     console.print(f"all rows in one order, as evaluation packs them: {_packing(plan)}")
 
 
@@ -69,7 +69,7 @@ def _packing(plan: PackPlan) -> str:
 
 
 def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: int) -> None:
-    """Prints a micro-batch: its shared segments, then an example after the other."""
+    """Prints a micro-batch: its shared segments, then its examples one after another."""
     total, logical = batch.tokens, sum(batch.seq_lens)
     longest = batch.max_seq_len * batch.batch_size
     console.print(
@@ -87,7 +87,7 @@ def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: i
     for at, index in enumerate(batch.index.tolist()):
         start, end = _segments(batch)[ends_in[at]]
         cut = f"; {store.tokens_cut[index]:,} tokens cut" if store.tokens_cut[index] else ""
-        dropped = f", {store.turns_dropped[index]} turns left out" if store.turns_dropped[index] else ""
+        dropped = f", {store.turns_dropped[index]} turns omitted" if store.turns_dropped[index] else ""
         console.print(
             f"{_name(index, store.orders)}: {batch.seq_lens[at]:,} tokens, the last {end - start:,} of them in segment "
             f"{ends_in[at]}{cut}{dropped}"
@@ -96,15 +96,15 @@ def print_batch(batch: PackedBatch, store: TokenStore, tokenizer: Any, budget: i
 
 
 def picture_endings() -> list[str]:
-    """The endings of files that `draw_attention` can write, such as `.png`."""
+    """The file name endings that `draw_attention` can write, such as `.png`."""
     figure, _ = new_figure()
     return [f".{ending}" for ending in sorted(figure.canvas.get_supported_filetypes())]
 
 
 def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
-    """Draws which keys the queries of each segment see: a triangle of its own, and what is shared before it.
+    """Draws which keys the queries of each segment see: a triangle for its own, and blocks for shared segments.
 
-    The darker band is what a sliding-window layer sees of it.
+    The darker band is what a sliding-window layer sees.
     """
     figure, axes = new_figure(figsize=(7, 7))
     for at, (start, end) in enumerate(_segments(batch)):
@@ -115,7 +115,7 @@ def draw_attention(batch: PackedBatch, window: int | None, path: Path) -> Path:
     axes.set(xlim=limits, ylim=limits[::-1], xlabel="key", ylabel="query", aspect="equal")
     note = "" if window is None else f"; dark: the sliding window of {window:,}"
     axes.set_title(
-        f"who sees whom: {batch.batch_size} examples in a row of {limits[1]:,} tokens{note}", fontsize="medium"
+        f"visible keys: {batch.batch_size} examples in a row of {limits[1]:,} tokens{note}", fontsize="medium"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -131,19 +131,19 @@ def _draw_block(
     window: int | None,
     colour: str,
 ) -> None:
-    """What the queries of a segment, whose first is token `place` of its example, see of keys that lie side by side."""
+    """Draws what a segment's queries, the first of which is token `place` of its example, see of contiguous keys."""
     from matplotlib.patches import PathPatch, Polygon
     from matplotlib.path import Path as Outline
 
     start, end = queries
     left, right = int(keys[0]), int(keys[-1]) + 1
     corners = [(left, start), (right, start), (right, end), (left, end)]
-    if left >= start:  # its own tokens: causal
+    if left >= start:  # the segment's own tokens: causal
         corners = [(start, start), (start, end), (end, end)]
     axes.add_patch(Polygon(corners, color=colour, alpha=0.35, lw=0))
     if window is None:
         return
-    # on the diagonal of the window a query at place p sees keys from place p - window on
+    # a query at position p sees keys from position p - window on
     shift = left - int(batch.position_ids[0, left]) - (start - place) - window
     band = [(start + shift, start), (end + shift, end), (end + shift + window, end), (start + shift + window, start)]
     clip = PathPatch(Outline([*corners, corners[0]]), transform=axes.transData)
@@ -155,7 +155,7 @@ def _segments(batch: PackedBatch) -> list[tuple[int, int]]:
 
 
 def _keys(batch: PackedBatch, segment: int) -> np.ndarray:
-    """Places in the row of the keys that a segment sees."""
+    """The positions in the row of the keys that a segment sees."""
     first, last = batch.cu_seqlens_k[segment : segment + 2].tolist()
     return np.arange(first, last) if batch.kv_index is None else batch.kv_index[first:last].numpy()
 

@@ -1,4 +1,4 @@
-"""What a recipe does on common cards, by arithmetic: dtype, attention, budget, what is computed again."""
+"""An estimate of how a recipe runs on common cards: dtype, attention, budget, what is recomputed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich.table import Table
 
 from arena.config import Recipe
 from arena.model.card import Card
-from arena.model.memory import GIB, LADDER, WIDTH, describe, fit, mix, need, room, shape_of
+from arena.model.memory import GIB, POLICIES, WIDTH, describe, fit, mix_policies, need, room, shape_of
 from arena.model.precision import resolve_dtype
 from arena.progress import console
 
-# memory as CUDA reports it, which is less than what the makers say
+# memory as CUDA reports it, which is less than the nominal size
 CARDS = (
     Card("cuda", "12 GB: RTX 4070", (8, 9), int(11.6 * GIB)),
     Card("cuda", "16 GB: T4", (7, 5), int(14.6 * GIB)),
@@ -21,13 +21,13 @@ CARDS = (
     Card("cuda", "80 GB: A100, H100", (9, 0), int(79.1 * GIB)),
     Card("cuda", "141 GB: H200", (9, 0), int(139.7 * GIB)),
 )
-HEADER = ("card", "dtype", "attention", "budget", "least GiB", "kept for the backward", "again")
+HEADER = ("card", "dtype", "attention", "budget", "least GiB", "layers by policy", "recomputed")
 
 
 def card_rows(recipe: Recipe, config: Any, cards: tuple[Card, ...] = CARDS) -> list[list[str]]:
-    """One row a card, under `HEADER`: what the recipe becomes there, or why it cannot.
+    """One row for each card, under `HEADER`: how the recipe runs there, or that it does not fit.
 
-    `least GiB` is what a step takes with full recomputation; `again` the share of a forward that is computed twice.
+    `least GiB` is the memory of a step with full recomputation; `recomputed` the share of a forward computed twice.
     """
     return [[card.name, *_row(recipe, config, card)] for card in cards]
 
@@ -42,18 +42,18 @@ def _row(recipe: Recipe, config: Any, card: Card) -> list[str]:
     except ValueError:
         return [dtype, attention, "does not fit", "", "", ""]
     shape, least = shape_of(config), need(shape_of(config), recipe.model, budget, recipe.train.optimizer).total
-    kept = {policy: float(WIDTH[dtype] * budget * shape.kept(policy)) for policy in LADDER}
-    again = {policy: shape.again(policy) for policy in LADDER}
-    policies = mix(kept, again, shape.layers, room(card) - least)
-    share = sum(again[policy] for policy in policies) / shape.layers
+    saved = {policy: float(WIDTH[dtype] * budget * shape.saved_per_token(policy)) for policy in POLICIES}
+    fractions = {policy: shape.recompute_fraction(policy) for policy in POLICIES}
+    policies = mix_policies(saved, fractions, shape.layers, room(card) - least)
+    share = sum(fractions[policy] for policy in policies) / shape.layers
     return [dtype, attention, f"{budget:,}", f"{least / GIB:.1f}", describe(policies), f"{share:.0%}"]
 
 
 def print_cards(recipe: Recipe, config: Any) -> None:
     """Prints the table of `card_rows`."""
-    table = Table(title=f"{recipe.name}, training, by arithmetic", title_justify="left")
+    table = Table(title=f"{recipe.name}, training, estimated", title_justify="left")
     for name in HEADER:
-        table.add_column(name)
+        table.add_column(name, min_width=WIDEST if name == SAVED else None)
     for row in card_rows(recipe, config):
         table.add_row(*row)
     console.print(table)

@@ -1,4 +1,4 @@
-"""The result of a fold: a table on the terminal and a picture in its folder."""
+"""The report of a fold: a table on the terminal and a figure in its folder."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from arena.progress import console
 from arena.reporting.figure import new_figure
 
 REFERENCES = (
-    ("bayes_log_loss", "best possible (the probabilities the labels were drawn from)"),
-    ("baseline_log_loss", "plain baseline (TF-IDF and lengths, logistic regression)"),
+    ("bayes_log_loss", "best possible (the probabilities from which labels were drawn)"),
+    ("baseline_log_loss", "simple baseline (logistic regression on TF-IDF and lengths)"),
     ("prior_log_loss", "predicting the training prior"),
 )
 
 
 def print_report(metrics: dict[str, Any]) -> None:
-    """Prints log-loss beside what it is to be compared with, then what the run took."""
+    """Prints the log-loss along with its references, then the other metrics and the run's size and time."""
     table = Table(
-        title=f"{metrics['recipe']}, fold {metrics['fold']}: {metrics['n_eval']:,} held-out rows", title_justify="left"
-    )
+        title=f"{metrics['recipe']}, fold {metrics['fold']}: {metrics['n_eval']:,} held-out rows", title_justify="left",
+        caption="difference: this judge's log-loss minus the row's; negative is better", caption_justify="left",
+    )  # fmt: skip
     table.add_column("log-loss", justify="right")
-    table.add_column("ours is", justify="right")
+    table.add_column("difference", justify="right")
     table.add_column("")
-    ours = metrics["log_loss"]
-    table.add_row(f"{ours:.4f}", "", Text("this judge", style="bold"))
+    loss = metrics["log_loss"]
+    table.add_row(f"{loss:.4f}", "", Text("this judge", style="bold"))
     for key, words in REFERENCES:
         if metrics.get(key) is not None:
-            table.add_row(f"{metrics[key]:.4f}", f"{ours - metrics[key]:+.4f}", words)
+            table.add_row(f"{metrics[key]:.4f}", f"{loss - metrics[key]:+.4f}", words)
     console.print(table)
-    if (found := remark(metrics)) is not None:
-        console.print(found)
+    if (note := remark(metrics)) is not None:
+        console.print(note)
     console.print(
         f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f}; {metrics['tokens']:,} tokens "
         f"({metrics['unique_tokens'] / metrics['tokens']:.1%} computed, the rest shared) in "
-        f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} a second), fill rate "
+        f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} per second), fill rate "
         f"{metrics['fill_rate']:.1%}, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB"
     )
 
 
 def remark(metrics: dict[str, Any]) -> str | None:
-    """What to try where the judge is worse than the prior or the plain baseline; None where it beats both."""
-    names = {"prior_log_loss": "predicting the training prior", "baseline_log_loss": "the plain baseline"}
+    """Advice if the judge is not better than the prior and the simple baseline; None if it is."""
+    names = {"prior_log_loss": "predicting the training prior", "baseline_log_loss": "the simple baseline"}
     known = {name: metrics[key] for key, name in names.items() if metrics.get(key) is not None}
     beaten_by = [name for name, loss in known.items() if loss <= metrics["log_loss"]]
     if not beaten_by:
@@ -57,7 +58,7 @@ def remark(metrics: dict[str, Any]) -> str | None:
 
 
 def draw_report(folder: Path) -> Path:
-    """Draws the course of training into `report.png` of a run's folder, beside what to compare it with."""
+    """Draws the losses of a training run, with references, to `report.png` in its folder."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     steps = [line for line in lines if "loss" in line]

@@ -1,4 +1,4 @@
-"""Every setting of a recipe, with its type, default and meaning, as text."""
+"""Prints the settings of a recipe with their types, defaults and meanings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Setting:
 
     Attributes:
         key: dotted, as in an override.
-        default: as YAML; None where every recipe has to give a value.
+        default: as YAML; None if every recipe must give a value.
     """
 
     key: str
@@ -44,10 +44,10 @@ class Setting:
 
 
 def settings(group: type[BaseModel] = Recipe, above: str = "") -> Iterator[Setting]:
-    """All settings in the order of the recipe, those of a group below it."""
+    """All settings in the order of the recipe; a group's settings follow it."""
     for name, field in group.model_fields.items():
         below = _group(field)
-        if below is None or field.description:  # a group that can also be named, as templates are
+        if below is None or field.description:  # a group with a description can also be given by name, like templates
             default = None if field.is_required() else _yaml(field.get_default(call_default_factory=True))
             kind = "text or a group" if below else _kind(field)
             yield Setting(f"{above}{name}", kind, default, field.description or "")
@@ -56,10 +56,10 @@ def settings(group: type[BaseModel] = Recipe, above: str = "") -> Iterator[Setti
 
 
 def print_settings(words: tuple[str, ...] = ()) -> None:
-    """Prints the settings whose key or description holds all of the words, or all settings.
+    """Prints the settings whose key or description contains all of the words; without words, all settings.
 
     Raises:
-        ValueError: there is none; names those that are like it.
+        ValueError: no setting matches; the message suggests similar ones.
     """
     every = list(settings())
     found = [each for each in every if all(word.lower() in f"{each.key} {each.about}".lower() for word in words)]
@@ -106,7 +106,7 @@ def _word(kind: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value as it is written in a recipe or an override."""
+    """A value as YAML, as in a recipe or an override."""
     value = list(value) if isinstance(value, tuple) else value
     style = '"' if isinstance(value, str) and "\n" in value else None
     text = yaml.safe_dump(value, default_flow_style=True, default_style=style, width=10**6)

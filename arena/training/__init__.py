@@ -1,1 +1,1 @@
-"""Training: packed micro-batches to adapters and head, evaluated on the held-out fold, resumable."""
+"""Training of adapters and head on packed micro-batches, with evaluation on the held-out fold; resumable."""

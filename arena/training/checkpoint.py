@@ -1,13 +1,15 @@
-"""Checkpoints: all that a run needs to go on exactly, as safetensors and JSON, each whole or not there.
+"""Checkpoints: everything that a run needs to resume exactly, as safetensors and JSON, each complete or absent.
 
-`step-<n>` holds the run after step n: trained weights, optimizer, schedule, random states, and what `Done` counts.
-`judged-<n>` holds what these weights made of the held-out rows. Each is written aside, synced and renamed, with a
-manifest of the SHA-256 of every file; one whose files are not what its manifest says is never loaded.
+`step-<n>` holds the run after step n: trained weights, optimizer, schedule, random states and the counts of `Done`.
+`evaluation-<n>` holds the predictions of these weights for the held-out rows. Each is written to a scratch folder,
+synced and renamed, with a manifest of the SHA-256 of every file; a checkpoint that differs from its manifest is never
+loaded.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arena.files import written_whole
+from arena.files import atomic_write
 from arena.manifest import damage, read_manifest, write_manifest
 from arena.training.optim import trainable
 
-TENSOR = "@tensor"  # stands in plain JSON for a tensor that is kept beside it
+TENSOR = "@tensor"  # the key in JSON that refers to a tensor in the safetensors file beside it
 
-Random = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and what of the states is plain
+Random = tuple[dict[str, Tensor], dict[str, Any]]  # the tensors of random states, and their plain values
+
+
+@dataclass
+class Done:
+    """How far a run is; saved in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    unique_tokens: int = 0
+    micro_batches: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # of these seconds, for data
 
 
 def save_checkpoint(
@@ -35,12 +49,12 @@ def save_checkpoint(
     """Writes a checkpoint to `folder`.
 
     Args:
-        state: what else the run must know to go on; plain JSON values.
+        state: what else the run needs to resume, as plain JSON values.
     """
     tensors: dict[str, Tensor] = {}
     plain = _split(optimizer.state_dict(), "", tensors)
     drawn, plain_random = random_states()
-    with written_whole(folder) as draft:
+    with atomic_write(folder) as draft:
         draft.mkdir()
         save_file(_contiguous(trainable(model)), draft / "weights.safetensors")
         save_file(_contiguous(tensors), draft / "optimizer.safetensors")
@@ -52,14 +66,14 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any
 ) -> dict[str, Any]:  # fmt: skip
-    """Puts weights, optimizer, schedule and random states back as they were, and gives back `state`.
+    """Restores weights, optimizer, schedule and random states, and returns the saved `state`.
 
     Raises:
-        ValueError: the checkpoint is not whole; nothing was changed then.
+        ValueError: the checkpoint is incomplete or damaged; nothing is changed.
     """
     why = damage(folder)
     if why is not None:
-        raise ValueError(f"{folder} is not whole: {why}")
+        raise ValueError(f"{folder} cannot be loaded: {why}")
     state = read_manifest(folder)
     load_weights(folder, model)
     saved = _join(state["optimizer"], load_file(folder / "optimizer.safetensors"))
@@ -70,31 +84,31 @@ def load_checkpoint(
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Puts the trained weights of a checkpoint into the model."""
+    """Loads the trained weights of a checkpoint into the model."""
     saved, parameters = load_file(folder / "weights.safetensors"), trainable(model)
     if saved.keys() != parameters.keys():
         odd = sorted(saved.keys() ^ parameters.keys())
-        raise ValueError(f"{folder} is of another model: {len(odd)} weights do not match, such as {odd[0]}")
+        raise ValueError(f"{folder} belongs to another model: {len(odd)} weights do not match, such as {odd[0]}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
 
 
-def save_judged(folder: Path, facts: dict[str, Any], probabilities: np.ndarray) -> None:
-    """Writes what weights made of the held-out rows: float64 (n, 3), and facts such as the log-loss."""
-    with written_whole(folder) as draft:
+def write_evaluation(folder: Path, facts: dict[str, Any], probabilities: np.ndarray) -> None:
+    """Writes the float64 (n, 3) probabilities of the held-out rows, and facts such as the log-loss."""
+    with atomic_write(folder) as draft:
         draft.mkdir()
-        save_file({"probabilities": torch.from_numpy(probabilities)}, draft / "judged.safetensors")
+        save_file({"probabilities": torch.from_numpy(probabilities)}, draft / "probabilities.safetensors")
         write_manifest(draft, facts)
 
 
-def load_judged(folder: Path) -> np.ndarray:
-    """The probabilities of `save_judged`."""
-    return np.asarray(load_file(folder / "judged.safetensors")["probabilities"].numpy())
+def read_evaluation(folder: Path) -> np.ndarray:
+    """The probabilities that `write_evaluation` wrote."""
+    return np.asarray(load_file(folder / "probabilities.safetensors")["probabilities"].numpy())
 
 
 def random_states() -> Random:
-    """Those of torch on the CPU and the GPU, of numpy and of Python."""
+    """The random states of torch on the CPU and the GPU, of numpy and of Python."""
     version, python, gauss = random.getstate()
     _, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     tensors = {
@@ -108,7 +122,7 @@ def random_states() -> Random:
 
 
 def set_random_states(states: Random) -> None:
-    """Puts them back."""
+    """Restores what `random_states` returned."""
     tensors, plain = states
     torch.set_rng_state(tensors["cpu"])
     if torch.cuda.is_available() and "cuda" in tensors:
@@ -119,7 +133,7 @@ def set_random_states(states: Random) -> None:
 
 
 def _contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """Copies, because safetensors takes no tensors that share memory, as those of 8-bit optimizers do."""
+    """Copies, because safetensors refuses tensors that share memory, as those of 8-bit optimizers do."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
@@ -136,7 +150,7 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The state that `_split` took apart."""
+    """Undoes `_split`."""
     if isinstance(value, dict):
         if set(value) == {TENSOR}:
             return tensors[value[TENSOR]]
@@ -147,5 +161,5 @@ def _join(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What of a schedule's state JSON can hold; its functions are rebuilt from the recipe."""
+    """The part of a schedule's state that JSON can hold; its functions are rebuilt from the recipe."""
     return {key: value for key, value in values.items() if not isinstance(value, list) or not any(map(callable, value))}

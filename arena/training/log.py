@@ -1,4 +1,4 @@
-"""`log.jsonl`: one line a step and one an evaluation, cut back to the checkpoint from which a run resumes."""
+"""`log.jsonl`: one line for each step and each evaluation, cut back to the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any
 
 from arena.files import write_text
 
-EVALUATION = "eval_log_loss"  # the key that tells an evaluation's line from a step's
-LINE = ("step", EVALUATION, "eval_rows", "best")  # of an evaluation, in this order
+EVALUATION = "eval_log_loss"  # the key that distinguishes an evaluation's line from a step's
+LINE = ("step", EVALUATION, "eval_rows", "best")  # the keys of an evaluation's line, in this order
 
 
 class RunLog:
-    """The log of a run; on all but the first rank nothing is written."""
+    """The log of a run, which only the first rank writes."""
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path, self.writes = path, writes
 
     def cut(self, step: int) -> None:
-        """Drops the lines after a step, which are to be written again, and one that was cut short."""
+        """Drops the lines after a step, which will be written again, and an incomplete line."""
         if not self.writes:
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
         write_text(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
     def evaluated(self) -> dict[int, float]:
-        """The held-out log-loss of each step whose evaluation has a line."""
+        """The held-out log-loss of each evaluation in the log, by step."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         return {facts["step"]: facts[EVALUATION] for facts in map(json.loads, lines) if EVALUATION in facts}
 
@@ -38,7 +38,7 @@ class RunLog:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinity for one that was cut short."""
+    """The step of a line; infinity for an incomplete line."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):

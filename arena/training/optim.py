@@ -18,7 +18,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW over two groups: the head with its own learning rate and no decay, and the rest."""
+    """AdamW over two parameter groups: the head, with its own learning rate and no weight decay, and the rest."""
     named = trainable(model)
     head = [parameter for name, parameter in named.items() if _is_head(name)]
     rest = [parameter for name, parameter in named.items() if not _is_head(name)]
@@ -34,7 +34,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings, n_steps: int) -> Any:
-    """Linear warm-up, then the recipe's schedule (transformers' own)."""
+    """Linear warm-up, then the recipe's schedule, as transformers implements it."""
     warmup = round(settings.warmup * n_steps)
     return get_scheduler(settings.schedule, optimizer, num_warmup_steps=warmup, num_training_steps=n_steps)
 

@@ -1,4 +1,4 @@
-"""Which examples training sees, in which order and micro-batches: decided by the seed before the first step."""
+"""Which examples are trained on, in which order and micro-batches; the seed determines it before the first step."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from arena.metrics import SWAPPED
 from arena.packing.plan import PackPlan, epoch_order, plan_training
 from arena.packing.tree import Prefixes, prefixes_for
 
-SWAP_STREAM = 1  # keeps the draws of swaps apart from the draws of shuffles
+SWAP_STREAM = 1  # separates the random numbers of swaps from those of shuffles
 
 
 def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, seed: int) -> np.ndarray:
-    """Example indices, epoch after epoch, each row once an epoch (twice with `swap="both"`).
+    """Example indices, epoch after epoch, each row once per epoch (twice with `swap="both"`).
 
     Args:
-        rows: conversations to train on.
+        rows: the conversations to train on.
         orders: examples per conversation in the store.
-        epochs: may be a fraction; the last epoch is then cut short.
-        swap: `never`; `random`, each row in an order drawn anew each epoch; `both`, both orders as two
-            examples, side by side.
+        epochs: may be fractional; the last epoch is then incomplete.
+        swap: `never`; `random`, which draws each row's order anew in every epoch; or `both`, which gives both orders
+            as two adjacent examples.
 
     Raises:
-        ValueError: `swap` needs both orders, and the store holds one.
+        ValueError: `swap` needs both orders, but the store holds one.
     """
     if swap != "never" and orders != 2:
         raise ValueError(
-            f"train.swap={swap} needs both orders of each row, but the tokens hold one: prepare the fold with the "
-            "recipe that it is planned for"
+            f"train.swap={swap} needs both orders of each row, but the token store holds one: prepare the fold with "
+            "the same recipe that it is planned with"
         )
     parts = []
     for epoch in range(math.ceil(epochs)):
         shuffle = epoch_order(len(rows), seed, epoch)
         examples = rows[shuffle] * orders
-        if swap == "both":  # a row's two orders side by side: they share its first prompt
+        if swap == "both":  # adjacent, because a row's two orders share its first prompt
             examples = (examples[:, None] + np.arange(2)).reshape(-1)
         elif swap == "random":
             examples += np.random.default_rng([seed, epoch, SWAP_STREAM]).integers(0, 2, len(rows))[shuffle]
@@ -49,7 +49,7 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
 
 
 def example_labels(labels: np.ndarray, store: TokenStore) -> np.ndarray:
-    """Labels (rows, 3) as labels (len(store), 3) of examples: the swapped ones have A and B exchanged."""
+    """The (len(store), 3) labels of examples from the (rows, 3) labels of rows: swapped examples exchange A and B."""
     expanded = np.repeat(labels, store.orders, axis=0)
     if store.orders == 2:
         expanded[1::2] = expanded[1::2][:, SWAPPED]
@@ -57,10 +57,10 @@ def example_labels(labels: np.ndarray, store: TokenStore) -> np.ndarray:
 
 
 def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes | None = None) -> PackPlan:
-    """The plan of a whole training: the same for the same recipe and data.
+    """The plan of a whole training run; the same recipe and data give the same plan.
 
     Args:
-        prefixes: what the store's examples share (`prefixes_for`); looked up where not given.
+        prefixes: what the store's examples share; found with `prefixes_for` if not given.
     """
     settings = recipe.train
     order = training_order(

@@ -1,4 +1,4 @@
-"""One fold from files to a saved judge: prepare, train, score on the held-out rows, write everything down."""
+"""One fold from files to a saved judge: prepare, train, score on the held-out rows, write the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from arena.config import Recipe, run_place
 from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.distributed import device_name, peak_memory, start
-from arena.files import fingerprint, remove_scratch, write_json, written_whole
+from arena.files import atomic_write, fingerprint, remove_scratch, write_json
 from arena.judging.baseline import baseline_probabilities
 from arena.judging.inference import predict_or_prior
 from arena.judging.judge import save_judge
@@ -34,37 +34,37 @@ from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
 from arena.progress import console, optional
 from arena.stopping import stopping
-from arena.training.folder import claim, finished, identity
 from arena.training.optim import trainable
+from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
 from arena.training.tracking import start_tracking, tracking
 from arena.training.trainer import Trainer
 
 # what a judge's log-loss is compared with, besides the prior's
 REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
 FILES = ("recipe.yaml", "log.jsonl", "oof.csv", "metrics.json")  # of a finished run, besides its model
-PATIENT, HURRIED = 600.0, 15.0  # seconds that a run waits for its mirror at its end, and where it is ended
+PATIENT, HURRIED = 600.0, 15.0  # seconds that a run waits for its mirror when it finishes, and when it is interrupted
 
 
 def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> dict[str, Any]:
-    """Trains fold `fold` into `runs/<recipe>/fold<k>` and gives its metrics; an interrupted run is resumed.
+    """Trains fold `fold` into `runs/<recipe>/fold<k>` and returns its metrics; an interrupted run is resumed.
 
-    A finished run of the same recipe and data is not trained again; one of others is set aside first.
+    A finished run of the same recipe and data is not trained again; any other finished run is set aside first.
 
     Args:
-        fresh: set aside whatever stands there and train anew.
+        fresh: set aside whatever run the folder holds and start again.
 
     Returns:
-        What `metrics.json` holds; on processes other than the first only the recipe's name and the fold.
+        The content of `metrics.json`; on processes other than the first, only the recipe's name and the fold.
 
     Raises:
-        ValueError: settings or files that cannot be used, an interrupted run of another recipe, or another process at
-            work in the folder.
-        Stopped: a signal or `train.max_seconds` ended it; everything is saved, and the same call resumes.
+        ValueError: settings or files are invalid, the folder holds an interrupted run of another recipe, or another
+            process is using it.
+        Stopped: a signal or `train.max_seconds` ended the run; everything is saved, and the same call resumes.
     """
     folder = run_place(runs, f"{recipe.name}/fold{fold}")
     resume = recipe.train.resume
     if resume not in ("auto", "best", "never") and not Path(resume).is_dir():
-        raise ValueError(f"train.resume={resume}: write auto, best, never, or the path of a checkpoint, a folder")
+        raise ValueError(f"train.resume={resume}: write auto, best, never, or the path of a checkpoint folder")
     accelerator = start(recipe.seed, recipe.train.track, str(folder))
     console.quiet = not accelerator.is_main_process
     with locked(folder) if accelerator.is_main_process else nullcontext():
@@ -74,11 +74,11 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
 
 
 def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
-    """`run_fold` in a folder that no other process is at work on."""
+    """`run_fold` in a folder that is locked for this process."""
     main = accelerator.is_main_process
     recipe = with_dtype(recipe, card_of(accelerator.device))
     console.print(f"{recipe.name}, fold {fold}: rows of {recipe.data.path}, base {recipe.model.base}")
-    data_file(recipe.data.path, "train")  # a missing folder is said before a large base is looked for
+    data_file(recipe.data.path, "train")  # reports a missing folder before a large base is fetched
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     config = base_config(recipe.model)
     check_length(config, recipe.prompt.max_length, recipe.model.base)
@@ -88,9 +88,9 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         data = prepare_fold(recipe, fold, tokenizer)
         prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     check_ids(config, data.store, tokenizer, recipe.model.base)
-    run = identity(recipe, data.fingerprint, base_digest(recipe.model.base, recipe.model.revision))
-    if not fresh and (metrics := finished(folder, run)) is not None:
-        console.print(f"{folder} is finished: nothing to train (train it anew with --fresh)")
+    run = run_identity(recipe, data.fingerprint, base_digest(recipe.model.base, recipe.model.revision))
+    if not fresh and (metrics := finished_metrics(folder, run)) is not None:
+        console.print(f"{folder} is finished: there is nothing to train (--fresh trains it again)")
         return metrics
     model = adapt(load_base(recipe.model, announce=True), recipe.model)
     with (
@@ -99,24 +99,24 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         tracking(accelerator),
     ):
         trainer = Trainer(recipe, data, model, folder, accelerator, stop, mirror)
-        # where this call resumed is nothing to a judge, or to another fold that is trained with the same recipe
+        # where this call resumed does not matter to a judge, or to another fold trained with the same recipe
         saved = recipe.model_copy(update={"train": recipe.train.model_copy(update={"resume": "auto"})})
-        # only now: what cannot be trained must not take the place of what was
+        # not earlier: a run that cannot be trained must not replace the earlier one
         if recipe.train.track != "tensorboard":
             start_tracking(accelerator, recipe, fold)
         if main:
-            claim(folder, run, saved, fresh=fresh)
-        if recipe.train.track == "tensorboard":  # whose files go into the folder
+            create_run_directory(folder, run, saved, fresh=fresh)
+        if recipe.train.track == "tensorboard":  # it writes files into the folder
             start_tracking(accelerator, recipe, fold)
         if mirror is not None and not fresh:
             fetched = mirror.pull(folder)
             if fetched:
                 console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
         accelerator.wait_for_everyone()
-        _say(recipe, asked, data, trainer)
+        _announce(recipe, asked, data, trainer)
         try:
             trainer.run()
-            probabilities = _judge_held_out(recipe, data, trainer)
+            probabilities = _predict_held_out(recipe, data, trainer)
         finally:
             accelerator.state.destroy_process_group()
         metrics = {"recipe": recipe.name, "fold": fold}
@@ -124,7 +124,7 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
             save_judge(folder / "model", model, tokenizer, saved, data.prior, data.trained_on, run["base"])
             write_oof(folder / "oof.csv", data, probabilities)
             metrics |= {**_effort(data, trainer), **_scores(data, probabilities), **dict.fromkeys(REFERENCES)}
-            write_json(folder / "metrics.json", metrics)  # last: its presence says that the run is finished
+            write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, mirror)
     return metrics
 
@@ -132,11 +132,11 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
 def _finish(
     recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], mirror: Mirror | None
 ) -> dict[str, float | None]:
-    """What is good to have besides a saved judge; anything in it may fail with a warning."""
+    """Adds reference scores and mirrors the results; whatever fails here is only a warning."""
     references = _references(recipe, data)
-    with optional(f"adding what to compare with to {folder / 'metrics.json'}"):
+    with optional(f"adding reference scores to {folder / 'metrics.json'}"):
         write_json(folder / "metrics.json", metrics | references)
-    shutil.rmtree(folder / "judging", ignore_errors=True)
+    shutil.rmtree(folder / "logits", ignore_errors=True)
     if mirror is not None:
         with optional(f"sending the finished run to {recipe.train.mirror}", f"copy {folder} there yourself"):
             mirror.push_files("model", [folder / "model"])
@@ -146,13 +146,13 @@ def _finish(
 
 @contextmanager
 def _mirror(recipe: Recipe, folder: Path, run: dict[str, str], main: bool, fresh: bool) -> Iterator[Mirror | None]:
-    """The store that `train.mirror` names, on the first rank; waits for what is on its way when the run ends."""
+    """The mirror that `train.mirror` names, on the first rank; waits for pending uploads when the run ends."""
     if recipe.train.mirror is None or not main:
         yield None
         return
     place = f"{recipe.name}/{folder.name}/{fingerprint(run)}"
-    aside = folder.with_name(f".{folder.name}.mirror")
-    mirror = Mirror(recipe.train.mirror, place, aside, anew=fresh or recipe.train.resume != "auto")
+    staging = folder.with_name(f".{folder.name}.mirror")
+    mirror = Mirror(recipe.train.mirror, place, staging, fresh=fresh or recipe.train.resume != "auto")
     patience = HURRIED
     try:
         yield mirror
@@ -162,14 +162,14 @@ def _mirror(recipe: Recipe, folder: Path, run: dict[str, str], main: bool, fresh
             mirror.close(patience)
 
 
-def _judge_held_out(recipe: Recipe, data: FoldData, trainer: Trainer) -> np.ndarray:
-    """Probabilities (n, 3) of the held-out rows by the best weights, both orders averaged where the recipe says so."""
-    held_out, best = data.eval_rows, trainer.shelf.best
-    assert best is not None, "the last step is always judged"
+def _predict_held_out(recipe: Recipe, data: FoldData, trainer: Trainer) -> np.ndarray:
+    """The best weights' (n, 3) probabilities of the held-out rows, averaged over both orders if the recipe says so."""
+    held_out, best = data.eval_rows, trainer.checkpoints.best
+    assert best is not None, "the last step is always evaluated"
     return predict_or_prior(
-        trainer.classifier, data.store, held_out, data.judgeable[held_out], data.prior, recipe,
-        trainer.prefixes, straight=trainer.judged, ids=data.ids, keep=trainer.keep("held-out", best),
-        stop=trainer.stop if trainer.alone else None,
+        trainer.classifier, data.store, held_out, data.has_responses[held_out], data.prior, recipe,
+        trainer.prefixes, straight=trainer.held_out_probabilities, ids=data.ids,
+        logits_cache=trainer.logits_cache("held-out", best), stop=trainer.stop if trainer.alone else None,
     )  # fmt: skip
 
 
@@ -184,11 +184,11 @@ def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
             **{f"label_{name}": labels[:, at] for at, name in enumerate(CLASSES)},
         }
     )
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         table.to_csv(draft, index=False, lineterminator="\n")
 
 
-def _say(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -> None:
+def _announce(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -> None:
     for note in data.notes:
         console.print(note)
     plan = trainer.plan
@@ -202,18 +202,18 @@ def _say(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -> Non
     )
     if plan.budget < asked.packing.budget:
         console.print(
-            f"micro-batches hold at most {plan.budget:,} tokens, not {asked.packing.budget:,}: that is what "
-            f"{device_name(trainer.device)} has memory for"
+            f"micro-batches hold at most {plan.budget:,} tokens instead of {asked.packing.budget:,}, to fit the memory "
+            f"of {device_name(trainer.device)}"
         )
-    if trainer.kept is not None:
-        console.print(str(trainer.kept))
+    if trainer.recompute_plan is not None:
+        console.print(str(trainer.recompute_plan))
     cut = int((data.store.tokens_cut > 0).sum())
     if cut:
         console.print(f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens")
 
 
 def _scores(data: FoldData, probabilities: np.ndarray) -> dict[str, float]:
-    """How good the judge is on the held-out rows, and the prior that makes the number mean something."""
+    """The judge's scores on the held-out rows, and the prior's log-loss for comparison."""
     labels = data.labels[data.eval_rows]
     return {
         "log_loss": log_loss(labels, probabilities),
@@ -224,7 +224,7 @@ def _scores(data: FoldData, probabilities: np.ndarray) -> dict[str, float]:
 
 
 def _references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
-    """A plain baseline's log-loss, and the least possible where it is known; None for what could not be had."""
+    """A simple baseline's log-loss, and the best possible one if it is known; None for what cannot be computed."""
     labels, found = data.labels[data.eval_rows], dict.fromkeys(REFERENCES)
     with optional("fitting the plain baseline"):
         found["baseline_log_loss"] = log_loss(labels, baseline_probabilities(data, recipe.seed))
@@ -237,13 +237,13 @@ def _references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
 
 
 def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
-    """What the run took."""
+    """The size, time and memory of the run."""
     done, device = trainer.done, trainer.accelerator.device
     return {
         "n_eval": len(data.eval_rows),
         "n_train": len(data.train_rows),
         "steps": done.step,
-        "best_step": trainer.shelf.best,
+        "best_step": trainer.checkpoints.best,
         "micro_batches": done.micro_batches,
         "fill_rate": trainer.plan.fill_rate,
         "tokens": done.tokens,
@@ -259,7 +259,7 @@ def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
 
 
 def _truth(path: Path, ids: list[str]) -> np.ndarray | None:
-    """The probabilities from which synthetic labels were drawn; None for rows that have none."""
+    """The probabilities from which synthetic labels were drawn; None for other rows."""
     if not path.is_file():
         return None
     table = pd.read_csv(path, dtype={"id": str})

@@ -1,7 +1,7 @@
 """Loss scaling, without which gradients vanish in float16 (Micikevicius et al., 2018, arXiv:1710.03740).
 
-The loss is multiplied before the backward and the gradients divided after it. The scale starts high, is halved by each
-step whose gradients overflow, which is skipped, and doubled after many that do not. Other dtypes need none of this.
+The loss is multiplied before the backward and the gradients are divided after it. The scale starts high; a step whose
+gradients overflow is skipped and halves it, and many steps without overflow double it. Other dtypes need no scaling.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ GROW_AFTER = 2000  # steps without an overflow
 
 
 class LossScaling:
-    """The scale of one run's loss; for any dtype but float16 it changes nothing.
+    """The scale of one run's loss; it has no effect for dtypes other than float16.
 
-    Every rank has its own, and all stay equal: a step's gradients are summed over the ranks before they are unscaled,
-    so that what is not finite on one is not finite on any.
+    Every rank has its own scale, and all stay equal: a step's gradients are summed over the ranks before they are
+    unscaled, so a number that is not finite on one rank is not finite on any.
 
     Args:
-        dtype: of the run's autocast.
+        dtype: the run's autocast dtype.
     """
 
     def __init__(self, dtype: str, device: torch.device) -> None:
@@ -34,35 +34,35 @@ class LossScaling:
             device.type, init_scale=FIRST, growth_interval=GROW_AFTER, enabled=self.on
         )  # fmt: skip
         if self.on:
-            self._scaler.scale(torch.zeros((), device=device))  # a rank without a micro-batch has a scale all the same
-            # the schedule goes on over a skipped first step, on purpose
+            self._scaler.scale(torch.zeros((), device=device))  # a rank without a micro-batch needs a scale too
+            # the schedule deliberately advances over a skipped first step
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
     @property
     def scale(self) -> float:
-        """By which the loss is multiplied; 1 without scaling."""
+        """The factor of the loss; 1 without scaling."""
         return float(self._scaler.get_scale())
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to start the backward from."""
+        """The loss from which the backward starts."""
         return self._scaler.scale(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients, and notes whether all are finite. Once a step, after the sum over the ranks."""
+        """Divides the gradients and notes whether all are finite; called once a step, after the sum over the ranks."""
         self._scaler.unscale_(optimizer)
 
     def forgives(self, loss: float, norm: float) -> bool:
-        """Whether a step may go on: to be taken, or, where a lower scale may still help, to be skipped."""
+        """Whether a step can be taken, or be skipped because a lower scale may still help."""
         return math.isfinite(loss) and (math.isfinite(norm) or (self.on and self.scale > LEAST))
 
     def step(self, optimizer: torch.optim.Optimizer, norm: float) -> dict[str, Any]:
-        """Takes the optimizer's step, or skips it where a gradient is not finite; then sets the next scale.
+        """Takes the optimizer's step, or skips it if a gradient is not finite; then sets the next scale.
 
         Args:
             norm: of the unscaled gradients.
 
         Returns:
-            What the log is to say of it: nothing without scaling, and no norm of gradients that have overflowed.
+            Facts for the log: none without scaling, and no norm if the gradients have overflowed.
         """
         scale = self.scale
         self._scaler.step(optimizer)
@@ -71,7 +71,7 @@ class LossScaling:
         return facts if math.isfinite(norm) else {**facts, "grad_norm": None}
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON that `restore` takes; empty without scaling."""
+        """Plain JSON for `restore`; empty without scaling."""
         return dict(self._scaler.state_dict())
 
     def restore(self, state: dict[str, Any]) -> None:

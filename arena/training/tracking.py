@@ -1,4 +1,4 @@
-"""Experiment trackers: they may refuse before training, and then only warn; a run never depends on one."""
+"""Experiment trackers: one that cannot start is an error; one that fails later is only a warning."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from arena.config import Recipe, save_recipe
-from arena.progress import console, optional, said
+from arena.progress import console, format_error, optional
 
 
 def start_tracking(accelerator: Accelerator, recipe: Recipe, fold: int) -> None:
-    """Begins a run of the tracker that `train.track` names.
+    """Starts a run of the tracker that `train.track` names.
 
     Raises:
-        ValueError: it cannot start, for example without a key.
+        ValueError: it cannot start, for example because there is no key.
     """
     if recipe.train.track == "none":
         return
@@ -25,24 +25,26 @@ def start_tracking(accelerator: Accelerator, recipe: Recipe, fold: int) -> None:
     except Exception as error:  # whatever the library raises
         accelerator.trackers.clear()
         raise ValueError(
-            f"train.track={recipe.train.track} cannot start ({said(error)}): log in as its documentation says, or "
-            "train without it (train.track=none)"
+            f"train.track={recipe.train.track} cannot start ({format_error(error)}): log in as its documentation "
+            "describes, or train without a tracker (train.track=none)"
         ) from error
 
 
 def track(accelerator: Accelerator, facts: dict[str, Any]) -> None:
-    """Reports a line of the log; a tracker that fails is left out from then on."""
+    """Sends a line of the log to the tracker; one that fails is not used again."""
     try:
         tracked = {key: value for key, value in facts.items() if key != "step" and value is not None}
         accelerator.log(tracked, step=facts["step"])
     except Exception as error:
         accelerator.trackers.clear()
-        console.print(f"warning: the tracker failed ({said(error)}); training continues without it", style="yellow")
+        console.print(
+            f"warning: the tracker failed ({format_error(error)}); training continues without it", style="yellow"
+        )
 
 
 @contextmanager
 def tracking(accelerator: Accelerator) -> Iterator[None]:
-    """Ends the tracker's run after the block, in which all is to be saved: it may wait for a network."""
+    """Ends the tracker's run after the block, which should save everything first: a tracker may wait for a network."""
     try:
         yield
     finally:

@@ -20,8 +20,8 @@ def test_gemma_2_9b_by_hand() -> None:
     assert flops_a_token(n, "infer") == pytest.approx(16.6e9, rel=0.005)
     assert flops_a_token(n, "train") == 4 * n
     assert flops_recomputed(shapes, "full") == 2 * n
-    assert flops_recomputed(shapes, "mlp") == 42 * 2 * 2 * 3584 * 14336
-    assert flops_recomputed(shapes, "none") == flops_recomputed(shapes, "light") == 0
+    assert flops_recomputed(shapes, "elementwise_and_mlp") == 42 * 2 * 2 * 3584 * 14336
+    assert flops_recomputed(shapes, "none") == flops_recomputed(shapes, "elementwise") == 0
 
 
 def test_what_learns_decides_the_backward() -> None:

@@ -121,7 +121,7 @@ def test_figures_by_hand(measured: tuple[RealBench, Parts]) -> None:
     found = with_shares(found, ceiling)
     assert found["share_of_ceiling"] == pytest.approx(4 * n * rate / 1e12 / ceiling["tflops"])
     assert found["share_with_recomputed"] == pytest.approx(5 * n * rate / 1e12 / ceiling["tflops"])
-    assert found["policies"] == {"full": 1, "light": 1} and found["backend"] == "blockwise"
+    assert found["policies"] == {"full": 1, "elementwise": 1} and found["backend"] == "blockwise"
 
 
 def test_what_is_shared_is_counted(measured: tuple[RealBench, Parts]) -> None:
@@ -251,7 +251,7 @@ def test_the_matrix_has_every_cell_once_in_order_of_worth(best: str) -> None:
     if best == "flash":  # at once after them, ours by flex
         assert [(cell.attention, cell.task) for cell in rest[:2]] == [("flex", "train"), ("flex", "infer")]
         assert not any(cell.attention == "blockwise" for cell in cells.values())  # far slower on a GPU than both
-    risky = [cell.task == "train" and cell.checkpointing in ("light", "none") for cell in rest]
+    risky = [cell.task == "train" and cell.checkpointing in ("elementwise", "none") for cell in rest]
     assert risky == sorted(risky) and any(risky)
     safe = [cell.model_key for cell, may_fail in zip(rest, risky, strict=True) if not may_fail]
     changes = 1 + sum(before != after for before, after in pairwise(safe))

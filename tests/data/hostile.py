@@ -171,7 +171,7 @@ def tables() -> Iterable[Kind]:
     twice = header.replace("model_b,prompt", "prompt,prompt")
     for name, text, outcome, says in (
         ("no byte at all", "", "error", ("{file}", "is empty")),
-        ("a header alone", header + "\n", "error", ("{file}", "there is none")),
+        ("a header alone", header + "\n", "error", ("{file}", "the file has none")),
         ("blank lines alone", "\n\n\r\n", "error", ("{file}", "is missing")),
         ("no header", f"{first}\n{second}\n", "error", ("{file}", 'column "1"', "twice")),
         ("a row too short", f"{CSV}9,x,y\n", "error", ("line 4, the row", "3 fields")),
@@ -295,7 +295,7 @@ def columnar() -> Iterable[Kind]:
         ("float ids", replaced("id", pa.array([1.0, 2.0])), "rows", ()),
         ("ids that are fractions", replaced("id", pa.array([1.5, 2.0])), "error", ("row 1, id", "1.5")),
         ("a date beyond Python's", replaced("id", pa.array([2**55, 1], pa.timestamp("ms"))), "error", ("{file}",)),
-        ("no rows", PARQUET.slice(0, 0), "error", ("{file}", "there is none")),
+        ("no rows", PARQUET.slice(0, 0), "error", ("{file}", "the file has none")),
         ("a text of several MB", replaced("prompt", pa.array([json.dumps(["x" * 3_000_000]), "[]"])), "error",
          ("row 1, the row's length", "max_row_characters")),
     ):  # fmt: skip
@@ -350,8 +350,8 @@ def things() -> Iterable[Kind]:
         ("a folder", lambda path: path.mkdir(), "Is a directory"),
         ("a link to itself", lambda path: path.symlink_to(path), "cannot be read"),
         ("a link to nothing", lambda path: path.symlink_to("nowhere"), "No such file"),
-        ("a pipe", os.mkfifo, "no regular file"),
-        ("a link to a device", lambda path: path.symlink_to("/dev/zero"), "no regular file"),
+        ("a pipe", os.mkfifo, "not a regular file"),
+        ("a link to a device", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
         ("not there", lambda path: None, "No such file"),
     ):
         yield Kind("other things", f"train.csv is {name}", special(make), "error", ("{file}", says))

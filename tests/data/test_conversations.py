@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arena.data import conversations
-from arena.data.conversations import BadRowsError, judgeable, read_conversations, repeated
+from arena.data.conversations import BadRowsError, has_responses, read_conversations, repeated
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -87,7 +87,7 @@ def test_one_row_by_hand(tmp_path: Path, ending: str) -> None:
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize(
-    ("cells", "texts", "can_be_judged"),
+    ("cells", "texts", "expected"),
     [
         (("[null]", "[null]", "[null]"), ([None], [None], [None]), False),
         (("[]", "[]", "[]"), ([], [], []), False),
@@ -108,13 +108,13 @@ def test_oddities_are_kept(
     ending: str,
     cells: tuple[str, str, str],
     texts: tuple[list[str | None], list[str | None], list[str | None]],
-    can_be_judged: bool,
+    expected: bool,
 ) -> None:
     names = ("prompt", "response_a", "response_b")
     row = a_row(**dict(zip(names, cells, strict=True)))
     [result] = read(write(tmp_path / f"train.{ending}", [row]))
     assert tuple(result[name] for name in names) == texts
-    assert judgeable(result) is can_be_judged
+    assert has_responses(result) is expected
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
@@ -291,7 +291,7 @@ def test_labels_may_be_absent_or_ignored(tmp_path: Path, ending: str) -> None:
         ({"response_b": '["x"'}, "response_b", "not JSON"),
         ({"response_b": "['x']"}, "response_b", "not JSON"),
         ({"response_b": "__import__('os')"}, "response_b", "not JSON"),
-        ({"response_b": '{"a": 1, "a": 2}'}, "response_b", '"a" stands twice'),
+        ({"response_b": '{"a": 1, "a": 2}'}, "response_b", '"a" appears twice'),
         ({"response_b": "[" * 200_000}, "response_b", "nested too deeply"),
         ({"response_b": f"[{'9' * 5000}]"}, "response_b", "not JSON"),
         ({"id": " "}, "id", "is blank"),
@@ -361,21 +361,21 @@ def test_missing_columns_are_named(tmp_path: Path, ending: str) -> None:
     assert "winner_tie: is missing" in complaint([without("winner_tie")], "optional")
     assert "winner_model_a: is missing; labelled rows need" in complaint([without(*A_WINS)])
     both = write(tmp_path / f"both.{ending}", [a_row(winner="tie")])
-    assert "winner: stands beside winner_model_a" in complaint([both])
+    assert "winner: is there along with winner_model_a" in complaint([both])
 
 
 def test_repeated_columns_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", [a_row()])
     path.write_text(path.read_text().replace("model_b", "prompt", 1))
-    assert f'{path}, the file, column "prompt": stands twice' in complaint([path])
+    assert f'{path}, the file, column "prompt": appears twice' in complaint([path])
     table = pa.Table.from_pylist([a_row()])
     renamed = ["id" if name == "model_a" else name for name in table.column_names]
     pq.write_table(table.rename_columns(renamed), tmp_path / "t.parquet")
-    assert 'column "id": stands twice' in complaint([tmp_path / "t.parquet"])
+    assert 'column "id": appears twice' in complaint([tmp_path / "t.parquet"])
     lines = tmp_path / "t.jsonl"
     lines.write_text(json.dumps(a_row()).replace("model_a", "id", 1))
     assert f"{lines}, line 1, the row: is " in complaint([lines])
-    assert '"id" stands twice in an object' in complaint([lines])
+    assert '"id" appears twice in an object' in complaint([lines])
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -385,8 +385,8 @@ def test_repeated_ids_are_named_within_and_across_files(tmp_path: Path, ending: 
     message = complaint([first, second])
     lines = {"csv": ("line 3", "line 4"), "parquet": ("row 2", "row 3"), "jsonl": ("line 2", "line 3")}[ending]
     assert message.startswith("2 problems")
-    assert f'{second}, {lines[0]}, id: "3" stands earlier too, in {second}' in message
-    assert f'{second}, {lines[1]}, id: "1" stands earlier too, in {first}' in message
+    assert f'{second}, {lines[0]}, id: "3" also occurs earlier, in {second}' in message
+    assert f'{second}, {lines[1]}, id: "1" also occurs earlier, in {first}' in message
 
 
 def test_ragged_rows_are_named_by_the_line_on_which_they_begin(tmp_path: Path) -> None:
@@ -440,9 +440,9 @@ def test_parquet_bytes_that_are_not_utf8_are_named(tmp_path: Path, kind: str) ->
         ("empty.csv", b"", "the file is empty"),
         ("empty.parquet", b"", "the file is empty"),
         ("empty.jsonl", b"", "the file is empty"),
-        ("header.csv", ",".join(a_row()).encode() + b"\n", "is missing: there is none"),
+        ("header.csv", ",".join(a_row()).encode() + b"\n", "is missing, because the file has none"),
         ("blank.csv", b"\n\n", "id, prompt, response_a, response_b: is missing"),
-        ("blank.jsonl", b"\n \n", "is missing: there is none"),
+        ("blank.jsonl", b"\n \n", "is missing, because the file has none"),
         ("text.parquet", b"id,prompt", "cannot be read"),
         ("list.jsonl", b"[1, 2]", "line 1, the row: is not an object"),
         ("text.jsonl", b"hello", "line 1, the row: is "),
@@ -462,7 +462,7 @@ def test_parquet_without_rows_or_with_its_end_cut_off_is_named(tmp_path: Path) -
     path = tmp_path / "t.parquet"
     table = pa.Table.from_pylist([a_row()])
     pq.write_table(table.slice(0, 0), path)
-    assert f"{path}, the file, any row: is missing: there is none" in complaint([path])
+    assert f"{path}, the file, any row: is missing, because the file has none" in complaint([path])
     pq.write_table(table, path)
     path.write_bytes(path.read_bytes()[:-20])
     assert f"{path}, the file, any row: cannot be read" in complaint([path])

@@ -159,8 +159,8 @@ def test_a_kept_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     ids = list(rows["id"])
     leaking = [1 - folds[0], *folds[1:]]
     for table, what in [
-        ({"id": [*ids[:-1], "other"], "fold": folds}, "does not hold the ids"),
-        ({"id": ids, "fold": leaking}, "stands in folds"),
+        ({"id": [*ids[:-1], "other"], "fold": folds}, "does not have the ids"),
+        ({"id": ids, "fold": leaking}, "is in folds"),
         ({"id": ids, "fold": [0] * 5}, "not 2 filled folds"),
         ({"id": ids, "fold": [0, 0, 1, 1, 2]}, "not 2 filled folds"),
         ({"id": ids, "fold": [0, 0, 1, 1, -1]}, "not 2 filled folds"),
@@ -176,7 +176,7 @@ def test_a_kept_file_that_was_changed_is_refused(tmp_path: Path) -> None:
 def test_a_prompt_in_two_folds_is_named() -> None:
     rows = dataset(["one", "two", " ONE", "three"])
     check_no_leak(rows, np.array([0, 1, 0, 1], dtype=np.int8))
-    with pytest.raises(ValueError, match=r'the prompt "one" stands in folds 0 and 1 \(row with id row 2\)'):
+    with pytest.raises(ValueError, match=r'the prompt "one" is in folds 0 and 1 \(row with id row 2\)'):
         check_no_leak(rows, np.array([0, 0, 1, 1], dtype=np.int8))
     with pytest.raises(ValueError, match="3 folds were given for 4 rows"):
         check_no_leak(rows, np.array([0, 0, 1], dtype=np.int8))

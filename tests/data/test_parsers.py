@@ -52,7 +52,7 @@ def test_any_text_is_json_or_a_field_error(text: str) -> None:
             json.loads(text)
         except ValueError:
             return
-        assert "stands twice" in error.what  # what the library lets pass
+        assert "appears twice" in error.what  # what the library lets pass
         return
     assert repr(value) == repr(json.loads(text))
 

@@ -92,7 +92,7 @@ def test_nothing_to_judge_in_a_fold_is_said_before_training(gemma2: Path, tmp_pa
     recipe = tiny_recipe(tmp_path, gemma2)
     train = data_file(recipe.data.path, "train")
     pd.read_csv(train, dtype=str).assign(response_a="[null]", response_b='[" "]').to_csv(train, index=False)
-    with pytest.raises(ValueError, match=r"rows to train on|nothing to judge"):
+    with pytest.raises(ValueError, match=r"rows to train on|a response to judge"):
         prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
 
 
@@ -113,7 +113,7 @@ def test_placeholders_in_a_template_are_refused_before_anything_is_read(
     gemma2: Path, tmp_path: Path, words: str
 ) -> None:
     recipe = change(tiny_recipe(tmp_path, gemma2), [f"prompt.template.user={json.dumps(words)}"])
-    with pytest.raises(ValueError, match=r"prompt\.template\.user holds \{.*templates have no placeholders"):
+    with pytest.raises(ValueError, match=r"prompt\.template\.user has \{.*templates have no placeholders"):
         prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
     assert not (tmp_path / "cache").exists()
 

@@ -135,7 +135,7 @@ def smallest(tokenizer: Any) -> int:
     """The least `max_length` that the template can do with, as the error names it."""
     with pytest.raises(ValueError, match="at least") as error:
         PromptEncoder(tokenizer, prompt_settings(max_length=16))
-    return int(str(error.value).split("it takes ")[1].split()[0])
+    return int(str(error.value).split("takes at least ")[1].split()[0])
 
 
 def test_cut_texts_keep_beginning_and_end_and_are_marked(small: Any) -> None:
@@ -175,7 +175,7 @@ def test_empty_conversation_and_lone_surrogates_do_not_stop_it(small: Any) -> No
 def test_max_length_too_small_says_what_it_takes(small: Any) -> None:
     least = smallest(small)
     PromptEncoder(small, prompt_settings(max_length=least))
-    with pytest.raises(ValueError, match=f"it takes {least} tokens at least"):
+    with pytest.raises(ValueError, match=f"takes at least {least} tokens"):
         PromptEncoder(small, prompt_settings(max_length=least - 1))
 
 

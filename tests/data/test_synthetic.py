@@ -176,7 +176,7 @@ def test_demo_rows_of_another_number_are_not_taken_for_those_of_the_recipe(tmp_p
         load_recipe("demo", [f"data.path={tmp_path / 'demo'}", f"data.synthetic_rows=[{n},6]"]) for n in (30, 40)
     )
     assert ensure_demo(small) and not ensure_demo(small)
-    with pytest.raises(ValueError, match=r"holds demo data of 30 and 6 rows, .* asks for 40 and 6: remove that folder"):
+    with pytest.raises(ValueError, match=r"has demo data of 30 and 6 rows, .* asks for 40 and 6: remove that folder"):
         ensure_demo(large)
     (tmp_path / "demo" / "truth.csv").unlink()  # rows of one's own are nobody else's business
     assert not ensure_demo(large)

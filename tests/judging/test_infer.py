@@ -22,7 +22,7 @@ from arena.files import write_json
 from arena.judging import judge
 from arena.judging import submission as writing
 from arena.judging.judge import save_judge
-from arena.judging.shards import Shards
+from arena.judging.logits_cache import LogitsCache
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
@@ -34,8 +34,8 @@ SERVER = """
 import functools, json, os, sys, time
 import arena.judging.ensemble, arena.judging.judge as judge, arena.model.classifier as classifier
 from arena import cli
-from arena.judging.shards import Shards
-judge.Shards = functools.partial(Shards, seconds=0)
+from arena.judging.logits_cache import LogitsCache
+judge.LogitsCache = functools.partial(LogitsCache, seconds=0)
 forward = classifier.PackedClassifier.forward
 def slow(self, batch):
     time.sleep(0.02)
@@ -164,7 +164,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_submission(infer: Infer
 
 
 def test_shards_are_what_it_goes_on_with(infer: Infer, whole: bytes) -> None:
-    """A damaged shard is named and computed again; the others are not touched."""
+    """A damaged shard is named and recomputed; the others are not touched."""
     infer.out.unlink(missing_ok=True)
     pid = infer.start()
     infer.wait_for(6)
@@ -202,7 +202,7 @@ def test_a_signal_ends_it_well(infer: Infer, whole: bytes, number: int, status: 
             continue
         assert infer.status() == status, infer.shown()
         assert time.monotonic() - start < 10
-        assert "the same command resumes from it" in infer.shown()
+        assert "the same command resumes from them" in infer.shown()
         assert not infer.out.exists()
     infer.start()
     assert infer.status() == 0
@@ -216,7 +216,7 @@ def test_a_second_one_at_the_same_submission_is_refused(
     pid = infer.start()
     infer.wait_for(2)
     assert run(monkeypatch, infer.folder) == 2
-    assert f"process {pid} is at work on submission.csv" in capsys.readouterr().out
+    assert f"process {pid} is using submission.csv" in capsys.readouterr().out
     assert infer.status() == 0
     assert infer.out.read_bytes() == whole
 
@@ -283,7 +283,7 @@ def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_judged(
 def test_a_disk_that_fills_while_judging_keeps_what_there_was_room_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(judge, "Shards", functools.partial(Shards, seconds=0))
+    monkeypatch.setattr(judge, "LogitsCache", functools.partial(LogitsCache, seconds=0))
     out, room, real = folder / "filling.csv", [4], Path.write_bytes
 
     def write(self: Path, data: bytes) -> int:
@@ -299,7 +299,7 @@ def test_a_disk_that_fills_while_judging_keeps_what_there_was_room_for(
         patch.setattr(Path, "write_bytes", write)
         assert run(monkeypatch, folder, "--out", str(out)) == 2
         shown = capsys.readouterr().out
-        assert "logits could not be kept (No space left on device)" in shown and "Traceback" not in shown
+        assert "logits could not be saved (No space left on device)" in shown and "Traceback" not in shown
         first = kept()
         assert len(first) == 4 and not out.exists()
         room[0] = 3

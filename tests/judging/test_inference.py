@@ -16,7 +16,7 @@ from datasets import Dataset
 from arena.data.tokens import TokenStore, tokenise
 from arena.judging import inference
 from arena.judging.inference import predict, predict_or_prior
-from arena.judging.shards import Shards
+from arena.judging.logits_cache import LogitsCache
 from arena.metrics import softmax
 from arena.model.backbone import load_tokenizer
 from arena.packing.batch import collate
@@ -57,16 +57,16 @@ def test_what_is_known_in_straight_order_is_not_judged_again(
     gemma2: Path, store: TokenStore, swap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = classifier(exact(gemma2)).eval()
-    rows, judgeable, prior = np.arange(17), np.arange(17) != 4, np.full(3, 1 / 3)
+    rows, has_responses, prior = np.arange(17), np.arange(17) != 4, np.full(3, 1 / 3)
     recipe = tiny_recipe(tmp_path, gemma2, f"judge.swap={str(swap).lower()}")
     prefixes = find_prefixes(store)
-    from_nothing = predict_or_prior(model, store, rows, judgeable, prior, recipe, prefixes)
-    straight = predict(model, store, rows[judgeable], budget=512, orders=[0], dtype="float32")
+    from_nothing = predict_or_prior(model, store, rows, has_responses, prior, recipe, prefixes)
+    straight = predict(model, store, rows[has_responses], budget=512, orders=[0], dtype="float32")
     seen: list[int] = []
     model.register_forward_hook(lambda module, args, output: seen.extend(args[0].index.tolist()))
-    found = predict_or_prior(model, store, rows, judgeable, prior, recipe, prefixes, straight)
+    found = predict_or_prior(model, store, rows, has_responses, prior, recipe, prefixes, straight)
     np.testing.assert_allclose(found, from_nothing, atol=1e-6)
-    assert sorted(seen) == ([2 * row + 1 for row in rows[judgeable]] if swap else [])
+    assert sorted(seen) == ([2 * row + 1 for row in rows[has_responses]] if swap else [])
 
 
 @pytest.mark.parametrize("orders", [[0], [0, 1], [1]])
@@ -146,9 +146,9 @@ class Bench:
 
     def __call__(self, limit: int = 10**9, rows: np.ndarray | None = None, **changes: Any) -> np.ndarray:
         self.asked, self.limit = [], limit
-        keep = changes.pop("keep", Shards(self.folder, {"judge": "a"}, seconds=0))
+        cache = changes.pop("logits_cache", LogitsCache(self.folder, {"judge": "a"}, seconds=0))
         chosen = np.arange(17) if rows is None else rows
-        return predict(self.model, self.store, chosen, **{**self.settings, "keep": keep, **changes})
+        return predict(self.model, self.store, chosen, **{**self.settings, "logits_cache": cache, **changes})
 
 
 @pytest.fixture
@@ -160,23 +160,23 @@ def judging(gemma2: Path, store: TokenStore, tmp_path: Path) -> Bench:
 def test_cut_anywhere_it_goes_on_to_the_same_bits(judging: Bench, seconds: float) -> None:
     """Cut at every micro-batch, whether a shard is written for each or only at the end: nothing is computed twice."""
     rows = np.arange(17 if seconds else 8)  # each shard is flushed to the disk, which takes time
-    whole = judging(keep=None, rows=rows)
+    whole = judging(logits_cache=None, rows=rows)
     every = judging.asked
     assert len(every) > 6
     for cut in range(len(every)):
         shutil.rmtree(judging.folder, ignore_errors=True)
-        keep = Shards(judging.folder, {"judge": "a"}, seconds=seconds)
+        cache = LogitsCache(judging.folder, {"judge": "a"}, seconds=seconds)
         with pytest.raises(CutError):
-            judging(limit=cut, keep=keep, rows=rows)
+            judging(limit=cut, logits_cache=cache, rows=rows)
         assert judging.asked == every[:cut]
-        np.testing.assert_array_equal(judging(keep=keep, rows=rows), whole)
+        np.testing.assert_array_equal(judging(logits_cache=cache, rows=rows), whole)
         assert judging.asked == every[cut:]
     np.testing.assert_array_equal(judging(rows=rows), whole)
     assert judging.asked == []  # all of it is kept
 
 
 def test_cut_again_and_again_it_comes_to_the_end(judging: Bench) -> None:
-    whole, every = judging(keep=None), list(judging.asked)
+    whole, every = judging(logits_cache=None), list(judging.asked)
     for index in range(len(every)):
         with pytest.raises(CutError):
             judging(limit=1) if index < len(every) - 1 else judging(limit=0)
@@ -198,7 +198,7 @@ def test_what_was_kept_of_something_else_is_not_used(judging: Bench, gemma2: Pat
     judging()
     count = len(judging.asked)
     changes: list[tuple[str, Callable[[], Any]]] = [
-        ("judge", lambda: judging(keep=Shards(judging.folder, {"judge": "b"}, seconds=0))),
+        ("judge", lambda: judging(logits_cache=LogitsCache(judging.folder, {"judge": "b"}, seconds=0))),
         ("rows", lambda: judging(rows=np.arange(1, 17))),
         ("order of rows", lambda: judging(rows=np.arange(17)[::-1])),
         ("budget", lambda: judging(budget=300)),
@@ -216,8 +216,8 @@ def test_what_was_kept_of_something_else_is_not_used(judging: Bench, gemma2: Pat
 
 
 def test_numbers_that_are_not_finite_are_not_kept(judging: Bench) -> None:
-    """The row is named by its id; its micro-batch is computed again, and no other."""
-    whole, every = judging(keep=None), judging.asked
+    """The row is named by its id; its micro-batch is recomputed, and no other."""
+    whole, every = judging(logits_cache=None), judging.asked
     victim = every[4][0]
 
     def spoil(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -227,18 +227,18 @@ def test_numbers_that_are_not_finite_are_not_kept(judging: Bench) -> None:
     ids = [f"id-{row}" for row in range(17)]
     for seconds in (0.0, 1e9):
         shutil.rmtree(judging.folder, ignore_errors=True)
-        keep = Shards(judging.folder, {"judge": "a"}, seconds=seconds)
+        cache = LogitsCache(judging.folder, {"judge": "a"}, seconds=seconds)
         handle = judging.model.register_forward_hook(spoil)
         with pytest.raises(FloatingPointError, match=f"not finite, first row {victim // 2}, id 'id-{victim // 2}'"):
-            judging(ids=ids, keep=keep)
+            judging(ids=ids, logits_cache=cache)
         reached = len(judging.asked)
         handle.remove()
-        np.testing.assert_array_equal(judging(ids=ids, keep=keep), whole)
+        np.testing.assert_array_equal(judging(ids=ids, logits_cache=cache), whole)
         assert judging.asked == [every[4], *every[reached:]]
 
 
 def test_asked_to_stop_it_finishes_the_micro_batch_and_keeps_it(judging: Bench) -> None:
-    whole, every = judging(keep=None), judging.asked
+    whole, every = judging(logits_cache=None), judging.asked
     stop = Stop()
 
     def ask(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -246,13 +246,15 @@ def test_asked_to_stop_it_finishes_the_micro_batch_and_keeps_it(judging: Bench) 
             stop.signal = signal.SIGTERM
 
     handle = judging.model.register_forward_hook(ask)
-    keep = Shards(judging.folder, {"judge": "a"})  # with the seconds that a user gets: only the stop writes a shard
+    cache = LogitsCache(
+        judging.folder, {"judge": "a"}
+    )  # with the seconds that a user gets: only the stop writes a shard
     with pytest.raises(Stopped, match="SIGTERM") as stopped:
-        judging(keep=keep, stop=stop)
+        judging(logits_cache=cache, stop=stop)
     assert stopped.value.status == 143
     assert judging.asked == every[:3]
     handle.remove()
-    np.testing.assert_array_equal(judging(keep=keep, stop=Stop()), whole)
+    np.testing.assert_array_equal(judging(logits_cache=cache, stop=Stop()), whole)
     assert judging.asked == every[3:]
 
 
@@ -260,7 +262,7 @@ def test_a_shard_comes_every_few_seconds(judging: Bench, monkeypatch: pytest.Mon
     clock = [0.0]
     monkeypatch.setattr(inference.time, "monotonic", lambda: clock[0])
     judging.model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 9.0))
-    judging(keep=Shards(judging.folder, {"judge": "a"}))
+    judging(logits_cache=LogitsCache(judging.folder, {"judge": "a"}))
     names = sorted(path.name for path in next(judging.folder.glob("[!.]*")).iterdir())
     assert [(int(name[:8]), int(name[9:17])) for name in names][:2] == [(0, 3), (3, 6)]  # 27 s of work are the most
     assert len(names) == -(-len(judging.asked) // 3)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from arena import cli
-from arena.config import Recipe
+from arena.config import FORMER_POLICIES, Recipe
 from arena.files import write_json
 from arena.judging.export import export_judge
 from arena.judging.judge import Judge, read_card, save_judge
@@ -121,6 +121,22 @@ def test_a_judge_of_an_older_format_is_refused(base: Path, tmp_path: Path) -> No
         ValueError, match=r"another version of arena \(format 1, this one reads 2\): train the fold again"
     ):
         Judge(model)
+
+
+@pytest.mark.parametrize(("former", "present"), FORMER_POLICIES.items())
+def test_a_judge_with_a_former_name_of_a_recompute_policy_is_read(
+    base: Path, tmp_path: Path, former: str, present: str
+) -> None:
+    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base, f"model.checkpointing={present}"))
+    card = read_card(model)
+    earlier = json.loads(json.dumps(card))
+    earlier["recipe"]["model"]["checkpointing"] = former
+    write_json(model / "judge.json", earlier)
+    assert read_card(model) == card
+    earlier["recipe"]["model"]["checkpointing"] = "heavy"  # control: a name that never existed
+    write_json(model / "judge.json", earlier)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_card(model)
 
 
 def test_infer_and_export_take_exactly_what_is_named(

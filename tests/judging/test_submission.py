@@ -36,9 +36,9 @@ def test_written_in_the_order_given(tmp_path: Path) -> None:
         (["7", "8", "3"], GOOD, "lacks 1 ids, such as '007'"),
         (IDS[:2], GOOD[:2], "lacks 1 ids, such as '3'"),
         ([*IDS, "9"], np.vstack([GOOD, GOOD[:1]]), "should not have 1 ids, such as '9'"),
-        (IDS, GOOD * 0.9, "3 rows are no probabilities, the first has id '7'"),
-        (IDS, np.where(GOOD > 0.9, np.nan, GOOD), "1 rows are no probabilities, the first has id '3'"),
-        (IDS, GOOD + np.array([-0.4, 0.4, 0]), "no probabilities"),
+        (IDS, GOOD * 0.9, "3 rows are not probabilities, the first with id '7'"),
+        (IDS, np.where(GOOD > 0.9, np.nan, GOOD), "1 rows are not probabilities, the first with id '3'"),
+        (IDS, GOOD + np.array([-0.4, 0.4, 0]), "not probabilities"),
     ],
 )
 def test_what_a_scorer_would_refuse_is_not_written(

@@ -92,7 +92,7 @@ def failing(times: int) -> Callable[[str], None]:
 
 
 def checkpoint(run: Path, number: int, loss: float | None = None) -> Path:
-    """A checkpoint of three small files, and its judgement if `loss` is given."""
+    """A checkpoint of three small files, and its evaluation if `loss` is given."""
     folder = run / "checkpoints" / f"step-{number:08d}"
     (folder / "deep").mkdir(parents=True)
     (folder / "weights.safetensors").write_bytes(bytes(range(40)) + b"%08d" % number)
@@ -100,28 +100,28 @@ def checkpoint(run: Path, number: int, loss: float | None = None) -> Path:
     (folder / "empty").touch()
     write_manifest(folder, {"step": number})
     if loss is not None:
-        judged = run / "checkpoints" / f"judged-{number:08d}"
-        judged.mkdir()
-        (judged / "judged.safetensors").write_bytes(b"p%d" % number)
-        write_manifest(judged, {"log_loss": loss})
+        evaluation = run / "checkpoints" / f"evaluation-{number:08d}"
+        evaluation.mkdir()
+        (evaluation / "probabilities.safetensors").write_bytes(b"p%d" % number)
+        write_manifest(evaluation, {"log_loss": loss})
     return folder
 
 
-def judged(folder: Path) -> Path:
-    return folder.parent / folder.name.replace("step", "judged")
+def evaluation(folder: Path) -> Path:
+    return folder.parent / folder.name.replace("step", "evaluation")
 
 
-class Said(list[str]):
+class Messages(list[str]):
     """Messages, as the console would get them."""
 
     def about(self, text: str) -> int:
         return sum(text in line for line in self)
 
 
-def mirror(tmp_path: Path, url: str = URL, said: Said | None = None, **options: Any) -> Mirror:
-    say: Callable[[str], None] = Said().append if said is None else said.append
+def mirror(tmp_path: Path, url: str = URL, messages: Messages | None = None, **options: Any) -> Mirror:
+    report: Callable[[str], None] = Messages().append if messages is None else messages.append
     options = {"pauses": (0.01, 0.02), **options}
-    return Mirror(url, PLACE, tmp_path / "aside", say=say, **options)
+    return Mirror(url, PLACE, tmp_path / "staging", report=report, **options)
 
 
 def steps(found: list[Path]) -> list[int]:

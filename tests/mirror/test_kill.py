@@ -32,7 +32,7 @@ class Slow(LocalFileSystem):
 
 fsspec.register_implementation("file", Slow, clobber=True)
 run, url, place = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-mirror = Mirror(url, place, run / ".mirror", say=print)
+mirror = Mirror(url, place, run / ".mirror", report=print)
 mirror.push(run / "checkpoints/step-00000001")
 while mirror.sender.done != {"checkpoints/step-00000001"}:
     time.sleep(0.01)

@@ -15,8 +15,8 @@ import pytest
 from arena.manifest import NAME, damage
 from arena.mirror import mirror as module
 from arena.mirror.store import Store
-from arena.training.shelf import Shelf
-from tests.mirror.faulty import PLACE, URL, Faulty, Said, checkpoint, failing, gone, judged, mirror, slow, steps
+from arena.training.checkpoint_manager import CheckpointManager
+from tests.mirror.faulty import PLACE, URL, Faulty, Messages, checkpoint, evaluation, failing, gone, mirror, slow, steps
 
 
 @pytest.mark.parametrize("url", ["{folder}", "file://{folder}", "memory://runs", URL])
@@ -26,7 +26,7 @@ def test_what_is_sent_comes_back_equal(tmp_path: Path, url: str) -> None:
     (run / "log.jsonl").write_text('{"step": 50}\n')
     sender = mirror(tmp_path, url)
     sender.push(step, best=True, files=[run / "log.jsonl"])
-    sender.push(judged(step))
+    sender.push(evaluation(step))
     assert sender.close(10) == []
     receiver = mirror(tmp_path, url)
     assert receiver.newest() == 50
@@ -34,7 +34,7 @@ def test_what_is_sent_comes_back_equal(tmp_path: Path, url: str) -> None:
     kept = sorted(path.relative_to(run) for path in run.rglob("*"))
     assert sorted(path.relative_to(fresh) for path in fresh.rglob("*")) == kept and len(kept) == 11
     assert all((fresh / path).read_bytes() == (run / path).read_bytes() for path in kept if (run / path).is_file())
-    assert not list((tmp_path / "aside").glob("*"))
+    assert not list((tmp_path / "staging").glob("*"))
     if url.startswith("memory"):
         fsspec.filesystem("memory").rm("/runs", recursive=True)
 
@@ -46,12 +46,12 @@ def test_newest_and_best_come_and_what_is_here_is_not_fetched_again(tmp_path: Pa
         step = checkpoint(run, number, loss)
         sender.push(step, best=loss == 0.5)
         if loss is not None:
-            sender.push(judged(step))
+            sender.push(evaluation(step))
         wait(lambda: not sender.sender.waiting and sender.sender.busy is None)
     assert sender.close(10) == []
     assert steps(mirror(tmp_path).pull(fresh)) == [40, 20]
     assert sorted(path.name for path in (fresh / "checkpoints").iterdir()) == [
-        "judged-00000020", "step-00000020", "step-00000040",
+        "evaluation-00000020", "step-00000020", "step-00000040",
     ]  # fmt: skip
     inode = (fresh / "checkpoints/step-00000040" / NAME).stat().st_ino
     (fresh / "checkpoints/step-00000020/empty").write_text("changed")
@@ -92,11 +92,11 @@ def test_an_older_one_gives_way_but_not_the_best(tmp_path: Path) -> None:
         if number == 1:
             wait(lambda: sender.sender.busy is not None)
     assert list(sender.sender.waiting) == ["checkpoints/step-00000003", "checkpoints/step-00000005"]
-    assert len(list((tmp_path / "aside").iterdir())) == 3, "what was given up takes no room"
+    assert len(list((tmp_path / "staging").iterdir())) == 3, "what was given up takes no room"
     hold.set()
     assert sender.close(10) == []
     assert complete() == {1, 3, 5}
-    assert not (tmp_path / "aside").exists()
+    assert not (tmp_path / "staging").exists()
 
 
 def test_one_that_turns_out_best_after_it_gave_way_is_sent(tmp_path: Path) -> None:
@@ -114,20 +114,24 @@ def test_one_that_turns_out_best_after_it_gave_way_is_sent(tmp_path: Path) -> No
 
 
 def test_failures_are_tried_again_and_said_once(tmp_path: Path) -> None:
-    said = Said()
-    sender = mirror(tmp_path, said=said)
+    messages = Messages()
+    sender = mirror(tmp_path, messages=messages)
     Faulty.before = staticmethod(failing(6))
     sender.push(checkpoint(tmp_path / "run", 1))
     assert sender.close(10) == []
     assert complete() == {1}
-    assert said.about("fails (ConnectionError: no route)") == 1 and said.about("works again") == 1 and len(said) == 2
+    assert (
+        messages.about("fails (ConnectionError: no route)") == 1
+        and messages.about("works again") == 1
+        and len(messages) == 2
+    )
 
 
 def test_a_store_that_is_down_for_good(tmp_path: Path) -> None:
-    said = Said()
+    messages = Messages()
     Faulty.before = staticmethod(gone)
-    sender = mirror(tmp_path, said=said)
-    assert said.about("does not answer now") == 1
+    sender = mirror(tmp_path, messages=messages)
+    assert messages.about("does not answer") == 1
     for number in range(1, 6):
         sender.push(checkpoint(tmp_path / "run", number), best=number == 2)
         time.sleep(0.05)
@@ -135,12 +139,12 @@ def test_a_store_that_is_down_for_good(tmp_path: Path) -> None:
     left = sender.close(1)
     assert time.perf_counter() - start < 2
     assert sorted(left) == ["checkpoints/step-00000002", "checkpoints/step-00000005"]
-    assert len(said) == 2 and "did not arrive" in said[1] and "the store is down" in said[1]
+    assert len(messages) == 2 and "did not arrive" in messages[1] and "the store is down" in messages[1]
 
 
 def test_jobs_rest_after_their_tries_until_another_comes(tmp_path: Path) -> None:
-    said = Said()
-    sender = mirror(tmp_path, said=said, pauses=(0.001, 0.001))
+    messages = Messages()
+    sender = mirror(tmp_path, messages=messages, pauses=(0.001, 0.001))
     Faulty.before = staticmethod(gone)
     sender.push(checkpoint(tmp_path / "run", 1), best=True)
     wait(lambda: [job.due for job in sender.sender.waiting.values()] == [math.inf])
@@ -150,21 +154,21 @@ def test_jobs_rest_after_their_tries_until_another_comes(tmp_path: Path) -> None
     Faulty.mend()
     sender.push(checkpoint(tmp_path / "run", 2))
     wait(lambda: complete() == {1, 2})
-    assert sender.close(10) == [] and said.about("works again") == 1
+    assert sender.close(10) == [] and messages.about("works again") == 1
 
 
 def test_changed_bytes_are_seen_and_sent_again(tmp_path: Path) -> None:
-    said, left = Said(), [3]
+    messages, left = Messages(), [3]
 
     def flip(data: bytes) -> bytes:
         left[0] -= 1
         return data if left[0] < 0 or not data else bytes([data[0] ^ 1]) + data[1:]
 
-    sender = mirror(tmp_path, said=said)
+    sender = mirror(tmp_path, messages=messages)
     Faulty.change = staticmethod(flip)
     sender.push(checkpoint(tmp_path / "run", 1))
     assert sender.close(10) == []
-    assert said.about("did not arrive as it was sent") == 1
+    assert messages.about("did not arrive unchanged") == 1
     assert steps(mirror(tmp_path).pull(tmp_path / "fresh")) == [1]
 
 
@@ -235,14 +239,14 @@ def test_another_run_s_folder_of_the_same_name_is_replaced(tmp_path: Path) -> No
 
 
 def test_removal_here_while_it_waits_or_is_sent_does_no_harm(tmp_path: Path) -> None:
-    run, said = tmp_path / "run", Said()
-    sender = mirror(tmp_path, said=said)
+    run, messages = tmp_path / "run", Messages()
+    sender = mirror(tmp_path, messages=messages)
     Faulty.before = staticmethod(slow(0.02))
     for number in (1, 2):
         step = checkpoint(run, number)
         sender.push(step)
         shutil.rmtree(step)
-    assert sender.close(10) == [] and said == []
+    assert sender.close(10) == [] and messages == []
     assert steps(mirror(tmp_path).pull(tmp_path / "fresh")) == [2]
 
 
@@ -253,34 +257,34 @@ def test_without_hard_links_removal_is_said_and_nothing_half_is_taken(
         raise OSError("no hard links here")
 
     monkeypatch.setattr(module.os, "link", refuse)
-    run, said, under_way = tmp_path / "run", Said(), threading.Event()
+    run, messages, under_way = tmp_path / "run", Messages(), threading.Event()
 
     def second_file(path: str) -> None:
         if path.endswith("weights.safetensors"):
             under_way.set()
             time.sleep(0.1)
 
-    sender = mirror(tmp_path, said=said)
+    sender = mirror(tmp_path, messages=messages)
     Faulty.before = staticmethod(second_file)
     step = checkpoint(run, 1)
     sender.push(step)
     assert under_way.wait(5)
     shutil.rmtree(step)
     assert sender.close(10) == []
-    assert said.about("step-00000001 is left out") == 1 and complete() == set()
-    other = mirror(tmp_path, said=said)
+    assert messages.about("step-00000001 is not uploaded") == 1 and complete() == set()
+    other = mirror(tmp_path, messages=messages)
     other.push(checkpoint(run, 2))
     assert other.close(10) == [] and complete() == {2}, "the control: not removed"
 
 
 def test_a_file_damaged_here_is_never_sent_as_whole(tmp_path: Path) -> None:
-    said, step = Said(), checkpoint(tmp_path / "run", 1)
+    messages, step = Messages(), checkpoint(tmp_path / "run", 1)
     data = (step / "weights.safetensors").read_bytes()
     (step / "weights.safetensors").write_bytes(b"x" + data[1:])
-    sender = mirror(tmp_path, said=said)
+    sender = mirror(tmp_path, messages=messages)
     sender.push(step)
     assert sender.close(10) == []
-    assert said.about("its SHA-256 is not that of its manifest") == 1 and complete() == set()
+    assert messages.about("its SHA-256 differs from its manifest") == 1 and complete() == set()
 
 
 def test_what_is_kept_no_longer_here_goes_there_too_but_not_the_best(tmp_path: Path) -> None:
@@ -288,7 +292,7 @@ def test_what_is_kept_no_longer_here_goes_there_too_but_not_the_best(tmp_path: P
     store = Store(URL, PLACE)
     for number, loss in ((10, 0.9), (20, 0.5), (30, 0.7)):
         step = checkpoint(tmp_path / "elsewhere", number, loss)
-        for each in (step, judged(step)):
+        for each in (step, evaluation(step)):
             store.put(each, f"checkpoints/{each.name}")
     store.put(checkpoint(tmp_path / "elsewhere", 90), "checkpoints/step-00000090")
     sender = mirror(tmp_path)
@@ -296,7 +300,7 @@ def test_what_is_kept_no_longer_here_goes_there_too_but_not_the_best(tmp_path: P
     assert sender.close(10) == []
     assert complete() == {20, 40, 90}, "the best stays, and what another machine may have made after it"
     assert not any("00000010" in path or "00000030" in path for path in Faulty.store)
-    sender = mirror(tmp_path, anew=True)
+    sender = mirror(tmp_path, fresh=True)
     sender.push(checkpoint(run, 50))
     assert sender.close(10) == []
     assert complete() == {40, 50}, "a run that was begun anew leaves nothing of the one before"
@@ -319,15 +323,15 @@ def test_a_store_that_lets_nothing_be_removed_still_keeps_what_is_sent(
     def refuse(self: Faulty, *args: object, **kwargs: object) -> None:
         raise PermissionError("no deletes")
 
-    said = Said()
+    messages = Messages()
     Store(URL, PLACE).put(checkpoint(tmp_path / "elsewhere", 1), "checkpoints/step-00000001")
     monkeypatch.setattr(Faulty, "rm_file", refuse)
-    sender = mirror(tmp_path, said=said)
+    sender = mirror(tmp_path, messages=messages)
     for number in (2, 3):
         sender.push(checkpoint(tmp_path / "run", number))
         wait(lambda number=number: number in complete())
     assert sender.close(10) == []
-    assert complete() == {1, 2, 3} and said.about("old checkpoints stay") == 1 and len(said) == 1
+    assert complete() == {1, 2, 3} and messages.about("old checkpoints cannot be removed") == 1 and len(messages) == 1
 
 
 def test_files_of_a_run_as_they_were(tmp_path: Path) -> None:
@@ -349,11 +353,11 @@ def test_files_of_a_run_as_they_were(tmp_path: Path) -> None:
     assert damage(away / "files") is None and damage(away / "model") is None
 
 
-def test_what_a_killed_run_left_aside_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "aside/7").mkdir(parents=True)
-    (tmp_path / "aside/7/weights.safetensors").touch()
+def test_what_a_killed_run_left_staged_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "staging/7").mkdir(parents=True)
+    (tmp_path / "staging/7/weights.safetensors").touch()
     sender = mirror(tmp_path)
-    assert not (tmp_path / "aside").exists()
+    assert not (tmp_path / "staging").exists()
     sender.push(checkpoint(tmp_path / "run", 1))
     assert sender.close(10) == []
 
@@ -363,10 +367,10 @@ def test_a_run_s_shelf_takes_what_was_fetched(tmp_path: Path) -> None:
     for number, loss in ((10, 0.4), (20, 0.6)):
         step = checkpoint(tmp_path / "run", number, loss)
         sender.push(step, best=number == 10)
-        sender.push(judged(step))
+        sender.push(evaluation(step))
     assert sender.close(10) == []
     mirror(tmp_path).pull(tmp_path / "fresh")
-    fresh, kept = Shelf(tmp_path / "fresh/checkpoints"), Shelf(tmp_path / "run/checkpoints")
+    fresh, kept = CheckpointManager(tmp_path / "fresh/checkpoints"), CheckpointManager(tmp_path / "run/checkpoints")
     assert fresh.choose("auto") == fresh.step(20) and fresh.choose("best") == fresh.step(10)
     assert fresh.losses == kept.losses == {10: 0.4, 20: 0.6}
 

@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 
 from arena.manifest import NAME
 from arena.mirror.store import Store
-from tests.mirror.faulty import PLACE, Said, checkpoint, judged, mirror, steps
+from tests.mirror.faulty import PLACE, Messages, checkpoint, evaluation, mirror, steps
 
 URL = "s3://bucket/runs"
 
@@ -47,17 +47,17 @@ def objects() -> dict[str, bytes]:
 
 
 def test_sent_tidied_and_fetched(tmp_path: Path, server: ThreadedMotoServer) -> None:
-    run, fresh, said = tmp_path / "run", tmp_path / "fresh", Said()
+    run, fresh, messages = tmp_path / "run", tmp_path / "fresh", Messages()
     old = checkpoint(tmp_path / "elsewhere", 5)
     Store(URL, PLACE).put(old, f"checkpoints/{old.name}")
     (run / "checkpoints").mkdir(parents=True)
     (run / "log.jsonl").write_text("{}\n")
-    sender = mirror(tmp_path, URL, said)
+    sender = mirror(tmp_path, URL, messages)
     for number, loss in ((10, 0.5), (20, 0.7)):
         step = checkpoint(run, number, loss)
         sender.push(step, best=number == 10, files=[run / "log.jsonl"])
-        sender.push(judged(step))
-    assert sender.close(20) == [] and said == []
+        sender.push(evaluation(step))
+    assert sender.close(20) == [] and messages == []
     kept = objects()
     assert not any("step-00000005" in key or "writable" in key for key in kept)
     assert kept[f"runs/{PLACE}/checkpoints/step-00000010/deep/optimizer.safetensors"] == b"optimizer" * 5
@@ -73,9 +73,9 @@ def test_cut_short_and_damaged(tmp_path: Path, server: ThreadedMotoServer) -> No
     at = f"runs/{PLACE}/checkpoints/step-0000000"
     client.delete_object(Bucket="bucket", Key=f"{at}3/{NAME}")
     client.put_object(Bucket="bucket", Key=f"{at}2/weights.safetensors", Body=b"x" * 48)
-    said = Said()
-    assert steps(mirror(tmp_path, URL, said).pull(tmp_path / "fresh")) == [1]
-    assert said.about("step-00000003") == said.about("step-00000002") == 1
+    messages = Messages()
+    assert steps(mirror(tmp_path, URL, messages).pull(tmp_path / "fresh")) == [1]
+    assert messages.about("step-00000003") == messages.about("step-00000002") == 1
 
 
 def test_no_such_bucket_is_an_error_and_none_is_made(tmp_path: Path, server: ThreadedMotoServer) -> None:
@@ -85,20 +85,20 @@ def test_no_such_bucket_is_an_error_and_none_is_made(tmp_path: Path, server: Thr
 
 
 def test_a_server_that_stops_and_comes_back(tmp_path: Path, server: ThreadedMotoServer) -> None:
-    said = Said()
+    messages = Messages()
     _, port = server.get_host_and_port()
-    sender = mirror(tmp_path, URL, said, pauses=(0.1, 0.5))
+    sender = mirror(tmp_path, URL, messages, pauses=(0.1, 0.5))
     server.stop()
     sender.push(checkpoint(tmp_path / "run", 1))
     deadline = time.monotonic() + 10
-    while not said:
+    while not messages:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert said.about("fails") == 1
+    assert messages.about("fails") == 1
     again = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     again.start()
     try:
-        assert sender.close(20) == [] and said.about("works again") == 1
+        assert sender.close(20) == [] and messages.about("works again") == 1
         assert steps(mirror(tmp_path, URL).pull(tmp_path / "fresh")) == [1]
     finally:
         again.stop()
@@ -106,7 +106,7 @@ def test_a_server_that_stops_and_comes_back(tmp_path: Path, server: ThreadedMoto
 
 def test_a_server_that_is_down_at_the_start(tmp_path: Path, server: ThreadedMotoServer) -> None:
     server.stop()
-    said = Said()
-    sender = mirror(tmp_path, URL, said, patience=5)
-    assert said.about("does not answer now") == 1
+    messages = Messages()
+    sender = mirror(tmp_path, URL, messages, patience=5)
+    assert messages.about("does not answer") == 1
     assert sender.close(1) == []

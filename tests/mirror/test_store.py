@@ -15,8 +15,8 @@ import pytest
 
 from arena import manifest as manifests
 from arena.manifest import NAME
-from arena.mirror.store import Hopeless, Store
-from tests.mirror.faulty import PLACE, URL, Faulty, Said, checkpoint, gone, mirror, slow, steps
+from arena.mirror.store import PermanentError, Store
+from tests.mirror.faulty import PLACE, URL, Faulty, Messages, checkpoint, gone, mirror, slow, steps
 
 
 @pytest.mark.parametrize(
@@ -64,26 +64,26 @@ def test_wrong_settings_are_errors_and_a_store_that_is_down_is_not(
     def refuse(path: str) -> None:
         raise error
 
-    said = Said()
+    messages = Messages()
     Faulty.before = staticmethod(refuse)
     if wrong:
         with pytest.raises(ValueError, match=f"cannot be written to .*{error.args[-1]}"):
-            mirror(tmp_path, said=said)
+            mirror(tmp_path, messages=messages)
     else:
-        sender = mirror(tmp_path, said=said)
-        assert said.about("does not answer now") == 1 and said.about(str(error.args[-1])) == 1
-        assert sender.pull(tmp_path / "fresh") == [] and said.about("cannot be read") == 1
+        sender = mirror(tmp_path, messages=messages)
+        assert messages.about("does not answer") == 1 and messages.about(str(error.args[-1])) == 1
+        assert sender.pull(tmp_path / "fresh") == [] and messages.about("cannot be read") == 1
         Faulty.mend()
         sender.push(checkpoint(tmp_path / "run", 1))
-        assert sender.close(10) == [] and said.about("works again") == 1 and len(said) == 3
+        assert sender.close(10) == [] and messages.about("works again") == 1 and len(messages) == 3
 
 
 def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
-    said = Said()
+    messages = Messages()
     Faulty.before = staticmethod(slow(1.0))
     start = time.perf_counter()
-    mirror(tmp_path, said=said, patience=0.1)
-    assert time.perf_counter() - start < 0.5 and said.about("no answer within 0.1 s") == 1
+    mirror(tmp_path, messages=messages, patience=0.1)
+    assert time.perf_counter() - start < 0.5 and messages.about("no answer within 0.1 s") == 1
 
 
 def planted(change: Callable[[dict[str, Any]], Any], tmp_path: Path) -> None:
@@ -108,34 +108,34 @@ def size_of(size: object) -> Callable[[dict[str, Any]], None]:
 
 
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "up": (path_of("../../outside"), "no plain path"),
-    "up within": (path_of("deep/../../x"), "no plain path"),
-    "absolute": (path_of("/etc/outside"), "no plain path"),
-    "backslash": (path_of("..\\outside"), "no plain path"),
-    "drive": (path_of("c:outside"), "no plain path"),
-    "nothing": (path_of(""), "no plain path"),
-    "dot": (path_of("./x"), "no plain path"),
-    "control": (path_of("a\x00b"), "no plain path"),
-    "line break": (path_of("a\nb"), "no plain path"),
-    "surrogate": (path_of("a\ud800b"), "damaged|no plain path"),
-    "itself": (path_of(NAME), "no plain path"),
-    "long": (path_of("x" * 5000), "no plain path"),
+    "up": (path_of("../../outside"), "not a plain path"),
+    "up within": (path_of("deep/../../x"), "not a plain path"),
+    "absolute": (path_of("/etc/outside"), "not a plain path"),
+    "backslash": (path_of("..\\outside"), "not a plain path"),
+    "drive": (path_of("c:outside"), "not a plain path"),
+    "nothing": (path_of(""), "not a plain path"),
+    "dot": (path_of("./x"), "not a plain path"),
+    "control": (path_of("a\x00b"), "not a plain path"),
+    "line break": (path_of("a\nb"), "not a plain path"),
+    "surrogate": (path_of("a\ud800b"), "damaged|not a plain path"),
+    "itself": (path_of(NAME), "not a plain path"),
+    "long": (path_of("x" * 5000), "not a plain path"),
     "file and folder": (path_of("empty/x"), ""),
     "not there": (path_of("nowhere"), "is missing"),
     "terabytes": (size_of(10**15), "are free in"),
     "beyond integers": (size_of(10**40), "are free in"),
-    "negative": (size_of(-1), "no size"),
-    "true": (size_of(True), "no size"),
-    "text size": (size_of("5"), "no size"),
+    "negative": (size_of(-1), "no valid size"),
+    "true": (size_of(True), "no valid size"),
+    "text size": (size_of("5"), "no valid size"),
     "larger than it is": (size_of(7), "fewer than 7 bytes"),
-    "no digest": (lambda content: content["files"]["empty"].pop("sha256") and None, "no size"),
-    "odd digest": (lambda content: content["files"]["empty"].update(sha256="0" * 63 + "\n"), "no size"),
+    "no digest": (lambda content: content["files"]["empty"].pop("sha256") and None, "no valid size"),
+    "odd digest": (lambda content: content["files"]["empty"].update(sha256="0" * 63 + "\n"), "no valid size"),
     "other digest": (lambda content: content["files"]["empty"].update(sha256="0" * 64), "is damaged"),
-    "list of files": (lambda content: content.update(files=[1]), "does not name"),
-    "no files": (lambda content: content.pop("files") and None, "does not name"),
+    "list of files": (lambda content: content.update(files=[1]), "does not list"),
+    "no files": (lambda content: content.pop("files") and None, "does not list"),
     "too many": (
         lambda content: content.update(files={str(at): content["files"]["empty"] for at in range(1001)}),
-        "does not name",
+        "does not list",
     ),
     "other format": (lambda content: content.update(format=99), "format 99"),
     "not JSON": (lambda content: b"PK\x03\x04", "damaged"),
@@ -150,15 +150,15 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_manifests_that_must_not_be_followed(tmp_path: Path, kind: str) -> None:
     change, message = HOSTILE[kind]
-    said, fresh = Said(), tmp_path / "home/fresh"
+    messages, fresh = Messages(), tmp_path / "home/fresh"
     planted(change, tmp_path)
     before = set(tmp_path.rglob("*"))
-    assert steps(mirror(tmp_path, said=said).pull(fresh)) == ([1] if message else [])
+    assert steps(mirror(tmp_path, messages=messages).pull(fresh)) == ([1] if message else [])
     if message:
-        assert len(said) == 1 and "passed over checkpoints/step-00000002" in said[0].replace(
+        assert len(messages) == 1 and "passed over checkpoints/step-00000002" in messages[0].replace(
             f"/bucket/runs/{PLACE}/", ""
         )
-        assert re.search(message, said[0]), said[0]
+        assert re.search(message, messages[0]), messages[0]
     made = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
     assert all(fresh / "checkpoints/step-00000001" in path.parents for path in made)
 
@@ -169,7 +169,7 @@ def test_the_control_is_followed(tmp_path: Path) -> None:
 
 
 def test_damaged_and_incomplete_ones_are_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
-    said, store = Said(), Store(URL, PLACE)
+    messages, store = Messages(), Store(URL, PLACE)
     for number in range(1, 6):
         store.put(checkpoint(tmp_path / "run", number), f"checkpoints/step-{number:08d}")
     place = f"{store.root}/checkpoints/step-0000000"
@@ -178,10 +178,10 @@ def test_damaged_and_incomplete_ones_are_named_and_the_one_before_is_taken(tmp_p
     data = store.fs.cat_file(f"{place}3/weights.safetensors")
     store.fs.pipe_file(f"{place}3/weights.safetensors", data[:-1] + b"x")
     store.fs.pipe_file(f"{store.root}/checkpoints/step-x/{NAME}", b"{}")
-    receiver = mirror(tmp_path, said=said)
+    receiver = mirror(tmp_path, messages=messages)
     assert receiver.newest() == 4, "whether its files are whole is seen when they come"
     assert steps(receiver.pull(tmp_path / "fresh")) == [2]
-    assert [said.about(f"step-0000000{number}") for number in (5, 4, 3, 2)] == [1, 1, 1, 0]
+    assert [messages.about(f"step-0000000{number}") for number in (5, 4, 3, 2)] == [1, 1, 1, 0]
     assert [path.name for path in (tmp_path / "fresh/checkpoints").iterdir()] == ["step-00000002"]
 
 
@@ -189,10 +189,10 @@ def test_a_store_that_fails_within_a_pull(tmp_path: Path) -> None:
     store = Store(URL, PLACE)
     for number in (1, 2):
         store.put(checkpoint(tmp_path / "run", number), f"checkpoints/step-{number:08d}")
-    said = Said()
-    receiver = mirror(tmp_path, said=said)
+    messages = Messages()
+    receiver = mirror(tmp_path, messages=messages)
     Faulty.before = staticmethod(gone)
-    assert receiver.pull(tmp_path / "fresh") == [] and said.about("cannot be read") == 1
-    with pytest.raises(Hopeless):
+    assert receiver.pull(tmp_path / "fresh") == [] and messages.about("cannot be read") == 1
+    with pytest.raises(PermanentError):
         store.fetch("checkpoints/step-00000009", tmp_path / "fresh/x")
     assert not (tmp_path / "fresh/x").exists()

@@ -39,14 +39,14 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (H100, BF16, 256, True, "flash (the fastest on cuda)"),
         (H100, FP16, 128, False, "flash (the fastest on cuda)"),
-        (H100, FP32, 256, True, "flex (flash: it computes in bfloat16 and float16, not float32)"),
-        (H100, BF16, 100, True, "flex (flash: it takes heads of at most 256 numbers, a multiple of 8, not 100)"),
-        (H100, FP64, 64, True, "blockwise (flash: it computes in bfloat16 and float16, not float64; flex: it computes "
-         "in bfloat16, float16 and float32, not float64)"),
-        (H100, BF16, 512, True, "blockwise (flash: it takes heads of at most 256 numbers, a multiple of 8, not 512; "
-         "flex: it takes heads of 16 to 256 numbers, not 512)"),
-        (T4, FP16, 256, False, "blockwise (flash: it needs compute capability 8.0, T4 has 7.5; flex: it needs compute "
-         "capability 8.0, T4 has 7.5)"),
+        (H100, FP32, 256, True, "flex (flash: it supports bfloat16 and float16, not float32)"),
+        (H100, BF16, 100, True, "flex (flash: it supports head sizes up to 256 that are a multiple of 8, not 100)"),
+        (H100, FP64, 64, True, "blockwise (flash: it supports bfloat16 and float16, not float64; flex: it supports "
+         "bfloat16, float16 and float32, not float64)"),
+        (H100, BF16, 512, True, "blockwise (flash: it supports head sizes up to 256 that are a multiple of 8, not 512; "
+         "flex: it supports head sizes from 16 to 256, not 512)"),
+        (T4, FP16, 256, False, "blockwise (flash: it needs compute capability 8.0, but T4 has 7.5; flex: it needs "
+         "compute capability 8.0, but T4 has 7.5)"),
         (CPU, BF16, 256, True, "blockwise (the fastest on cpu)"),
         (CPU, FP32, 7, False, "blockwise (the fastest on cpu)"),
     ],
@@ -80,9 +80,9 @@ def test_a_named_backend_is_taken_where_it_runs() -> None:
     [
         ("flash", CPU, BF16, False, "model.attention=flash cannot run here: it needs a CUDA device. Set "
          "model.attention=auto, which is blockwise here"),
-        ("flash", T4, FP16, False, "compute capability 8.0, T4 has 7.5.*which is blockwise"),
+        ("flash", T4, FP16, False, "compute capability 8.0, but T4 has 7.5.*which is blockwise"),
         ("flash", H100, FP32, True, "bfloat16 and float16, not float32.*which is flex"),
-        ("flex", T4, FP16, False, "compute capability 8.0, T4 has 7.5"),
+        ("flex", T4, FP16, False, "compute capability 8.0, but T4 has 7.5"),
         ("flex", CPU, FP32, True, "no backward on a CPU.*which is blockwise"),
     ],
 )  # fmt: skip
@@ -109,9 +109,9 @@ def fake_flash_attn(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str,
     [
         ("2.6.2", "", 50.0, None),
         ("2.8.3.post2", "", 50.0, None),
-        ("2.6.1", "", 50.0, "flash-attn 2.6.1 is older than 2.6.2, the first with what this model needs"),
+        ("2.6.1", "", 50.0, "flash-attn 2.6.1 is older than 2.6.2, the first version that supports this model"),
         ("2.6.1", "", None, None),
-        ("2.5.9", "", None, "flash-attn 2.5.9 is older than 2.6.0, the first with what this model needs"),
+        ("2.5.9", "", None, "flash-attn 2.5.9 is older than 2.6.0, the first version that supports this model"),
         ("2.10.0", "raise ImportError('undefined symbol: c10')", 50.0,
          "flash-attn 2.10.0 cannot be imported (undefined symbol: c10)"),
         ("2.8.3", "raise OSError('libcudart.so.12')", None, "flash-attn 2.8.3 cannot be imported (libcudart.so.12)"),
@@ -136,7 +136,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert "triton cannot be imported (" in backends.triton_missing.__wrapped__()
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert "no compiler (g++ or clang++)" in backends.compiler_missing.__wrapped__(("g++", "clang++"), "CXX")
+    assert "there is none (g++ or clang++)" in backends.compiler_missing.__wrapped__(("g++", "clang++"), "CXX")
     monkeypatch.setenv("CXX", "/opt/compiler")
     assert backends.compiler_missing.__wrapped__(("g++", "clang++"), "CXX") is None
 
@@ -224,7 +224,7 @@ def test_only_what_is_there_and_looks_able_is_tried(tried: list[tuple[str, Trial
 def test_too_little_shared_memory_is_a_reason() -> None:
     small = Card("cuda", "an old card", (8, 0), 2**34, shared=48 << 10)
     assert why_not("flex", small, FP32, 256, None) == (
-        "its smallest tiles take 69 KiB of shared memory, there are 48"
+        "its smallest tiles need 69 KiB of shared memory, but there are 48"
     )  # fmt: skip
 
 

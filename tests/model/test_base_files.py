@@ -87,7 +87,7 @@ def test_it_depends_on_every_shard(base: Path) -> None:
         part.write_bytes(whole)
         assert base_digest(str(base)) == first
     part.unlink()
-    with pytest.raises(ValueError, match=f"lacks {part.name}: fetch the base again"):
+    with pytest.raises(ValueError, match=f"lacks {part.name}: fetch the complete base again"):
         base_digest(str(base))
 
 

@@ -213,5 +213,5 @@ def test_mixed_dtypes_and_views_are_taken() -> None:
 
 
 def test_fewer_keys_than_queries_are_refused() -> None:
-    with pytest.raises(ValueError, match="each query needs the key at its own place"):
+    with pytest.raises(ValueError, match="each query needs the key at its own position"):
         attend(blockwise, random_qkv(6, 6), [2, 4], [4, 2])

@@ -121,9 +121,9 @@ def test_dropout_in_attention_is_refused_before_training(monkeypatch: pytest.Mon
     ("family", "reason"),
     [
         ("bert", "no linear layer `score`"),
-        ("bart", "encoder beside its decoder"),
+        ("bart", "encoder in addition to its decoder"),
         ("bloom", "attention cannot be replaced"),  # ALiBi
-        ("gemma3", "more than text"),
+        ("gemma3", "a multimodal model"),
         ("gpt_oss", "s_aux"),  # attention sinks
         ("gpt2", "in `layers`"),
         ("mamba", "no sequence classifier"),
@@ -166,7 +166,7 @@ def test_wrong_attention_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(reference, "_chunk", wrong)
     config = base_config(DEMO)
     config.attn_logit_softcapping = 1.0
-    assert "for a single row too" in str(why_not_exact(config, SETTINGS, LONGEST))
+    assert "even for a single row" in str(why_not_exact(config, SETTINGS, LONGEST))
 
 
 @pytest.mark.parametrize("value", [1e-3, float("nan")])
@@ -183,7 +183,7 @@ def test_a_comparison_that_cannot_fail_proves_nothing(call: int, reason: str, mo
     found = iter([0.0, 0.0, 0.0, *[1.0] * (call - 3), 1e-3])
     monkeypatch.setattr(exactness, "_apart", lambda *_: next(found))
     why = str(why_not_exact(base_config(DEMO), SETTINGS, LONGEST))
-    assert reason in why and "shows nothing" in why
+    assert reason in why and "proves nothing" in why
 
 
 def test_targets_of_lora_are_no_matter_of_the_base(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend
 
 @pytest.fixture(autouse=True)
 def no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_masks", module._Masks())
+    monkeypatch.setattr(module, "_masks", module._MaskCache())
 
 
 def random_batch(seed: int) -> tuple[list[int], list[int]]:
@@ -229,7 +229,7 @@ def test_gradients_on_a_cpu_are_refused() -> None:
         attend(flex, [*qkv[:2], qkv[2].requires_grad_()], [5], [5])
     ends = torch.tensor([0, 2, 5], dtype=torch.int32)
     keys = torch.tensor([0, 1, 5], dtype=torch.int32)
-    with pytest.raises(ValueError, match="each query needs the key at its own place"):
+    with pytest.raises(ValueError, match="each query needs the key at its own position"):
         varlen_attention(*random_qkv(5, 5), ends, keys, 3, 4, scale=1.0, backend="flex")
 
 
@@ -312,7 +312,7 @@ def test_masks_are_made_without_reading_a_value_or_a_square() -> None:
 
 
 def test_layers_share_their_masks() -> None:
-    masks = module._Masks()
+    masks = module._MaskCache()
     ends, same = boundaries([5, 7]), boundaries([5, 7])
     mask = masks.get(ends, ends, (128, 128), 4)
     assert masks.get(ends, ends, (128, 128), 4) is mask
@@ -327,7 +327,7 @@ def test_layers_share_their_masks() -> None:
 
 
 def test_a_batch_in_the_place_of_another_in_memory_gets_its_own_mask() -> None:
-    masks = module._Masks()
+    masks = module._MaskCache()
     found = []
     for lengths in ([1, 99], [50, 50], [99, 1], [100]):
         ends = boundaries(lengths)
@@ -340,7 +340,7 @@ def test_a_batch_in_the_place_of_another_in_memory_gets_its_own_mask() -> None:
     assert len(set(found)) == 4  # still held
     for _ in range(20):
         masks.get(boundaries([100]), boundaries([100]), (128, 128), None)
-    assert len(masks.kept) == module.MASKS
+    assert len(masks.masks) == module.MASKS
 
 
 def test_the_soft_cap_is_that_of_tanh() -> None:

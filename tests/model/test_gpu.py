@@ -315,20 +315,23 @@ def test_the_probe_measures_on_this_card(base: Path, tmp_path: Path, name: str) 
     )  # fmt: skip
     data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
     trainer = Trainer(recipe, data, adapt(load_base(recipe.model), recipe.model), tmp_path, Accelerator())
-    assert trainer.kept is not None and trainer.kept.peak is not None
-    assert trainer.kept.policies == ["none"] * 3 and 0 < trainer.kept.peak < trainer.kept.limit
+    assert trainer.recompute_plan is not None and trainer.recompute_plan.peak is not None
+    assert (
+        trainer.recompute_plan.policies == ["none"] * 3
+        and 0 < trainer.recompute_plan.peak < trainer.recompute_plan.limit
+    )
 
 
 @pytest.mark.parametrize("name", ["flash", "flex"])
 def test_a_backend_that_is_believed_to_run_was_tried(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From within what a layer may be in; and an error of its own is the reason."""
-    monkeypatch.setattr(trial, "_found", {})
+    monkeypatch.setattr(trial, "_outcomes", {})
     skip_unless_it_runs(name, torch.bfloat16, DIM)
-    assert [(key[0], key[1].training) for key in trial._found] == [(name, True)]
-    monkeypatch.setattr(trial, "_found", {})
+    assert [(key[0], key[1].training) for key in trial._outcomes] == [(name, True)]
+    monkeypatch.setattr(trial, "_outcomes", {})
     with torch.inference_mode(), torch.autocast("cuda", dtype=torch.float16):
         assert why_not(name, card_of("cuda"), torch.bfloat16, DIM, 50.0, training=True) is None
-    monkeypatch.setattr(trial, "_found", {})
+    monkeypatch.setattr(trial, "_outcomes", {})
 
     def lacking(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("this build has no such heads")

@@ -55,7 +55,7 @@ def test_positions_are_those_of_the_config_and_of_its_scaling(config: Any, most:
     assert positions(config) == most
     check_length(config, most or 10**9, "it")
     if most is not None:
-        with pytest.raises(ValueError, match=f"max_length is {most + 1:,}, but it reads at most {most:,} tokens"):
+        with pytest.raises(ValueError, match=f"max_length is {most + 1:,}, but it supports at most {most:,} tokens"):
             check_length(config, most + 1, "it")
 
 

@@ -16,8 +16,8 @@ from arena.model.card import Card
 from arena.model.checkpointing import set_policies
 from arena.model.create import ARCHITECTURES
 from arena.model.fused import PARTS
-from arena.model.memory import GIB, LADDER, describe, fit, mix, need, room, shape_of
-from arena.model.recompute import _Kept, _Scope
+from arena.model.memory import GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
+from arena.model.recompute import _SavedTensor, _Scope
 from tests.helpers import classifier, exact, make_base, pack
 
 NINE = ARCHITECTURES["google/gemma-2-9b-it"]
@@ -32,12 +32,12 @@ def test_gemma_2_9b_by_hand() -> None:
     per_layer = 3584 * (4096 + 2048 + 2048 + 4096) + 3 * 3584 * 14336
     assert shape.linear_weights == 42 * per_layer == 8_323_596_288
     assert shape.lora_weights(16) == 54_018_048
-    assert shape.kept("none") == 6 * 3584 + 2 * 4096 + 2 * 2048 + 3 * 14336
-    assert shape.kept("light") - shape.kept("mlp") == 2 * 14336
+    assert shape.saved_per_token("none") == 6 * 3584 + 2 * 4096 + 2 * 2048 + 3 * 14336
+    assert shape.saved_per_token("elementwise") - shape.saved_per_token("elementwise_and_mlp") == 2 * 14336
     found = need(shape, load_recipe("gemma-2-9b").model, 16384)
     assert found.weights == pytest.approx(8_323_596_288 * 0.51587 + 2 * 256000 * 3584, rel=1e-3)
     assert found.trained == 16 * 54_018_048
-    assert found.kept == 42 * 3584 * 16384 * 2
+    assert found.layer_inputs == 42 * 3584 * 16384 * 2
     assert found.total < 20 * GIB
 
 
@@ -58,19 +58,19 @@ def kept_by_a_layer(base: Path, policy: str, monkeypatch: pytest.MonkeyPatch, le
 
     def pack_(self: Any, tensor: Tensor) -> Any:
         saved = whole_pack(self, tensor)
-        if isinstance(saved, _Kept):
+        if isinstance(saved, _SavedTensor):
             count(saved.tensor)
         held.append(tensor)
         return saved
 
-    def kept(tensor: Tensor) -> Tensor:
+    def saved(tensor: Tensor) -> Tensor:
         count(tensor)
         held.append(tensor)
         return tensor
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         angles.update(each.untyped_storage().data_ptr() for each in kwargs["position_embeddings"])
-        with saved_tensors_hooks(kept, lambda tensor: tensor):
+        with saved_tensors_hooks(saved, lambda tensor: tensor):
             return whole_layer(*args, **kwargs)
 
     monkeypatch.setattr(_Scope, "pack", pack_)
@@ -82,40 +82,42 @@ def kept_by_a_layer(base: Path, policy: str, monkeypatch: pytest.MonkeyPatch, le
 def test_layers_keep_what_the_arithmetic_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
     base, lengths = make_base(tmp_path, **sizes), [150, 90, 60]
-    for policy in ("none", "light", "mlp"):
+    for policy in ("none", "elementwise", "elementwise_and_mlp"):
         with monkeypatch.context() as patch:
             bytes_ = kept_by_a_layer(base, policy, patch, lengths)
         shape = shape_of(classifier(exact(base)).model.config)
-        assert bytes_ / (4 * sum(lengths)) == shape.kept(policy), policy
+        assert bytes_ / (4 * sum(lengths)) == shape.saved_per_token(policy), policy
 
 
 def test_more_memory_means_less_recomputed() -> None:
     shape = shape_of(NINE)
-    kept = {policy: shape.kept(policy) * 2.0 * 16384 for policy in LADDER}
-    again = {policy: shape.again(policy) for policy in LADDER}
+    saved = {policy: shape.saved_per_token(policy) * 2.0 * 16384 for policy in POLICIES}
+    fractions = {policy: shape.recompute_fraction(policy) for policy in POLICIES}
     before = 43.0
     for free in (-1, 0, 4, 10, 30, 60, 90, 200):
-        policies = mix(kept, again, shape.layers, free * GIB)
-        extra = sum(kept[policy] - kept["full"] for policy in policies)
+        policies = mix_policies(saved, fractions, shape.layers, free * GIB)
+        extra = sum(saved[policy] - saved["full"] for policy in policies)
         assert len(policies) == 42 and extra <= max(free, 0) * GIB
-        cost = sum(again[policy] for policy in policies)
+        cost = sum(fractions[policy] for policy in policies)
         assert cost <= before
         before = cost
-    assert describe(mix(kept, again, 42, 0)) == "42 full" and describe(mix(kept, again, 42, 200 * GIB)) == "42 none"
-    assert set(mix({"full": 0.0, "none": 5.0}, again, 3, 11.0)) == {"full", "none"}
+    for free, name in ((0, "full"), (200 * GIB, "none")):
+        assert describe(mix_policies(saved, fractions, 42, free)) == f"42 {name}"
+    assert set(mix_policies({"full": 0.0, "none": 5.0}, fractions, 3, 11.0)) == {"full", "none"}
 
 
 def test_the_mix_is_the_best_of_all() -> None:
-    kept, again = {"full": 0.0, "mlp": 3.0, "light": 7.0, "none": 10.0}, {p: shape_of(NINE).again(p) for p in LADDER}
+    saved = {"full": 0.0, "elementwise_and_mlp": 3.0, "elementwise": 7.0, "none": 10.0}
+    fractions = {policy: shape_of(NINE).recompute_fraction(policy) for policy in POLICIES}
     from itertools import product
 
     for free in (0.0, 3.0, 6.0, 7.0, 9.0, 12.0, 30.0):
         best = min(
-            sum(again[each] for each in every)
-            for every in product(LADDER, repeat=3)
-            if sum(kept[each] for each in every) <= free
+            sum(fractions[each] for each in every)
+            for every in product(POLICIES, repeat=3)
+            if sum(saved[each] for each in every) <= free
         )
-        found = sum(again[each] for each in mix(kept, again, 3, free))
+        found = sum(fractions[each] for each in mix_policies(saved, fractions, 3, free))
         assert found <= best + 0.16  # whole layers: one step may be taken where another would have fitted better
 
 
@@ -145,7 +147,7 @@ def test_what_autograd_holds_is_freed(gemma2: Path) -> None:
     import gc
     import weakref
 
-    model = classifier(exact(gemma2, checkpointing="mlp")).train()
+    model = classifier(exact(gemma2, checkpointing="elementwise_and_mlp")).train()
     seen: list[Any] = []
     layer: Any = backbone(model.model).layers[0]
     handle = layer.mlp.up_proj.register_forward_hook(lambda _m, _a, out: seen.append(weakref.ref(out)))

@@ -17,7 +17,7 @@ from arena.model.backbone import backbone
 from arena.model.checkpointing import POLICIES, set_policies
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.fused import PARTS
-from arena.model.recompute import CHEAP, PRODUCT, keeping_less, remake
+from arena.model.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 from tests.helpers import classifier, exact, pack, random_family
 from tests.model.test_classifier import logits_and_gradients, shared_batch
 
@@ -39,9 +39,9 @@ def chain(most: int | None) -> tuple[Tensor, int, int]:
     """Gradient of a chain of two results, used three times; calls of the cheap and of the costly one."""
     x = torch.linspace(0.1, 1.0, 8, requires_grad=True)
     cheap, costly = Counted(torch.exp), Counted(lambda a: a * a.sum())
-    with nullcontext() if most is None else keeping_less(most):
-        first = remake(cheap, x * 1)
-        second = remake(costly, first, cost=PRODUCT)
+    with nullcontext() if most is None else recomputing(most):
+        first = recomputable(cheap, x * 1)
+        second = recomputable(costly, first, cost=PRODUCT)
         end = (second * second).sum() + second.view(2, 4).square().sum() + first.sin().sum()
     end.backward()
     assert x.grad is not None
@@ -51,7 +51,7 @@ def chain(most: int | None) -> tuple[Tensor, int, int]:
 def test_each_result_is_made_once_more_and_the_gradient_is_the_same() -> None:
     plain, *calls = chain(None)
     assert calls == [1, 1]
-    light, *calls = chain(CHEAP)
+    light, *calls = chain(ELEMENTWISE)
     assert calls == [2, 1]
     all_again, *calls = chain(PRODUCT)
     assert calls == [2, 2]
@@ -59,19 +59,19 @@ def test_each_result_is_made_once_more_and_the_gradient_is_the_same() -> None:
 
 
 def test_a_function_that_gives_other_numbers_is_seen_in_the_gradient() -> None:
-    """The control: what `remake` is given is what the backward uses."""
+    """The control: what `recomputable` is given is what the backward uses."""
     calls = iter([1.0, 2.0])
     x = torch.ones(4, requires_grad=True)
-    with keeping_less(CHEAP):
-        result = remake(lambda a: a * next(calls), x * 1)
+    with recomputing(ELEMENTWISE):
+        result = recomputable(lambda a: a * next(calls), x * 1)
         (result * result).sum().backward()
     assert not torch.equal(x.grad, torch.full((4,), 2.0))  # type: ignore[arg-type]
 
 
 def test_a_result_changed_in_place_is_kept_as_it_was_changed() -> None:
     x = torch.linspace(0.1, 1.0, 8, requires_grad=True)
-    with keeping_less(CHEAP):
-        result = remake(torch.sin, x * 1)
+    with recomputing(ELEMENTWISE):
+        result = recomputable(torch.sin, x * 1)
         result.add_(1.0)
         (result * result).sum().backward()
     expected = 2 * (x.detach().sin() + 1) * x.detach().cos()
@@ -80,10 +80,10 @@ def test_a_result_changed_in_place_is_kept_as_it_was_changed() -> None:
 
 def test_nothing_is_noted_without_gradients_or_outside() -> None:
     made = Counted(torch.exp)
-    with torch.no_grad(), keeping_less(PRODUCT):
-        remake(made, torch.ones(3))
+    with torch.no_grad(), recomputing(PRODUCT):
+        recomputable(made, torch.ones(3))
     x = torch.ones(3, requires_grad=True)
-    remake(made, x).square().sum().backward()
+    recomputable(made, x).square().sum().backward()
     assert made.calls == 2
 
 
@@ -96,19 +96,19 @@ def test_autocast_is_the_forwards() -> None:
         return out
 
     x = torch.randn(4, 4, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16), keeping_less(PRODUCT):
-        result = remake(product, x * 1, cost=PRODUCT)
+    with torch.autocast("cpu", dtype=torch.bfloat16), recomputing(PRODUCT):
+        result = recomputable(product, x * 1, cost=PRODUCT)
         loss = (result * result).sum()
     loss.backward()
     assert seen == [torch.bfloat16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("most", [None, CHEAP, PRODUCT])
+@pytest.mark.parametrize("most", [None, ELEMENTWISE, PRODUCT])
 def test_what_is_made_again_is_not_held(most: int | None) -> None:
     """The memory itself, not what hooks are shown of it: a result's storage is gone with the forward."""
     x = torch.ones(1000, requires_grad=True)
-    with nullcontext() if most is None else keeping_less(most):
-        result = remake(torch.sin, x * 1)  # which saves its input, not its result
+    with nullcontext() if most is None else recomputing(most):
+        result = recomputable(torch.sin, x * 1)  # which saves its input, not its result
         held = StorageWeakRef(result.untyped_storage())
         loss = result.square().sum()
         del result
@@ -120,7 +120,7 @@ def test_what_is_made_again_is_not_held(most: int | None) -> None:
 def test_an_error_in_the_forward_leaves_nothing_behind(gemma2: Path) -> None:
     """Out of memory, say, while the probe runs: no cycle of a function and what it saved keeps the layers' tensors."""
     model, batch, held = classifier(exact(gemma2, fuse=PARTS)).train(), pack(LENGTHS), []
-    for policy in ("light", "mlp"):
+    for policy in ("elementwise", "elementwise_and_mlp"):
         set_policies(model.model, [policy] * 3)
         layer: Any = backbone(model.model).layers[0]
         handles = [
@@ -139,7 +139,7 @@ def test_an_error_in_the_forward_leaves_nothing_behind(gemma2: Path) -> None:
 
 def test_a_kept_tensor_that_is_changed_in_place_is_an_error() -> None:
     x = torch.ones(8, requires_grad=True)
-    with keeping_less(CHEAP):
+    with recomputing(ELEMENTWISE):
         doubled = x * 2
         loss = (doubled * doubled).sum()
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_policies_change_no_number(gemma2: Path, policy: str, shared: bool) -> N
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_policies_hold_with_four_bits_bf16_and_full_tuning(gemma2: Path, tune: str) -> None:
     batch, results = pack(LENGTHS), []
-    for policies in (["none"] * 3, ["mlp", "light", "full"]):
+    for policies in (["none"] * 3, ["elementwise_and_mlp", "elementwise", "full"]):
         quantization = "nf4" if tune == "lora" else "none"
         model = classifier(exact(gemma2, tune=tune, quantization=quantization, dtype="bfloat16")).train()
         set_policies(model.model, policies)
@@ -203,7 +203,7 @@ def test_wide_products_are_made_again_where_the_policy_says_so(gemma2: Path) -> 
 
 def test_dropout_is_never_drawn_anew(gemma2: Path) -> None:
     results = []
-    for policy in ("none", "mlp"):
+    for policy in ("none", "elementwise_and_mlp"):
         settings = exact(gemma2, checkpointing=policy, lora={"r": 4, "dropout": 0.5})
         model, batch = classifier(settings).train(), pack(LENGTHS)
         torch.manual_seed(7)

@@ -127,7 +127,7 @@ def test_weights_that_are_not_as_the_config_says_are_named(
     tensors = {key: each for key, each in load_file(bases["nf4"] / WEIGHTS).items() if not key.startswith(name)}
     tensors[name] = load_file(gemma2 / WEIGHTS)[name]
     save_file(tensors, tmp_path / "base" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{name} unquantised, which its config\.json says is quantised"):
+    with pytest.raises(ValueError, match=rf"an unquantised {name}"):
         load_base(exact(tmp_path / "base", quantization="nf4"))
 
 

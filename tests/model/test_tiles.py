@@ -59,7 +59,7 @@ def test_short_heads_and_processors_keep_those_of_torch() -> None:
 
 
 def test_where_no_tile_fits_it_is_said() -> None:
-    with pytest.raises(ValueError, match="smallest tiles take 69 KiB of shared memory, there are 64"):
+    with pytest.raises(ValueError, match="smallest tiles need 69 KiB of shared memory, but there are 64"):
         kernel_options(card(7, 5, shared=64 << 10), FP32, 256)
 
 

@@ -26,7 +26,7 @@ FORWARD = Trial(CPU, torch.float16, 256, softcap=True, training=False)
 
 @pytest.fixture(autouse=True)
 def nothing_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_found", {})
+    monkeypatch.setattr(module, "_outcomes", {})
 
 
 class Attend:

@@ -121,8 +121,8 @@ def test_a_batch_without_labels_says_so() -> None:
 
 
 def test_a_collator_says_at_once_what_it_cannot_use() -> None:
-    with pytest.raises(ValueError, match="tokenizer is a str: give a tokenizer that is loaded"):
+    with pytest.raises(ValueError, match="tokenizer is a str: give a loaded tokenizer"):
         VarlenCollator("demo_base")
     for budget in ("9", 0, None):
-        with pytest.raises(ValueError, match=r"budget is .*: give the tokens that a micro-batch may hold"):
+        with pytest.raises(ValueError, match=r"budget is .*: give the most tokens in a micro-batch"):
             VarlenCollator(budget=budget)  # type: ignore[arg-type]

@@ -19,8 +19,8 @@ def test_small_cards_degrade_by_rule() -> None:
     assert table["16 GB"][:3] == ["float16", "blockwise", "8,192"]
     assert table["24 GB"][:3] == ["bfloat16", "flash or flex", "16,384"]
     assert [table[card][2] for card in ("12 GB", "80 GB")] == ["4,096", "16,384"]
-    again = [int(table[card][5].rstrip("%")) for card in ("24 GB", "40 GB", "80 GB", "141 GB")]
-    assert again == sorted(again, reverse=True) and again[0] > 90 and again[-1] == 0
+    recomputed = [int(table[card][5].rstrip("%")) for card in ("24 GB", "40 GB", "80 GB", "141 GB")]
+    assert recomputed == sorted(recomputed, reverse=True) and recomputed[0] > 90 and recomputed[-1] == 0
     assert float(table["80 GB"][3]) < 20
 
 

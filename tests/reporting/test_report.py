@@ -1,4 +1,4 @@
-"""The table of a fold: what is said when the judge is not worth its training."""
+"""The table of a fold, and the advice about a judge that is not better than simple references."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ METRICS = {
     [
         ({}, None),
         ({"baseline_log_loss": None}, None),
-        ({"baseline_log_loss": 0.99}, "no better than the plain baseline:"),
+        ({"baseline_log_loss": 0.99}, "no better than the simple baseline:"),
         ({"prior_log_loss": 0.9, "baseline_log_loss": None}, "no better than predicting the training prior:"),
-        ({"log_loss": 1.2}, "no better than predicting the training prior and the plain baseline:"),
+        ({"log_loss": 1.2}, "no better than predicting the training prior and the simple baseline:"),
     ],
 )
 def test_a_judge_that_is_no_better_gets_a_remark(

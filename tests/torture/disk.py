@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from arena.manifest import damage
-from tests.torture.ground import Found, Ground, fold_of, shelf, start, steps_saved
+from tests.torture.ground import Found, Ground, checkpoints_of, fold_of, start, steps_saved
 from tests.torture.processes import Child, ask
 from tests.torture.signals import begun, same_in_the_end
 
@@ -134,7 +134,7 @@ def _full_at_the_end(ground: Ground, disk: Path, free: int) -> str | None:
 
 def _whole(place: Path) -> dict[str, float]:
     """The checkpoints that are whole, by the time they were made."""
-    found = shelf(place / "runs")
+    found = checkpoints_of(place / "runs")
     return {str(step): found.step(step).stat().st_mtime for step in found.steps() if damage(found.step(step)) is None}
 
 
@@ -142,7 +142,7 @@ def _mended(
     ground: Ground, place: Path, before: dict[str, float], why: str | None, mend: Callable[[], object], what: str
 ) -> str | None:
     """Whether the state before is intact, and the same command goes on once the disk is mended."""
-    after, found = _whole(place), shelf(place / "runs")
+    after, found = _whole(place), checkpoints_of(place / "runs")
     whys = [why] if why else []
     torn = [step for step in found.steps() if str(step) not in after]
     if torn or not after or max(map(int, after)) < max(map(int, before)):

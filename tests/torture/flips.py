@@ -16,9 +16,9 @@ from arena.data.prepare import prepare_fold
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import adapt
 from arena.training.checkpoint import load_checkpoint
+from arena.training.checkpoint_manager import CheckpointManager
 from arena.training.optim import make_optimizer, make_schedule, trainable
-from arena.training.shelf import Shelf
-from tests.torture.ground import Found, Ground, differs, shelf, start
+from tests.torture.ground import Found, Ground, checkpoints_of, differs, start
 from tests.torture.processes import ask
 
 KINDS = ("bit", "byte", "block", "cut", "empty", "grown")
@@ -42,7 +42,7 @@ def refuses_damage(ground: Ground) -> Found:
 def _trials(ground: Ground, place: Path, count: int) -> dict[str, Any]:
     """Damages, looks at what is chosen and loaded, and mends, so many times."""
     torch.set_num_threads(1)
-    kept = Shelf(shutil.copytree(shelf(ground.folder / "straight").folder, place / "checkpoints"))
+    kept = CheckpointManager(shutil.copytree(checkpoints_of(ground.folder / "straight").folder, place / "checkpoints"))
     before, last = kept.steps()
     state = _state(ground)
     files = [path for path in sorted(kept.folder.rglob("*")) if path.is_file() and str(last) in path.parent.name[-2:]]
@@ -60,7 +60,8 @@ def _trials(ground: Ground, place: Path, count: int) -> dict[str, Any]:
         if why:
             failures.append(f"{path.relative_to(place)}, {kind}: {why}")
         if turn % 50 == 0:
-            assert Shelf(kept.folder).choose("auto") == kept.step(last) and Shelf(kept.folder).best == last
+            unread = CheckpointManager(kept.folder)
+            assert unread.choose("auto") == kept.step(last) and unread.best == last
             load_checkpoint(kept.step(last), *state)
             controls += 1
     return {
@@ -68,10 +69,10 @@ def _trials(ground: Ground, place: Path, count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _taken(kept: Shelf, path: Path, before: int, last: int, state: tuple[Any, Any, Any]) -> str | None:
+def _taken(kept: CheckpointManager, path: Path, before: int, last: int, state: tuple[Any, Any, Any]) -> str | None:
     """Whether what was damaged was used, in any way in which it could be."""
-    again = Shelf(kept.folder)
-    if path.parent.name.startswith("judged-"):
+    again = CheckpointManager(kept.folder)
+    if path.parent.name.startswith("evaluation-"):
         return f"the log-loss {again.losses[last]} was believed" if last in again.losses else None
     if again.choose("auto") != kept.step(before):
         return "it was chosen"
@@ -125,7 +126,7 @@ def _goes_on_from_the_one_before(ground: Ground, turn: int) -> str | None:
     """A whole run whose last checkpoint is damaged while it is away ends as the undisturbed one."""
     place, draws = ground.place(f"flips/run{turn}"), random.Random(turn)
     shutil.copytree(ground.folder / "straight", place / "runs")
-    kept = shelf(place / "runs")
+    kept = checkpoints_of(place / "runs")
     for name in ("metrics.json", "oof.csv"):
         (place / "runs/demo/fold0" / name).unlink()
     shutil.rmtree(place / "runs/demo/fold0/model")

@@ -21,9 +21,9 @@ import arena.reporting.report
 import arena.training.run
 import arena.training.trainer  # all that a command needs, so that a fork imports nothing
 from arena import cli
-from arena.judging.shards import Shards
+from arena.judging.logits_cache import LogitsCache
 from arena.manifest import damage
-from arena.training.shelf import Shelf
+from arena.training.checkpoint_manager import CheckpointManager
 from tests.helpers import make_base, write_rows
 from tests.torture.processes import Child, ask
 
@@ -120,8 +120,8 @@ def command(arguments: list[str], *, shards: bool = True, pause: float = 0.0) ->
         pause: seconds that every forward takes longer, so that signals meet it.
     """
     if shards:
-        arena.training.trainer.Shards = functools.partial(Shards, seconds=0.0)
-        arena.judging.judge.Shards = functools.partial(Shards, seconds=0.0)
+        arena.training.trainer.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
+        arena.judging.judge.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
     if pause:
         forward = arena.model.classifier.PackedClassifier.forward
 
@@ -155,15 +155,19 @@ def fold_of(runs: Path) -> Path:
     return runs / "demo/fold0"
 
 
-def shelf(runs: Path) -> Shelf:
-    return Shelf(fold_of(runs) / "checkpoints")
+def checkpoints_of(runs: Path) -> CheckpointManager:
+    return CheckpointManager(fold_of(runs) / "checkpoints")
 
 
 def outcome(runs: Path) -> dict[str, str]:
     """Digests of all that a finished run came to, less what tells the time."""
     folder = fold_of(runs)
-    last = shelf(runs).steps()[-1]
-    files = [shelf(runs).step(last) / "weights.safetensors", folder / "oof.csv", *sorted((folder / "model").iterdir())]
+    last = checkpoints_of(runs).steps()[-1]
+    files = [
+        checkpoints_of(runs).step(last) / "weights.safetensors",
+        folder / "oof.csv",
+        *sorted((folder / "model").iterdir()),
+    ]
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     card = json.loads((folder / "model/judge.json").read_text())
     del card["recipe"]["data"]["cache"]  # some trials have one of their own
@@ -197,7 +201,7 @@ def steps_logged(runs: Path) -> int:
 
 def steps_saved(runs: Path) -> int:
     """The last step that has a whole checkpoint."""
-    whole = [step for step in shelf(runs).steps() if damage(shelf(runs).step(step)) is None]
+    whole = [step for step in checkpoints_of(runs).steps() if damage(checkpoints_of(runs).step(step)) is None]
     return whole[-1] if whole else 0
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import arena.training.run
 from arena.stopping import Stop
 from arena.training.trainer import Trainer
-from tests.torture.ground import Found, Ground, command, fold_of, log, shelf
+from tests.torture.ground import Found, Ground, checkpoints_of, command, fold_of, log
 from tests.torture.processes import Child
 
 WHERE = {"accumulate": "in a step", "_after_step": "after a step", "_judge": "in an evaluation"}
@@ -75,7 +75,7 @@ def distance(a: Path, b: Path) -> float:
     """Largest difference of the last checkpoints' weights and optimizer states."""
     largest = 0.0
     for name in ("weights.safetensors", "optimizer.safetensors"):
-        one, other = (load_file(shelf(runs).step(shelf(runs).steps()[-1]) / name) for runs in (a, b))
+        one, other = (load_file(checkpoints_of(runs).step(checkpoints_of(runs).steps()[-1]) / name) for runs in (a, b))
         assert one.keys() == other.keys()
         largest = max(
             largest, *(float(np.abs(one[key].astype(float) - other[key]).max()) for key in one if one[key].size)

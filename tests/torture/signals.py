@@ -18,10 +18,10 @@ from arena.manifest import damage
 from tests.torture.ground import (
     Found,
     Ground,
+    checkpoints_of,
     command,
     differs,
     done,
-    shelf,
     start,
     steps_logged,
     steps_saved,
@@ -176,7 +176,7 @@ def ends_at_once(ground: Ground) -> Found:
         child = begun(ground, place, doing, draws.randint(1, MOMENTS[doing][2]))
         assert child.hear() == "now", child.text()
         child.send(first)
-        until(lambda child=child: "now ends it at once" in child.text())
+        until(lambda child=child: "stops at once" in child.text())
         begin = time.monotonic()
         child.send(second)
         child.wait()
@@ -194,7 +194,7 @@ def _after_two(ground: Ground, place: Path, child: Child, doing: str, seconds: f
         return f"{doing}: exit status {child.status}: {child.text()[-1500:]}"
     if seconds > SOON:
         return f"{doing}: gone after {seconds:.1f} s"
-    torn = [str(path) for path in shelf(place / "runs").folder.glob("[!.]*") if damage(path)]
+    torn = [str(path) for path in checkpoints_of(place / "runs").folder.glob("[!.]*") if damage(path)]
     if torn:
         return f"{doing}: damaged: {', '.join(torn)}"
     why = same_in_the_end(ground, place, doing)
@@ -219,7 +219,7 @@ def one_at_a_time(ground: Ground) -> Found:
         second.wait()
         first.wait()
         why = None
-        told = f"process {first.pid} is at work on" in second.text() and "Traceback" not in second.text()
+        told = f"process {first.pid} is using" in second.text() and "Traceback" not in second.text()
         if second.status != 2 or not told:
             why = f"the second ended with {second.status}: {second.text()[-500:]}"
         elif first.status != 0:

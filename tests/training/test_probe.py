@@ -1,4 +1,4 @@
-"""Choosing what layers keep: by a card that is made up, and on this machine by arithmetic."""
+"""Choosing what layers keep: by a card that is made up, and on this machine by an estimate."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from accelerate import Accelerator
 from arena.data.prepare import prepare_fold
 from arena.model.backbone import backbone, load_base, load_tokenizer
 from arena.model.fused import POLICY
-from arena.model.memory import LADDER, shape_of
+from arena.model.memory import POLICIES, shape_of
 from arena.model.tuning import adapt
 from arena.training import probe
 from arena.training.optim import trainable
-from arena.training.probe import choose
+from arena.training.probe import search_policies
 from arena.training.trainer import Trainer
 from tests.helpers import tiny_recipe
 
-KEPT = {"full": 1.0, "mlp": 8.0, "light": 16.0, "none": 22.0}
-AGAIN = {"full": 1.0, "mlp": 0.55, "light": 0.05, "none": 0.0}
+SAVED = {"full": 1.0, "elementwise_and_mlp": 8.0, "elementwise": 16.0, "none": 22.0}
+RECOMPUTED = {"full": 1.0, "elementwise_and_mlp": 0.55, "elementwise": 0.05, "none": 0.0}
 
 
 class MadeUpCard:
@@ -35,7 +35,7 @@ class MadeUpCard:
 
     def peak(self, policies: list[str]) -> float | None:
         self.runs.append(policies)
-        later = sum(KEPT[each] * (1.0 if at < 2 else self.late) for at, each in enumerate(policies))
+        later = sum(SAVED[each] * (1.0 if at < 2 else self.late) for at, each in enumerate(policies))
         total = self.fixed + later
         return None if total > self.size else total
 
@@ -43,27 +43,27 @@ class MadeUpCard:
 @pytest.mark.parametrize("limit", [60.0, 61.0, 80.0, 120.0, 200.0, 500.0])
 def test_what_is_chosen_fits_and_no_layer_more_would(limit: float) -> None:
     card = MadeUpCard(size=limit)
-    policies, peak = choose(card.peak, AGAIN, 10, limit)
+    policies, peak = search_policies(card.peak, RECOMPUTED, 10, limit)
     assert peak is not None and peak <= limit
-    assert peak == card.fixed + sum(KEPT[each] for each in policies)
-    steps = [KEPT[after] - KEPT[before] for before, after in pairwise(LADDER) if before in policies]
+    assert peak == card.fixed + sum(SAVED[each] for each in policies)
+    steps = [SAVED[after] - SAVED[before] for before, after in pairwise(reversed(POLICIES)) if before in policies]
     assert not steps or limit - peak < max(steps)
 
 
 def test_where_later_layers_keep_more_it_steps_back() -> None:
     card = MadeUpCard(size=200.0, late=1.15)
-    policies, peak = choose(card.peak, AGAIN, 10, 200.0)
+    policies, peak = search_policies(card.peak, RECOMPUTED, 10, 200.0)
     assert peak is not None and peak <= 200.0 and set(policies) != {"full"}
     assert len(card.runs) > 5, "the first mix did not fit, so another was run"
 
 
 def test_nothing_fits() -> None:
-    assert choose(MadeUpCard(size=55.0).peak, AGAIN, 10, 55.0)[1] is None
+    assert search_policies(MadeUpCard(size=55.0).peak, RECOMPUTED, 10, 55.0)[1] is None
 
 
 def test_a_policy_that_cannot_be_measured_is_not_used() -> None:
-    policies, peak = choose(MadeUpCard(size=75.0).peak, AGAIN, 10, 75.0)
-    assert set(policies) <= {"full", "mlp"} and peak is not None
+    policies, peak = search_policies(MadeUpCard(size=75.0).peak, RECOMPUTED, 10, 75.0)
+    assert set(policies) <= {"full", "elementwise_and_mlp"} and peak is not None
 
 
 def trainer_of(tmp_path: Path, base: Path, *overrides: str) -> Trainer:
@@ -79,17 +79,18 @@ def policies_of(trainer: Trainer) -> list[str]:
 
 def test_on_a_cpu_the_arithmetic_decides(tmp_path: Path, gemma2: Path) -> None:
     trainer = trainer_of(tmp_path, gemma2)
-    assert trainer.kept is not None and trainer.kept.policies == policies_of(trainer) == ["none"] * 3
-    assert "3 none (by arithmetic" in str(trainer.kept)
+    plan = trainer.recompute_plan
+    assert plan is not None and plan.policies == policies_of(trainer) == ["none"] * 3
+    assert "3 none (estimated" in str(plan)
 
 
 def test_a_setting_is_left_as_it_is(tmp_path: Path, gemma2: Path) -> None:
-    recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=light")
+    recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=elementwise")
     data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
     trainer = Trainer(
         recipe, data, adapt(load_base(recipe.model), recipe.model), tmp_path / "run", Accelerator(cpu=True)
     )
-    assert trainer.kept is None and policies_of(trainer) == ["light"] * 3
+    assert trainer.recompute_plan is None and policies_of(trainer) == ["elementwise"] * 3
 
 
 @pytest.fixture
@@ -115,9 +116,9 @@ def test_the_probe_leaves_no_trace(tmp_path: Path, gemma2: Path, made_up_gpu: di
     trainer = trainer_of(tmp_path, gemma2)
     before = {name: each.clone() for name, each in trainer.model.state_dict().items()}
     trainer.classifier.eval()
-    kept = probe._by_running(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(LADDER))
-    assert made_up_gpu["runs"] >= 4 and kept.peak is not None and set(kept.policies) <= set(LADDER)
-    assert "measured" in str(kept)
+    plan = probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))
+    assert made_up_gpu["runs"] >= 4 and plan.peak is not None and set(plan.policies) <= set(POLICIES)
+    assert "measured" in str(plan)
     assert not trainer.classifier.training
     assert all(each.grad is None for each in trainable(trainer.model).values())
     assert all(torch.equal(each, before[name]) for name, each in trainer.model.state_dict().items())
@@ -127,7 +128,7 @@ def test_a_card_that_is_too_small_is_refused(tmp_path: Path, gemma2: Path, made_
     trainer = trainer_of(tmp_path, gemma2)
     made_up_gpu["size"] = 50.0
     with pytest.raises(ValueError, match=r"lower packing\.budget \(now 512\)"):
-        probe._by_running(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(LADDER))
+        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))
 
 
 def test_the_fullest_micro_batch_is_found(tmp_path: Path, gemma2: Path) -> None:
@@ -173,4 +174,4 @@ def test_a_kernel_that_cannot_run_is_no_lack_of_memory(
 
     monkeypatch.setattr(probe, "loss_sum", too_large)
     with pytest.raises(torch.OutOfMemoryError, match="Hardware limit"):
-        probe._by_running(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(LADDER))
+        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))

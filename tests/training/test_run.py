@@ -142,7 +142,10 @@ def test_a_picture_that_fails_is_a_warning_also_of_a_finished_run_and_settings_s
     for _ in range(2):
         arena(monkeypatch, tmp_path, gemma2, "name=mine", "--data", "rows", "train.batch_size=9")
         shown = capsys.readouterr().out
-        assert "warning: drawing report.png failed (ValueError: no backend); the same command draws it" in shown
+        assert (
+            "warning: drawing report.png failed (ValueError: no backend); run the same command again to draw it"
+            in shown
+        )
         assert "written: runs/mine/fold0 (metrics.json, oof.csv, log.jsonl, model)" in shown
     assert "batch_size: 9" in (tmp_path / "runs/mine/fold0/recipe.yaml").read_text()
 
@@ -200,7 +203,7 @@ def test_a_checkpoint_goes_with_its_base_and_its_place_is_not_saved(gemma2: Path
     run_fold(tiny_recipe(tmp_path, gemma2, SHORT), 0, tmp_path / "runs")
     checkpoint = next((tmp_path / "runs/demo/fold0/checkpoints").glob("step-*"))
     resume, again = (SHORT, f"train.resume={checkpoint}"), tmp_path / "again"
-    with pytest.raises(ValueError, match=r"its base model is not model\.base="):
+    with pytest.raises(ValueError, match=r"its base model is not the one that model\.base="):
         run_fold(tiny_recipe(tmp_path, make_base(tmp_path / "other", seed=1), *resume), 0, again)
     run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, again)
     shutil.rmtree(tmp_path / "runs")

@@ -90,7 +90,7 @@ def test_float16_learns_as_float32_does(gemma2: Path, tmp_path: Path) -> None:
     runs = [make(tmp_path / dtype, gemma2, *LEARNING, f"model.dtype={dtype}") for dtype in ("float32", "float16")]
     for run in runs:
         run.run()
-    best = [min(run.shelf.losses.values()) for run in runs]
+    best = [min(run.checkpoints.losses.values()) for run in runs]
     full, half = (steps_of(run.folder) for run in runs)
     assert [step["loss"] for step in half[:8]] == pytest.approx([step["loss"] for step in full[:8]], rel=0.02)
     assert [step["grad_norm"] for step in half[:4]] == pytest.approx([step["grad_norm"] for step in full[:4]], rel=0.02)
@@ -105,7 +105,7 @@ def test_overflows_are_skipped_and_got_over(gemma2: Path, tmp_path: Path, monkey
     monkeypatch.setattr(scaling_module, "FIRST", TOO_HIGH)
     runs = [make(tmp_path / dtype, gemma2, *LEARNING, f"model.dtype={dtype}") for dtype in ("float32", "float16")]
     runs[1].run()
-    best = min(runs[1].shelf.losses.values())
+    best = min(runs[1].checkpoints.losses.values())
     runs[0].run()
     full, half = (steps_of(run.folder) for run in runs)
     skipped = [step["skipped"] for step in half]
@@ -166,7 +166,7 @@ def test_resumed_equals_uninterrupted(
     assert straight.scaling.state() == again.scaling.state()
     scales = [each["loss_scale"] for each in steps_of(straight.folder)]
     assert any(later > earlier for earlier, later in pairwise(scales))  # it has grown again
-    saved = read_manifest(straight.shelf.step(straight.shelf.steps()[-1]))["scaling"]
+    saved = read_manifest(straight.checkpoints.step(straight.checkpoints.steps()[-1]))["scaling"]
     assert saved == straight.scaling.state() and saved["scale"] == straight.scaling.scale
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from arena.judging.shards import Shards
+from arena.judging.logits_cache import LogitsCache
 from arena.mirror.mirror import Mirror
 from arena.stopping import MORE_TO_DO, Stop, Stopped, ending_at_once, stopping
 from arena.training import trainer as trainer_module
@@ -38,7 +38,7 @@ class Asked(Stop):
 
 @pytest.fixture(autouse=True)
 def shards_of_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "Shards", partial(Shards, seconds=0.0))
+    monkeypatch.setattr(trainer_module, "LogitsCache", partial(LogitsCache, seconds=0.0))
 
 
 def run(folder: Path, base: Path, at: int | None) -> tuple[Any, Asked]:
@@ -59,12 +59,12 @@ def test_ended_anywhere_it_goes_on_to_the_same_bits(gemma2: Path, tmp_path: Path
         with pytest.raises(Stopped) as ended:
             run(folder, gemma2, at)
         assert ended.value.status == 128 + signal.SIGTERM
-        where.add("evaluation" if list((folder / "run/judging/evaluation").glob("*")) else "training")
+        where.add("evaluation" if list((folder / "run/logits/evaluation").glob("*")) else "training")
         resumed, _ = run(folder, gemma2, None)
         assert torch.equal(weights(resumed), weights(straight)), at
         assert log(resumed) == log(straight), at
-        assert resumed.judged.tobytes() == straight.judged.tobytes(), at
-        assert resumed.shelf.steps() == straight.shelf.steps()
+        assert resumed.held_out_probabilities.tobytes() == straight.held_out_probabilities.tobytes(), at
+        assert resumed.checkpoints.steps() == straight.checkpoints.steps()
     assert where == {"training", "evaluation"}
 
 
@@ -95,7 +95,7 @@ def test_a_deadline_ends_a_whole_fold_and_the_same_call_goes_on(gemma2: Path, tm
         assert metrics[key] == whole[key]
     same = [(tmp_path / runs / "demo/fold0/oof.csv").read_bytes() for runs in ("whole", "runs")]
     assert same[0] == same[1]
-    assert not (tmp_path / "runs/demo/fold0/judging").exists()
+    assert not (tmp_path / "runs/demo/fold0/logits").exists()
 
 
 def test_signals_are_noted_once_and_handlers_put_back() -> None:
@@ -137,15 +137,15 @@ def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
 def test_resume_from_the_best_a_path_or_never(gemma2: Path, tmp_path: Path) -> None:
     straight = make(tmp_path, gemma2, "train.keep_last=9")
     straight.run()
-    assert straight.shelf.steps() == [2, 3, 4, 5]
+    assert straight.checkpoints.steps() == [2, 3, 4, 5]
     end = weights(straight).clone()
-    again = make(tmp_path, gemma2, "train.keep_last=9", f"train.resume={straight.shelf.step(2)}")
+    again = make(tmp_path, gemma2, "train.keep_last=9", f"train.resume={straight.checkpoints.step(2)}")
     again.run()
     assert torch.equal(weights(again), end) and log(again) == log(straight)
-    assert len(list((tmp_path / "run/checkpoints").glob("aside-*/step-*"))) == 3
+    assert len(list((tmp_path / "run/checkpoints").glob("archive-*/step-*"))) == 3
     best = make(tmp_path, gemma2, "train.keep_last=9", "train.resume=best")
     best.resume()
-    assert best.done.step == again.shelf.best
+    assert best.done.step == again.checkpoints.best
     never = make(tmp_path, gemma2, "train.keep_last=9", "train.resume=never")
     never.resume()
     assert never.done.step == 0
@@ -169,7 +169,7 @@ def test_a_vanished_folder_and_a_full_disk_are_said(
     monkeypatch.setattr("arena.training.checkpoint.write_manifest", no_space)
     with pytest.raises(OSError, match="No space left"):
         full.run()
-    assert calls and full.shelf.steps() == [] and not list((tmp_path / "full/run/checkpoints").glob(".*"))
+    assert calls and full.checkpoints.steps() == [] and not list((tmp_path / "full/run/checkpoints").glob(".*"))
 
 
 def test_nan_while_judging_is_a_failure(gemma2: Path, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_nan_while_judging_is_a_failure(gemma2: Path, tmp_path: Path) -> None:
     score.register_forward_hook(poison)
     with pytest.raises(FloatingPointError, match="not finite, first"):
         trainer.run()
-    assert trainer.shelf.steps()[-1] == 3 and trainer.shelf.best is None
+    assert trainer.checkpoints.steps()[-1] == 3 and trainer.checkpoints.best is None
     assert not any("eval_log_loss" in json.loads(line) for line in trainer.log.path.read_text().splitlines())
 
 
@@ -217,7 +217,7 @@ def test_resumed_from_a_mirror_equals_resumed_from_disk(
 def test_from_a_checkpoint_elsewhere_that_was_not_judged(gemma2: Path, tmp_path: Path) -> None:
     straight = make(tmp_path / "straight", gemma2, "train.keep_last=9")
     straight.run()
-    elsewhere = make(tmp_path / "new", gemma2, "train.keep_last=9", f"train.resume={straight.shelf.step(3)}")
+    elsewhere = make(tmp_path / "new", gemma2, "train.keep_last=9", f"train.resume={straight.checkpoints.step(3)}")
     elsewhere.run()
     assert torch.equal(weights(elsewhere), weights(straight))
-    assert elsewhere.shelf.losses == straight.shelf.losses and elsewhere.shelf.steps() == [3, 4, 5]
+    assert elsewhere.checkpoints.losses == straight.checkpoints.losses and elsewhere.checkpoints.steps() == [3, 4, 5]

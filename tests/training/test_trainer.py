@@ -174,16 +174,16 @@ def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(trainer_module, "log_loss", lambda *_: next(losses))
     trainer = make(tmp_path, gemma2)
     done = trainer.run()
-    assert (trainer.shelf.best, trainer.shelf.losses, done.step) == (3, {3: 0.5, 5: 0.9}, 5)
+    assert (trainer.checkpoints.best, trainer.checkpoints.losses, done.step) == (3, {3: 0.5, 5: 0.9}, 5)
     kept = weights(trainer).clone()
-    load_weights(trainer.shelf.step(3), trainer.model)
+    load_weights(trainer.checkpoints.step(3), trainer.model)
     assert torch.equal(weights(trainer), kept)
-    judged = trainer.judged
-    assert judged is not None and np.array_equal(judged, trainer.shelf.judgement(3)[1])
-    data, rows = trainer.data, trainer.data.eval_rows[trainer.data.judgeable[trainer.data.eval_rows]]
+    judged = trainer.held_out_probabilities
+    assert judged is not None and np.array_equal(judged, trainer.checkpoints.load_evaluation(3)[1])
+    data, rows = trainer.data, trainer.data.eval_rows[trainer.data.has_responses[trainer.data.eval_rows]]
     again = predict(trainer.classifier, data.store, rows, budget=512, orders=[0], dtype=trainer.recipe.model.dtype)
     np.testing.assert_allclose(judged, again, atol=1e-5)  # those of the best step, not of the last
-    assert trainer.shelf.steps() == [3, 4, 5], "the best stays beside the last two"
+    assert trainer.checkpoints.steps() == [3, 4, 5], "the best stays beside the last two"
 
 
 @pytest.mark.parametrize("swap", ["random", "both"])
@@ -220,7 +220,7 @@ def test_no_step_is_taken_on_a_loss_that_is_not_finite(
         trainer.run()
     noted = json.loads((trainer.folder / "failure.json").read_text())
     assert noted["step"] == 1 and len(noted["ids"]) == 8 and ", ".join(noted["ids"]) in str(error.value)
-    assert trainer.shelf.steps() == [0] and damage(trainer.shelf.step(0)) is None
+    assert trainer.checkpoints.steps() == [0] and damage(trainer.checkpoints.step(0)) is None
     assert torch.equal(weights(trainer), before)
 
 
@@ -248,7 +248,7 @@ def test_training_learns_what_the_rows_say(gemma2: Path, tmp_path: Path) -> None
     shuffled = make(tmp_path / "b", gemma2, *options)
     np.random.default_rng(0).shuffle(shuffled.data.labels)
     shuffled.run()
-    (found,), (control,) = (list(run.shelf.losses.values()) for run in (learned, shuffled))
+    (found,), (control,) = (list(run.checkpoints.losses.values()) for run in (learned, shuffled))
     assert found < 0.6 < control
 
 

@@ -8,23 +8,29 @@ import pytest
 
 from arena.config import Recipe, load_recipe, save_recipe
 from arena.files import write_json, write_text
-from arena.training.folder import APART, claim, differences, identity, require_same_run
+from arena.training.run_directory import (
+    OUTSIDE_IDENTITY,
+    create_run_directory,
+    differences,
+    require_same_run,
+    run_identity,
+)
 
 
 def unfinished(folder: Path, recipe: Recipe, data: str = "rows", base: str = "base") -> Path:
     """A run with a checkpoint and without metrics."""
     write_text(folder / "recipe.yaml", save_recipe(recipe))
-    write_json(folder / "run.json", identity(recipe, data, base))
+    write_json(folder / "run.json", run_identity(recipe, data, base))
     (folder / "checkpoints/step-00000002").mkdir(parents=True)
     return folder
 
 
 def test_what_is_left_out_of_an_identity_are_settings() -> None:
     tree = load_recipe("demo").model_dump(mode="json")
-    assert all(name in tree[group] for group, names in APART.items() for name in names)
+    assert all(name in tree[group] for group, names in OUTSIDE_IDENTITY.items() for name in names)
     for key in ("train.checkpoint_every=7", "data.cache=elsewhere", "model.checkpointing=full"):
-        assert identity(load_recipe("demo", [key]), "", "") == identity(load_recipe("demo"), "", "")
-    assert identity(load_recipe("demo", ["train.lr=0.1"]), "", "") != identity(load_recipe("demo"), "", "")
+        assert run_identity(load_recipe("demo", [key]), "", "") == run_identity(load_recipe("demo"), "", "")
+    assert run_identity(load_recipe("demo", ["train.lr=0.1"]), "", "") != run_identity(load_recipe("demo"), "", "")
 
 
 @pytest.mark.parametrize(
@@ -44,19 +50,22 @@ def test_each_setting_that_differs_is_named(tmp_path: Path, changes: list[str], 
     data = "others" if any(each.startswith(("prompt", "data")) for each in told) else "rows"
     folder = unfinished(tmp_path / "fold0", load_recipe("demo"))
     with pytest.raises(ValueError, match=r"name=mine.*--fresh") as error:
-        claim(folder, identity(asked, data, "base"), asked, fresh=False)
+        create_run_directory(folder, run_identity(asked, data, "base"), asked, fresh=False)
     assert f"differs from this one: {'; '.join(told)}. Repeat its settings" in str(error.value)
 
 
 def test_other_rows_another_base_and_a_lost_recipe_are_told_apart(tmp_path: Path) -> None:
     recipe = load_recipe("demo")
     folder = unfinished(tmp_path / "fold0", recipe)
-    ours, other = identity(recipe, "rows", "base"), identity(load_recipe("demo", ["train.lr=1"]), "rows", "base")
+    ours, other = (
+        run_identity(recipe, "rows", "base"),
+        run_identity(load_recipe("demo", ["train.lr=1"]), "rows", "base"),
+    )
     assert differences(folder, {**ours, "data": "others"}, ours, recipe) == [
-        "its rows are not those of data.path=data/demo now"
+        "its rows are not those that data.path=data/demo now has"
     ]
     assert differences(folder, {**ours, "base": "x"}, ours, recipe) == [
-        "its base model is not model.base=demo_base as it is now"
+        "its base model is not the one that model.base=demo_base now holds"
     ]
     (folder / "recipe.yaml").write_text("train: {epochs: 1}\nmore: 3\n")  # of another version
     found = differences(folder, other, ours, recipe)

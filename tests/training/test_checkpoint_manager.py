@@ -14,7 +14,7 @@ from torch import nn
 
 from arena.manifest import NAME, damage, read_manifest, write_manifest
 from arena.training.checkpoint import load_checkpoint, random_states, save_checkpoint, set_random_states
-from arena.training.shelf import Shelf
+from arena.training.checkpoint_manager import CheckpointManager
 
 
 class Small(nn.Module):
@@ -23,7 +23,7 @@ class Small(nn.Module):
         self.weight = nn.Parameter(torch.arange(4.0))
 
 
-def save(shelf: Shelf, step: int, loss: float | None = None) -> Small:
+def save(manager: CheckpointManager, step: int, loss: float | None = None) -> Small:
     model = Small()
     with torch.no_grad():
         model.weight.add_(step)
@@ -31,9 +31,9 @@ def save(shelf: Shelf, step: int, loss: float | None = None) -> Small:
     model.weight.sum().backward()
     optimizer.step()
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    save_checkpoint(shelf.step(step), model, optimizer, schedule, {"done": {"step": step}})
+    save_checkpoint(manager.step(step), model, optimizer, schedule, {"done": {"step": step}})
     if loss is not None:
-        shelf.judge(step, {"log_loss": loss}, np.full((2, 3), 1 / 3))
+        manager.save_evaluation(step, {"log_loss": loss}, np.full((2, 3), 1 / 3))
     return model
 
 
@@ -45,10 +45,10 @@ def load(folder: Path) -> Small:
 
 
 def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    saved = save(shelf, 7)
-    assert torch.equal(load(shelf.step(7)).weight, saved.weight)
-    assert read_manifest(shelf.step(7))["done"] == {"step": 7}
+    manager = CheckpointManager(tmp_path)
+    saved = save(manager, 7)
+    assert torch.equal(load(manager.step(7)).weight, saved.weight)
+    assert read_manifest(manager.step(7))["done"] == {"step": 7}
 
 
 def test_random_states_of_all_libraries_come_back() -> None:
@@ -67,10 +67,10 @@ def test_random_states_of_all_libraries_come_back() -> None:
 
 def test_every_changed_byte_and_every_cut_is_seen(tmp_path: Path) -> None:
     """A thousand flips and truncations over all files: the checkpoint is refused, the one before is taken."""
-    shelf = Shelf(tmp_path)
-    save(shelf, 1)
-    save(shelf, 2)
-    files = sorted(path for path in shelf.step(2).iterdir())
+    manager = CheckpointManager(tmp_path)
+    save(manager, 1)
+    save(manager, 2)
+    files = sorted(path for path in manager.step(2).iterdir())
     assert len(files) == 4
     draws = random.Random(0)
     for turn in range(1000):
@@ -82,19 +82,19 @@ def test_every_changed_byte_and_every_cut_is_seen(tmp_path: Path) -> None:
             at = draws.randrange(len(whole))
             changed = whole[:at] + bytes([whole[at] ^ (1 << draws.randrange(8))]) + whole[at + 1 :]
         path.write_bytes(changed)
-        assert damage(shelf.step(2)) is not None, (path, turn)
+        assert damage(manager.step(2)) is not None, (path, turn)
         if turn % 50 == 0:
-            with pytest.raises(ValueError, match="not whole"):
-                load(shelf.step(2))
-            assert shelf.choose("auto") == shelf.step(1)
+            with pytest.raises(ValueError, match="cannot be loaded"):
+                load(manager.step(2))
+            assert manager.choose("auto") == manager.step(1)
         path.write_bytes(whole)
-    assert shelf.choose("auto") == shelf.step(2)
+    assert manager.choose("auto") == manager.step(2)
 
 
 def test_what_is_missing_or_does_not_belong_is_named(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    save(shelf, 1)
-    folder = shelf.step(1)
+    manager = CheckpointManager(tmp_path)
+    save(manager, 1)
+    folder = manager.step(1)
     (folder / "more").write_text("")
     assert damage(folder) == "more does not belong to it"
     (folder / "more").unlink()
@@ -117,43 +117,59 @@ def test_manifests_of_other_versions_and_other_texts(tmp_path: Path) -> None:
     assert "damaged" in str(damage(tmp_path))
 
 
+def test_a_checkpoint_of_an_earlier_format_is_refused_in_clear_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = CheckpointManager(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("arena.manifest.FORMAT", 3)
+        save(manager, 1)
+        assert manager.choose("auto") == manager.step(1)  # control: that version reads it
+    with pytest.raises(
+        ValueError, match=r"can be resumed \(.*another version of arena \(format 3, this one reads 4\).*--fresh"
+    ):
+        manager.choose("auto")
+    with pytest.raises(ValueError, match="another version of arena"):
+        load(manager.step(1))
+
+
 def test_the_best_is_never_removed_for_the_last(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, keep_last=2, keep_best=1)
+    manager = CheckpointManager(tmp_path, keep_last=2, keep_best=1)
     for step, loss in enumerate([0.9, 0.5, 0.7, 0.8, 0.6], 1):
-        save(shelf, step, loss)
-        shelf.tidy()
-    assert shelf.steps() == [2, 4, 5] and shelf.best == 2
-    again = Shelf(tmp_path)
+        save(manager, step, loss)
+        manager.prune()
+    assert manager.steps() == [2, 4, 5] and manager.best == 2
+    again = CheckpointManager(tmp_path)
     assert again.losses == {2: 0.5, 4: 0.8, 5: 0.6} and again.choose("best") == again.step(2)
-    more = Shelf(tmp_path, keep_last=1, keep_best=2)
-    more.tidy()
+    more = CheckpointManager(tmp_path, keep_last=1, keep_best=2)
+    more.prune()
     assert more.steps() == [2, 5]
 
 
-def test_nothing_whole_is_said_and_never_taken_for_a_beginning(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path)
-    assert shelf.choose("auto") is None
-    with pytest.raises(ValueError, match="no checkpoint that was judged"):
-        shelf.choose("best")
-    save(shelf, 1)
-    (shelf.step(1) / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole .*--fresh"):
-        shelf.choose("auto")
+def test_no_complete_checkpoint_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    assert manager.choose("auto") is None
+    with pytest.raises(ValueError, match="no checkpoint that was evaluated"):
+        manager.choose("best")
+    save(manager, 1)
+    (manager.step(1) / "weights.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be resumed .*--fresh"):
+        manager.choose("auto")
     with pytest.raises(ValueError, match="there is no such folder"):
-        shelf.choose(str(tmp_path / "nowhere"))
+        manager.choose(str(tmp_path / "nowhere"))
 
 
-def test_going_on_from_an_earlier_one_sets_the_later_ones_aside(tmp_path: Path) -> None:
-    shelf = Shelf(tmp_path, keep_last=9)
+def test_resuming_from_an_earlier_one_archives_the_later_ones(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep_last=9)
     for step in (1, 2, 3):
-        save(shelf, step, 1.0 / step)
-    assert shelf.best == 3
-    shelf.leave_after(1)
-    assert shelf.steps() == [1] and shelf.best == 1
-    (aside,) = tmp_path.glob("aside-*")
-    assert sorted(path.name for path in aside.iterdir()) == [
-        "judged-00000002", "judged-00000003", "step-00000002", "step-00000003",
+        save(manager, step, 1.0 / step)
+    assert manager.best == 3
+    manager.archive_after(1)
+    assert manager.steps() == [1] and manager.best == 1
+    (archive,) = tmp_path.glob("archive-*")
+    assert sorted(path.name for path in archive.iterdir()) == [
+        "evaluation-00000002", "evaluation-00000003", "step-00000002", "step-00000003",
     ]  # fmt: skip
-    shutil.rmtree(aside)
-    shelf.leave_after(1)
-    assert not list(tmp_path.glob("aside-*"))
+    shutil.rmtree(archive)
+    manager.archive_after(1)
+    assert not list(tmp_path.glob("archive-*"))

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are whole, which is best, which one to resume from, which may go."""
+"""The checkpoints of a run: which are complete, which is best, which one to resume from, which may be removed."""
 
 from __future__ import annotations
 
@@ -12,82 +12,82 @@ import numpy as np
 
 from arena.manifest import damage, read_manifest
 from arena.progress import console
-from arena.training.checkpoint import load_judged, save_judged
+from arena.training.checkpoint import read_evaluation, write_evaluation
 
-STEP, JUDGED = "step-", "judged-"
+STEP, EVALUATION = "step-", "evaluation-"
 
 
-class Shelf:
+class CheckpointManager:
     """The folder `checkpoints` of a run.
 
     Args:
-        keep_last, keep_best: the latest checkpoints, and those with the least log-loss, that `tidy` leaves. The limits
-            are apart: the best stays, however many follow it.
+        keep_last, keep_best: how many of the latest checkpoints, and of those with the least log-loss, `prune` keeps.
+            The limits are independent: the best is kept, however many follow it.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1) -> None:
         self.folder, self.keep_last, self.keep_best = folder, keep_last, keep_best
 
     def step(self, number: int) -> Path:
-        """Where the checkpoint of a step stands, or would."""
+        """The folder of a step's checkpoint, whether it exists or not."""
         return self.folder / f"{STEP}{number:08d}"
 
     def steps(self) -> list[int]:
-        """The checkpoints that are there, whole or not, the latest last."""
+        """The steps of all checkpoints, complete or not, in ascending order."""
         return sorted(number for path in self.folder.glob(f"{STEP}*") if (number := _number(path)) is not None)
 
     @cached_property
     def losses(self) -> dict[int, float]:
-        """The log-loss of each step that was judged and whose checkpoint is whole."""
-        found = {}
-        for path in self.folder.glob(f"{JUDGED}*"):
+        """The log-loss of each step that was evaluated and whose checkpoint is complete."""
+        losses = {}
+        for path in self.folder.glob(f"{EVALUATION}*"):
             number = _number(path)
             if number is not None and damage(path) is None and damage(self.step(number)) is None:
-                found[number] = float(read_manifest(path)["log_loss"])
-        return found
+                losses[number] = float(read_manifest(path)["log_loss"])
+        return losses
 
     @property
     def best(self) -> int | None:
-        """The step with the least log-loss; the earlier one of equals."""
+        """The step with the least log-loss; of equals, the earliest."""
         return min(self.losses, key=lambda step: (self.losses[step], step), default=None)
 
-    def judge(self, number: int, facts: dict[str, Any], probabilities: np.ndarray) -> None:
-        """Keeps what the weights of a step made of the held-out rows; `facts` with the `log_loss`."""
-        save_judged(self.judged(number), facts, probabilities)
+    def save_evaluation(self, number: int, facts: dict[str, Any], probabilities: np.ndarray) -> None:
+        """Saves a step's predictions for the held-out rows; `facts` must include the `log_loss`."""
+        write_evaluation(self.evaluation(number), facts, probabilities)
         self.losses[number] = facts["log_loss"]
 
-    def judged(self, number: int) -> Path:
-        """Where the judgement of a step stands, or would."""
-        return self.folder / f"{JUDGED}{number:08d}"
+    def evaluation(self, number: int) -> Path:
+        """The folder of a step's evaluation, whether it exists or not."""
+        return self.folder / f"{EVALUATION}{number:08d}"
 
-    def judgement(self, number: int) -> tuple[dict[str, Any], np.ndarray]:
-        """Facts and probabilities (n, 3) of a judged step."""
-        return read_manifest(self.judged(number)), load_judged(self.judged(number))
+    def load_evaluation(self, number: int) -> tuple[dict[str, Any], np.ndarray]:
+        """The facts and the (n, 3) probabilities of an evaluated step."""
+        return read_manifest(self.evaluation(number)), read_evaluation(self.evaluation(number))
 
-    def tidy(self) -> None:
+    def prune(self) -> None:
         """Removes the checkpoints that neither limit keeps."""
         steps = self.steps()
         best = sorted(self.losses, key=lambda step: (self.losses[step], step))[: self.keep_best]
         for number in set(steps[: -self.keep_last]) - set(best):
             shutil.rmtree(self.step(number))
-            shutil.rmtree(self.judged(number), ignore_errors=True)
+            shutil.rmtree(self.evaluation(number), ignore_errors=True)
             self.losses.pop(number, None)
 
     def choose(self, mode: str) -> Path | None:
-        """The checkpoint to resume from; damaged ones are named and passed over.
+        """The checkpoint to resume from; damaged ones are reported and passed over. None if there is no checkpoint.
 
         Args:
-            mode: `auto`, the latest; `best`; or the path of one.
+            mode: `auto`, the latest; `best`; or the path of a checkpoint.
 
         Raises:
-            ValueError: checkpoints are there, but none is whole; or the one asked for is not.
+            ValueError: there are checkpoints, but none is complete, or the requested one is not.
         """
         if mode not in ("auto", "best"):
             return _whole(Path(mode))
         if mode == "best":
             if self.best is None:
                 raise ValueError(
-                    f"{self.folder} holds no checkpoint that was judged: train.resume=auto takes the latest"
+                    f"{self.folder} has no checkpoint that was evaluated: train.resume=auto resumes from the latest"
                 )
             return _whole(self.step(self.best))
         steps, reasons = self.steps(), []
@@ -99,25 +99,25 @@ class Shelf:
             console.print(f"passed over {reasons[-1]}")
         if reasons:
             raise ValueError(
-                f"no checkpoint in {self.folder} is whole ({'; '.join(reasons)}): train anew with --fresh, or bring "
-                "one back and name it with train.resume=PATH"
+                f"no checkpoint in {self.folder} can be resumed ({'; '.join(reasons)}): start again with --fresh, or "
+                "restore one and name it with train.resume=PATH"
             )
         return None
 
-    def leave_after(self, number: int) -> None:
-        """Sets aside the checkpoints after a step, from which a run resumes another way; nothing is deleted."""
+    def archive_after(self, number: int) -> None:
+        """Moves the checkpoints after a step, from which a run resumes, to an archive folder; nothing is deleted."""
         later = [each for each in self.steps() if each > number]
         if not later:
             return
         stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")
-        aside = self.folder / f"aside-{stamp}"
-        aside.mkdir()
+        archive = self.folder / f"archive-{stamp}"
+        archive.mkdir()
         for each in later:
-            for path in (self.step(each), self.judged(each)):
+            for path in (self.step(each), self.evaluation(each)):
                 if path.is_dir():
-                    path.rename(aside / path.name)
+                    path.rename(archive / path.name)
             self.losses.pop(each, None)
-        console.print(f"{len(later)} later checkpoints are now in {aside}")
+        console.print(f"{len(later)} later checkpoints are now in {archive}")
 
 
 def _number(path: Path) -> int | None:

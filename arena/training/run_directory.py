@@ -1,0 +1,162 @@
+"""A run's folder: which run it holds, whether that run is finished, and how another run takes its place."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from arena.config import Recipe, save_recipe
+from arena.files import fingerprint, write_json, write_text
+from arena.plain_yaml import read_yaml_file
+from arena.progress import console, escape_unprintable
+from arena.training.checkpoint_manager import CheckpointManager
+
+RUN_FILES = ("log.jsonl", "recipe.yaml", "run.json")  # are mirrored with each checkpoint
+# settings that do not change a run's numbers and so do not belong to its identity
+OUTSIDE_IDENTITY = {
+    "train": ("track", "checkpoint_every", "keep_last", "keep_best", "resume", "max_seconds", "mirror"),
+    # the content of files counts, and has its own fingerprints
+    "data": ("cache", "path", "synthetic_rows", "max_row_characters", "max_turns"),
+    "model": ("base", "checkpointing"),
+}
+
+
+ALTERNATIVES = (
+    'To keep both, give this run another name: name=mine (with make, ARGS="name=mine"). To set the unfinished run '
+    'aside and start again: --fresh (with make, ARGS="--fresh")'
+)
+
+
+def run_identity(recipe: Recipe, data: str, base: str) -> dict[str, str]:
+    """What identifies a run: the fingerprints of recipe, data and base."""
+    return {"recipe": recipe_fingerprint(recipe), "data": data, "base": base}
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """Fingerprint of the settings that determine a run's numbers."""
+    return fingerprint(_identity_settings(recipe.model_dump(mode="json")))
+
+
+def differences(folder: Path, theirs: dict[str, str], ours: dict[str, str], recipe: Recipe) -> list[str]:
+    """How the run in a folder differs from this one, in words.
+
+    Args:
+        theirs, ours: fingerprints of recipe, data, and base or plan: a `run_identity`, or a checkpoint's fingerprints.
+        recipe: this run's recipe.
+    """
+    changed = {name for name in ours if theirs.get(name) != ours[name]}
+    found = changed_settings(folder / "recipe.yaml", recipe) if "recipe" in changed else []
+    keys = {each.partition(" ")[0] for each in found}
+    if "recipe" in changed and not found:
+        found.append("its settings (its recipe.yaml was changed or is missing, or another version of arena wrote it)")
+    explained = any(key.startswith(("prompt.", "data.")) for key in keys)  # they change the data's fingerprint too
+    if "data" in changed and not explained:
+        found.append(f"its rows are not those that data.path={recipe.data.path} now has")
+    if "base" in changed:
+        found.append(f"its base model is not the one that model.base={recipe.model.base} now holds")
+    if changed == {"plan"}:
+        found.append("it was packed for another number of processes, or by another version of arena")
+    return found
+
+
+def require_same_run(checkpoint: Path, theirs: dict[str, str], ours: dict[str, str], recipe: Recipe) -> None:
+    """Raises `ValueError` if a checkpoint belongs to another run; the arguments are those of `differences`."""
+    if theirs == ours:
+        return
+    differs = "; ".join(differences(checkpoint.parents[1], theirs, ours, recipe))
+    named = recipe.train.resume not in ("auto", "best", "never")
+    raise ValueError(
+        f"{checkpoint} cannot be resumed, because its run differs from this one: {differs}. Repeat its settings to "
+        f"resume it. {'To train without that checkpoint, leave train.resume out' if named else ALTERNATIVES}"
+    )
+
+
+def changed_settings(saved: Path, recipe: Recipe) -> list[str]:
+    """`key is X there, Y here` for each setting of a run's identity that differs from a saved recipe's."""
+    try:
+        there = _flat(_identity_settings(read_yaml_file(saved)))
+    except (ValueError, OSError):
+        return []
+    here = _flat(_identity_settings(recipe.model_dump(mode="json")))
+    keys = [*here, *(key for key in there if key not in here)]
+    shown = {key: [_shown(tree[key]) if key in tree else "not set" for tree in (there, here)] for key in keys}
+    return [f"{key} is {theirs} there, {ours} here" for key, (theirs, ours) in shown.items() if theirs != ours]
+
+
+def _identity_settings(tree: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings without those outside a run's identity, such as paths and how often to save."""
+    return {
+        group: {name: value for name, value in below.items() if name not in OUTSIDE_IDENTITY.get(group, ())}
+        if isinstance(below, dict)
+        else below
+        for group, below in tree.items()
+    }
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """A tree of settings as a dictionary by dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return found
+
+
+def _shown(value: Any, width: int = 60) -> str:
+    text = value if isinstance(value, str) and value.strip() else json.dumps(value, ensure_ascii=False)
+    return escape_unprintable(text if len(text) <= width else f"{text[:width]}...")
+
+
+def finished_metrics(folder: Path, run: dict[str, str]) -> dict[str, Any] | None:
+    """The metrics of `run` if the folder holds it and it is finished."""
+    metrics = folder / "metrics.json"
+    if _identity_of(folder) != run or not metrics.is_file():
+        return None
+    return dict(json.loads(metrics.read_text(encoding="utf-8")))
+
+
+def create_run_directory(folder: Path, run: dict[str, str], recipe: Recipe, *, fresh: bool) -> None:
+    """Creates the folder of a run. An interrupted run of the same identity is left there; any other is set aside.
+
+    Args:
+        fresh: set aside whatever run the folder holds.
+
+    Raises:
+        ValueError: the folder holds an unfinished run of another identity that has checkpoints.
+    """
+    existing = _identity_of(folder)
+    if existing == run and not fresh:
+        return
+    is_unfinished = not (folder / "metrics.json").is_file() and CheckpointManager(folder / "checkpoints").steps()
+    if existing is not None and is_unfinished and not fresh:
+        differs = "; ".join(differences(folder, existing, run, recipe))
+        raise ValueError(
+            f"{folder} holds an unfinished run that differs from this one: {differs}. Repeat its settings to finish "
+            f"it. {ALTERNATIVES}"
+        )
+    if folder.exists() and not _never_began(folder):
+        _archive(folder)
+    write_text(folder / "recipe.yaml", save_recipe(recipe))
+    write_json(folder / "run.json", run)
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether a folder holds only the files that a run writes before its first step."""
+    names = {path.name for path in folder.iterdir()}
+    empty = not (folder / "log.jsonl").is_file() or (folder / "log.jsonl").stat().st_size == 0
+    return names <= {"recipe.yaml", "run.json", "log.jsonl"} and empty
+
+
+def _identity_of(folder: Path) -> dict[str, str] | None:
+    card = folder / "run.json"
+    return dict(json.loads(card.read_text(encoding="utf-8"))) if card.is_file() else None
+
+
+def _archive(folder: Path) -> None:
+    """Moves a folder to `earlier/` beside it, so that nothing that was trained is deleted."""
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S-%f")
+    target = folder.parent / "earlier" / f"{folder.name}-{stamp}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    console.print(f"the earlier run in {folder} was moved to {target}")
