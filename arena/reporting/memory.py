@@ -21,7 +21,8 @@ CARDS = (
     Card("cuda", "80 GB: A100, H100", (9, 0), int(79.1 * GIB)),
     Card("cuda", "141 GB: H200", (9, 0), int(139.7 * GIB)),
 )
-HEADER = ("card", "dtype", "attention", "budget", "least GiB", "layers by policy", "recomputed")
+LAYERS = "layers by policy"
+HEADER = ("card", "dtype", "attention", "budget", "least GiB", LAYERS, "recomputed")
 
 
 def card_rows(recipe: Recipe, config: Any, cards: tuple[Card, ...] = CARDS) -> list[list[str]]:
@@ -53,7 +54,7 @@ def print_cards(recipe: Recipe, config: Any) -> None:
     """Prints the table of `card_rows`."""
     table = Table(title=f"{recipe.name}, training, estimated", title_justify="left")
     for name in HEADER:
-        table.add_column(name, min_width=WIDEST if name == SAVED else None)
+        table.add_column(name, min_width=max(map(len, POLICIES)) if name == LAYERS else None)
     for row in card_rows(recipe, config):
         table.add_row(*row)
     console.print(table)
