@@ -123,7 +123,7 @@ def test_rows_that_cannot_be_judged_get_the_prior(
     (rows / "sample_submission.csv").unlink()
     arena(monkeypatch, "train", "--data", "rows", *tiny(gemma2))
     arena(monkeypatch, "infer", "--data", "rows")
-    assert "3 rows have nothing to judge" in capsys.readouterr().out
+    assert "3 rows have no response to judge" in capsys.readouterr().out
     submission = pd.read_csv("submission.csv", dtype={"id": str}).set_index("id")
     assert len(submission) == 12 + len(odd)
     prior = json.loads(Path("runs/demo/fold0/model/judge.json").read_text())["prior"]

@@ -112,7 +112,7 @@ def test_links_may_be_named() -> None:
 
 def test_an_unfinished_fold_beside_finished_ones_is_left_out_aloud(capsys: pytest.CaptureFixture[str]) -> None:
     found("demo")
-    assert capsys.readouterr().out == "runs/demo/fold3 is not finished and is left out\n"
+    assert capsys.readouterr().out == "runs/demo/fold3 is not finished and is not used\n"
     found("mine")
     assert capsys.readouterr().out == ""
 
@@ -132,11 +132,11 @@ def test_an_unfinished_fold_beside_finished_ones_is_left_out_aloud(capsys: pytes
         ("runs/demo/fold2/recipe.yaml", ["name=demo"], None, r"name=demo names another one"),
         ("elsewhere/judge", ["name=mine"], None, r"name=mine names another one"),
         ("mine", ["name=demo"], None, r"name=demo names another one"),
-        ("runs/demo/fold2", [], 0, r"fold2 is one judge, and --fold 0 asks for another"),
-        ("runs/demo/fold2/model", [], 0, r"is one judge, and --fold 0 asks for another"),
-        ("elsewhere/judge", [], 0, r"is one judge, and --fold 0 asks for another"),
-        ("elsewhere", [], None, r"elsewhere holds no judge: name a run, a fold"),
-        ("runs/demo/earlier", [], None, r"earlier holds no judge"),
+        ("runs/demo/fold2", [], 0, r"fold2 is one judge, but --fold 0 asks for another"),
+        ("runs/demo/fold2/model", [], 0, r"is one judge, but --fold 0 asks for another"),
+        ("elsewhere/judge", [], 0, r"is one judge, but --fold 0 asks for another"),
+        ("elsewhere", [], None, r"elsewhere is not a judge: name a run, a fold"),
+        ("runs/demo/earlier", [], None, r"earlier is not a judge"),
         ("mien", [], None, r"no run, recipe or folder 'mien': name a run in runs \(demo, mine, open\), a recipe"),
         ("bench", [], None, r"no run, recipe or folder 'bench'"),
         ("../mine", [], None, r"no run, recipe or folder"),
@@ -193,5 +193,5 @@ def test_a_run_is_trained_on_with_its_own_recipe() -> None:
     for name in ("demo", "gemma-2-9b", "recipe-of-mine.yaml", "nope", "bench", "runs/mine/fold1/recipe.yaml"):
         expected = "runs/mine/fold1/recipe.yaml" if name.startswith("runs") else name
         assert recipe_of(name, RUNS) == expected
-    with pytest.raises(ValueError, match=r"moved/run holds a run that is called mine: call its folder mine, or give"):
+    with pytest.raises(ValueError, match=r"moved/run has a run called mine: rename its folder to mine, or give"):
         recipe_of("moved/run", RUNS)
