@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from arena.files import local_path, remove_scratch
 from arena.model.trial import rule_out
 from arena.progress import console
 from arena.stopping import MORE_TO_DO, ending_at_once
-from benchmarks import plan, techniques
+from benchmarks import STARTED, plan, techniques
 from benchmarks.archive import pack, unpack
 from benchmarks.cells import Settings
 from benchmarks.clock import Clock, OutOfTime
@@ -72,7 +71,7 @@ class Gpu:
         """All parts in order, as far as the time goes; exits with status 3 where some are left, 1 where some failed."""
         recipe = load_recipe(self.recipe, self.overrides)
         local_path(self.out, "--out")
-        clock = Clock(self.minutes, since=float(os.environ.get("ARENA_STARTED", time.time())))
+        clock = Clock(self.minutes, since=float(os.environ.get("ARENA_STARTED", STARTED)))
         place = local_path(self.state, "--state") / recipe.name
         archive = place.with_name(f"{place.name}.zip") if self.archive is None else self.archive
         local_path(archive, "--archive", [".zip"])

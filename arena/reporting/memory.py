@@ -54,7 +54,7 @@ def print_cards(recipe: Recipe, config: Any) -> None:
     """Prints the table of `card_rows`."""
     table = Table(title=f"{recipe.name}, training, estimated", title_justify="left")
     for name in HEADER:
-        table.add_column(name, min_width=max(map(len, POLICIES)) if name == LAYERS else None)
+        table.add_column(name, min_width=1 + max(map(len, POLICIES)) if name == LAYERS else None)
     for row in card_rows(recipe, config):
         table.add_row(*row)
     console.print(table)

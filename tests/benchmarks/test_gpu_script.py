@@ -8,14 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import machine, real_report, real_run, techniques
+from benchmarks import gpu, machine, real_report, real_run, techniques
 from benchmarks.__main__ import main
 from benchmarks.cells import Cell
 from benchmarks.clock import OutOfTime
@@ -23,6 +24,14 @@ from benchmarks.gpu import MORE_TO_DO, Gpu
 from benchmarks.gpu_tests import ROOT
 from benchmarks.matrix import Table
 from tests.benchmarks.test_real import overrides, tiny_base
+
+
+@pytest.fixture(autouse=True)
+def no_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The clock of a call would end the process of the tests half a minute later."""
+    monkeypatch.setenv("ARENA_STARTED", str(time.time()))
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture
@@ -50,12 +59,11 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
             "recipe": "demo", "state": tmp_path / "state", "out": tmp_path / "docs", "tests": str(test), "repeats": 1,
             "minutes": None, **changes,
         }  # fmt: skip
+        monkeypatch.setenv("ARENA_STARTED", str(time.time()))
         try:
             Gpu(tuple(overrides(base)), **given).run()
         except SystemExit as stop:
             return int(str(stop.code))
-        finally:
-            faulthandler.cancel_dump_traceback_later()  # which would end the process of the tests
         return 0
 
     return run
@@ -205,6 +213,20 @@ def test_the_allocator_is_set_up_before_anything_is_measured(
         script()
 
 
+@pytest.mark.parametrize("begun", [None, 3.0])
+def test_minutes_count_from_before_the_imports(monkeypatch: pytest.MonkeyPatch, begun: float | None) -> None:
+    monkeypatch.setattr(gpu, "STARTED", 5.0)
+    monkeypatch.setattr(os, "environ", {} if begun is None else {"ARENA_STARTED": str(begun)})
+
+    def clock(minutes: float | None, since: float) -> Any:
+        assert since == (begun or 5.0)
+        raise InterruptedError
+
+    monkeypatch.setattr(gpu, "Clock", clock)
+    with pytest.raises(InterruptedError):
+        Gpu().run()
+
+
 @pytest.mark.parametrize(
     ("does", "why"),
     [
@@ -234,7 +256,6 @@ def test_flash_attn_is_tried_in_another_process(
 
 def test_the_plan_is_shown_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     Gpu(plan=True).run()
-    faulthandler.cancel_dump_traceback_later()
     lines = capsys.readouterr().out.splitlines()
     (end,) = (at for at, line in enumerate(lines) if line == "call 2")
     first = " ".join(lines[:end])
