@@ -1,8 +1,8 @@
 """Everything that wants a GPU, in one go: `python -m benchmarks gpu`.
 
-It measures the matrix at real size, runs the tests marked `gpu` and the techniques, and writes the pages. What is worth
-most comes first. It stops in time and goes on when it is called again, so that half an hour in parts of ten minutes is
-enough. Whatever a part found stands in the pages at once, and in one archive that is enough to go on elsewhere.
+It measures the matrix at real size, runs the tests marked `gpu` and the techniques, and writes the pages. The most
+valuable figures come first. A call ends in time, and the next one resumes. Each result is written to the pages at once,
+and to one archive, from which another machine can resume.
 """
 
 from __future__ import annotations
@@ -44,14 +44,16 @@ class Gpu:
 
     overrides: Positional[Annotated[tuple[str, ...], arg(metavar="[KEY=VALUE ...]", help="Settings to change.")]] = ()
     recipe: Annotated[str, arg(help="Whose model is measured.")] = "gemma-2-9b"
-    minutes: Annotated[float | None, arg(help="Stop in time, with status 3; called again, it goes on.")] = 9.0
+    minutes: Annotated[float | None, arg(help="Stop after about this long, with status 3; run again, it resumes.")] = (
+        9.0
+    )
     state: Annotated[Path, arg(help="Where each part's result is kept, a folder for each recipe and device.")] = Path(
         "runs/bench"
     )
     archive: Annotated[
         Path | None,
         arg(
-            help="All results in one file, with which another machine goes on.", help_behavior_hint="(STATE/RECIPE.zip)"
+            help="All results in one file, from which another machine resumes.", help_behavior_hint="(STATE/RECIPE.zip)"
         ),
     ] = None
     out: Annotated[Path, arg(help="The folder for bench-<device>-<size> .json, .md and .png.")] = Path("docs")
@@ -103,7 +105,7 @@ class Gpu:
         except (OutOfTime, BrokenDevice) as end:
             left = [job.name for job in jobs if parts.get(job.name) is None]
             if isinstance(end, BrokenDevice):
-                console.print(f"the device does nothing more in this process: {end}")
+                console.print(f"the device is broken in this process, run the command again: {end}")
         console.print(f"written: {', '.join(map(str, write(picture=True)))}")
         if not left:
             self._end(jobs, parts)
@@ -139,10 +141,11 @@ class Gpu:
         if not self.tests:
             return []
         files = gpu_tests(self.tests)
-        expected = plan.TESTS if bench.kind == "cuda" else 0.0
+        known = float(bench.kind == "cuda")
         return [
-            Job(f"tests,{group}", f"tests,{group}", expected, bench.alone(partial(run_group, group, files, folder)))
-            for group in ("flash", "others", "flex")
+            Job(name, name, known * seconds, bench.alone(partial(run_group, group, files, folder)), resumes=True)
+            for group, seconds in plan.TESTS.items()
+            for name in [f"tests,{group}"]
         ]
 
     def _losses(self, bench: RealBench, folder: Path) -> list[Job]:
@@ -189,9 +192,14 @@ class Gpu:
 
     def _end(self, jobs: list[Job], parts: Parts) -> None:
         """Names what failed, with status 1."""
-        wrong = [job.name for job in jobs if (parts.get(job.name) or {}).get("status") == "failed"]
-        if wrong:
-            console.print(f"failed: {', '.join(wrong)}; --again failed measures them again")
+        wrong = {
+            status: [job.name for job in jobs if (parts.get(job.name) or {}).get("status") == status]
+            for status in ("failed", "too slow")
+        }
+        for status, names in wrong.items():
+            if names:
+                console.print(f"{status}: {', '.join(names)}; --again '{status}' measures them again")
+        if any(wrong.values()):
             sys.exit(1)
         console.print("everything that was asked for is measured")
 
@@ -199,10 +207,11 @@ class Gpu:
 def _tested(parts: Parts, group: str) -> Result | None:
     """What is known of a group of tests, also where it has not come to its end."""
     log = parts.folder / f"tests,{group}.jsonl"
-    if (found := parts.get(f"tests,{group}")) is not None or not log.is_file():
+    found = parts.get(f"tests,{group}")
+    if (found is not None and "closing" in found) or (found is None and not log.is_file()):
         return found
     so_far = summary(read_outcomes(log))
-    return {**so_far, "closing": f"{so_far['closing']} so far"}
+    return {**so_far, **(found or {}), "closing": f"{so_far['closing']} so far"}
 
 
 def show_plan(jobs: list[Job], minutes: float | None) -> None:

@@ -86,6 +86,6 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def pytest_runtest_teardown(item: Any) -> None:
-    """Ends this process after an error of the device, after which all other tests would fail; another one goes on."""
+    """Ends this process after an error of the device, which would fail all other tests; the rest run in another one."""
     if _broken:
         item.session.shouldstop = "the device is broken in this process"

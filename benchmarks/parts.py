@@ -1,4 +1,4 @@
-"""Long work in parts: each part's result is a JSON file, kept as it comes, so that a stopped run goes on where it was.
+"""Long work in parts: each part's result is a JSON file, kept as it comes, so that a stopped run resumes.
 
 A part that was begun three times and never ended (a machine that hangs or is taken away in the middle) is given up, so
 that it cannot keep the others from being done.
@@ -36,6 +36,7 @@ class Job:
         expected: seconds that it runs, as far as is known before any of its kind was done.
         work: gives its result.
         overhead: seconds that it is expected to take beside that, such as for another model than the part before has.
+        resumes: begun again, it resumes where it was stopped, so that it is never too slow.
     """
 
     name: str
@@ -43,12 +44,13 @@ class Job:
     expected: float
     work: Callable[[], Result]
     overhead: float = 0.0
+    resumes: bool = False
 
     @property
     def patience(self) -> float | None:
         """Seconds after which it is ended as too slow; None where nothing is known of it beforehand."""
         whole = self.expected + self.overhead
-        return max(LEAST_PATIENCE, PATIENCE * whole) if whole else None
+        return max(LEAST_PATIENCE, PATIENCE * whole) if whole and not self.resumes else None
 
 
 class Parts:

@@ -123,7 +123,7 @@ class RealBench:
         except (CannotRun, NotImplementedError) as error:
             return {**facts, **failed(str(error).splitlines()[0], "cannot run")}
         except OutOfTime:
-            self.holder.drop()  # of a step that was cut off nobody knows in what state it left the model
+            self.holder.drop()  # the state in which an interrupted step left it is unknown
             raise
         except Exception as error:  # an hour of other cells must not be lost for one
             result = _told(error)

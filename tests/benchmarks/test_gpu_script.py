@@ -154,6 +154,20 @@ def test_a_failed_test_is_told_at_the_end(script: Callable[..., int], tmp_path: 
     assert script(tests=str(test), again="failed") == 0
 
 
+@pytest.mark.parametrize(("status", "ends_with"), [("failed", 1), ("too slow", 1), ("cannot run", 0)])
+def test_tests_that_were_given_up_are_on_the_page_with_what_they_found(
+    script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str, ends_with: int
+) -> None:
+    assert script(steps=0) == 0
+    (part,) = tmp_path.glob("state/tiny/*/part,tests,flash.json")
+    part.write_text(json.dumps({"status": status, "reason": "begun 3 times and never ended"}))
+    assert script(steps=0) == ends_with
+    assert "| flash | 1 passed so far | begun 3 times and never ended |" in the("docs/*-tiny.md", tmp_path).read_text()
+    assert (f"{status}: tests,flash; --again '{status}'" in capsys.readouterr().out) == bool(ends_with)
+    assert script(steps=0, again=status) == 0
+    assert "| flash | 1 passed |" in the("docs/*-tiny.md", tmp_path).read_text()
+
+
 def test_another_device_has_a_table_of_its_own(
     script: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

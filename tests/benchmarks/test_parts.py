@@ -129,6 +129,7 @@ def test_a_part_that_takes_far_too_long_is_ended_and_the_next_one_done(
     found = parts.get("hangs")
     assert found is not None and found["status"] == "too slow" and "ended after 0 s" in found["reason"]
     assert [parts.get(job.name)["status"] for job in jobs[1:]] == ["done", "done"]  # type: ignore[index]
+    assert Job("resumes", "x", 100.0, hang, resumes=True).patience is None  # what it has done is not lost
     assert parts.seconds("next") == 0.5 and Job("a", "x", 100.0, hang, overhead=50.0).patience == 600.0
     with pytest.raises(OutOfTime):  # that is the end of the call
         run_jobs([Job("other", "x", 100.0, hang)], parts, Clock((0.1 - parts_module.GRACE) / 60))

@@ -145,7 +145,7 @@ def test_nothing_is_tried_within_a_backward() -> None:
     assert found == [None] and attend.calls == 0
     assert why_it_fails("flash", attend, TRAINING) == "no kernel image"
     checkpoint(layer, torch.ones(2, requires_grad=True), use_reentrant=True).sum().backward()
-    assert found[1:] == ["no kernel image"], "what is known is said there too: the same backend is taken again"
+    assert found[1:] == ["no kernel image"], "what an earlier trial found holds in a backward too"
 
 
 @pytest.mark.parametrize(
