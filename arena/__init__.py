@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arena.config import load_recipe
-    from arena.judging.judge import Judge
+    from arena.inference.judge import Judge
     from arena.packing.batch import PackedBatch, VarlenCollator
     from arena.training.batches import open_fold
 
@@ -35,7 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PLACES = {
-    "Judge": "arena.judging.judge",
+    "Judge": "arena.inference.judge",
     "PackedBatch": "arena.packing.batch",
     "VarlenCollator": "arena.packing.batch",
     "load_recipe": "arena.config",

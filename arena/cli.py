@@ -16,10 +16,10 @@ from tyro.conf import Positional, arg
 from arena import __version__
 from arena.arguments import settings_first
 from arena.config import Recipe, load_recipe, recipe_names, run_place
-from arena.files import local_path, require_utf8
 from arena.overrides import judge_settings, refuse_both
 from arena.progress import console, escape_unprintable, guard_output, optional, quiet
 from arena.stopping import Stopped, ending_at_once
+from arena.storage.files import local_path, require_utf8
 
 Name = Annotated[
     str,
@@ -100,8 +100,8 @@ class Infer:
 
     def run(self) -> None:
         from arena.distributed import fix_threads
-        from arena.judging.find import find_models
-        from arena.judging.infer import infer
+        from arena.inference.find import find_models
+        from arena.inference.infer import infer
 
         fix_threads()
         local_path(self.out, "--out", [".csv"])
@@ -147,8 +147,8 @@ class Export:
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="The dtype of the weights.")] = "bfloat16"
 
     def run(self) -> None:
-        from arena.judging.export import export_judge
-        from arena.judging.find import find_model
+        from arena.inference.export import export_judge
+        from arena.inference.find import find_model
 
         if local_path(self.out, "--out").exists():
             raise ValueError(f"{self.out} already exists: name a new folder")
@@ -263,7 +263,7 @@ def main(commands: Commands = COMMANDS, prog: str = "arena", about: str = ABOUT)
 
 def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...]) -> Recipe:
     """The recipe of a name or a run, with the rows of `data`, which demo rows never replace."""
-    from arena.judging.find import recipe_of
+    from arena.inference.find import recipe_of
 
     recipe = load_recipe(recipe_of(name, runs), overrides)
     if data is None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from zipfile import ZIP_DEFLATED, BadZipFile, ZipFile
 
-from arena.files import atomic_write
+from arena.storage.files import atomic_write
 
 STATE, PAGES = "state", "pages"
 ENDINGS = (".json", ".jsonl", ".txt")  # of results; what else lies there is made again

@@ -21,8 +21,8 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 from tyro.conf import UseAppendAction, arg
 
-from arena.files import atomic_write, local_path
 from arena.progress import console
+from arena.storage.files import atomic_write, local_path
 from benchmarks.needed import PLATFORMS, Target, Versions, closure, provides, read_list
 from benchmarks.start import dependencies
 

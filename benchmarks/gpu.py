@@ -19,10 +19,10 @@ from tyro.conf import Positional, arg
 
 from arena.config import Recipe, load_recipe
 from arena.distributed import device_name, fix_threads, let_segments_grow
-from arena.files import local_path, remove_scratch
-from arena.model.trial import rule_out
+from arena.model.attention.trial import rule_out
 from arena.progress import console
 from arena.stopping import MORE_TO_DO, ending_at_once
+from arena.storage.files import local_path, remove_scratch
 from benchmarks import STARTED, plan, techniques
 from benchmarks.archive import pack, unpack
 from benchmarks.cells import Settings

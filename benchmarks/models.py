@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 
 from arena.config import ModelSettings, Recipe
 from arena.metrics import LABELS
+from arena.model.attention.backends import choose_backend
 from arena.model.backbone import HEAD, attention_choice, backbone, load_base, underlying
-from arena.model.backends import choose_backend
 from arena.model.base_files import base_path
 from arena.model.card import card_of
-from arena.model.checkpointing import policies_of, set_policies
 from arena.model.classifier import PackedClassifier
 from arena.model.create import ARCHITECTURES, create_base
+from arena.model.memory.policies import policies_of, set_policies
 from arena.model.safety import SAFE, SAFE_WEIGHTS
 from arena.model.tuning import adapt
 from arena.packing.loader import PackedLoader

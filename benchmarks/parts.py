@@ -14,8 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from arena.files import write_json
 from arena.progress import console
+from arena.storage.files import write_json
 from benchmarks.clock import GRACE, Clock, OutOfTime, ended_after
 
 TRIES = 3

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from arena.files import write_json, write_text
+from arena.storage.files import write_json, write_text
 from benchmarks.machine import made_by, slug
 from benchmarks.matrix import SMALLER_ONE, Table, main_cells, rows_of
 from benchmarks.parts import Result

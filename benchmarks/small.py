@@ -21,8 +21,8 @@ from tyro.conf import Suppress, arg
 
 from arena.config import load_recipe
 from arena.distributed import device_name, fix_threads
-from arena.files import local_path
 from arena.progress import console, progress
+from arena.storage.files import local_path
 from benchmarks.agreement import check_agreement
 from benchmarks.cells import Cell, Settings
 from benchmarks.machine import provenance

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from arena.files import write_json, write_text
+from arena.storage.files import write_json, write_text
 from benchmarks.machine import made_by
 from benchmarks.tables import Bars, draw, gib, table
 from benchmarks.variants import TASKS

@@ -9,8 +9,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from arena.files import atomic_write
 from arena.reporting.figure import new_figure
+from arena.storage.files import atomic_write
 
 Rows = list[list[str]]
 

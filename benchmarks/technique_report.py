@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from arena.config import Recipe, load_recipe
-from arena.files import local_path, write_json, write_text
 from arena.progress import console
+from arena.storage.files import local_path, write_json, write_text
 from benchmarks.machine import made_by, provenance
 from benchmarks.parts import Result
 from benchmarks.tables import gib, table

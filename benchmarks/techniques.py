@@ -20,9 +20,9 @@ import torch
 from arena.config import Recipe, change
 from arena.data.prepare import prepare_fold
 from arena.data.synthetic import ensure_demo
-from arena.files import fingerprint, write_json
 from arena.model.backbone import load_tokenizer
 from arena.packing.tree import prefixes_for
+from arena.storage.files import fingerprint, write_json
 from arena.training.order import plan_fold
 from arena.training.run import run_fold
 from benchmarks.parts import Parts, Result, failed

@@ -86,7 +86,7 @@ import signal, sys
 sys.modules["fcntl"] = sys.modules["resource"] = None
 del signal.SIGHUP
 import arena.cli, arena.distributed
-from arena.lock import locked
+from arena.storage.lock import locked
 from arena.stopping import ending_at_once, stopping
 from pathlib import Path
 with ending_at_once(), stopping() as stop, locked(Path(sys.argv[1])):

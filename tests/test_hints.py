@@ -19,7 +19,7 @@ import tyro
 from arena.cli import COMMANDS
 from arena.config import RECIPES, Recipe, load_recipe
 from arena.hints import command
-from arena.judging.find import find_models
+from arena.inference.find import find_models
 from arena.overrides import _group
 from benchmarks.__main__ import COMMANDS as MEASURING
 

@@ -20,8 +20,8 @@ import torch
 from arena import cli
 from arena.config import load_recipe
 from arena.data.synthetic import ensure_demo
-from arena.judging.export import export_judge
-from arena.judging.judge import save_judge
+from arena.inference.export import export_judge
+from arena.inference.judge import save_judge
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from arena.packing.batch import collate

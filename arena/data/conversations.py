@@ -20,8 +20,8 @@ from arena.data.cached import reading_cached
 from arena.data.cells import FieldError, Labels, excerpt, read_id, read_label, read_turns
 from arena.data.limits import Limits, characters
 from arena.data.rows import READERS, ROWS_AT_ONCE, TEXTS, Cells, Row, read_rows
-from arena.files import atomic_write, file_digest, fingerprint
 from arena.progress import progress
+from arena.storage.files import atomic_write, file_digest, fingerprint
 
 FORMAT = 2  # part of the cached file's name: increase it when the same files would be read differently
 FEATURES = Features(

@@ -16,7 +16,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from arena.data.cached import reading_cached
 from arena.data.cells import excerpt
-from arena.files import atomic_write, fingerprint
+from arena.storage.files import atomic_write, fingerprint
 
 FORMAT = 1  # part of the cached file's name: increase it when keys or folds would be different
 ROWS_AT_ONCE = 1_000

@@ -16,7 +16,7 @@ from arena.data.folds import leaking, load_or_assign_folds
 from arena.data.limits import Limits
 from arena.data.rows import READERS
 from arena.data.tokens import TokenStore, join, tokenise
-from arena.files import fingerprint
+from arena.storage.files import fingerprint
 
 # placeholders that other programs use in templates; other braces are ordinary text
 PLACEHOLDER = re.compile(

@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 from arena.config import Recipe
 from arena.data import synthetic_text as text
-from arena.files import atomic_write
 from arena.metrics import CLASSES
+from arena.storage.files import atomic_write
 
 TONE, LENGTH, REFUSAL, TIE = 2.0, 2.0, 2.0, 1.0
 

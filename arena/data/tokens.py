@@ -17,8 +17,8 @@ from arena.config import PromptSettings
 from arena.data.cached import reading_cached
 from arena.data.control_tokens import control_ids
 from arena.data.prompt import Encoded, PromptEncoder
-from arena.files import atomic_write, fingerprint
 from arena.progress import progress
+from arena.storage.files import atomic_write, fingerprint
 
 FORMAT = 2  # increase it when the layout of the file or of the prompt changes
 ROWS_AT_ONCE = 512  # rows tokenised at once, and in one Arrow record batch

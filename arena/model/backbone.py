@@ -22,8 +22,8 @@ from transformers import (
 
 from arena.config import ModelSettings
 from arena.metrics import LABELS
-from arena.model.attention import NAME
-from arena.model.backends import Choice, choose_backend
+from arena.model.attention.backends import Choice, choose_backend
+from arena.model.attention.varlen import NAME
 from arena.model.base_files import base_folder, base_load_errors, base_path
 from arena.model.card import card_of
 from arena.model.last_layer import is_safe, only_last_tokens

@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import constants, snapshot_download
 
 from arena.config import RECIPES
-from arena.files import file_digest, fingerprint
 from arena.hints import command
 from arena.model.safety import INDEX, WEIGHTS, check_base, weight_files
+from arena.storage.files import file_digest, fingerprint
 
 CONFIG = "config.json"
 DEMO_BASE = "demo_base"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, Gemma2Config, PretrainedConfig, PreTrainedModel
 
 from arena.config import ModelSettings
-from arena.files import fingerprint
 from arena.model.backbone import HEAD, as_judge, base_config, loader_options, take_over
 from arena.model.base_files import base_path
+from arena.storage.files import fingerprint
 
 PIECE = 2**22  # normals drawn at once in float32, before they are rounded to the weights' dtype
 

@@ -31,14 +31,14 @@ from transformers import (
 )
 
 from arena.config import LoraSettings, ModelSettings
-from arena.files import fingerprint, write_json
-from arena.model.attention import NAME
+from arena.model.attention.varlen import NAME
 from arena.model.backbone import HEAD, as_judge, take_over
 from arena.model.classifier import PackedClassifier
 from arena.model.miniature import BEYOND, FIRST_TOKEN, LONGEST, ORIGINAL, WINDOW, miniature, without_weights
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
+from arena.storage.files import fingerprint, write_json
 
 FIXED_ROPE = {"default", "linear", "yarn", "llama3"}  # rotary embeddings that do not depend on the length of a row
 TOLERANCE = 1e-5  # relative to the largest logit, in float32

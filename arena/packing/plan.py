@@ -14,10 +14,10 @@ from functools import partial
 
 import numpy as np
 
-from arena.files import fingerprint
 from arena.packing.bins import best_fit, longest_first
 from arena.packing.sharers import Items, sharing_items, single_items
 from arena.packing.tree import Prefixes, Tree, grow_tree
+from arena.storage.files import fingerprint
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import numpy as np
 
 from arena.config import PackingSettings
 from arena.data.tokens import TokenStore
-from arena.files import atomic_write
 from arena.progress import progress
+from arena.storage.files import atomic_write
 
 # The least number of additional shared tokens that is worth a segment: every segment adds a partly filled block of
 # queries in the attention kernels, which work in blocks of 64 or 128.

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from arena.files import atomic_write
-from arena.manifest import damage, read_manifest, write_manifest
+from arena.storage.files import atomic_write
+from arena.storage.manifest import damage, read_manifest, write_manifest
 from arena.training.optim import trainable
 
 TENSOR = "@tensor"  # the key in JSON that refers to a tensor in the safetensors file beside it

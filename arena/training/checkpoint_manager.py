@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from arena.manifest import damage, read_manifest
 from arena.progress import console
+from arena.storage.manifest import damage, read_manifest
 from arena.training.checkpoint import read_evaluation, write_evaluation
 
 STEP, EVALUATION = "step-", "evaluation-"

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from arena.files import write_text
+from arena.storage.files import write_text
 
 EVALUATION = "eval_log_loss"  # the key that distinguishes an evaluation's line from a step's
 LINE = ("step", EVALUATION, "eval_rows", "best")  # the keys of an evaluation's line, in this order

@@ -2,7 +2,7 @@
 
 On a GPU the memory is measured: the peak with full recomputation, and what one more layer of each policy adds to it.
 The chosen policies are then run; if their peak exceeds the card's memory, more is recomputed. On a CPU, whose memory
-other processes share, the estimate of `model/memory.py` is used. Policies do not change any number, so a run can resume
+other processes share, the estimate of `model/memory/estimate.py` is used. Policies do not change any number, so a run can resume
 on another card with other policies.
 """
 
@@ -20,9 +20,19 @@ from torch import nn
 from arena.config import Recipe
 from arena.distributed import compute_in, is_out_of_memory
 from arena.model.backbone import backbone
-from arena.model.checkpointing import set_policies
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.memory import GIB, POLICIES, USABLE_SHARE, WIDTH, Shape, describe, mix_policies, need, shape_of
+from arena.model.memory.estimate import (
+    GIB,
+    POLICIES,
+    USABLE_SHARE,
+    WIDTH,
+    Shape,
+    describe,
+    mix_policies,
+    need,
+    shape_of,
+)
+from arena.model.memory.policies import set_policies
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.training.optim import trainable

@@ -15,25 +15,25 @@ from accelerate import Accelerator
 from arena.config import Recipe, run_place
 from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.distributed import device_name, peak_memory, start
-from arena.files import atomic_write, fingerprint, remove_scratch, write_json
-from arena.judging.baseline import baseline_probabilities
-from arena.judging.inference import predict_or_prior
-from arena.judging.judge import save_judge
-from arena.lock import locked
+from arena.inference.baseline import baseline_probabilities
+from arena.inference.evaluate import predict_or_prior
+from arena.inference.judge import save_judge
 from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
-from arena.mirror.mirror import Mirror
-from arena.model.attention import used_backends
+from arena.model.attention.varlen import used_backends
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.card import card_of
 from arena.model.exactness import check_exact
 from arena.model.input_limits import check_ids, check_length
-from arena.model.memory import fit
+from arena.model.memory.estimate import fit
 from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
 from arena.progress import console, optional
 from arena.stopping import stopping
+from arena.storage.files import atomic_write, fingerprint, remove_scratch, write_json
+from arena.storage.lock import locked
+from arena.storage.mirror import Mirror
 from arena.training.optim import trainable
 from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
 from arena.training.tracking import start_tracking, tracking

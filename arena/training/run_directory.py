@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from arena.config import Recipe, save_recipe
-from arena.files import fingerprint, write_json, write_text
 from arena.plain_yaml import read_yaml_file
 from arena.progress import console, escape_unprintable
+from arena.storage.files import fingerprint, write_json, write_text
 from arena.training.checkpoint_manager import CheckpointManager
 
 RUN_FILES = ("log.jsonl", "recipe.yaml", "run.json")  # are mirrored with each checkpoint

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from arena.distributed import compute_in
-from arena.files import write_json
 from arena.model.classifier import loss_sum
 from arena.packing.batch import PackedBatch
 from arena.stopping import Stop
+from arena.storage.files import write_json
 from arena.training.scaling import LossScaling
 
 IDS_SHOWN = 10  # in the message about a step that failed

@@ -18,11 +18,9 @@ from arena.background import ahead
 from arena.config import Recipe
 from arena.data.prepare import FoldData
 from arena.distributed import device_name, first_rank, sum_gradients, total
-from arena.judging.inference import predict
-from arena.judging.logits_cache import LogitsCache
-from arena.manifest import damage, read_manifest
+from arena.inference.evaluate import predict
+from arena.inference.logits_cache import LogitsCache
 from arena.metrics import log_loss
-from arena.mirror.mirror import Mirror
 from arena.model.backbone import attention_choice
 from arena.model.base_files import base_digest
 from arena.model.classifier import PackedClassifier
@@ -31,6 +29,8 @@ from arena.packing.loader import PackedLoader
 from arena.packing.tree import prefixes_for
 from arena.progress import console, progress
 from arena.stopping import Stop, Stopped
+from arena.storage.manifest import damage, read_manifest
+from arena.storage.mirror import Mirror
 from arena.training.checkpoint import (
     Done,
     Random,

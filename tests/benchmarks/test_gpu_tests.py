@@ -64,7 +64,7 @@ def test_gpu_tests_are_found_by_their_marks(tmp_path: Path) -> None:
 
 def test_groups_go_by_the_name_of_the_test() -> None:
     names = {
-        "tests/model/test_flex.py::test_it": "others", "t.py::test_flex_and_flash": "flex",
+        "tests/model/attention/test_flex.py::test_it": "others", "t.py::test_flex_and_flash": "flex",
         "t.py::test[x-flash]": "flash",
         "t.py::test_the_probe": "flash", "t.py::test_it[blockwise]": "others", "t.py::T::test_Flex": "flex",
     }  # fmt: skip

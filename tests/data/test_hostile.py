@@ -15,7 +15,7 @@ import pytest
 
 from arena.config import load_recipe
 from arena.data.conversations import read_conversations
-from arena.judging.judge import Judge, save_judge
+from arena.inference.judge import Judge, save_judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt

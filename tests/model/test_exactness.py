@@ -11,7 +11,8 @@ import torch
 from transformers import CONFIG_MAPPING, Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig
 
 from arena.config import ModelSettings
-from arena.model import exactness, reference
+from arena.model import exactness
+from arena.model.attention import reference
 from arena.model.backbone import base_config
 from arena.model.create import ARCHITECTURES
 from arena.model.exactness import SIMPLEST, check_exact, longest_row, why_not_exact

@@ -16,16 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from arena.config import ModelSettings
 from arena.data.prepare import prepare_fold
 from arena.distributed import compute_in
-from arena.model import trial
-from arena.model.attention import used_backends, varlen_attention
+from arena.model.attention import trial
+from arena.model.attention.backends import BACKENDS, cannot_compile, why_not
+from arena.model.attention.flex import block_mask as flex_mask
+from arena.model.attention.flex import bucket, flex, visible
+from arena.model.attention.varlen import used_backends, varlen_attention
 from arena.model.backbone import attention_choice, backbone, load_base, load_tokenizer
-from arena.model.backends import BACKENDS, cannot_compile, why_not
 from arena.model.card import card_of
-from arena.model.checkpointing import POLICIES, set_policies
 from arena.model.classifier import loss_sum
-from arena.model.flex import block_mask as flex_mask
-from arena.model.flex import bucket, flex, visible
-from arena.model.fused import PARTS
+from arena.model.memory.fused import PARTS
+from arena.model.memory.policies import POLICIES, set_policies
 from arena.model.tuning import adapt
 from arena.training.optim import trainable
 from arena.training.trainer import Trainer

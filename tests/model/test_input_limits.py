@@ -22,7 +22,7 @@ from transformers import (
 
 from arena.data.conversations import read_conversations
 from arena.data.tokens import tokenise
-from arena.judging.judge import Judge, save_judge
+from arena.inference.judge import Judge, save_judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.input_limits import check_ids, check_length, positions

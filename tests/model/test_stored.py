@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from arena.config import ModelSettings
-from arena.judging.export import export_judge
-from arena.judging.judge import save_judge
+from arena.inference.export import export_judge
+from arena.inference.judge import save_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.create import create_base

@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 from arena.config import ModelSettings
 from arena.distributed import compute_in
-from arena.judging.export import export_judge
-from arena.judging.judge import Judge, save_judge
+from arena.inference.export import export_judge
+from arena.inference.judge import Judge, save_judge
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.base_files import base_digest
 from arena.model.card import Card
@@ -247,7 +247,7 @@ def test_a_judge_of_another_card(gemma2: Path, tmp_path: Path, monkeypatch: pyte
     digest = base_digest(recipe.model.base)
     save_judge(tmp_path / "judge", model, load_tokenizer(str(gemma2)), recipe, np.full(3, 1 / 3), "x", digest)
     assert Judge(tmp_path / "judge").recipe.model.dtype == "bfloat16"
-    monkeypatch.setattr("arena.judging.judge.card_of", lambda device: T4)
+    monkeypatch.setattr("arena.inference.judge.card_of", lambda device: T4)
     with pytest.raises(ValueError, match=r"model\.dtype=float16"):
         Judge(tmp_path / "judge")
     judge = Judge(tmp_path / "judge", ["model.dtype=float16"])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from arena.manifest import damage
+from arena.storage.manifest import damage
 from tests.torture.ground import Found, Ground, checkpoints_of, fold_of, start, steps_saved
 from tests.torture.processes import Child, ask
 from tests.torture.signals import begun, same_in_the_end

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import arena.data.synthetic
-import arena.judging.export
-import arena.judging.judge
-import arena.judging.submission
+import arena.inference.export
+import arena.inference.judge
+import arena.inference.submission
 import arena.model.classifier
 import arena.reporting.report
 import arena.training.run
 import arena.training.trainer  # all that a command needs, so that a fork imports nothing
 from arena import cli
-from arena.judging.logits_cache import LogitsCache
-from arena.manifest import damage
+from arena.inference.logits_cache import LogitsCache
+from arena.storage.manifest import damage
 from arena.training.checkpoint_manager import CheckpointManager
 from tests.helpers import make_base, write_rows
 from tests.torture.processes import Child, ask
@@ -121,7 +121,7 @@ def command(arguments: list[str], *, shards: bool = True, pause: float = 0.0) ->
     """
     if shards:
         arena.training.trainer.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
-        arena.judging.judge.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
+        arena.inference.judge.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
     if pause:
         forward = arena.model.classifier.PackedClassifier.forward
 

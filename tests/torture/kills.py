@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from arena.files import SCRATCH
+from arena.storage.files import SCRATCH
 from tests.torture.ground import Found, Ground, command, differs, steps_logged, steps_saved
 from tests.torture.processes import Announce, Child, watch
 

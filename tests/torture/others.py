@@ -26,7 +26,7 @@ def hostile_files(ground: Ground) -> Found:
 
 def mirror(ground: Ground) -> Found:
     asked = "resume from it equals resume from disk; one cut short is never taken"
-    return _tests(ground, "mirror", asked, "tests/mirror")
+    return _tests(ground, "mirror", asked, "tests/storage")
 
 
 def unsafe_loads(ground: Ground) -> Found:

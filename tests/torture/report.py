@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from arena.files import write_json, write_text
 from arena.progress import console
+from arena.storage.files import write_json, write_text
 from benchmarks.tables import markdown_table
 from tests.torture.ground import Found
 

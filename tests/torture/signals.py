@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import arena.judging.judge
+import arena.inference.judge
 import arena.training.run
 import arena.training.trainer
-from arena.manifest import damage
+from arena.storage.manifest import damage
 from tests.torture.ground import (
     Found,
     Ground,
@@ -36,7 +36,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "training": (arena.training.trainer, "accumulate", 5),
     "saving": (arena.training.trainer, "save_checkpoint", 5),
     "evaluating": (arena.training.trainer, "predict", 2),
-    "inferring": (arena.judging.judge, "predict_or_prior", 1),
+    "inferring": (arena.inference.judge, "predict_or_prior", 1),
     "finishing": (arena.training.run, "save_judge", 1),
 }
 WORKS = ("training", "saving", "evaluating", "inferring")

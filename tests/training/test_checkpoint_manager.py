@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from arena.manifest import NAME, damage, read_manifest, write_manifest
+from arena.storage.manifest import NAME, damage, read_manifest, write_manifest
 from arena.training.checkpoint import load_checkpoint, random_states, save_checkpoint, set_random_states
 from arena.training.checkpoint_manager import CheckpointManager
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_in_clear_words(
 ) -> None:
     manager = CheckpointManager(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("arena.manifest.FORMAT", 3)
+        patch.setattr("arena.storage.manifest.FORMAT", 3)
         save(manager, 1)
         assert manager.choose("auto") == manager.step(1)  # control: that version reads it
     with pytest.raises(

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from arena.data.prepare import prepare_fold
 from arena.model.backbone import backbone, load_base, load_tokenizer
-from arena.model.fused import POLICY
-from arena.model.memory import POLICIES, shape_of
+from arena.model.memory.estimate import POLICIES, shape_of
+from arena.model.memory.fused import POLICY
 from arena.model.tuning import adapt
 from arena.training import probe
 from arena.training.optim import trainable

@@ -18,11 +18,11 @@ import pytest
 from accelerate.utils import LoggerType
 
 from arena import cli
-from arena.judging.judge import read_card
+from arena.inference.judge import read_card
 from arena.metrics import CLASSES
-from arena.mirror.mirror import Mirror
 from arena.reporting import report
 from arena.stopping import Stopped
+from arena.storage.mirror import Mirror
 from arena.training import run as run_module
 from arena.training.run import _truth, run_fold
 from tests.helpers import make_base, tiny_recipe, write_rows

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arena.config import Recipe, load_recipe, save_recipe
-from arena.files import write_json, write_text
+from arena.storage.files import write_json, write_text
 from arena.training.run_directory import (
     OUTSIDE_IDENTITY,
     create_run_directory,

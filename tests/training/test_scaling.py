@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from arena.config import save_recipe
-from arena.manifest import read_manifest
 from arena.packing.batch import PackedBatch
+from arena.storage.manifest import read_manifest
 from arena.training import scaling as scaling_module
 from arena.training import step as step_module
 from arena.training import trainer as trainer_module

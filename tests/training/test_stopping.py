@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from arena.judging.logits_cache import LogitsCache
-from arena.mirror.mirror import Mirror
+from arena.inference.logits_cache import LogitsCache
 from arena.stopping import MORE_TO_DO, Stop, Stopped, ending_at_once, stopping
+from arena.storage.mirror import Mirror
 from arena.training import trainer as trainer_module
 from arena.training.run import run_fold
 from tests.helpers import tiny_recipe

@@ -21,11 +21,11 @@ from torch import Tensor
 from arena import progress as progress_module
 from arena.config import save_recipe
 from arena.data.prepare import prepare_fold
-from arena.judging.inference import predict
-from arena.manifest import damage
+from arena.inference.evaluate import predict
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
+from arena.storage.manifest import damage
 from arena.training import step as step_module
 from arena.training import trainer as trainer_module
 from arena.training.checkpoint import load_weights

@@ -1,0 +1,1 @@
+"""What layers save for the backward: the estimate, the policies, recomputation, and fused kernels."""

@@ -1,0 +1,125 @@
+"""Installs fused kernels in a transformers decoder, and lets each layer recompute parts in its backward.
+
+The decoder's modules and weights stay the same. The `forward` of norms, MLPs and LoRA layers is replaced. The rotary
+embedding is a function in transformers; it is replaced by one that calls the original outside of these layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import ContextVar
+from functools import partial
+from types import MethodType
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from arena.config import Part
+from arena.model.attention.backends import cannot_compile
+from arena.model.lora import fuse_lora
+from arena.model.memory.kernels import gated, rms_norm, rotary
+from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
+
+PARTS: tuple[Part, ...] = get_args(Part)
+ROTARY = "apply_rotary_pos_emb"  # the function's name in each family's module of transformers
+ADDED_TO_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm")  # norms whose weight is added to one
+NORMS = (*ADDED_TO_ONE, "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+MLPS = ("GemmaMLP", "Gemma2MLP", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+ACTIVATIONS = {"GELUTanh": "gelu", "PytorchGELUTanh": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
+POLICY = "recompute_policy"  # the attribute of a layer that names its recompute policy
+COSTS = {"elementwise": ELEMENTWISE, "elementwise_and_mlp": PRODUCT}
+
+Setting = tuple[Part, ...] | str
+_turning: ContextVar[Setting] = ContextVar("turning", default=())
+
+
+def install(decoder: nn.Module, fuse: Setting) -> None:
+    """Replaces the parts that have fused kernels, and makes every layer follow its `POLICY`.
+
+    Args:
+        decoder: of any family of transformers; modules of other kinds than those above are unchanged.
+        fuse: the parts to fuse; `auto`: LoRA, and on a GPU all parts; or `none`.
+    """
+    fuse = () if fuse == "none" else fuse
+    layers: Any = decoder.layers
+    for module in decoder.modules():
+        kind = type(module).__name__
+        if kind in NORMS:
+            module.forward = partial(recomputable, partial(_norm, fuse, module))
+        elif kind in MLPS:
+            module.forward = MethodType(partial(_mlp, fuse), module)
+    for layer in layers:
+        attention = getattr(layer, "self_attn", None)  # inside what transformers may recompute in the backward
+        if attention is not None:
+            _replace_rotary(sys.modules[type(attention).__module__])
+            attention.forward = partial(_turned, fuse, attention.forward)
+        layer.forward = partial(_in_layer, layer, layer.forward)
+    if fuse == "auto" or "lora" in fuse:
+        fuse_lora(decoder)
+
+
+def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
+    """Whether a part is fused; `auto` compiles for a GPU only, because on a CPU compiling small models does not pay."""
+    return x.is_cuda and cannot_compile() is None if fuse == "auto" else part in fuse
+
+
+def _norm(fuse: Setting, module: Any, x: Tensor) -> Tensor:
+    if not _wanted("norm", fuse, x):
+        return torch.as_tensor(type(module).forward(module, x))
+    gemma = type(module).__name__ in ADDED_TO_ONE
+    eps = module.eps if gemma else module.variance_epsilon
+    return rms_norm(x, module.weight, eps, offset=1.0 if gemma else 0.0)
+
+
+def _mlp(fuse: Setting, module: Any, x: Tensor) -> Tensor:
+    gate, up = (_product(each, x) for each in (module.gate_proj, module.up_proj))
+    out: Tensor = module.down_proj(recomputable(partial(_gated, fuse, module.act_fn), gate, up))
+    return out
+
+
+def _gated(fuse: Setting, activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    name = ACTIVATIONS.get(type(activation).__name__)
+    if name is None or not _wanted("mlp", fuse, gate):
+        return torch.as_tensor(activation(gate) * up)
+    return gated(gate, up, name)
+
+
+def _product(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer's result, recomputable unless it has dropout."""
+    dropped = getattr(layer, "lora_dropout", {})
+    if layer.training and any(not isinstance(each, nn.Identity) for each in dropped.values()):
+        return torch.as_tensor(layer(x))
+    return recomputable(layer, x, cost=PRODUCT)
+
+
+def _in_layer(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    cost = COSTS.get(getattr(layer, POLICY, ""))
+    with nullcontext() if cost is None else recomputing(cost):
+        return forward(*args, **kwargs)
+
+
+def _turned(fuse: Setting, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The attention's forward, with the rotary embedding that `fuse` selects."""
+    token = _turning.set(fuse)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _turning.reset(token)
+
+
+def _replace_rotary(module: Any) -> None:
+    """Replaces a modeling module's function by `_rotary`, once."""
+    function = getattr(module, ROTARY, None)
+    if function is not None and not isinstance(function, partial):
+        setattr(module, ROTARY, partial(_rotary, function))
+
+
+def _rotary(whole: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
+    """(1, heads, T, head_dim) rotated by cos and sin (1, T, head_dim); outside of these layers by transformers' own."""
+    fits = not rest and not more and len(q) == 1 and cos.shape[-1] == q.shape[-1]
+    if not (fits and _wanted("rotary", _turning.get(), q)):
+        return whole(q, k, cos, sin, *rest, **more)
+    return tuple(rotary(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))

@@ -1,0 +1,265 @@
+"""A place at a URL that holds folders with a manifest. The manifest is uploaded last and so marks a complete folder.
+
+Every file is read back and its SHA-256 compared, whatever the store: the checksums that stores report depend on how a
+file was uploaded and with which key.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+import tempfile
+import threading
+import uuid
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from arena.hints import command
+from arena.progress import format_error
+from arena.storage.files import atomic_write, file_digest
+from arena.storage.manifest import LARGEST, NAME, damage, read_manifest
+
+CHUNK = 2**22  # bytes read at a time
+MOST_FILES = 1000  # in a folder
+PACKAGES = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
+    "hf": "huggingface_hub", "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "webdav": "webdav4",
+}  # fmt: skip
+# Stores without real folders: none has to be created, and creating one might create a bucket from a misspelt name.
+FLAT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory"}
+# errors that mean a wrong name or key; all others are taken to mean that the store is unreachable
+WRONG = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, ValueError)
+WRONG_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "LocalTokenNotFoundError",
+               "RepositoryNotFoundError", "GatedRepoError"}  # fmt: skip
+
+
+class PermanentError(ValueError):
+    """A folder that cannot be transferred, however often that is tried."""
+
+
+class Store:
+    """One run's place in a store.
+
+    Args:
+        url: a folder, or a URL that fsspec supports, without passwords.
+        place: the run's path below it.
+
+    Raises:
+        ValueError: no such protocol, or its package is not installed.
+    """
+
+    def __init__(self, url: str, place: str) -> None:
+        self.url = url
+        protocol = url.partition("://")[0] if "://" in url else "file"
+        if "::" in url:
+            raise ValueError(f"train.mirror={url}: chained URLs are not supported, name the store itself")
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+        except ImportError as error:
+            package = PACKAGES.get(protocol)
+            remedy = f"`{command('pip', 'install', package)}`" if package else str(error)
+            raise ValueError(f"train.mirror={url} needs a package that is not installed: {remedy}") from None
+        except ValueError as error:
+            raise ValueError(f"train.mirror={url}: {error}") from None
+        self.flat = protocol in FLAT
+        self.root = f"{root.rstrip('/')}/{place}"
+
+    def check(self, patience: float) -> str | None:
+        """Writes, reads and removes a small file. Returns None, or why the store cannot be used at the moment.
+
+        Raises:
+            ValueError: the store refuses because of a wrong name, key or permission.
+        """
+        answer: list[BaseException | None] = []
+
+        def probe() -> None:
+            try:
+                self._probe()
+            except BaseException as error:
+                answer.append(error)
+            else:
+                answer.append(None)
+
+        thread = threading.Thread(target=probe, daemon=True, name="mirror-check")
+        thread.start()
+        thread.join(patience)
+        if not answer:
+            return f"no answer within {patience:g} s"
+        if answer[0] is not None and _wrong(answer[0]):
+            raise ValueError(
+                f"train.mirror={self.url} cannot be written to ({format_error(answer[0])}): correct the address, the "
+                "credentials or the permissions there, or train without a mirror"
+            )
+        return None if answer[0] is None else format_error(answer[0])
+
+    def _probe(self) -> None:
+        path, content = f"{self.root}/.writable-{uuid.uuid4().hex[:8]}", b"arena"
+        self._make_parent(path)
+        self.fs.pipe_file(path, content)
+        if self.fs.cat_file(path) != content:
+            raise OSError("a small file was read back with other content")
+        with suppress(Exception):  # a store that does not permit removal keeps old checkpoints, which is reported later
+            self.fs.rm_file(path)
+
+    def names(self, folder: str) -> list[str]:
+        """The names in a folder of the place; none if there is no such folder."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(f"{self.root}/{folder}".rstrip("/"), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found})
+
+    def put(self, folder: Path, name: str) -> None:
+        """Uploads a folder that has a manifest. Files that an earlier attempt uploaded completely are not sent again.
+
+        Raises:
+            PermanentError: the local folder is missing or damaged.
+            Exception: whatever the store raises; the folder is then incomplete there and ignored.
+        """
+        try:
+            files = listed(read_manifest(folder))
+            content = (folder / NAME).read_bytes()
+        except (OSError, ValueError) as error:
+            raise PermanentError(str(error).replace(str(folder), name)) from None
+        facts = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+        manifest = f"{self.root}/{name}/{NAME}"
+        if self._holds(manifest, facts):
+            return
+        self._remove_file(manifest)  # a manifest of other content: its files are about to be replaced
+        for file, expected in files.items():
+            self._put_file(folder / file, f"{self.root}/{name}/{file}", expected)
+        self._put_file(folder / NAME, manifest, facts)
+
+    def _put_file(self, source: Path, path: str, facts: dict[str, Any]) -> None:
+        if self._holds(path, facts):
+            return
+        try:
+            self._make_parent(path)
+            self.fs.put_file(str(source), path)
+        except FileNotFoundError:
+            if source.is_file():
+                raise
+        if not source.is_file():
+            raise PermanentError(f"{source} was removed before it was uploaded")
+        if not self._holds(path, facts):
+            if file_digest(source) != facts["sha256"]:
+                raise PermanentError(f"{source} is damaged: its SHA-256 differs from its manifest")
+            raise OSError(f"{path} did not arrive unchanged")
+
+    def _holds(self, path: str, facts: dict[str, Any]) -> bool:
+        """Whether a file in the store has this size and SHA-256; it is read back in full."""
+        self.fs.invalidate_cache()
+        try:
+            if self.fs.info(path)["size"] != facts["bytes"]:
+                return False
+            digest = sha256()
+            with self.fs.open(path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+        except FileNotFoundError:
+            return False
+        return digest.hexdigest() == str(facts["sha256"])
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """The manifest of a folder in the store.
+
+        Raises:
+            PermanentError: it is missing, damaged or unsafe to follow.
+        """
+        with tempfile.TemporaryDirectory(prefix="arena-mirror-") as draft:
+            return self._fetch_manifest(name, Path(draft))
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Downloads a folder to a scratch folder, verifies every SHA-256, and renames it to `target`.
+
+        Raises:
+            PermanentError: it is incomplete or damaged, or its manifest is unsafe to follow; `target` is unchanged.
+            Exception: whatever the store raises.
+        """
+        with atomic_write(target) as draft:
+            draft.mkdir()
+            files = listed(self._fetch_manifest(name, draft))
+            size, free = sum(facts["bytes"] for facts in files.values()), shutil.disk_usage(draft).free
+            if size > free:
+                raise PermanentError(f"{name} has {size:,} bytes, but only {free:,} are free in {target.parent}")
+            for file, facts in files.items():
+                self._fetch_file(f"{self.root}/{name}/{file}", draft / file, facts["bytes"])
+            why = damage(draft)
+            if why is not None:
+                raise PermanentError(f"{name}: {why}")
+
+    def _fetch_manifest(self, name: str, folder: Path) -> dict[str, Any]:
+        """Downloads the manifest into `folder` and reads it."""
+        self._fetch_file(f"{self.root}/{name}/{NAME}", folder / NAME, LARGEST, exact=False)
+        try:
+            content = read_manifest(folder)
+            listed(content)
+        except ValueError as error:
+            raise PermanentError(f"{name}: {error}".replace(f"{folder}/", "")) from None
+        return content
+
+    def _fetch_file(self, path: str, target: Path, size: int, exact: bool = True) -> None:
+        """Downloads at most `size` bytes; a longer file is an error, and with `exact` a shorter one too."""
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self.fs.open(path, "rb") as source, target.open("xb") as file:
+                left = size
+                while chunk := source.read(min(CHUNK, left + 1)):
+                    left -= len(chunk)
+                    if left < 0:
+                        break
+                    file.write(chunk)
+        except FileNotFoundError:
+            raise PermanentError(f"{path} is missing") from None
+        if left < 0 or (exact and left):
+            raise PermanentError(f"{path} has {'more' if left < 0 else 'fewer'} than {size:,} bytes")
+
+    def remove(self, name: str) -> None:
+        """Removes a folder from the store, its manifest first, so that a partly removed folder is ignored."""
+        self._remove_file(f"{self.root}/{name}/{NAME}")
+        with suppress(FileNotFoundError):
+            self.fs.rm(f"{self.root}/{name}", recursive=True)
+
+    def _remove_file(self, path: str) -> None:
+        self.fs.invalidate_cache()
+        if self.fs.exists(path):
+            self.fs.rm_file(path)
+
+    def _make_parent(self, path: str) -> None:
+        if not self.flat:
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+
+def listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files of a manifest, by their path within its folder.
+
+    Raises:
+        PermanentError: a path leads out of the folder, or a size or digest is invalid.
+    """
+    files = manifest.get("files")
+    if not isinstance(files, dict) or len(files) > MOST_FILES:
+        raise PermanentError(f"its manifest does not list between 0 and {MOST_FILES:,} files")
+    for name, facts in files.items():
+        if not _plain(name):
+            raise PermanentError(f"its manifest lists {name[:100]!r}, which is not a plain path within its folder")
+        known = isinstance(facts, dict) and type(facts.get("bytes")) is int and facts["bytes"] >= 0
+        if not known or not re.fullmatch("[0-9a-f]{64}", str(facts.get("sha256"))):
+            raise PermanentError(f"its manifest has no valid size and SHA-256 for {name!r}")
+    return files
+
+
+def _plain(name: str) -> bool:
+    odd = not name.isprintable() or "\\" in name or ":" in name or len(name) > 200 or name == NAME
+    return not odd and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def _wrong(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    read_only = isinstance(error, OSError) and error.errno == errno.EROFS
+    return isinstance(error, WRONG) or bool(names & WRONG_NAMES) or read_only

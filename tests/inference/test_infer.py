@@ -1,0 +1,309 @@
+"""`arena infer`, killed, signalled and hindered: it goes on to the same submission, which is complete or absent."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from arena import cli
+from arena.inference import judge
+from arena.inference import submission as writing
+from arena.inference.judge import save_judge
+from arena.inference.logits_cache import LogitsCache
+from arena.model.backbone import load_base, load_tokenizer
+from arena.model.base_files import base_digest
+from arena.model.tuning import adapt
+from arena.storage.files import write_json
+from tests.helpers import tiny_recipe, write_rows
+
+# Imports once, then forks a real `arena infer` for each line of its input. Every micro-batch takes a little while and
+# has a shard of its own, so that there is something to be cut.
+SERVER = """
+import functools, json, os, sys, time
+import arena.inference.ensemble, arena.inference.judge as judge, arena.model.classifier as classifier
+from arena import cli
+from arena.inference.logits_cache import LogitsCache
+judge.LogitsCache = functools.partial(LogitsCache, seconds=0)
+forward = classifier.PackedClassifier.forward
+def slow(self, batch):
+    time.sleep(0.02)
+    return forward(self, batch)
+classifier.PackedClassifier.forward = slow
+print("ready", flush=True)
+for line in sys.stdin:
+    if line == "wait\\n":  # till then its id is not given to another process
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open("shown.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        sys.argv = ["arena", *json.loads(line)]
+        cli.main()
+        sys.exit()
+    print(pid, flush=True)
+"""
+
+
+def make_run(folder: Path, base: Path, folds: int = 2) -> Path:
+    """Finished folds of random judges under `folder/runs/demo`, and rows to judge under `folder/rows`."""
+    recipe = tiny_recipe(folder, base, "model.quantization=none", "packing.budget=256")
+    write_rows(folder / "rows", n_test=24)
+    for fold in range(folds):
+        torch.manual_seed(fold)
+        model = adapt(load_base(recipe.model), recipe.model)
+        with torch.no_grad():
+            for parameter in (each for each in model.parameters() if each.requires_grad):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        place = folder / f"runs/demo/fold{fold}"
+        prior = np.array([0.3, 0.3, 0.4])
+        save_judge(place / "model", model, load_tokenizer(str(base)), recipe, prior, "x", base_digest(str(base)))
+        write_json(place / "metrics.json", {})
+    return folder
+
+
+class Infer:
+    """Real processes of `arena infer` in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.out = folder, folder / "submission.csv"
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def _ask(self, line: str) -> int:
+        assert self.server.stdin is not None
+        self.server.stdin.write(line + "\n")
+        self.server.stdin.flush()
+        return int(self._line())
+
+    def start(self, *words: str) -> int:
+        return self._ask(json.dumps(["infer", *words]))
+
+    def status(self) -> int:
+        """Exit status of the process started last, once it has ended; minus the signal that killed it."""
+        return self._ask("wait")
+
+    def shown(self) -> str:
+        return (self.folder / "shown.txt").read_text()
+
+    def shards(self) -> list[Path]:
+        return sorted(self.folder.glob("submission.csv.parts/fold*/[!.]*/[!.]*.safetensors"))
+
+    def wait_for(self, count: int) -> None:
+        """Until there are so many shards, or the submission is there."""
+        until = time.monotonic() + 60
+        while len(self.shards()) < count and not self.out.exists() and time.monotonic() < until:
+            time.sleep(0.002)
+        assert time.monotonic() < until
+
+
+@pytest.fixture(scope="module")
+def folder(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("infer"), gemma2)
+
+
+@pytest.fixture(scope="module")
+def infer(folder: Path) -> Iterator[Infer]:
+    processes = Infer(folder)
+    yield processes
+    assert processes.server.stdin is not None
+    processes.server.stdin.close()
+    processes.server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def whole(infer: Infer) -> bytes:
+    """The submission of a run that nothing disturbs."""
+    infer.start()
+    assert infer.status() == 0, infer.shown()
+    assert list(infer.folder.glob("*submission.csv?*")) == []  # neither shards nor lock are left
+    return infer.out.read_bytes()
+
+
+@pytest.mark.slow  # and in `make torture`
+def test_killed_at_random_moments_it_goes_on_to_the_same_submission(infer: Infer, whole: bytes) -> None:
+    rng = np.random.default_rng(0)
+    killed = done = went_on = 0
+    while killed < 20:
+        infer.out.unlink(missing_ok=True)
+        went_on += bool(infer.shards())
+        pid = infer.start()
+        infer.wait_for(len(infer.shards()) + int(rng.integers(0, 6)))
+        time.sleep(float(rng.uniform(0, 0.05)))
+        os.kill(pid, signal.SIGKILL)
+        if infer.status() == 0:  # it was faster
+            assert infer.out.read_bytes() == whole
+            done += 1
+            assert done < 40
+            continue
+        killed += 1
+        assert not infer.out.exists() or infer.out.read_bytes() == whole  # complete or absent
+    infer.out.unlink(missing_ok=True)
+    infer.start()
+    assert infer.status() == 0, infer.shown()
+    assert infer.out.read_bytes() == whole
+    assert went_on >= 5  # control: there was something to go on with
+
+
+def test_shards_are_what_it_goes_on_with(infer: Infer, whole: bytes) -> None:
+    """A damaged shard is named and recomputed; the others are not touched."""
+    infer.out.unlink(missing_ok=True)
+    pid = infer.start()
+    infer.wait_for(6)
+    os.kill(pid, signal.SIGKILL)
+    infer.status()
+    shards = infer.shards()
+    assert len(shards) >= 6
+    data = bytearray(shards[2].read_bytes())
+    data[-5] ^= 1
+    shards[2].write_bytes(data)
+    kept = {path.name for path in shards} - {shards[2].name}
+    pid = infer.start()
+    infer.wait_for(len(shards) + 1)
+    os.kill(pid, signal.SIGKILL)
+    infer.status()
+    assert f"{shards[2].name} is not used: it is damaged" in infer.shown()
+    assert kept < {path.name for path in infer.shards()}
+    infer.start()
+    assert infer.status() == 0
+    assert infer.out.read_bytes() == whole
+
+
+@pytest.mark.slow  # and in `make torture`
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_well(infer: Infer, whole: bytes, number: int, status: int) -> None:
+    for shards in (0, 3, 8):
+        infer.out.unlink(missing_ok=True)
+        pid = infer.start()
+        infer.wait_for(len(infer.shards()) + shards)
+        time.sleep(0.01)
+        start = time.monotonic()
+        os.kill(pid, number)
+        if not shards:
+            infer.status()  # it may not even have begun: the moments in which it has are those below
+            continue
+        assert infer.status() == status, infer.shown()
+        assert time.monotonic() - start < 10
+        assert "the same command resumes from them" in infer.shown()
+        assert not infer.out.exists()
+    infer.start()
+    assert infer.status() == 0
+    assert infer.out.read_bytes() == whole
+
+
+def test_a_second_one_at_the_same_submission_is_refused(
+    infer: Infer, whole: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    infer.out.unlink(missing_ok=True)
+    pid = infer.start()
+    infer.wait_for(2)
+    assert run(monkeypatch, infer.folder) == 2
+    assert f"process {pid} is using submission.csv" in capsys.readouterr().out
+    assert infer.status() == 0
+    assert infer.out.read_bytes() == whole
+
+
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> int:
+    """`arena infer` in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["arena", "infer", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_a_full_disk_leaves_the_old_submission_and_what_was_judged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "full" / "submission.csv"
+    out.parent.mkdir()
+    out.write_text("an older submission")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "check_submission", full)
+        assert run(monkeypatch, folder, "--out", str(out)) == 2
+    assert "No space left on device" in capsys.readouterr().out
+    assert out.read_text() == "an older submission"
+    assert sorted(path.name for path in out.parent.iterdir()) == ["submission.csv", "submission.csv.parts"]
+    assert run(monkeypatch, folder, "--out", str(out)) == 0  # control: with room it is written
+    assert out.read_text() != "an older submission"
+    assert [path.name for path in out.parent.iterdir()] == ["submission.csv"]
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_judged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "file").write_text("x")
+    assert run(monkeypatch, folder, "--out", "file/submission.csv") == 2
+    shown = capsys.readouterr().out
+    assert "file cannot be written to" in shown and "judging" not in shown
+    place = folder / "readonly"
+    place.mkdir()
+    (place / "submission.csv").write_text("an older submission")
+    real = os.open
+
+    def refuse(path: object, flags: int, *args: int, **named: int) -> int:
+        if "readonly" in str(path) and flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *args, **named)  # type: ignore[call-overload,no-any-return]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        assert run(monkeypatch, folder, "--out", "readonly/submission.csv") == 2
+    shown = capsys.readouterr().out
+    assert "readonly cannot be written to (Read-only file system)" in shown and "judging" not in shown
+    assert (place / "submission.csv").read_text() == "an older submission"
+    assert [path.name for path in place.iterdir()] == ["submission.csv"]
+    assert run(monkeypatch, folder, "--out", "readonly/submission.csv") == 0  # control
+
+
+def test_a_disk_that_fills_while_judging_keeps_what_there_was_room_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(judge, "LogitsCache", functools.partial(LogitsCache, seconds=0))
+    out, room, real = folder / "filling.csv", [4], Path.write_bytes
+
+    def write(self: Path, data: bytes) -> int:
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, data)
+
+    def kept() -> list[str]:
+        return sorted(path.name for path in folder.glob("filling.csv.parts/*/[!.]*/[!.]*"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write)
+        assert run(monkeypatch, folder, "--out", str(out)) == 2
+        shown = capsys.readouterr().out
+        assert "logits could not be saved (No space left on device)" in shown and "Traceback" not in shown
+        first = kept()
+        assert len(first) == 4 and not out.exists()
+        room[0] = 3
+        assert run(monkeypatch, folder, "--out", str(out)) == 2
+        assert len(kept()) == 7 and set(first) < set(kept())  # it went on
+    assert run(monkeypatch, folder, "--out", str(out)) == 0
+    assert out.is_file() and not list(folder.glob("filling.csv.parts"))

@@ -1,0 +1,180 @@
+"""A judge goes with the base that it was trained on, known by its content, and is the one that was named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from arena import cli
+from arena.config import FORMER_POLICIES, Recipe
+from arena.inference.export import export_judge
+from arena.inference.judge import Judge, read_card, save_judge
+from arena.metrics import CLASSES
+from arena.model.backbone import load_tokenizer
+from arena.model.base_files import base_digest
+from arena.model.safety import WEIGHTS
+from arena.storage.files import write_json
+from tests.helpers import classifier, tiny_recipe
+
+
+def other_content(base: Path) -> None:
+    """Changes a base's weights, not their shapes."""
+    tensors = load_file(base / WEIGHTS)
+    changed = {name: each + 0.01 * torch.randn_like(each) for name, each in tensors.items()}
+    save_file(changed, base / WEIGHTS, metadata={"format": "pt"})
+
+
+def saved(folder: Path, recipe: Recipe, seed: int = 0) -> Path:
+    """A judge of random adapters in a finished fold's folder."""
+    base, prior = recipe.model.base, np.array([0.3, 0.3, 0.4])
+    model = classifier(recipe.model, seed).model
+    save_judge(folder / "model", model, load_tokenizer(base), recipe, prior, "x", base_digest(base))
+    write_json(folder / "metrics.json", {})
+    return folder / "model"
+
+
+@pytest.fixture
+def base(gemma2: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(gemma2, tmp_path / "base"))
+
+
+def arena(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["arena", *words])
+    cli.main()
+
+
+@pytest.mark.parametrize("tune", ["lora", "head"])
+def test_another_base_in_the_place_of_its_own_is_refused(tune: str, base: Path, tmp_path: Path) -> None:
+    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base, f"model.tune={tune}"))
+    Judge(model)  # the control
+    other_content(base)
+    for use in (Judge, lambda judge: export_judge(judge, tmp_path / "plain")):
+        with pytest.raises(ValueError, match=rf"{model} was not trained on the base that {base} now.*model\.base="):
+            use(model)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_a_moved_base_is_known_by_its_content(base: Path, tmp_path: Path) -> None:
+    """An override that names a base of other content is refused as well."""
+    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(base, other)
+    other_content(other)
+    base.rename(moved)
+    for override, fits in ((f"model.base={moved}", True), (f"model.base={other}", False)):
+        for use in (Judge, lambda judge, settings: export_judge(judge, tmp_path / "plain", overrides=settings)):
+            if fits:
+                use(model, [override])
+            else:
+                with pytest.raises(ValueError, match=f"was not trained on the base that {other} now holds"):
+                    use(model, [override])
+
+
+def test_a_judge_of_all_weights_needs_no_base(base: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, base, "model.tune=full", "model.quantization=none")
+    model = saved(tmp_path / "run", recipe)
+    shutil.rmtree(base)
+    Judge(model)
+    export_judge(model, tmp_path / "plain")
+
+
+def stretched(base: Path) -> None:
+    """Makes a base's rotary embedding depend on the longest row of a batch."""
+    config = json.loads((base / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64, "rope_parameters": rope}))
+
+
+def test_a_judge_whose_rows_would_not_be_their_own_is_refused(base: Path, tmp_path: Path) -> None:
+    stretched(base)
+    for length in (64, 128):
+        model = saved(tmp_path / str(length), tiny_recipe(tmp_path, base, f"prompt.max_length={length}"))
+        if length == 64:
+            Judge(model)
+            continue
+        with pytest.raises(
+            ValueError, match=r"depend on the rows beside it.*: train the fold again with prompt\.max_length=64"
+        ):
+            Judge(model)
+
+
+def test_an_exported_judge_is_no_judge_of_ours(base: Path, tmp_path: Path) -> None:
+    """Its merged weights would be quantised again, which loses the adapter."""
+    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
+    export_judge(model, tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"was written by `arena export` for transformers.* or name the fold"):
+        Judge(tmp_path / "plain")
+
+
+def test_a_judge_of_an_older_format_is_refused(base: Path, tmp_path: Path) -> None:
+    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
+    write_json(model / "judge.json", {**read_card(model), "format": 1})
+    with pytest.raises(
+        ValueError, match=r"another version of arena \(format 1, this one reads 2\): train the fold again"
+    ):
+        Judge(model)
+
+
+@pytest.mark.parametrize(("former", "present"), FORMER_POLICIES.items())
+def test_a_judge_with_a_former_name_of_a_recompute_policy_is_read(
+    base: Path, tmp_path: Path, former: str, present: str
+) -> None:
+    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base, f"model.checkpointing={present}"))
+    card = read_card(model)
+    earlier = json.loads(json.dumps(card))
+    earlier["recipe"]["model"]["checkpointing"] = former
+    write_json(model / "judge.json", earlier)
+    assert read_card(model) == card
+    earlier["recipe"]["model"]["checkpointing"] = "heavy"  # control: a name that never existed
+    write_json(model / "judge.json", earlier)
+    with pytest.raises(ValueError, match="is damaged"):
+        read_card(model)
+
+
+def test_infer_and_export_take_exactly_what_is_named(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe(tmp_path, base, "model.quantization=none")
+    now = saved(tmp_path / "runs/demo/fold0", recipe, seed=0)
+    earlier = saved(tmp_path / "runs/demo/earlier/fold0-2026-01-02", recipe, seed=1)
+    (earlier.parent / "recipe.yaml").write_text("name: demo\n")
+
+    def submission(*words: str) -> np.ndarray:
+        arena(monkeypatch, "infer", *words)
+        return pd.read_csv("submission.csv")[list(CLASSES)].to_numpy()
+
+    current = submission()
+    expected = submission("--recipe", str(earlier))
+    assert np.abs(current - expected).max() > 0.01
+    assert f"{earlier} ({base}): judging" in capsys.readouterr().out
+    recipe_file = str(earlier.parent.relative_to(tmp_path) / "recipe.yaml")
+    for name in (recipe_file, str(earlier.parent)):
+        assert np.array_equal(submission("--recipe", name), expected)
+    assert np.array_equal(submission("--recipe", "demo"), current)
+
+    arena(monkeypatch, "export", "--recipe", recipe_file, "--out", "old")
+    arena(monkeypatch, "export", "--fold", "0", "--out", "new")
+    export_judge(earlier, tmp_path / "old-again")
+    export_judge(now, tmp_path / "new-again")
+    weights = {name: Path(name, WEIGHTS).read_bytes() for name in ("old", "new", "old-again", "new-again")}
+    assert weights["old"] == weights["old-again"] != weights["new"] == weights["new-again"]
+    with pytest.raises(SystemExit):
+        arena(monkeypatch, "export", "--recipe", recipe_file, "--fold", "1", "--out", "other")
+    assert "--fold 1 asks for another" in capsys.readouterr().out and not Path("other").exists()
+
+
+def test_settings_that_would_be_ignored_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        arena(monkeypatch, "export", "model.dtype=float32", "--out", "x")
+    assert "model.dtype does not apply to a trained judge: only model.base can be set" in capsys.readouterr().out

@@ -1,0 +1,163 @@
+"""The arithmetic of memory: against hand counts, against what autograd really keeps, and as a rule for cards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from arena.config import load_recipe
+from arena.model.backbone import backbone
+from arena.model.card import Card
+from arena.model.create import ARCHITECTURES
+from arena.model.memory.estimate import GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
+from arena.model.memory.fused import PARTS
+from arena.model.memory.policies import set_policies
+from arena.model.memory.recompute import _SavedTensor, _Scope
+from tests.helpers import classifier, exact, make_base, pack
+
+NINE = ARCHITECTURES["google/gemma-2-9b-it"]
+
+
+def card(gib: float, capability: tuple[int, int] = (9, 0)) -> Card:
+    return Card("cuda", f"a card of {gib} GiB", capability, int(gib * GIB))
+
+
+def test_gemma_2_9b_by_hand() -> None:
+    shape = shape_of(NINE)
+    per_layer = 3584 * (4096 + 2048 + 2048 + 4096) + 3 * 3584 * 14336
+    assert shape.linear_weights == 42 * per_layer == 8_323_596_288
+    assert shape.lora_weights(16) == 54_018_048
+    assert shape.saved_per_token("none") == 6 * 3584 + 2 * 4096 + 2 * 2048 + 3 * 14336
+    assert shape.saved_per_token("elementwise") - shape.saved_per_token("elementwise_and_mlp") == 2 * 14336
+    found = need(shape, load_recipe("gemma-2-9b").model, 16384)
+    assert found.weights == pytest.approx(8_323_596_288 * 0.51587 + 2 * 256000 * 3584, rel=1e-3)
+    assert found.trained == 16 * 54_018_048
+    assert found.layer_inputs == 42 * 3584 * 16384 * 2
+    assert found.total < 20 * GIB
+
+
+def kept_by_a_layer(base: Path, policy: str, monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> int:
+    """Bytes that autograd holds of the middle layer's forward, each memory once, parameters and positions aside."""
+    model = classifier(exact(base, fuse=PARTS, lora={"r": 1})).train()
+    layer: Any = backbone(model.model).layers[1]
+    set_policies(model.model, ["full", policy, "none"])
+    found: dict[int, int] = {}
+    angles: set[int] = set()  # of all layers together
+
+    def count(tensor: Tensor) -> None:
+        if isinstance(tensor, Tensor) and tensor.numel() > 20 * sum(lengths):
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+
+    held: list[Tensor] = []  # so that no memory is used twice
+    whole_pack, whole_layer = _Scope.pack, layer.forward
+
+    def pack_(self: Any, tensor: Tensor) -> Any:
+        saved = whole_pack(self, tensor)
+        if isinstance(saved, _SavedTensor):
+            count(saved.tensor)
+        held.append(tensor)
+        return saved
+
+    def saved(tensor: Tensor) -> Tensor:
+        count(tensor)
+        held.append(tensor)
+        return tensor
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        angles.update(each.untyped_storage().data_ptr() for each in kwargs["position_embeddings"])
+        with saved_tensors_hooks(saved, lambda tensor: tensor):
+            return whole_layer(*args, **kwargs)
+
+    monkeypatch.setattr(_Scope, "pack", pack_)
+    layer.forward = forward
+    model(pack(lengths))
+    return sum(size for place, size in found.items() if place not in angles)
+
+
+def test_layers_keep_what_the_arithmetic_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base, lengths = make_base(tmp_path, **sizes), [150, 90, 60]
+    for policy in ("none", "elementwise", "elementwise_and_mlp"):
+        with monkeypatch.context() as patch:
+            bytes_ = kept_by_a_layer(base, policy, patch, lengths)
+        shape = shape_of(classifier(exact(base)).model.config)
+        assert bytes_ / (4 * sum(lengths)) == shape.saved_per_token(policy), policy
+
+
+def test_more_memory_means_less_recomputed() -> None:
+    shape = shape_of(NINE)
+    saved = {policy: shape.saved_per_token(policy) * 2.0 * 16384 for policy in POLICIES}
+    fractions = {policy: shape.recompute_fraction(policy) for policy in POLICIES}
+    before = 43.0
+    for free in (-1, 0, 4, 10, 30, 60, 90, 200):
+        policies = mix_policies(saved, fractions, shape.layers, free * GIB)
+        extra = sum(saved[policy] - saved["full"] for policy in policies)
+        assert len(policies) == 42 and extra <= max(free, 0) * GIB
+        cost = sum(fractions[policy] for policy in policies)
+        assert cost <= before
+        before = cost
+    for free, name in ((0, "full"), (200 * GIB, "none")):
+        assert describe(mix_policies(saved, fractions, 42, free)) == f"42 {name}"
+    assert set(mix_policies({"full": 0.0, "none": 5.0}, fractions, 3, 11.0)) == {"full", "none"}
+
+
+def test_the_mix_is_the_best_of_all() -> None:
+    saved = {"full": 0.0, "elementwise_and_mlp": 3.0, "elementwise": 7.0, "none": 10.0}
+    fractions = {policy: shape_of(NINE).recompute_fraction(policy) for policy in POLICIES}
+    from itertools import product
+
+    for free in (0.0, 3.0, 6.0, 7.0, 9.0, 12.0, 30.0):
+        best = min(
+            sum(fractions[each] for each in every)
+            for every in product(POLICIES, repeat=3)
+            if sum(saved[each] for each in every) <= free
+        )
+        found = sum(fractions[each] for each in mix_policies(saved, fractions, 3, free))
+        assert found <= best + 0.16  # whole layers: one step may be taken where another would have fitted better
+
+
+@pytest.mark.parametrize(("gib", "budget"), [(79, 16384), (22.5, 16384), (15, 8192), (11, 4096)])
+def test_the_budget_is_halved_until_it_fits(gib: float, budget: int) -> None:
+    recipe = load_recipe("gemma-2-9b")
+    fitted = fit(recipe, NINE, card(gib))
+    assert fitted.packing.budget == budget
+    assert need(shape_of(NINE), recipe.model, budget).total <= room(card(gib))
+    assert fitted.model_copy(update={"packing": recipe.packing}) == recipe
+
+
+def test_a_card_that_is_too_small_is_refused_with_what_would_help() -> None:
+    with pytest.raises(ValueError, match=r"9.0 GiB with micro-batches of 4,096 tokens.*prompt\.max_length.*base$"):
+        fit(load_recipe("gemma-2-9b"), NINE, card(9))
+    with pytest.raises(ValueError, match=r"smaller base, or set model\.tune=lora model\.quantization=nf4"):
+        fit(load_recipe("gemma-2-9b", ["model.tune=full", "model.quantization=none"]), NINE, card(80))
+
+
+def test_a_cpu_keeps_the_recipe() -> None:
+    recipe = load_recipe("gemma-2-9b")
+    assert fit(recipe, NINE, Card("cpu", "a CPU", (0, 0), GIB)) == recipe
+
+
+def test_what_autograd_holds_is_freed(gemma2: Path) -> None:
+    """No cycle keeps a layer's tensors after the backward."""
+    import gc
+    import weakref
+
+    model = classifier(exact(gemma2, checkpointing="elementwise_and_mlp")).train()
+    seen: list[Any] = []
+    layer: Any = backbone(model.model).layers[0]
+    handle = layer.mlp.up_proj.register_forward_hook(lambda _m, _a, out: seen.append(weakref.ref(out)))
+    gc.disable()
+    try:
+        logits = model(pack([30, 20]))
+        logits.sum().backward()
+        del logits
+        assert seen and all(each() is None for each in seen)
+    finally:
+        gc.enable()
+        handle.remove()
+    assert torch.is_grad_enabled()
