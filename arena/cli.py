@@ -274,7 +274,7 @@ def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...])
 
 def _write_demo(recipe: Recipe) -> None:
     """Writes the demo's rows on first use and reports it."""
-    from arena.data.synthetic import ensure_demo
+    from arena.demo.synthetic import ensure_demo
 
     if ensure_demo(recipe):
         console.print(

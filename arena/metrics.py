@@ -1,14 +1,9 @@
-"""Metrics of probabilities: log-loss, accuracy and calibration error. Classes are always in the order A, B, tie."""
+"""Metrics of probabilities: log-loss, accuracy and calibration error."""
 
 from __future__ import annotations
 
 import numpy as np
 
-CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
-LABELS = ("A", "B", "tie")  # the same classes, in short
-SWAPPED = [1, 0, 2]  # the order of classes when A and B are exchanged
-# tolerance for the sum of a label's three numbers, each of which may be rounded to three digits
-SUM_TOLERANCE = 3 * 0.0005 + 1e-6
 SMALLEST = 1e-15  # probabilities are clipped to at least this, as the competition's scorer does
 
 
@@ -16,8 +11,8 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Mean cross entropy in nats.
 
     Args:
-        labels: (n, 3), one-hot or probabilities.
-        probabilities: (n, 3), rows that sum to 1.
+        labels: (n, C), one-hot or probabilities.
+        probabilities: (n, C), rows that sum to 1.
 
     Raises:
         ValueError: there are no rows, the shapes differ, or a number is not finite.
@@ -46,6 +41,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """The float64 probabilities of logits along the last axis."""
     powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+def sum_tolerance(classes: int) -> float:
+    """How far the sum of that many probabilities may be from 1 if each is rounded to three digits."""
+    return classes * 0.0005 + 1e-6
 
 
 def _check(labels: np.ndarray, probabilities: np.ndarray) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 from arena.config import ModelSettings, Recipe
-from arena.metrics import LABELS
 from arena.model.attention.backends import choose_backend
 from arena.model.backbone import HEAD, attention_choice, backbone, load_base, underlying
 from arena.model.base_files import base_path
@@ -25,6 +24,7 @@ from arena.model.memory.policies import policies_of, set_policies
 from arena.model.safety import SAFE, SAFE_WEIGHTS
 from arena.model.tuning import adapt
 from arena.packing.loader import PackedLoader
+from arena.tasks.preference import CLASSES
 from arena.training.optim import trainable
 from arena.training.probe import choose_policies
 from benchmarks.cells import Cell
@@ -126,7 +126,11 @@ def make_model(cell: Cell, recipe: Recipe, device: torch.device, seed: int, *, s
     settings = cell.settings(recipe)
     if cell.way != "ours":
         return _stock(settings, cell.attention, device, seed, stored)
-    base = load_base(settings) if stored else create_base(architecture(settings.base), settings, device, seed)
+    base = (
+        load_base(settings, CLASSES)
+        if stored
+        else create_base(architecture(settings.base), settings, CLASSES, device, seed)
+    )
     model = adapt(base, settings).to(device)
     if settings.tune != "full":
         fill(model, seed)
@@ -139,7 +143,9 @@ def _stock(settings: ModelSettings, attention: str, device: torch.device, seed: 
         plain = _as_transformers_loads_it(settings, attention)
     else:
         unfused = settings.model_copy(update={"fuse": "none"})
-        plain = _as_transformers_has_it(create_base(architecture(settings.base), unfused, device, seed), attention)
+        plain = _as_transformers_has_it(
+            create_base(architecture(settings.base), unfused, CLASSES, device, seed), attention
+        )
     lora = settings.lora
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(
@@ -161,7 +167,7 @@ def _as_transformers_loads_it(settings: ModelSettings, attention: str) -> PreTra
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     plain: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        settings.base, num_labels=len(LABELS), dtype=dtype, attn_implementation=attention, **SAFE_WEIGHTS, **options
+        settings.base, num_labels=len(CLASSES), dtype=dtype, attn_implementation=attention, **SAFE_WEIGHTS, **options
     )
     return plain
 

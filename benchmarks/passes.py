@@ -132,7 +132,7 @@ def pad(workload: Workload, members: np.ndarray) -> PaddedBatch:
         example = workload.store[index]
         row[: len(example)] = example
     mask = np.arange(ids.shape[1]) < lengths[:, None]
-    label = workload.labels[members].astype(np.float32)
+    label = workload.labels[members]
     return PaddedBatch(*(torch.from_numpy(part) for part in (ids, mask.astype(np.int64), label, members)))
 
 

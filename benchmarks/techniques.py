@@ -19,10 +19,11 @@ import torch
 
 from arena.config import Recipe, change
 from arena.data.prepare import prepare_fold
-from arena.data.synthetic import ensure_demo
+from arena.demo.synthetic import ensure_demo
 from arena.model.backbone import load_tokenizer
 from arena.packing.tree import prefixes_for
 from arena.storage.files import fingerprint, write_json
+from arena.tasks import task_of
 from arena.training.order import plan_fold
 from arena.training.run import run_fold
 from benchmarks.parts import Parts, Result, failed
@@ -113,7 +114,7 @@ def run_techniques(
 def in_steps(recipe: Recipe, steps: int | None) -> Recipe:
     """The recipe with the epochs that make `steps` whole steps. Its rows and tokens are prepared by this, for all."""
     ensure_demo(recipe)
-    data = prepare_fold(recipe, FOLD, load_tokenizer(recipe.model.base, recipe.model.revision))
+    data = prepare_fold(recipe, task_of(recipe), FOLD, load_tokenizer(recipe.model.base, recipe.model.revision))
     prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     if steps is None:
         return recipe

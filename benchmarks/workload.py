@@ -32,7 +32,7 @@ class Workload:
 
     Attributes:
         store: both orders of each conversation.
-        labels: float64 (2 * rows, 3), random probabilities for each example.
+        labels: float32 (2 * rows, 3), random probabilities for each example.
     """
 
     name: str
@@ -69,7 +69,7 @@ def make_workload(name: str, fields: np.ndarray, folder: Path, *, vocabulary: in
         for first, second in ((a, b), (b, a)):
             parts = zip(headings, (prompt, first, second), strict=True)
             examples.append(np.concatenate([instruction, *(part for pair in parts for part in pair), suffix]))
-    labels = rng.dirichlet([1.0, 1.0, 1.0], len(examples))
+    labels = rng.dirichlet([1.0, 1.0, 1.0], len(examples)).astype(np.float32)
     return Workload(name, _store(examples, folder / f"{name}.arrow"), labels)
 
 

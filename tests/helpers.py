@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,14 +26,23 @@ from transformers import (
 )
 
 from arena.config import ModelSettings, PromptSettings, Recipe, load_recipe
+from arena.data.dataset import Rows
+from arena.data.prepare import FoldData
 from arena.model.backbone import load_base
+from arena.model.base_files import base_digest
 from arena.model.classifier import PackedClassifier
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
+from arena.packing.tree import prefixes_for
+from arena.tasks import TASKS
+from arena.tasks.preference import CLASSES
+from arena.training.run_directory import run_identity
+from arena.training.trainer import Trainer
 
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data and tokenizer are not at {SHARED}")
 
+PREFERENCE = TASKS["preference"]
 WINDOW = 8
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 CONFIGS: dict[str, type[PretrainedConfig]] = {
@@ -103,7 +114,7 @@ def exact(base: Path, **changes: Any) -> ModelSettings:
 def classifier(settings: ModelSettings, seed: int = 0) -> PackedClassifier:
     """An adapted model whose adapters and head are not zero."""
     torch.manual_seed(seed)
-    model = adapt(load_base(settings), settings)
+    model = adapt(load_base(settings, CLASSES), settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -158,6 +169,11 @@ def prompt_settings(template: str = "compact", **changes: Any) -> PromptSettings
     return PromptSettings.model_validate({"template": template, "max_length": 256, **changes})
 
 
+def rows_of(table: Dataset, fingerprint: str = "x") -> Rows:
+    """Rows that are in memory only."""
+    return Rows(PREFERENCE, table, fingerprint)
+
+
 def write_rows(folder: Path, n: int = 60, n_test: int = 12, seed: int = 0) -> Path:
     """Competition files whose label is told by a word, in a folder."""
     rng = np.random.default_rng(seed)
@@ -184,6 +200,15 @@ def write_rows(folder: Path, n: int = 60, n_test: int = 12, seed: int = 0) -> Pa
     sample = test[["id"]].assign(winner_model_a=1 / 3, winner_model_b=1 / 3, winner_tie=1 / 3)
     sample.to_csv(folder / "sample_submission.csv", index=False)
     return folder
+
+
+def trainer_for(
+    recipe: Recipe, data: FoldData, model: Any, folder: Path, accelerator: Accelerator | None = None
+) -> Trainer:
+    """A trainer as `run_fold` makes it."""
+    identity = run_identity(recipe, data.fingerprint, base_digest(recipe.model.base))
+    prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+    return Trainer(recipe, data, model, folder, accelerator or Accelerator(), prefixes=prefixes, identity=identity)
 
 
 def tiny_recipe(folder: Path, base: Path, *overrides: str) -> Recipe:

@@ -15,7 +15,8 @@ from arena.config import Recipe
 from arena.data.prepare import prepare_fold
 from arena.model.backbone import load_tokenizer
 from arena.packing.loader import PackedLoader
-from arena.training.order import example_labels, plan_fold
+from arena.tasks import task_of
+from arena.training.order import plan_fold
 from tests.helpers import tiny_recipe
 
 
@@ -41,8 +42,8 @@ def recipe(gemma2: Path, tmp_path: Path) -> Recipe:
 def test_open_fold_gives_the_batches_of_training(recipe: Recipe) -> None:
     loader = arena.open_fold(recipe, 1)
     tokenizer = load_tokenizer(recipe.model.base)
-    data = prepare_fold(recipe, 1, tokenizer)
-    by_hand = PackedLoader(data.store, example_labels(data.labels, data.store), plan_fold(recipe, data), tokenizer)
+    data = prepare_fold(recipe, task_of(recipe), 1, tokenizer)
+    by_hand = PackedLoader(data.store, data.targets, plan_fold(recipe, data), tokenizer)
     assert len(loader) == len(by_hand) > 1
     for batch, expected in zip(loader, by_hand, strict=True):
         for micro_batch, same in zip(batch, expected, strict=True):
@@ -55,7 +56,7 @@ def test_open_fold_gives_the_batches_of_training(recipe: Recipe) -> None:
 
 def test_open_fold_gives_the_held_out_rows_once(recipe: Recipe) -> None:
     loader = arena.open_fold(recipe, 1, held_out=True)
-    data = prepare_fold(recipe, 1, load_tokenizer(recipe.model.base))
+    data = prepare_fold(recipe, task_of(recipe), 1, load_tokenizer(recipe.model.base))
     (step,) = loader
     found = np.concatenate([micro_batch["index"].numpy() for micro_batch in step])
     assert sorted(found) == sorted(data.eval_rows * data.store.orders)

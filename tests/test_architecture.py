@@ -26,12 +26,13 @@ ROOMS = [
     "metrics",
     "distributed",
     "data",
+    "tasks",
+    "demo",
     "packing",
     "model",
     "inference",
     "training",
     "reporting",
-    "demo",
     "cli",
     "benchmarks",
 ]
@@ -115,7 +116,7 @@ def test_modules_are_small_and_say_what_they_are(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["arena.data.prepare", "arena.data.prompt", "arena.packing.plan", "arena.data.synthetic"]
+    "module", ["arena.data.prepare", "arena.tasks.preference", "arena.packing.plan", "arena.demo.synthetic"]
 )
 def test_data_and_plans_need_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"

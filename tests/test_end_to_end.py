@@ -12,7 +12,8 @@ import pytest
 
 from arena import cli
 from arena.config import load_recipe
-from arena.metrics import CLASSES, log_loss
+from arena.tasks.preference import COLUMNS as CLASSES
+from arena.tasks.preference import log_loss
 from arena.training.run import run_fold
 from tests.helpers import SHARED, make_base, needs_shared, tiny_recipe, write_rows
 

@@ -24,7 +24,7 @@ def test_preparing_and_planning_the_whole_set(tmp_path: Path) -> None:
         [*command, f"model.base={base.resolve()}", "train.batch_size=80"],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     ).stdout  # fmt: skip
-    assert "tokenising: 57,477 conversations" in shown
+    assert "tokenising: 57,477 rows" in shown
     found = re.search(r"\(([\d.]+) x the least.*step ([\d.]+) on average, ([\d.]+) at worst", shown)
     memory = re.search(r"peak memory ([\d.]+) GiB", shown)
     assert found is not None and memory is not None
@@ -41,6 +41,7 @@ MEASURE = """
 import json, re, shutil, sys, time
 from pathlib import Path
 import pyarrow.parquet as pq
+from arena.tasks import task_of
 from arena.config import load_recipe
 from arena.data.prepare import prepare_fold
 from arena.packing.tree import prefixes_for
@@ -60,7 +61,7 @@ def bare():
         backend.encode_batch_fast(texts[start : start + 1536], add_special_tokens=False)
 
 def prepare():
-    prefixes_for(prepare_fold(recipe, 0, tokenizer).store, recipe.packing, Path(cache))
+    prefixes_for(prepare_fold(recipe, task_of(recipe), 0, tokenizer).store, recipe.packing, Path(cache))
 
 second = timed(prepare) if not rounds else None
 first, plain = [], []
@@ -116,7 +117,7 @@ from transformers import AutoTokenizer
 
 base, data, cache = sys.argv[1:]
 recipe = load_recipe("gemma-2-9b", [f"model.base={base}", f"data.path={data}", f"data.cache={cache}"])
-store = prepare_fold(recipe, 0, AutoTokenizer.from_pretrained(base)).store
+store = prepare_fold(recipe, task_of(recipe), 0, AutoTokenizer.from_pretrained(base)).store
 prefixes = prefixes_for(store, recipe.packing, Path(cache))
 rows = epoch_order(len(store) // 2, 0, 0) * 2
 pairs = (rows[:, None] + np.arange(2)).reshape(-1)

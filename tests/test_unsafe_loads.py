@@ -17,9 +17,9 @@ import torch
 
 from arena import cli
 from arena.config import ModelSettings
-from arena.metrics import CLASSES
 from arena.model.backbone import load_base
 from arena.model.tuning import adapt, load_trained, save_model
+from arena.tasks.preference import COLUMNS as CLASSES
 from tests.helpers import exact, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -83,29 +83,29 @@ def test_planted_in_a_base(name: str, gemma2: Path, tmp_path: Path, mark: Path) 
     base = tmp_path / "base"
     shutil.copytree(gemma2, base)
     plant(base / name, mark)
-    load_base(exact(base))  # beside safetensors it is passed over
+    load_base(exact(base), CLASSES)  # beside safetensors it is passed over
     (base / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="safetensors"):
-        load_base(exact(base))
+        load_base(exact(base), CLASSES)
 
 
 @pytest.mark.parametrize("tune", ["lora", "head"])
 def test_planted_in_a_judge(tune: str, gemma2: Path, tmp_path: Path, mark: Path) -> None:
     settings: ModelSettings = exact(gemma2, tune=tune)
     folder = tmp_path / "model"
-    save_model(adapt(load_base(settings), settings), folder)
+    save_model(adapt(load_base(settings, CLASSES), settings), folder)
     for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.pt"):
         plant(folder / name, mark)
-    load_trained(folder, settings)
+    load_trained(folder, settings, CLASSES)
     [weights] = folder.glob("*.safetensors")
     whole = weights.read_bytes()
     for broken in (whole[:100], plant(folder / "x.pkl", mark).read_bytes()):
         weights.write_bytes(broken)
         with pytest.raises(ValueError, match="damaged"):
-            load_trained(folder, settings)
+            load_trained(folder, settings, CLASSES)
     weights.unlink()
     with pytest.raises(ValueError, match=r"safetensors"):
-        load_trained(folder, settings)
+        load_trained(folder, settings, CLASSES)
 
 
 def test_planted_in_a_run_and_in_the_cache(
@@ -140,7 +140,7 @@ def test_planted_in_a_run_and_in_the_cache(
     arena("infer", "--data", "rows")
     assert np.isfinite(pd.read_csv("submission.csv")[list(CLASSES)].to_numpy()).all()
     found = sorted((tmp_path / "data/cache").iterdir())
-    assert {path.name.split("-")[0] for path in found} == {"conversations", "tokens", "folds", "prefixes"}
+    assert {path.name.split("-")[0] for path in found} == {"rows", "tokens", "folds", "prefixes"}
     for path in found:
         whole = path.read_bytes()
         path.unlink()

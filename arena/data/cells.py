@@ -1,25 +1,17 @@
-"""Parses the cells of a row: its id, its turns and its label [A, B, tie]. Errors name the field."""
+"""Parses the cells of a row: ids, texts, turns and numbers. Errors name the field."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from arena.metrics import CLASSES, SUM_TOLERANCE
+from arena.metrics import sum_tolerance
 
 Labels = Literal["required", "optional", "ignored"]
 
-NUMBERS = CLASSES
-WORD = "winner"
-WORDS = {
-    "model_a": [1.0, 0.0, 0.0],
-    "model_b": [0.0, 1.0, 0.0],
-    "tie": [0.0, 0.0, 1.0],
-    "tie (bothbad)": [0.0, 0.0, 1.0],
-}
 LARGEST_EXACT_FLOAT = 2**53
 CONTROL = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029]")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -65,51 +57,25 @@ def read_turns(cells: Mapping[str, Any], field: str) -> list[str | None]:
     return [text if text is None else whole_characters(text) for text in value]
 
 
-def label_columns(names: Collection[str], labels: Labels) -> tuple[str, ...]:
-    """The columns among `names` that hold the label: three numbers, one word, or none.
-
-    Raises `FieldError` if only some of the three numbers are there, if there are both numbers and a word, or if there
-    is no label although `labels` is "required".
-    """
-    if labels == "ignored":
-        return ()
-    numbers = tuple(name for name in NUMBERS if name in names)
-    if numbers and WORD in names:
-        raise FieldError(WORD, f"is there along with {', '.join(numbers)}; keep one of the two forms of the label")
-    if numbers and numbers != NUMBERS:
-        missing = [name for name in NUMBERS if name not in names]
-        raise FieldError(missing[0], f"is missing, but {', '.join(numbers)} is there; give all three or none")
-    if labels == "required" and not numbers and WORD not in names:
-        raise FieldError(NUMBERS[0], f"is missing; labelled rows need {', '.join(NUMBERS)}, or `{WORD}`")
-    return numbers or ((WORD,) if WORD in names else ())
-
-
-def read_label(record: Mapping[str, Any], labels: Labels) -> list[float] | None:
-    """The probabilities [A, B, tie] of a row, which sum to 1; None if it has no label.
-
-    Raises `FieldError` for a label that is not a probability distribution, and for a missing label if `labels` is
-    "required".
-    """
-    columns = label_columns(record, labels)
-    cells = [record[name] for name in columns]
-    if all(_is_blank(cell) for cell in cells):
-        if labels == "required":
-            raise FieldError(columns[0], "is blank; label the row or leave it out")
-        return None
-    if columns == (WORD,):
-        return _from_word(cells[0])
-    return _from_numbers([_number(cell, name) for cell, name in zip(cells, columns, strict=True)])
-
-
-def _is_blank(cell: Any) -> bool:
+def is_blank(cell: Any) -> bool:
+    """Whether a cell is null, empty or white space."""
     return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
-def _from_word(cell: Any) -> list[float]:
-    word = cell.strip().casefold() if isinstance(cell, str) else None
-    if word not in WORDS:
-        raise FieldError(WORD, f"is {excerpt(cell)}; write one of {', '.join(WORDS)}")
-    return list(WORDS[word])
+def read_probabilities(cells: Mapping[str, Any], columns: Sequence[str]) -> list[float]:
+    """The probabilities in these columns, which may be rounded to three digits, scaled to sum to 1.
+
+    Raises `FieldError` if they are not a probability distribution.
+    """
+    values = [_number(cells[name], name) for name in columns]
+    total = sum(values)
+    if abs(total - 1) > sum_tolerance(len(values)):
+        raise FieldError(
+            ", ".join(columns),
+            f"are {values}, which sum to {total:g}; write one 1 and {len(values) - 1} 0, or {len(values)} numbers that "
+            "sum to 1",
+        )
+    return [value / total for value in values]
 
 
 def _number(cell: Any, field: str) -> float:
@@ -120,16 +86,6 @@ def _number(cell: Any, field: str) -> float:
     if not math.isfinite(value) or value < 0:
         raise FieldError(field, f"is {value}; write a number from 0 to 1")
     return value
-
-
-def _from_numbers(values: list[float]) -> list[float]:
-    total = sum(values)
-    if abs(total - 1) > SUM_TOLERANCE:
-        raise FieldError(
-            ", ".join(NUMBERS),
-            f"are {values}, which sum to {total:g}; write one 1 and two 0, or three that sum to 1",
-        )
-    return [value / total for value in values]
 
 
 def excerpt(cell: Any, width: int = 60) -> str:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
-from arena.config import Recipe, Template
-from arena.data.conversations import read_conversations, repeated, rows_with_responses
+from arena.config import DataSettings, Recipe, Template
+from arena.data.cells import Labels
+from arena.data.dataset import Rows, read_dataset, repeated
 from arena.data.folds import leaking, load_or_assign_folds
 from arena.data.limits import Limits
 from arena.data.rows import READERS
+from arena.data.task import Task
 from arena.data.tokens import TokenStore, join, tokenise
 from arena.storage.files import fingerprint
 
@@ -31,28 +34,39 @@ class FoldData:
     Attributes:
         rows: the training file's rows.
         ids: the id of each row for messages; those of extra files include the file.
-        labels: float64 (rows, 3), in the order A, B, tie.
+        labels: float64 (rows, C), in the order of `task.classes`.
         store: tokens of all rows.
-        train_rows: rows to train on, without those that have no responses.
+        train_rows: rows to train on, without those that have no input.
         eval_rows: all rows of the held-out fold.
-        has_responses: bool (rows,), whether there is anything to judge in a row.
-        prior: (3,), mean label of `train_rows`.
+        has_input: bool (rows,), `Task.has_input` of each row.
+        prior: (C,), mean label of `train_rows`.
         fingerprint: changes when the rows, the fold or the prompt settings change.
         trained_on: fingerprint of the files and of the split, the same for all folds.
         notes: messages about omitted rows.
     """
 
-    rows: Dataset
+    rows: Rows
     ids: list[str]
     labels: np.ndarray
     store: TokenStore
     train_rows: np.ndarray
     eval_rows: np.ndarray
-    has_responses: np.ndarray
+    has_input: np.ndarray
     prior: np.ndarray
     fingerprint: str
     trained_on: str
     notes: list[str]
+
+    @property
+    def task(self) -> Task:
+        return self.rows.task
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """float32 (len(store), C): the target of each example, which is its row's label in the example's order."""
+        orders = range(self.store.orders)
+        by_order = np.stack([self.task.reorder(self.labels, order) for order in orders], axis=1)
+        return by_order.reshape(len(self.store), -1).astype(np.float32)
 
 
 def data_file(path: str | Path, kind: str) -> Path:
@@ -74,7 +88,13 @@ def data_file(path: str | Path, kind: str) -> Path:
     return found[0]
 
 
-def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
+def read_files(paths: Sequence[str | Path], task: Task, settings: DataSettings, labels: Labels) -> Rows:
+    """`read_dataset` with a recipe's cache and limits."""
+    limits = Limits(settings.max_row_characters, settings.max_turns)
+    return read_dataset([Path(path) for path in paths], Path(settings.cache), task, labels=labels, limits=limits)
+
+
+def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldData:
     """Reads, splits and tokenises the data of fold `fold` of a recipe.
 
     Raises:
@@ -86,50 +106,49 @@ def prepare_fold(recipe: Recipe, fold: int, tokenizer: Any) -> FoldData:
     if not 0 <= fold < settings.folds:
         raise ValueError(f"there is no fold {fold}: the recipe has folds 0 to {settings.folds - 1}")
     cache = Path(settings.cache)
-    limits = Limits(settings.max_row_characters, settings.max_turns)
-    rows = read_conversations([data_file(settings.path, "train")], cache, labels="required", limits=limits)
+    rows = read_files([data_file(settings.path, "train")], task, settings, "required")
     folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, cache)
     held_out = np.flatnonzero(folds == fold)
-    stores = [_tokens(rows, recipe, tokenizer)]
-    labels, responses, selected = [_labels(rows)], [rows_with_responses(rows)], [folds != fold]
-    notes, sources, ids = [], [source(rows)], list(rows["id"])
+    parts, selected, notes, ids = [rows], [folds != fold], [], rows.ids
     if settings.extra:
-        extra = read_conversations([Path(each) for each in settings.extra], cache, labels="required", limits=limits)
-        repeats, leaks = repeated(extra, rows), leaking(extra, rows.select(held_out))
+        extra = read_files(settings.extra, task, settings, "required")
+        repeats, leaks = repeated(extra, rows), leaking(extra, rows, held_out)
         notes.append(
             f"extra rows: {len(extra):,}, of which {repeats.sum():,} repeat a row and {(leaks & ~repeats).sum():,} "
-            "have a prompt of the held-out fold; both are omitted"
+            f"have a {task.group_by} of the held-out fold; both are omitted"
         )
-        stores.append(_tokens(extra, recipe, tokenizer))
-        labels.append(_labels(extra))
-        responses.append(rows_with_responses(extra))
+        parts.append(extra)
         selected.append(~repeats & ~leaks)
-        sources.append(source(extra))
         origin = Path(settings.extra[0]).name if len(settings.extra) == 1 else "data.extra"
-        ids += [f"{each} ({origin})" for each in extra["id"]]
-    answered, chosen = np.concatenate(responses), np.concatenate(selected)
-    every_label = np.concatenate(labels)
-    train_rows = np.flatnonzero(chosen & answered)
-    if not len(train_rows) or not len(held_out):
-        raise ValueError(f"fold {fold} has {len(train_rows)} rows to train on and {len(held_out)} to score: add rows")
-    if not answered[held_out].any():
-        raise ValueError(f"no row of fold {fold} has a response to judge: use other data or fewer folds")
-    if omitted := int((chosen & ~answered).sum()):
-        notes.append(f"{omitted:,} training rows have no response to judge and are omitted")
-    split = [sources, settings.folds, settings.fold_seed]
+        ids = [*ids, *(f"{each} ({origin})" for each in extra.ids)]
+    has_input, chosen = np.concatenate([part.has_input for part in parts]), np.concatenate(selected)
+    if omitted := int((chosen & ~has_input).sum()):
+        notes.append(f"{omitted:,} training rows have no {task.missing} and are omitted")
+    train_rows = np.flatnonzero(chosen & has_input)
+    _check_rows(fold, train_rows, held_out, has_input, task)
+    orders = task.orders if recipe.train.swap != "never" or recipe.judge.swap else 1
+    labels = np.concatenate([part.labels for part in parts])
+    split = [[part.fingerprint for part in parts], settings.folds, settings.fold_seed]
     return FoldData(
         rows=rows,
         ids=ids,
-        labels=every_label,
-        store=join(stores) if len(stores) > 1 else stores[0],
+        labels=labels,
+        store=join([tokenise(part, tokenizer, recipe.prompt, cache, orders=orders) for part in parts]),
         train_rows=train_rows,
         eval_rows=held_out,
-        has_responses=answered,
-        prior=every_label[train_rows].mean(axis=0),
+        has_input=has_input,
+        prior=labels[train_rows].mean(axis=0),
         fingerprint=fingerprint(split, fold, recipe.prompt.model_dump()),
         trained_on=fingerprint(split),
         notes=notes,
     )
+
+
+def _check_rows(fold: int, train_rows: np.ndarray, held_out: np.ndarray, has_input: np.ndarray, task: Task) -> None:
+    if not len(train_rows) or not len(held_out):
+        raise ValueError(f"fold {fold} has {len(train_rows)} rows to train on and {len(held_out)} to score: add rows")
+    if not has_input[held_out].any():
+        raise ValueError(f"no row of fold {fold} has a {task.missing}: use other data or fewer folds")
 
 
 def _refuse_placeholders(template: Template) -> None:
@@ -141,23 +160,3 @@ def _refuse_placeholders(template: Template) -> None:
                 "between the fields, the user's prompt after `user`, the answers after `answer_a` and `answer_b`. "
                 "Remove it"
             )
-
-
-def source(rows: Dataset) -> str:
-    """The fingerprint of rows from `read_conversations`, which is the name of their cached file.
-
-    Raises:
-        ValueError: these are not all rows of one such file in their original order.
-    """
-    if len(rows.cache_files) != 1 or rows._indices is not None:
-        raise ValueError("these rows are a selection or exist in memory only: write a file and use read_conversations")
-    return Path(rows.cache_files[0]["filename"]).stem
-
-
-def _tokens(rows: Dataset, recipe: Recipe, tokenizer: Any) -> TokenStore:
-    both = recipe.train.swap != "never" or recipe.judge.swap
-    return tokenise(rows, source(rows), tokenizer, recipe.prompt, Path(recipe.data.cache), both_orders=both)
-
-
-def _labels(rows: Dataset) -> np.ndarray:
-    return np.asarray(rows.with_format("arrow")[:]["label"].combine_chunks().flatten(), dtype=np.float64).reshape(-1, 3)

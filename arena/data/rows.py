@@ -11,25 +11,29 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from arena.data.cells import FieldError, Labels, excerpt, is_utf8, label_columns, read_json
+from arena.data.cells import FieldError, excerpt, is_utf8, read_json
 from arena.data.limits import TOO_LONG, LimitedLines, Limits, characters
 
-TEXTS = ("prompt", "response_a", "response_b")
 ROWS_AT_ONCE = 512  # rows held as Python objects, and in one Arrow record batch
 SLICED_BYTES = 2**25  # of a record batch whose rows become Python objects one by one
 CSV_FIELD_LIMIT = 2**31 - 1  # Python's own limit, 131,072 characters, is shorter than some conversations
 
 Cells = dict[str, Any]
+Choose = Callable[[list[str]], list[str]]  # the columns to read, given those of a file; raises `FieldError`
 Row = tuple[str, Cells | FieldError]  # the position in the file, and the cells or the problem
 
 
-def read_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
-    """Every row of a file, good or bad, none larger than `limits`. A problem with the whole file comes last."""
+def read_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
+    """Every row of a file, good or bad, none larger than `limits`. A problem with the whole file comes last.
+
+    Args:
+        choose: the columns to read. Rows of JSONL keep all of their keys, which may differ from row to row.
+    """
     row = None
     try:
         if path.stat().st_size == 0:
             raise FieldError("any row", "is missing, because the file is empty; fetch or write it again")
-        for row in READERS[path.suffix.lower()](path, labels, limits):
+        for row in READERS[path.suffix.lower()](path, choose, limits):
             yield row
         if row is None:
             raise FieldError("any row", "is missing, because the file has none; fetch or write it again")
@@ -39,7 +43,7 @@ def read_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
         yield "the file", FieldError("any row", f"cannot be read: {error}; fetch or write the file again")
 
 
-def _csv_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
+def _csv_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
     """The rows of a CSV file, by the line on which each begins.
 
     They are read with Python's own reader, because pandas silently fills up rows that have too few fields.
@@ -51,7 +55,7 @@ def _csv_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
         start = 1
         try:
             names = next((fields for fields in reader if fields), [])
-            positions = {name: names.index(name) for name in _columns(names, labels)}
+            positions = {name: names.index(name) for name in _columns(names, choose)}
             start = reader.line_num + 1
             lines.begin_row()
             for fields in reader:
@@ -71,11 +75,11 @@ def _csv_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
             yield f"line {start}", problem  # the last one: the end of a row that is too long is unknown
 
 
-def _parquet_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
+def _parquet_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
     """The rows of a parquet file, counted from 1."""
     number = 0
     with pq.ParquetFile(path) as file:
-        names = _columns(file.schema_arrow.names, labels)
+        names = _columns(file.schema_arrow.names, choose)
         for batch in _record_batches(file, names, limits):
             columns = [_python_values(batch.column(name)) for name in names]
             for values in zip(*columns, strict=True):
@@ -99,7 +103,7 @@ def _record_batches(file: pq.ParquetFile, names: list[str], limits: Limits) -> I
                 yield batch
 
 
-def _jsonl_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
+def _jsonl_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
     """The rows of a file with one JSON object per line; blank lines are skipped."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as handle:
         lines = LimitedLines(handle, limits)
@@ -116,7 +120,7 @@ def _jsonl_rows(path: Path, labels: Labels, limits: Limits) -> Iterator[Row]:
                 yield f"line {number}", _json_row(line)
 
 
-Reader = Callable[[Path, Labels, Limits], Iterator[Row]]
+Reader = Callable[[Path, Choose, Limits], Iterator[Row]]
 READERS: dict[str, Reader] = {".csv": _csv_rows, ".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
 
 
@@ -132,18 +136,22 @@ def _json_row(line: str) -> Cells | FieldError:
     return cells
 
 
-def _columns(names: Sequence[str], labels: Labels) -> list[str]:
+def _columns(names: list[str], choose: Choose) -> list[str]:
     """The columns to read, given those of a file. Raises `FieldError` if one is missing or appears twice."""
     for name in names:
         if not is_utf8(name):
             raise FieldError("a column name", "is not UTF-8; save the file as UTF-8")
         if names.count(name) > 1:
             raise FieldError(f'column "{name}"', "appears twice; rename or remove one of the two")
-    wanted = ("id", *TEXTS)
+    return choose(names)
+
+
+def required(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The wanted columns. Raises `FieldError` if one is not among a file's `names`."""
     missing = [name for name in wanted if name not in names]
     if missing:
         raise FieldError(", ".join(missing), f"is missing; the columns found are {excerpt(', '.join(names), 200)}")
-    return [*wanted, *label_columns(names, labels)]
+    return list(wanted)
 
 
 def _checked(cells: Cells) -> Cells | FieldError:

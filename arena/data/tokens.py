@@ -1,4 +1,4 @@
-"""Tokenises judge prompts once and caches them as memory-mapped Arrow, by a fingerprint of what they are made from."""
+"""Tokenises rows once and caches them as memory-mapped Arrow, by a fingerprint of what they are made from."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from arena.background import ahead
 from arena.config import PromptSettings
 from arena.data.cached import reading_cached
 from arena.data.control_tokens import control_ids
-from arena.data.prompt import Encoded, PromptEncoder
+from arena.data.dataset import Rows
+from arena.data.task import Encoded, Encoder
 from arena.progress import progress
 from arena.storage.files import atomic_write, fingerprint
 
-FORMAT = 2  # increase it when the layout of the file or of the prompt changes
+FORMAT = 3  # increase it when the layout of the file or of the prompt changes
 ROWS_AT_ONCE = 512  # rows tokenised at once, and in one Arrow record batch
 
 REMEMBERED_TOKENS = 2**25  # 128 MiB of token ids
@@ -32,10 +32,10 @@ _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int3
 class TokenStore:
     """The token ids of many examples, read in place from memory-mapped files.
 
-    Example `row * orders + order` is conversation `row`, as given (order 0) or with A and B exchanged (order 1).
+    Example `row * orders + order` is row `row` in one of its orders; order 0 is as given.
 
     Attributes:
-        orders: 1 or 2 examples per conversation.
+        orders: examples of each row.
         lengths: int64 (n,), tokens of each example.
         turns_dropped: int32 (n,), turns omitted from each example.
         tokens_cut: int32 (n,), tokens omitted from each example.
@@ -105,33 +105,28 @@ class TextMemo(MutableMapping[bytes, np.ndarray]):
         return len(self._ids)
 
 
-def tokenise(
-    rows: Dataset, source: str, tokenizer: Any, settings: PromptSettings, cache: Path, *, both_orders: bool
-) -> TokenStore:
-    """Encodes conversations into a file under `cache`, or opens the file of an earlier call.
+def tokenise(rows: Rows, tokenizer: Any, settings: PromptSettings, cache: Path, *, orders: int) -> TokenStore:
+    """Encodes rows into a file under `cache`, or opens the file of an earlier call.
 
     Tokenizers are distinguished by their whole state in memory. An interrupted call leaves nothing behind: the file
     gets its name only when it is complete.
 
     Args:
-        rows: conversations (`read_conversations`).
-        source: fingerprint of the rows.
-        both_orders: store each conversation in both orders.
+        orders: in how many of its orders each row is stored.
     """
-    encoder = PromptEncoder(tokenizer, settings, TextMemo())
-    state = (
-        tokenizer.backend_tokenizer.to_str().encode()
-    )  # as bytes, because JSON within JSON takes three times as long
-    made_from = [FORMAT, source, settings.model_dump(), both_orders, state]
-    made_from += [encoder.prefix, encoder.suffix, sorted(control_ids(tokenizer))]
+    encoder = rows.task.encoder(tokenizer, settings, TextMemo())
+    # as bytes, because JSON within JSON takes three times as long
+    state = tokenizer.backend_tokenizer.to_str().encode()
+    made_from = [FORMAT, rows.task.name, rows.fingerprint, settings.model_dump(), orders, state]
+    made_from += [encoder.constant_ids, sorted(control_ids(tokenizer))]
     path = cache / f"tokens-{fingerprint(*made_from)}.arrow"
     if not path.is_file():
         with atomic_write(path) as draft:
-            _write(draft, rows, encoder, both_orders)
+            _write(draft, rows, encoder, orders)
     with reading_cached(path):
-        store = open_tokens(path, orders=2 if both_orders else 1)
-        if len(store) != store.orders * len(rows):
-            raise ValueError(f"it has {len(store):,} examples, not {store.orders * len(rows):,}")
+        store = open_tokens(path, orders)
+        if len(store) != orders * len(rows):
+            raise ValueError(f"it has {len(store):,} examples, not {orders * len(rows):,}")
     return store
 
 
@@ -157,8 +152,10 @@ def open_tokens(path: Path, orders: int) -> TokenStore:
 
 
 def join(stores: Sequence[TokenStore]) -> TokenStore:
-    """The concatenation of several stores."""
-    assert len({store.orders for store in stores}) == 1, "stores with one and with two orders cannot be joined"
+    """The concatenation of several stores; a single store is returned as it is."""
+    if len(stores) == 1:
+        return stores[0]
+    assert len({store.orders for store in stores}) == 1, "stores with different orders cannot be joined"
     shifts = np.cumsum([0, *(len(store) for store in stores)])
     return TokenStore(
         orders=stores[0].orders,
@@ -172,18 +169,13 @@ def join(stores: Sequence[TokenStore]) -> TokenStore:
     )
 
 
-def _write(path: Path, rows: Dataset, encoder: PromptEncoder, both_orders: bool) -> None:
+def _write(path: Path, rows: Rows, encoder: Encoder, orders: int) -> None:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for encoded in _batches(rows, encoder, both_orders):
-            writer.write_batch(_record_batch(encoded))
-
-
-def _batches(rows: Dataset, encoder: PromptEncoder, both_orders: bool) -> Iterator[Encoded]:
-    columns = rows.select_columns(["prompt", "response_a", "response_b"]).iter(batch_size=ROWS_AT_ONCE)
-    with progress("tokenising", len(rows), "conversations") as advance:
-        for batch in ahead(map(encoder.tokenise, columns), depth=1):
-            yield encoder.lay_out(batch, both_orders=both_orders)
-            advance(len(batch))
+        columns = rows.table.select_columns(list(rows.task.texts)).iter(batch_size=ROWS_AT_ONCE)
+        with progress("tokenising", len(rows), "rows") as advance:
+            for batch in ahead(map(encoder.tokenise, columns), depth=1):
+                writer.write_batch(_record_batch(encoder.lay_out(batch, orders=orders)))
+                advance(len(batch))
 
 
 def _record_batch(encoded: Encoded) -> pa.RecordBatch:

@@ -21,12 +21,12 @@ from torch.nn import functional
 from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM
 
 from arena.config import load_recipe
-from arena.data import synthetic
-from arena.data.prompt import PromptEncoder
+from arena.demo import synthetic
 from arena.demo.lessons import FACTS, FACTS_SHARE, Lesson, Reader, brief_row
 from arena.demo.tokenizer import make_tokenizer
 from arena.progress import progress
 from arena.storage.files import atomic_write
+from arena.tasks.preference import PromptEncoder
 
 TOKENS_A_STEP, POOL = 3000, 256  # tokens of a step; rows from which steps are formed
 PEAK_LR, WARMUP = 3e-3, 50  # warm-up in steps

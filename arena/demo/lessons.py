@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arena.data import synthetic
-from arena.data import synthetic_text as text
 from arena.data.cells import whole_characters
-from arena.data.prompt import PromptEncoder
+from arena.demo import synthetic
+from arena.demo import synthetic_text as text
+from arena.tasks.preference import PromptEncoder
 
 FACTS_SHARE = 0.4  # of what is noted after a claim
 
@@ -60,7 +60,7 @@ class Reader:
     def lessons(self, rows: Sequence[synthetic.Row]) -> list[Lesson]:
         """One lesson for each conversation."""
         columns = {name: [_padded(getattr(row, name), len(row.prompt)) for row in rows] for name in rows[0]._fields}
-        return [self._lesson(example.input_ids.tolist()) for example in self.encoder.encode(columns, both_orders=False)]
+        return [self._lesson(example.input_ids.tolist()) for example in self.encoder.encode(columns)]
 
     def _lesson(self, ids: list[int]) -> Lesson:
         tones: tuple[list[int], list[int]] = ([], [])

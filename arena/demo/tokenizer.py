@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from arena.config import load_recipe
-from arena.data import synthetic
 from arena.data.cells import whole_characters
+from arena.demo import synthetic
 from arena.demo.lessons import WORDS
 
 VOCABULARY = 2560

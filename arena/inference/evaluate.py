@@ -1,9 +1,12 @@
-"""Probabilities of many rows: evaluated in packed batches of any order, returned in the order of the rows."""
+"""The evaluation of rows: the one way from examples and a model to probabilities, in the order of the rows.
+
+The rows are packed in any order that fills the micro-batches. The trainer, its final scores and every judge use it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -11,168 +14,161 @@ import torch
 from torch import Tensor, nn
 
 from arena.background import ahead
-from arena.config import Recipe
+from arena.config import PackingSettings
+from arena.data.task import Task
 from arena.data.tokens import TokenStore
 from arena.distributed import compute_in
-from arena.inference.logits_cache import SECONDS, LogitsCache, PlanLogits
-from arena.metrics import SWAPPED, softmax
+from arena.inference.logits import SECONDS, Logits, LogitsCache
+from arena.metrics import softmax
 from arena.packing.loader import PackedLoader
-from arena.packing.plan import PackPlan, plan_evaluation
+from arena.packing.plan import plan_evaluation
 from arena.packing.tree import Prefixes
 from arena.progress import progress
 from arena.stopping import Stop
 from arena.storage.files import fingerprint
 
 
-@torch.inference_mode()
-def predict(
-    classifier: nn.Module,
-    store: TokenStore,
-    rows: np.ndarray,
-    *,
-    budget: int,
-    orders: Sequence[int],
-    dtype: str,
-    prefixes: Prefixes | None = None,
-    title: str = "judging",
-    ids: Sequence[str] | None = None,
-    logits_cache: LogitsCache | None = None,
-    stop: Stop | None = None,
-) -> np.ndarray:
-    """Judges rows of a store.
+class Evaluation:
+    """Rows to evaluate in some of their orders, planned once for any number of models.
 
     Args:
-        classifier: a `PackedClassifier`.
-        rows: which conversations; the result is in this order. A row that is listed twice is judged once.
-        budget: the most tokens in a micro-batch.
-        orders: the orders of A and B to judge and average: 0 as the row stands, 1 exchanged; the store must hold them.
-        dtype: compute dtype.
+        store: the tokens of rows; it must hold the orders.
+        rows: which rows; the result is in this order. A row that is listed twice is computed once.
+        orders: the orders of each row; 0 is as given.
+        packing: the budget is used; whether examples share depends on `prefixes`.
         prefixes: what the store's examples share, which is then computed once; None shares nothing.
+        has_input: bool, for each row of the store; rows without input get the prior. None: all have input.
+        prior: (C,).
         ids: the ids of the store's rows, for messages.
-        logits_cache: stores logits as they are computed, and supplies those of an earlier, identical call. The
-            probabilities are bit for bit the same as without it.
-        stop: is checked after each micro-batch.
-
-    Returns:
-        float64 (len(rows), 3), rows that sum to 1.
-
-    Raises:
-        FloatingPointError: a logit is not finite; the message names the row, and its micro-batch is not cached.
-        Stopped: `stop` was requested; the logits computed so far are cached.
-        OSError: logits could not be written to the cache.
-        ValueError: another process is judging the same rows with the same `logits_cache`.
-    """
-    assert max(orders) < store.orders, "the store does not hold these orders"
-    rows = np.asarray(rows, dtype=np.int64)
-    once, place = _first_places(rows)
-    examples = (once[:, None] * store.orders + np.asarray(orders)).reshape(-1)
-    plan = plan_evaluation(store.lengths, examples, budget=budget, prefixes=prefixes)
-    facts = {"tokens": store.fingerprint, "rows": fingerprint(once.tobytes()), "dtype": dtype, "budget": budget}
-    facts |= {"orders": list(orders), "of_orders": store.orders}
-    with nullcontext() if logits_cache is None else logits_cache.open(plan, facts) as cached:
-        seconds = SECONDS if logits_cache is None else logits_cache.seconds
-        collector = _LogitsCollector(plan, cached, seconds, lambda example: _named(example // store.orders, ids))
-        _judge(classifier, store, plan, dtype, title, collector, stop)
-    logits = collector.complete()[_places(plan.examples, examples, len(store))]
-    probabilities = softmax(logits).reshape(len(once), len(orders), 3)
-    for at, order in enumerate(orders):
-        if order == 1:
-            probabilities[:, at] = probabilities[:, at][:, SWAPPED]
-    return np.asarray(probabilities.mean(axis=1)[place])
-
-
-class _LogitsCollector:
-    """Collects the logits of a plan in its order, and checks and caches them every few seconds.
-
-    In between they stay on the device, so that it never waits for a copy.
     """
 
-    def __init__(self, plan: PackPlan, cached: PlanLogits | None, seconds: float, name: Callable[[int], str]) -> None:
-        self.plan, self.cached, self.seconds, self.name = plan, cached, seconds, name
-        self.logits = np.full((len(plan.examples), 3), np.nan, dtype=np.float32) if cached is None else cached.logits
-        self.known = np.zeros(plan.n_micro_batches, dtype=bool) if cached is None else cached.known
-        self.todo = np.flatnonzero(~self.known).tolist()
+    def __init__(
+        self, task: Task, store: TokenStore, rows: np.ndarray, *, orders: Sequence[int], packing: PackingSettings,
+        prefixes: Prefixes | None = None, has_input: np.ndarray | None = None, prior: np.ndarray | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        assert max(orders) < store.orders, "the store does not hold these orders"
+        self.task, self.store, self.rows, self.orders, self.prior, self.ids = task, store, rows, orders, prior, ids
+        self.has_input = np.ones(len(rows), dtype=bool) if has_input is None else has_input[rows]
+        assert self.has_input.all() or prior is not None, "rows without input need a prior"
+        self._distinct, self._which = np.unique(np.asarray(rows)[self.has_input], return_inverse=True)
+        self._examples = (self._distinct[:, None] * store.orders + np.asarray(orders)).reshape(-1)
+        self.plan = plan_evaluation(store.lengths, self._examples, budget=packing.budget, prefixes=prefixes)
+
+    @torch.inference_mode()
+    def probabilities(
+        self,
+        classifier: nn.Module,
+        *,
+        dtype: str,
+        title: str = "judging",
+        logits_cache: LogitsCache | None = None,
+        stop: Stop | None = None,
+    ) -> np.ndarray:
+        """A model's probabilities.
+
+        Args:
+            classifier: a `PackedClassifier`.
+            dtype: compute dtype.
+            logits_cache: stores logits as they are computed, and supplies those of an earlier, identical call. The
+                probabilities are bit for bit the same as without it.
+            stop: is checked after each micro-batch.
+
+        Returns:
+            float64 (len(rows), C), the mean over the orders, each as of the row in order 0.
+
+        Raises:
+            FloatingPointError: a logit is not finite; the message names the row, and its micro-batch is not cached.
+            Stopped: `stop` was requested; the logits computed so far are cached.
+            OSError: logits could not be written to the cache.
+            ValueError: another process is evaluating the same rows with the same `logits_cache`.
+        """
+        if not len(self._examples):
+            return self._with_prior(np.zeros((0, len(self.task.classes))))
+        rows = fingerprint(self._distinct.tobytes())
+        facts = {"tokens": self.store.fingerprint, "rows": rows, "dtype": dtype, "budget": self.plan.budget}
+        facts |= {"orders": list(self.orders), "of_orders": self.store.orders}
+        with nullcontext() if logits_cache is None else logits_cache.open(self.plan, facts) as parts:
+            logits = Logits(self.plan, len(self.task.classes), parts)
+            self._compute(classifier, dtype, title, logits, stop, logits_cache.seconds if logits_cache else SECONDS)
+        ordered = logits.complete()[_places(self.plan.examples, self._examples, len(self.store))]
+        by_order = softmax(ordered).reshape(len(self._distinct), len(self.orders), -1)
+        straight = [self.task.reorder(by_order[:, at], order) for at, order in enumerate(self.orders)]
+        return self._with_prior(np.mean(straight, axis=0)[self._which.reshape(-1)])
+
+    def _with_prior(self, found: np.ndarray) -> np.ndarray:
+        """(len(rows), C): the probabilities of the rows with input, and the prior for the others."""
+        result = np.empty((len(self.rows), len(self.task.classes)))
+        result[self.has_input] = found
+        if self.prior is not None:
+            result[~self.has_input] = self.prior
+        return result
+
+    def _compute(
+        self, classifier: nn.Module, dtype: str, title: str, logits: Logits, stop: Stop | None, seconds: float
+    ) -> None:
+        """Computes the micro-batches without logits. Whatever ends it early, those that were complete are cached."""
+        device = next(classifier.parameters()).device
+        loader = PackedLoader(self.store, None, self.plan, pin=device.type == "cuda")
+        todo = np.flatnonzero(~logits.known).tolist()
+        known = len(self._examples) - sum(len(self.plan.micro_batch(index)) for index in todo)
+        collector = _Collector(self, logits, seconds)
+        was_training = classifier.training
+        classifier.eval()
+        try:
+            with progress(title, len(self._examples), "examples", known) as advance:
+                for index, micro_batch in zip(todo, ahead(map(loader.micro_batch, todo)), strict=True):
+                    with compute_in(device, dtype):
+                        collector.add(index, classifier(micro_batch.to(device)))
+                    advance(micro_batch.batch_size)
+                    if stop is not None and stop():
+                        raise stop.stopped()
+        finally:
+            classifier.train(was_training)
+            collector.flush()
+
+    def name(self, example: int) -> str:
+        """An example's row, for messages."""
+        row = example // self.store.orders
+        return f"row {row}" if self.ids is None else f"row {row}, id {self.ids[row]!r}"
+
+
+class _Collector:
+    """Collects logits on the device, which so never waits for a copy, and stores them, checked, every few seconds."""
+
+    def __init__(self, evaluation: Evaluation, logits: Logits, seconds: float) -> None:
+        self.evaluation, self.logits, self.seconds = evaluation, logits, seconds
         self._waiting: list[tuple[int, Tensor]] = []
         self._since = time.monotonic()
 
     def add(self, micro_batch: int, logits: Tensor) -> None:
-        """Adds the float (n, 3) logits of a micro-batch."""
-        assert logits.shape == (len(self.plan.micro_batch(micro_batch)), 3), "every example has three logits"
+        """Adds the float (n, C) logits of a micro-batch."""
+        examples = self.evaluation.plan.micro_batch(micro_batch)
+        assert logits.shape == (len(examples), self.logits.width), "every example has one logit for each class"
         self._waiting.append((micro_batch, logits))
         if time.monotonic() - self._since >= self.seconds:
             self.flush()
 
     def flush(self) -> None:
-        """Checks and caches the logits added since the last call."""
+        """Checks and stores the logits added since the last call; those of a micro-batch that is not finite are not."""
         self._since = time.monotonic()
-        if not self._waiting:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
             return
-        indices = [index for index, _ in self._waiting]
-        values = torch.cat([logits for _, logits in self._waiting]).float().cpu().numpy()
-        ends = np.cumsum([0, *(len(logits) for _, logits in self._waiting)])
+        sizes = [len(logits) for _, logits in waiting]
+        values = torch.cat([logits for _, logits in waiting]).float().cpu().numpy()
+        by_batch = np.split(values, np.cumsum(sizes)[:-1])
+        good = [at for at, each in enumerate(by_batch) if np.isfinite(each).all()]
+        if good:
+            self.logits.add([waiting[at][0] for at in good], np.concatenate([by_batch[at] for at in good]))
         finite = np.isfinite(values).all(axis=1)
-        good = [at for at in range(len(indices)) if finite[ends[at] : ends[at + 1]].all()]
-        for at in good if self.cached is None else []:
-            self._put(indices[at], values[ends[at] : ends[at + 1]])
-        if self.cached is not None and good:
-            self.cached.add(
-                [indices[at] for at in good], np.concatenate([values[ends[at] : ends[at + 1]] for at in good])
-            )
-        self._waiting.clear()
         if not finite.all():
-            self._refuse(np.concatenate([self.plan.micro_batch(index) for index in indices])[~finite], len(values))
-
-    def complete(self) -> np.ndarray:
-        """The finite float32 (n, 3) logits of every example of the plan."""
-        assert self.known.all() and np.isfinite(self.logits).all(), "an example got no logits"
-        return self.logits
-
-    def _put(self, index: int, values: np.ndarray) -> None:
-        end = int(self.plan.micro_ends[index])
-        self.logits[end - len(values) : end], self.known[index] = values, True
-
-    def _refuse(self, examples: np.ndarray, count: int) -> None:
-        raise FloatingPointError(
-            f"{len(examples)} of {count} examples got logits that are not finite, first {self.name(int(examples[0]))}: "
-            "check that row; if there is nothing unusual about it, judge with model.dtype=float32"
-        )
-
-
-def _judge(
-    classifier: nn.Module,
-    store: TokenStore,
-    plan: PackPlan,
-    dtype: str,
-    title: str,
-    collector: _LogitsCollector,
-    stop: Stop | None,
-) -> None:
-    """Computes the micro-batches that are to do. Whatever ends it early, those that were complete are cached."""
-    device = next(classifier.parameters()).device
-    loader = PackedLoader(store, None, plan, pin=device.type == "cuda")
-    was_training = classifier.training
-    classifier.eval()
-    try:
-        known = len(plan.examples) - sum(len(plan.micro_batch(index)) for index in collector.todo)
-        with progress(title, len(plan.examples), "examples", known) as advance:
-            for index, micro_batch in zip(collector.todo, ahead(map(loader.micro_batch, collector.todo)), strict=True):
-                with compute_in(device, dtype):
-                    collector.add(index, classifier(micro_batch.to(device)))
-                advance(micro_batch.batch_size)
-                if stop is not None and stop():
-                    raise stop.stopped()
-    finally:
-        classifier.train(was_training)
-        collector.flush()
-
-
-def _first_places(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows in the order of their first occurrence, and the index among them of each of `rows`."""
-    _, first, which = np.unique(rows, return_index=True, return_inverse=True)
-    order = np.argsort(first, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return rows[first[order]], place[which.reshape(-1)]
+            examples = np.concatenate([self.evaluation.plan.micro_batch(index) for index, _ in waiting])[~finite]
+            raise FloatingPointError(
+                f"{len(examples)} of {len(values)} examples got logits that are not finite, first "
+                f"{self.evaluation.name(int(examples[0]))}: check that row; if there is nothing unusual about it, "
+                "use model.dtype=float32"
+            )
 
 
 def _places(planned: np.ndarray, examples: np.ndarray, n: int) -> np.ndarray:
@@ -181,42 +177,3 @@ def _places(planned: np.ndarray, examples: np.ndarray, n: int) -> np.ndarray:
     place[planned] = np.arange(len(planned))
     assert len(planned) == len(examples) and (place[examples] >= 0).all(), "the plan has other examples"
     return np.asarray(place[examples])
-
-
-def _named(row: int, ids: Sequence[str] | None) -> str:
-    return f"row {row}" if ids is None else f"row {row}, id {ids[row]!r}"
-
-
-def predict_or_prior(
-    classifier: nn.Module,
-    store: TokenStore,
-    rows: np.ndarray,
-    has_responses: np.ndarray,
-    prior: np.ndarray,
-    recipe: Recipe,
-    prefixes: Prefixes | None,
-    straight: np.ndarray | None = None,
-    *,
-    ids: Sequence[str] | None = None,
-    logits_cache: LogitsCache | None = None,
-    stop: Stop | None = None,
-) -> np.ndarray:
-    """Calls `predict` with a recipe's settings; rows without any response get the prior.
-
-    Args:
-        has_responses: bool (len(rows),), as from `rows_with_responses`.
-        prior: (3,).
-        prefixes, ids, logits_cache, stop: as in `predict`.
-        straight: the probabilities, in straight order, of the rows with responses, if they are already known.
-    """
-    result = np.tile(prior, (len(rows), 1))
-    orders = [order for order in range(1 + recipe.judge.swap) if order > 0 or straight is None]
-    if has_responses.any() and orders:
-        result[has_responses] = predict(
-            classifier, store, np.asarray(rows)[has_responses],
-            budget=recipe.packing.budget, orders=orders, dtype=recipe.model.dtype,
-            prefixes=prefixes, ids=ids, logits_cache=logits_cache, stop=stop,
-        )  # fmt: skip
-    if straight is not None:
-        result[has_responses] = (result[has_responses] + straight) / 2 if orders else straight
-    return result

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from arena.config import ModelSettings, Recipe, change
+from arena.config import ModelSettings, change
+from arena.inference.card import as_json, read_card
 from arena.inference.find import CARD
-from arena.inference.judge import check_same_base, read_card
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import HEAD_FILE, is_whole, load_trained, with_adapter, with_head
 from arena.storage.files import atomic_write, write_json
@@ -32,9 +32,9 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
         ValueError: `judge` is not a judge, or its base differs from the one that it was trained on.
     """
     card = read_card(judge)
-    settings = change(Recipe.model_validate(card["recipe"]), overrides).model
-    check_same_base(judge, settings)
-    model = merge(judge, settings).to(getattr(torch, dtype))
+    settings = change(card.recipe, overrides).model
+    card.check_base(settings)
+    model = merge(judge, settings, card.task.classes).to(getattr(torch, dtype))
     model.config._attn_implementation = "eager"  # this package's attention is registered only where it is imported
     del model.config.arena_backend
     tokenizer = load_tokenizer(str(judge))
@@ -42,15 +42,15 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
     with atomic_write(folder) as draft:
         model.save_pretrained(str(draft))
         # its recipe documents the prompt that the model expects
-        write_json(draft / CARD, {**card, "exported": True})
+        write_json(draft / CARD, {**as_json(card), "exported": True})
         tokenizer.save_pretrained(str(draft))
 
 
-def merge(judge: Path, settings: ModelSettings) -> PreTrainedModel:
+def merge(judge: Path, settings: ModelSettings, classes: Sequence[str]) -> PreTrainedModel:
     """The judge's model in float32: weights loaded and dequantised, with its adapter merged or its head loaded."""
     if is_whole(judge):
-        return load_trained(judge, settings).float()
-    base = load_base(settings)
+        return load_trained(judge, settings, classes).float()
+    base = load_base(settings, classes)
     if settings.quantization != "none":
         base = base.dequantize(dtype=torch.float32)
         # for a checkpoint that is stored quantised: conversions that saving would otherwise try to reverse

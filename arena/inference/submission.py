@@ -1,4 +1,4 @@
-"""The submission: one finite row of probabilities for every test id, checked and written atomically."""
+"""The submission: one finite row of probabilities for every id of a test file, checked and written atomically."""
 
 from __future__ import annotations
 
@@ -9,38 +9,41 @@ import numpy as np
 import pandas as pd
 
 from arena.data.cells import excerpt
-from arena.metrics import CLASSES
 from arena.storage.files import atomic_write
 
-COLUMNS = ["id", *CLASSES]
 TOLERANCE = 1e-6  # for the sum of a row
 
 
-def write_submission(path: Path, ids: Sequence[str], probabilities: np.ndarray, sample: Path | None) -> None:
-    """Writes `id` and the three probabilities, in the order given.
+def write_submission(
+    path: Path, ids: Sequence[str], probabilities: np.ndarray, columns: Sequence[str], sample: Path | None
+) -> None:
+    """Writes ids and probabilities, in the order given.
 
     Args:
+        probabilities: (n, C).
+        columns: their names: that of the ids, then one for each class.
         sample: the competition's sample submission, with the required columns and ids; None if there is none.
 
     Raises:
         ValueError: the submission would not be accepted; nothing is written.
     """
-    table = pd.DataFrame({"id": list(ids), **{name: probabilities[:, at] for at, name in enumerate(CLASSES)}})
+    names = columns[1:]
+    table = pd.DataFrame({columns[0]: list(ids), **{name: probabilities[:, at] for at, name in enumerate(names)}})
     with atomic_write(path) as draft:
         table.to_csv(draft, index=False, float_format="%.9f", lineterminator="\n")
-        check_submission(draft, ids, sample)
+        check_submission(draft, ids, columns, sample)
 
 
-def check_target(path: Path, ids: Sequence[str], sample: Path | None) -> None:
+def check_target(path: Path, ids: Sequence[str], columns: Sequence[str], sample: Path | None) -> None:
     """Raises `ValueError` for errors that can be found before anything is judged: in the path or the sample's rows."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write")
     if sample is None:
         return
     table = _read(sample)
-    if list(table.columns) != COLUMNS:
+    if list(table.columns) != list(columns):
         raise ValueError(
-            f"{sample} has the columns {_few(table.columns)}, but a submission has {COLUMNS}: fetch it again"
+            f"{sample} has the columns {_few(table.columns)}, but a submission has {list(columns)}: fetch it again"
         )
     if repeated := table["id"][table["id"].duplicated()].tolist():
         raise ValueError(
@@ -53,14 +56,14 @@ def check_target(path: Path, ids: Sequence[str], sample: Path | None) -> None:
         )
 
 
-def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> None:
+def check_submission(path: Path, ids: Sequence[str], columns: Sequence[str], sample: Path | None) -> None:
     """Reads a submission back as a scorer would.
 
     Raises:
         ValueError: a column, an id or a number is invalid.
     """
     table = _read(path)
-    expected = list(_read(sample).columns) if sample else COLUMNS
+    expected = list(_read(sample).columns) if sample else list(columns)
     if list(table.columns) != expected:
         raise ValueError(f"the submission has the columns {list(table.columns)}, but it must have {expected}")
     if repeated := table["id"][table["id"].duplicated()].tolist():
@@ -72,7 +75,7 @@ def check_submission(path: Path, ids: Sequence[str], sample: Path | None) -> Non
                 f"the submission {name} {len(odd)} ids, such as {min(odd)!r}; check that the sample and the test file "
                 "belong together"
             )
-    values = table[list(CLASSES)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
+    values = table[list(columns[1:])].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
     bad = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | (values > 1).any(axis=1)
     bad |= np.abs(values.sum(axis=1) - 1) > TOLERANCE
     if bad.any():

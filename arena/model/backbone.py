@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from transformers import (
 )
 
 from arena.config import ModelSettings
-from arena.metrics import LABELS
 from arena.model.attention.backends import Choice, choose_backend
 from arena.model.attention.varlen import NAME
 from arena.model.base_files import base_folder, base_load_errors, base_path
@@ -45,12 +45,13 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
         return AutoTokenizer.from_pretrained(base_path(base), revision=revision, **SAFE)
 
 
-def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedModel:
+def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool = False) -> PreTrainedModel:
     """The sequence classifier over a base model: frozen weights quantised or in `dtype`, and `score` of float32 zeros.
 
     A base that already has a head, such as a reward model, is used without it.
 
     Args:
+        classes: the names of the head's outputs.
         announce: print a line if the base's head or attention dropout is not used.
 
     Raises:
@@ -63,7 +64,7 @@ def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedM
         console.print(
             f"{settings.base} has an attention dropout of {dropout}, which is not used: packed attention has none"
         )
-    as_judge(config)
+    as_classifier(config, classes)
     keep_head(config, HEAD)
     options, stored = loader_options(settings), stored_quantization(config) is not None
     if stored:
@@ -98,11 +99,11 @@ def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
     return config
 
 
-def as_judge(config: Any) -> None:
-    """Turns a base's config into that of a classifier over A, B and tie, without a cache or attention dropout."""
-    config.num_labels = len(LABELS)
-    config.id2label = dict(enumerate(LABELS))
-    config.label2id = {label: index for index, label in enumerate(LABELS)}
+def as_classifier(config: Any, classes: Sequence[str]) -> None:
+    """Turns a base's config into that of a classifier, without a cache or attention dropout."""
+    config.num_labels = len(classes)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: index for index, name in enumerate(classes)}
     config.problem_type = None  # may be regression in a reward model
     config.use_cache = False
     if getattr(config, "attention_dropout", None):
@@ -121,7 +122,7 @@ def loader_options(settings: ModelSettings) -> dict[str, Any]:
 def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
     """Adapts a sequence classifier of transformers: sets a new float32 `score`, and restricts it to packed batches."""
     model.config.arena_backend = settings.attention  # `auto` is resolved in each call, by device and dtype
-    score = nn.Linear(model.score.in_features, len(LABELS), bias=False, dtype=torch.float32)
+    score = nn.Linear(model.score.in_features, model.config.num_labels, bias=False, dtype=torch.float32)
     nn.init.zeros_(score.weight)  # initial probabilities are uniform, whatever the scale of the hidden states
     model.score = score.to(next(model.parameters()).device)
     _keep_layout(model)

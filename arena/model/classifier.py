@@ -24,10 +24,10 @@ class PackedClassifier(nn.Module):
         self.model = model
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Float32 (n, 3), the classes A, B, tie, from the hidden state of each example's last token."""
+        """Float32 (m, C), from the hidden states at the batch's positions: the last token of each example."""
         decoder = backbone(self.model)
         last_token = batch.cu_seqlens_q[1:].long() - 1
-        only_last = takes_last_token(decoder)
+        only_last = batch.reads_last and takes_last_token(decoder)
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(decoder)):
             hidden = decoder(
                 input_ids=batch.input_ids,
@@ -40,10 +40,10 @@ class PackedClassifier(nn.Module):
                 kv_index=batch.kv_index,
                 **({"last_token": last_token} if only_last else {}),
             ).last_hidden_state[0]
-        ends = hidden if only_last else hidden[last_token]
-        assert len(ends) == len(last_token), "the last layer must return one state per segment"
+        assert not only_last or len(hidden) == len(last_token), "the last layer must return one state per segment"
+        read = hidden[batch.segment] if only_last else hidden[batch.positions]
         with torch.autocast(hidden.device.type, enabled=False):
-            logits: Tensor = underlying(self.model).score(ends[batch.segment].float())
+            logits: Tensor = underlying(self.model).score(read.float())
         return logits
 
 
@@ -52,11 +52,11 @@ def _trains(decoder: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in decoder.parameters())
 
 
-def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Soft-label cross entropy, summed over examples; divide it by the number of examples in the whole step.
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy, summed over targets; divide it by the number of targets in the whole step.
 
     Args:
-        logits: float32 (n, 3).
-        labels: (n, 3), probabilities that sum to 1 in each row.
+        logits: float32 (m, C).
+        targets: (m, C), probabilities that sum to 1 in each row; or int64 (m,), indices of the C outputs.
     """
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(logits, targets, reduction="sum")

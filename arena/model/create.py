@@ -8,7 +8,7 @@ and one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, Gemma2Config, PretrainedConfig, PreTrainedModel
 
 from arena.config import ModelSettings
-from arena.model.backbone import HEAD, as_judge, base_config, loader_options, take_over
+from arena.model.backbone import HEAD, as_classifier, base_config, loader_options, take_over
 from arena.model.base_files import base_path
 from arena.storage.files import fingerprint
 
@@ -57,7 +57,7 @@ def known_config(settings: ModelSettings) -> PretrainedConfig:
 
 
 def create_base(
-    config: PretrainedConfig, settings: ModelSettings, device: torch.device | str, seed: int
+    config: PretrainedConfig, settings: ModelSettings, classes: Sequence[str], device: torch.device | str, seed: int
 ) -> PreTrainedModel:
     """A base with random weights and the same modules, dtypes, flags and state dict keys as a loaded one.
 
@@ -68,12 +68,13 @@ def create_base(
     Args:
         config: of the model, such as one of `ARCHITECTURES`; it is not changed.
         settings: `dtype`, `quantization` and `attention` are used; `base` is stored in the model but not read.
+        classes: the names of the head's outputs.
         device: where the weights are created.
         seed: of the weights.
     """
     config = deepcopy(config)
     config.__dict__.pop("quantization_config", None)  # describes a quantised checkpoint, which this is not
-    as_judge(config)
+    as_classifier(config, classes)
     with torch.device("meta"):
         empty = AutoModelForSequenceClassification.from_config(config)
     weights = dict(_weights(empty, getattr(torch, settings.dtype), torch.device(device), seed))

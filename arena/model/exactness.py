@@ -32,7 +32,7 @@ from transformers import (
 
 from arena.config import LoraSettings, ModelSettings
 from arena.model.attention.varlen import NAME
-from arena.model.backbone import HEAD, as_judge, take_over
+from arena.model.backbone import HEAD, as_classifier, take_over
 from arena.model.classifier import PackedClassifier
 from arena.model.miniature import BEYOND, FIRST_TOKEN, LONGEST, ORIGINAL, WINDOW, miniature, without_weights
 from arena.model.tuning import adapt
@@ -182,7 +182,7 @@ def _has_window(module: Any) -> bool:
 
 def _models(small: PretrainedConfig, settings: ModelSettings) -> tuple[PreTrainedModel, PackedClassifier]:
     """Two models with the same random weights: transformers' own, and this package's with adapters that add nothing."""
-    as_judge(small)
+    as_classifier(small, ("0", "1", "2"))
     plain, ours = (
         AutoModelForSequenceClassification.from_config(deepcopy(small), attn_implementation=name, dtype=torch.float32)
         for name in ("eager", NAME)

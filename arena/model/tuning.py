@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -69,19 +70,22 @@ def is_whole(folder: Path) -> bool:
     return not (folder / "adapter_config.json").is_file() and not (folder / HEAD_FILE).is_file()
 
 
-def load_trained(folder: Path, settings: ModelSettings) -> PreTrainedModel:
+def load_trained(folder: Path, settings: ModelSettings, classes: Sequence[str]) -> PreTrainedModel:
     """The model that `save_model` wrote, ready for inference.
+
+    Args:
+        classes: the names of the head's outputs.
 
     Raises:
         ValueError: the saved weights are damaged, are not safetensors, or do not fit the base.
     """
     if (folder / "adapter_config.json").is_file():
-        model = with_adapter(load_base(settings), folder, settings)
+        model = with_adapter(load_base(settings, classes), folder, settings)
         install_dora(model, fresh=False)
     elif (folder / HEAD_FILE).is_file():
-        model = with_head(load_base(settings), folder / HEAD_FILE)
+        model = with_head(load_base(settings, classes), folder / HEAD_FILE)
     else:
-        model = load_base(settings.model_copy(update={"base": str(folder), "revision": None}))
+        model = load_base(settings.model_copy(update={"base": str(folder), "revision": None}), classes)
         with_head(model, _file_of_head(folder))
     install(backbone(model), settings.fuse)
     return model.eval()

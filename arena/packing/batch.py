@@ -1,4 +1,4 @@
-"""`PackedBatch`: judge prompts laid end to end in one row, with common beginnings only once."""
+"""`PackedBatch`: examples laid end to end in one row, with common beginnings only once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arena.packing.examples import Item, read_examples
+from arena.packing.examples import Columns, Item, read_examples
 from arena.packing.plan import plan_training
 from arena.packing.tree import Tree, find_prefixes
 
@@ -37,14 +37,17 @@ class PackedBatch:
         cu_seqlens: int32 (n + 1,), the beginning of each example; equal to `cu_seqlens_q`, and only if nothing is
             shared.
         max_seq_len: tokens of the longest example.
-        label: float32 (n, 3), probabilities of A, B, tie; only if the examples are labelled.
-        labels: the same, or None.
+        positions: int64 (m,), the positions in the row that the head reads: each example's last token, so that m is n;
+            or, for targets that are tokens, the token before each. A token that two examples share can be read twice.
+        targets: float32 (n, C), the probabilities of the classes; or int64 (m,) token ids; None without targets.
+        label: the targets, if they are probabilities.
         index: int64 (n,), the index of each example in the data set.
         input_text: the decoded examples; empty unless requested.
         cu_seqlens_k: int32 (s + 1,), the beginning of each segment's keys; `cu_seqlens_q` itself if nothing is shared.
         kv_index: int64 (K,), the position in the row of each key; None if nothing is shared.
         max_segment_len: tokens of the longest segment.
         segment: int64 (n,), the segment that ends with each example's last token.
+        reads_last: whether only last tokens are read.
     """
 
     batch_size: int
@@ -53,13 +56,15 @@ class PackedBatch:
     seq_lens: list[int]
     cu_seqlens_q: Tensor
     max_seq_len: int
-    labels: Tensor | None
+    positions: Tensor
+    targets: Tensor | None
     index: Tensor
     input_text: list[str]
     cu_seqlens_k: Tensor
     kv_index: Tensor | None
     max_segment_len: int
     segment: Tensor
+    reads_last: bool = True
 
     @property
     def tokens(self) -> int:
@@ -78,12 +83,12 @@ class PackedBatch:
 
     @property
     def label(self) -> Tensor:
-        if self.labels is None:
+        if self.targets is None or self.targets.ndim == 1:
             raise ValueError(
-                "this batch has no labels: pass PackedLoader the labels of its examples, such as "
-                "example_labels(data.labels, data.store), or give each example a label"
+                "this batch has no labels: pass PackedLoader the targets of its examples, such as data.targets, or "
+                "give each example a label"
             )
-        return self.labels
+        return self.targets
 
     @property
     def _one_segment_each(self) -> bool:
@@ -99,8 +104,9 @@ class PackedBatch:
         return iter(self.keys())
 
     def keys(self) -> list[str]:
-        held = [field.name for field in fields(self) if field.name != "labels"]
-        return held + ["cu_seqlens"] * self._one_segment_each + ["label"] * (self.labels is not None)
+        held = [field.name for field in fields(self) if self.targets is not None or field.name != "targets"]
+        labelled = self.targets is not None and self.targets.ndim > 1
+        return held + ["cu_seqlens"] * self._one_segment_each + ["label"] * labelled
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`; from pinned memory the copies do not block."""
@@ -143,19 +149,16 @@ class VarlenCollator:
         Raises:
             ValueError: there are no examples, one is longer than the budget, or one is invalid (`read_examples`).
         """
-        ids, labels, index = read_examples(examples)
-        lengths = np.array([len(each) for each in ids], dtype=np.int64)
-        prefixes = find_prefixes(ids) if self.share else None
+        columns = read_examples(examples)
+        lengths = np.array([len(each) for each in columns.ids], dtype=np.int64)
+        prefixes = find_prefixes(columns.ids) if self.share else None
         plan = plan_training(
             lengths, np.arange(len(lengths)), step_size=len(lengths), budget=self.budget, prefixes=prefixes
         )
         batches = []
         for number in plan.of_step(0):
             members = plan.micro_batch(number)
-            chosen, tree = [ids[at] for at in members], plan.tree(number, lengths)
-            batches.append(
-                lay_out(chosen, None if labels is None else labels[members], index[members], self.tokenizer, tree)
-            )
+            batches.append(lay_out(columns.take(members), self.tokenizer, plan.tree(number, lengths)))
         return batches
 
 
@@ -169,26 +172,16 @@ def collate(examples: Sequence[Item], tokenizer: Any = None, tree: Tree | None =
     Raises:
         ValueError: there are no examples, or one is invalid (`read_examples`).
     """
-    return lay_out(*read_examples(examples), tokenizer, tree)
+    return lay_out(read_examples(examples), tokenizer, tree)
 
 
-def lay_out(
-    ids: Sequence[np.ndarray],
-    labels: np.ndarray | None,
-    index: np.ndarray,
-    tokenizer: Any = None,
-    tree: Tree | None = None,
-) -> PackedBatch:
+def lay_out(columns: Columns, tokenizer: Any = None, tree: Tree | None = None) -> PackedBatch:
     """Like `collate`, for examples in columns.
-
-    Args:
-        ids: token ids of n examples.
-        labels: float32 (n, 3), or None.
-        index: int64 (n,).
 
     Raises:
         ValueError: there are no examples, or one is empty.
     """
+    ids = columns.ids
     seq_lens = [len(each) for each in ids]
     if not seq_lens or min(seq_lens) == 0:
         raise ValueError("a batch needs at least one example, and every example at least one token")
@@ -207,13 +200,15 @@ def lay_out(
         seq_lens=seq_lens,
         cu_seqlens_q=boundaries,
         max_seq_len=max(seq_lens),
-        labels=None if labels is None else torch.from_numpy(labels),
-        index=torch.from_numpy(index),
+        positions=torch.from_numpy(_positions(tree, places, columns.places)),
+        targets=None if columns.targets is None else torch.from_numpy(columns.targets),
+        index=torch.from_numpy(columns.index),
         input_text=[] if tokenizer is None else [tokenizer.decode(each) for each in ids],
         cu_seqlens_k=cu_seqlens_k,
         kv_index=kv_index,
         max_segment_len=int((ends - starts).max()),
         segment=torch.tensor(tree.ends_in),
+        reads_last=columns.places is None,
     )
 
 
@@ -221,6 +216,27 @@ def _plain(seq_lens: list[int]) -> Tree:
     """The tree in which each example is a segment."""
     n = len(seq_lens)
     return Tree(list(range(n)), [0] * n, seq_lens, [-1] * n, list(range(n)))
+
+
+def _positions(tree: Tree, starts: np.ndarray, places: list[np.ndarray] | None) -> np.ndarray:
+    """int64 (m,): where the head reads in the row.
+
+    Args:
+        starts: (s + 1,), the position in the row of each segment, and the end.
+        places: the positions in each example; None: its last one.
+    """
+    if places is None:
+        return np.asarray(starts[np.array(tree.ends_in) + 1] - 1)
+    positions = [np.zeros(0, dtype=np.int64)]
+    for node, within in zip(tree.ends_in, places, strict=True):
+        chain = [node]
+        while tree.parent[chain[-1]] >= 0:
+            chain.append(tree.parent[chain[-1]])
+        segments = np.array(chain[::-1])
+        begin = np.array(tree.start)[segments]
+        holds = np.searchsorted(begin, within, side="right") - 1
+        positions.append(starts[segments[holds]] + within - begin[holds])
+    return np.concatenate(positions)
 
 
 def _keys(tree: Tree, places: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from arena.data.tokens import TokenStore
 from arena.packing.batch import PackedBatch, lay_out
+from arena.packing.examples import Columns
 from arena.packing.plan import PackPlan
 
 
@@ -21,8 +22,8 @@ class PackedLoader:
 
     Args:
         store: token ids.
-        labels: float (n, 3) for the n examples of the store (`example_labels` makes them from the rows' labels); None
-            gives batches without `label`, for inference.
+        targets: float32 (n, C) for the n examples of the store, such as `FoldData.targets`; None gives batches without
+            `label`, for inference.
         plan: what to load; its example indices are indices into the store.
         tokenizer: decodes `input_text` for inspection; None leaves it empty and takes no time.
         rank: the rank of this process among `plan.ranks`.
@@ -30,13 +31,13 @@ class PackedLoader:
         pin: put batches into page-locked memory, from which a GPU copies asynchronously.
 
     Raises:
-        ValueError: labels have another shape, such as the rows' labels for a store with both orders.
+        ValueError: the numbers of targets and examples differ, as with rows' labels for a store with both orders.
     """
 
     def __init__(
         self,
         store: TokenStore,
-        labels: np.ndarray | None,
+        targets: np.ndarray | None,
         plan: PackPlan,
         tokenizer: Any = None,
         *,
@@ -44,13 +45,11 @@ class PackedLoader:
         start: int = 0,
         pin: bool = False,
     ) -> None:
-        if labels is not None and labels.shape != (len(store), 3):
+        if targets is not None and len(targets) != len(store):
             raise ValueError(
-                f"labels have the shape {labels.shape}, but the {len(store):,} examples of the store need "
-                f"({len(store)}, 3): pass example_labels(data.labels, data.store)"
+                f"there are {len(targets):,} targets, but the store has {len(store):,} examples: pass data.targets"
             )
-        self.store, self.plan = store, plan
-        self.labels = None if labels is None else labels.astype(np.float32)
+        self.store, self.targets, self.plan = store, targets, plan
         self.tokenizer, self.rank, self.start, self.pin = tokenizer, rank, start, pin
 
     def __len__(self) -> int:
@@ -73,7 +72,7 @@ class PackedLoader:
     def micro_batch(self, index: int) -> PackedBatch:
         """One micro-batch of the plan, by its index."""
         members = self.plan.micro_batch(index)
-        ids = self.store.take(members)
-        labels = None if self.labels is None else self.labels[members]
-        batch = lay_out(ids, labels, members, self.tokenizer, self.plan.tree(index, self.store.lengths))
+        targets = None if self.targets is None else self.targets[members]
+        columns = Columns(self.store.take(members), members, targets)
+        batch = lay_out(columns, self.tokenizer, self.plan.tree(index, self.store.lengths))
         return batch.pin_memory() if self.pin else batch

@@ -20,6 +20,7 @@ from arena.packing.plan import PackPlan, plan_evaluation
 from arena.packing.tree import prefixes_for
 from arena.progress import console
 from arena.reporting.figure import new_figure
+from arena.tasks import task_of
 from arena.training.order import plan_fold
 
 SHOWN = 20  # tokens decoded at either end of a segment
@@ -32,7 +33,7 @@ def inspect_fold(recipe: Recipe, fold: int, step: int, out: Path) -> None:
         ValueError: the plan has no such step.
     """
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    data = prepare_fold(recipe, fold, tokenizer)
+    data = prepare_fold(recipe, task_of(recipe), fold, tokenizer)
     prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     plan = plan_fold(recipe, data, prefixes=prefixes)
     if not 0 <= step < plan.n_steps:

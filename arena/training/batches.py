@@ -6,12 +6,13 @@ from pathlib import Path
 
 from arena.config import Recipe
 from arena.data.prepare import prepare_fold
-from arena.data.synthetic import ensure_demo
+from arena.demo.synthetic import ensure_demo
 from arena.model.backbone import load_tokenizer
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation
 from arena.packing.tree import prefixes_for
-from arena.training.order import example_labels, plan_fold
+from arena.tasks import task_of
+from arena.training.order import plan_fold
 
 
 def open_fold(recipe: Recipe, fold: int = 0, *, held_out: bool = False) -> PackedLoader:
@@ -34,11 +35,11 @@ def open_fold(recipe: Recipe, fold: int = 0, *, held_out: bool = False) -> Packe
     """
     ensure_demo(recipe)
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    data = prepare_fold(recipe, fold, tokenizer)
+    data = prepare_fold(recipe, task_of(recipe), fold, tokenizer)
     prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     if held_out:
         examples = data.eval_rows * data.store.orders
         plan = plan_evaluation(data.store.lengths, examples, budget=recipe.packing.budget, prefixes=prefixes)
     else:
         plan = plan_fold(recipe, data, prefixes=prefixes)
-    return PackedLoader(data.store, example_labels(data.labels, data.store), plan, tokenizer)
+    return PackedLoader(data.store, data.targets, plan, tokenizer)

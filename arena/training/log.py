@@ -14,24 +14,27 @@ LINE = ("step", EVALUATION, "eval_rows", "best")  # the keys of an evaluation's 
 
 
 class RunLog:
-    """The log of a run, which only the first rank writes."""
+    """The log of a run, which only the first rank writes.
+
+    Attributes:
+        evaluations: the held-out log-loss of each evaluation, by step; known after `cut`.
+    """
 
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path, self.writes = path, writes
+        self.evaluations: dict[int, float] = {}
 
     def cut(self, step: int) -> None:
         """Drops the lines after a step, which will be written again, and an incomplete line."""
-        if not self.writes:
-            return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if self.path.is_file() else []
-        write_text(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
-
-    def evaluated(self) -> dict[int, float]:
-        """The held-out log-loss of each evaluation in the log, by step."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        return {facts["step"]: facts[EVALUATION] for facts in map(json.loads, lines) if EVALUATION in facts}
+        lines = [line for line in lines if _step_of(line) <= step]
+        if self.writes:
+            write_text(self.path, "".join(line + "\n" for line in lines))
+        self.evaluations = {facts["step"]: facts[EVALUATION] for facts in map(json.loads, lines) if EVALUATION in facts}
 
     def add(self, facts: dict[str, Any]) -> None:
+        if EVALUATION in facts:
+            self.evaluations[facts["step"]] = facts[EVALUATION]
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")

@@ -9,8 +9,6 @@ import numpy as np
 
 from arena.config import Recipe
 from arena.data.prepare import FoldData
-from arena.data.tokens import TokenStore
-from arena.metrics import SWAPPED
 from arena.packing.plan import PackPlan, epoch_order, plan_training
 from arena.packing.tree import Prefixes, prefixes_for
 
@@ -48,14 +46,6 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
     return whole[: max(1, round(len(parts[0]) * epochs))]
 
 
-def example_labels(labels: np.ndarray, store: TokenStore) -> np.ndarray:
-    """The (len(store), 3) labels of examples from the (rows, 3) labels of rows: swapped examples exchange A and B."""
-    expanded = np.repeat(labels, store.orders, axis=0)
-    if store.orders == 2:
-        expanded[1::2] = expanded[1::2][:, SWAPPED]
-    return expanded
-
-
 def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes | None = None) -> PackPlan:
     """The plan of a whole training run; the same recipe and data give the same plan.
 
@@ -63,9 +53,8 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes
         prefixes: what the store's examples share; found with `prefixes_for` if not given.
     """
     settings = recipe.train
-    order = training_order(
-        data.train_rows, data.store.orders, epochs=settings.epochs, swap=settings.swap, seed=recipe.seed
-    )
+    swap = settings.swap if data.task.orders > 1 else "never"
+    order = training_order(data.train_rows, data.store.orders, epochs=settings.epochs, swap=swap, seed=recipe.seed)
     return plan_training(
         data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks,
         prefixes=prefixes or prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),

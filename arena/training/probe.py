@@ -2,8 +2,8 @@
 
 On a GPU the memory is measured: the peak with full recomputation, and what one more layer of each policy adds to it.
 The chosen policies are then run; if their peak exceeds the card's memory, more is recomputed. On a CPU, whose memory
-other processes share, the estimate of `model/memory/estimate.py` is used. Policies do not change any number, so a run can resume
-on another card with other policies.
+other processes share, the estimate of `model/memory/estimate.py` is used. Policies do not change any number, so a run
+can resume on another card with other policies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One fold from files to a saved judge: prepare, train, score on the held-out rows, write the results."""
+"""One fold from files to a saved judge: prepare, train, write the results."""
 
 from __future__ import annotations
 
@@ -8,18 +8,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 from accelerate import Accelerator
 
 from arena.config import Recipe, run_place
 from arena.data.prepare import FoldData, data_file, prepare_fold
-from arena.distributed import device_name, peak_memory, start
-from arena.inference.baseline import baseline_probabilities
-from arena.inference.evaluate import predict_or_prior
-from arena.inference.judge import save_judge
-from arena.metrics import CLASSES, LABELS, accuracy, calibration_error, log_loss
-from arena.model.attention.varlen import used_backends
+from arena.distributed import device_name, start
+from arena.inference.card import JudgeCard, save_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.card import card_of
@@ -31,16 +25,16 @@ from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
 from arena.progress import console, optional
 from arena.stopping import stopping
-from arena.storage.files import atomic_write, fingerprint, remove_scratch, write_json
+from arena.storage.files import fingerprint, remove_scratch, write_json
 from arena.storage.lock import locked
 from arena.storage.mirror import Mirror
+from arena.tasks import task_of
 from arena.training.optim import trainable
+from arena.training.results import REFERENCES, effort, references, scores, write_oof
 from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
 from arena.training.tracking import start_tracking, tracking
 from arena.training.trainer import Trainer
 
-# what a judge's log-loss is compared with, besides the prior's
-REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
 FILES = ("recipe.yaml", "log.jsonl", "oof.csv", "metrics.json")  # of a finished run, besides its model
 PATIENT, HURRIED = 600.0, 15.0  # seconds that a run waits for its mirror when it finishes, and when it is interrupted
 
@@ -85,20 +79,22 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
     asked, recipe = recipe, fit(recipe, config, card_of(accelerator.device))
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         check_exact(config, recipe.model, recipe.prompt.max_length)
-        data = prepare_fold(recipe, fold, tokenizer)
-        prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+        data = prepare_fold(recipe, task_of(recipe), fold, tokenizer)
+        prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     check_ids(config, data.store, tokenizer, recipe.model.base)
     run = run_identity(recipe, data.fingerprint, base_digest(recipe.model.base, recipe.model.revision))
     if not fresh and (metrics := finished_metrics(folder, run)) is not None:
         console.print(f"{folder} is finished: there is nothing to train (--fresh trains it again)")
         return metrics
-    model = adapt(load_base(recipe.model, announce=True), recipe.model)
+    model = adapt(load_base(recipe.model, data.task.classes, announce=True), recipe.model)
     with (
         stopping(recipe.train.max_seconds) as stop,
         _mirror(recipe, folder, run, main, fresh) as mirror,
         tracking(accelerator),
     ):
-        trainer = Trainer(recipe, data, model, folder, accelerator, stop, mirror)
+        trainer = Trainer(
+            recipe, data, model, folder, accelerator, prefixes=prefixes, identity=run, stop=stop, mirror=mirror
+        )
         # where this call resumed does not matter to a judge, or to another fold trained with the same recipe
         saved = recipe.model_copy(update={"train": recipe.train.model_copy(update={"resume": "auto"})})
         # not earlier: a run that cannot be trained must not replace the earlier one
@@ -115,15 +111,15 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         accelerator.wait_for_everyone()
         _announce(recipe, asked, data, trainer)
         try:
-            trainer.run()
-            probabilities = _predict_held_out(recipe, data, trainer)
+            trained = trainer.run()
         finally:
             accelerator.state.destroy_process_group()
         metrics = {"recipe": recipe.name, "fold": fold}
         if main:
-            save_judge(folder / "model", model, tokenizer, saved, data.prior, data.trained_on, run["base"])
-            write_oof(folder / "oof.csv", data, probabilities)
-            metrics |= {**_effort(data, trainer), **_scores(data, probabilities), **dict.fromkeys(REFERENCES)}
+            save_judge(model, tokenizer, JudgeCard(folder / "model", saved, data.prior, data.trained_on, run["base"]))
+            write_oof(folder / "oof.csv", data, trained.probabilities)
+            metrics |= {**effort(data, trainer.plan, trained, model, trainer.device), **scores(data, trained)}
+            metrics |= dict.fromkeys(REFERENCES)
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, mirror)
     return metrics
@@ -133,15 +129,15 @@ def _finish(
     recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], mirror: Mirror | None
 ) -> dict[str, float | None]:
     """Adds reference scores and mirrors the results; whatever fails here is only a warning."""
-    references = _references(recipe, data)
+    found = references(recipe, data)
     with optional(f"adding reference scores to {folder / 'metrics.json'}"):
-        write_json(folder / "metrics.json", metrics | references)
+        write_json(folder / "metrics.json", metrics | found)
     shutil.rmtree(folder / "logits", ignore_errors=True)
     if mirror is not None:
         with optional(f"sending the finished run to {recipe.train.mirror}", f"copy {folder} there yourself"):
             mirror.push_files("model", [folder / "model"])
             mirror.push_files("files", [folder / name for name in FILES])
-    return references
+    return found
 
 
 @contextmanager
@@ -160,32 +156,6 @@ def _mirror(recipe: Recipe, folder: Path, run: dict[str, str], main: bool, fresh
     finally:
         with optional(f"closing the mirror {recipe.train.mirror}"):
             mirror.close(patience)
-
-
-def _predict_held_out(recipe: Recipe, data: FoldData, trainer: Trainer) -> np.ndarray:
-    """The best weights' (n, 3) probabilities of the held-out rows, averaged over both orders if the recipe says so."""
-    held_out, best = data.eval_rows, trainer.checkpoints.best
-    assert best is not None, "the last step is always evaluated"
-    return predict_or_prior(
-        trainer.classifier, data.store, held_out, data.has_responses[held_out], data.prior, recipe,
-        trainer.prefixes, straight=trainer.held_out_probabilities, ids=data.ids,
-        logits_cache=trainer.logits_cache("held-out", best), stop=trainer.stop if trainer.alone else None,
-    )  # fmt: skip
-
-
-def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
-    """Out-of-fold predictions in the file's order: `id`, three probabilities, the label as class and as values."""
-    labels = data.labels[data.eval_rows]
-    table = pd.DataFrame(
-        {
-            "id": data.rows.select(data.eval_rows)["id"][:],
-            **{name: probabilities[:, at] for at, name in enumerate(CLASSES)},
-            "label": [LABELS[at] for at in labels.argmax(axis=1)],
-            **{f"label_{name}": labels[:, at] for at, name in enumerate(CLASSES)},
-        }
-    )
-    with atomic_write(path) as draft:
-        table.to_csv(draft, index=False, lineterminator="\n")
 
 
 def _announce(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -> None:
@@ -210,62 +180,3 @@ def _announce(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -
     cut = int((data.store.tokens_cut > 0).sum())
     if cut:
         console.print(f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens")
-
-
-def _scores(data: FoldData, probabilities: np.ndarray) -> dict[str, float]:
-    """The judge's scores on the held-out rows, and the prior's log-loss for comparison."""
-    labels = data.labels[data.eval_rows]
-    return {
-        "log_loss": log_loss(labels, probabilities),
-        "accuracy": accuracy(labels, probabilities),
-        "ece": calibration_error(labels, probabilities),
-        "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1))),
-    }
-
-
-def _references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
-    """A simple baseline's log-loss, and the best possible one if it is known; None for what cannot be computed."""
-    labels, found = data.labels[data.eval_rows], dict.fromkeys(REFERENCES)
-    with optional("fitting the plain baseline"):
-        found["baseline_log_loss"] = log_loss(labels, baseline_probabilities(data, recipe.seed))
-    path = Path(recipe.data.path) / "truth.csv"
-    with optional(f"reading {path}", "the report does not show the best possible log-loss"):
-        truth = _truth(path, data.rows.select(data.eval_rows)["id"][:])
-        if truth is not None:
-            found |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}
-    return found
-
-
-def _effort(data: FoldData, trainer: Trainer) -> dict[str, Any]:
-    """The size, time and memory of the run."""
-    done, device = trainer.done, trainer.accelerator.device
-    return {
-        "n_eval": len(data.eval_rows),
-        "n_train": len(data.train_rows),
-        "steps": done.step,
-        "best_step": trainer.checkpoints.best,
-        "micro_batches": done.micro_batches,
-        "fill_rate": trainer.plan.fill_rate,
-        "tokens": done.tokens,
-        "unique_tokens": done.unique_tokens,
-        "tokens_per_second": done.tokens / max(done.seconds, 1e-9),
-        "train_seconds": done.seconds,
-        "data_wait_seconds": done.waited,
-        "peak_memory_bytes": peak_memory(device),
-        "trainable_parameters": sum(parameter.numel() for parameter in trainable(trainer.model).values()),
-        "device": device_name(device),
-        "attention_backend": used_backends(trainer.model),
-    }
-
-
-def _truth(path: Path, ids: list[str]) -> np.ndarray | None:
-    """The probabilities from which synthetic labels were drawn; None for other rows."""
-    if not path.is_file():
-        return None
-    table = pd.read_csv(path, dtype={"id": str})
-    if "id" not in table:
-        return None
-    table = table.set_index("id")
-    if not set(ids) <= set(table.index) or not set(CLASSES) <= set(table.columns):
-        return None
-    return table.loc[ids, list(CLASSES)].to_numpy(dtype=np.float64)

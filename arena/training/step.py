@@ -1,9 +1,10 @@
-"""The gradient of an optimizer step, micro-batch by micro-batch, and the report of a step that failed."""
+"""An optimizer step: its gradient, micro-batch by micro-batch, its place in the log, and the report of a failure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from arena.distributed import compute_in
 from arena.model.classifier import loss_sum
 from arena.packing.batch import PackedBatch
+from arena.packing.plan import PackPlan
 from arena.stopping import Stop
 from arena.storage.files import write_json
+from arena.training.checkpoint import Done
 from arena.training.scaling import LossScaling
 
 IDS_SHOWN = 10  # in the message about a step that failed
@@ -42,6 +45,25 @@ def accumulate(
         (loss if scaling is None else scaling.scaled(loss)).backward()
         sums.append(loss.detach())
     return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def count_step(done: Done, plan: PackPlan, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Counts a completed step in `done`, and returns `facts` with its size and time, for the log."""
+    first = int(plan.step_ends[done.step - 1]) if done.step else 0
+    micro = slice(first, int(plan.step_ends[done.step]))
+    unique, tokens, examples = plan.tokens[micro], int(plan.logical_tokens[micro].sum()), plan.step_size(done.step)
+    used = int((unique > 0).sum())
+    done.step += 1
+    done.tokens += tokens
+    done.unique_tokens += int(unique.sum())
+    done.micro_batches += used
+    done.seconds += seconds
+    return {
+        "step": done.step, **facts, "examples": examples,
+        "micro_batches": used, "tokens": tokens, "unique_tokens": int(unique.sum()),
+        "fill_rate": float(unique.sum() / (len(unique) * plan.budget)),
+        "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1),
+    }  # fmt: skip
 
 
 def write_failure(folder: Path, step: int, loss: float, norm: float, ids: Sequence[str]) -> None:

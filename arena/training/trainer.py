@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,12 @@ from torch import nn
 from arena.background import ahead
 from arena.config import Recipe
 from arena.data.prepare import FoldData
-from arena.distributed import device_name, first_rank, sum_gradients, total
-from arena.inference.evaluate import predict
-from arena.inference.logits_cache import LogitsCache
-from arena.metrics import log_loss
+from arena.distributed import first_rank, sum_gradients, total
 from arena.model.backbone import attention_choice
-from arena.model.base_files import base_digest
 from arena.model.classifier import PackedClassifier
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
-from arena.packing.tree import prefixes_for
+from arena.packing.tree import Prefixes
 from arena.progress import console, progress
 from arena.stopping import Stop, Stopped
 from arena.storage.manifest import damage, read_manifest
@@ -41,14 +36,30 @@ from arena.training.checkpoint import (
     set_random_states,
 )
 from arena.training.checkpoint_manager import CheckpointManager
+from arena.training.held_out import HeldOut
 from arena.training.log import LINE, RunLog
 from arena.training.optim import make_optimizer, make_schedule, trainable
-from arena.training.order import example_labels, plan_fold
+from arena.training.order import plan_fold
 from arena.training.probe import choose_policies
-from arena.training.run_directory import RUN_FILES, require_same_run, run_identity
+from arena.training.run_directory import RUN_FILES, require_same_run
 from arena.training.scaling import LossScaling
-from arena.training.step import accumulate, describe_failure, write_failure
+from arena.training.step import accumulate, count_step, describe_failure, write_failure
 from arena.training.tracking import track
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished training gives, besides the best weights in the model.
+
+    Attributes:
+        done: the size and time of the run.
+        best_step: the step whose weights are the best.
+        probabilities: float64 (n, C), by these weights, of the held-out rows in all orders that inference uses.
+    """
+
+    done: Done
+    best_step: int
+    probabilities: np.ndarray
 
 
 class Trainer:
@@ -57,6 +68,8 @@ class Trainer:
     Args:
         model: as returned by `tuning.adapt`.
         folder: the run's folder, for the log and the checkpoints.
+        prefixes: what the examples share (`prefixes_for`).
+        identity: of the run (`run_identity`).
         stop: is checked between micro-batches.
         mirror: where checkpoints are copied to, on the first rank.
 
@@ -65,30 +78,28 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, data: FoldData, model: nn.Module, folder: Path, accelerator: Accelerator,
-        stop: Stop | None = None, mirror: Mirror | None = None,
+        self, recipe: Recipe, data: FoldData, model: nn.Module, folder: Path, accelerator: Accelerator, *,
+        prefixes: Prefixes | None, identity: dict[str, str], stop: Stop | None = None, mirror: Mirror | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
-        self.device, self.alone = accelerator.device, accelerator.num_processes == 1
+        self.device, alone = accelerator.device, accelerator.num_processes == 1
         self.model = model
         self.classifier = PackedClassifier(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
-        self.prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
-        self.plan = plan_fold(recipe, data, accelerator.num_processes, self.prefixes)
+        self.plan = plan_fold(recipe, data, accelerator.num_processes, prefixes)
         self.optimizer = make_optimizer(model, recipe.train)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.plan.n_steps)
         self.scaling = LossScaling(recipe.model.dtype, accelerator.device)
         self.done = Done()
         self.recompute_plan = choose_policies(self.classifier, self._loader(), recipe)
-        self.held_out_probabilities: np.ndarray | None = None  # by the best weights, in straight order, once trained
-        base = base_digest(recipe.model.base, recipe.model.revision)
-        self.resume_fingerprint = run_identity(recipe, data.fingerprint, base) | {"plan": self.plan.fingerprint}
+        self.resume_fingerprint = identity | {"plan": self.plan.fingerprint}
         self.stop, self.mirror = stop or Stop(), mirror
         self.checkpoints = CheckpointManager(folder / "checkpoints", recipe.train.keep_last, recipe.train.keep_best)
-        self.held_out: dict[int, float] = {}  # log-losses by step
+        cached = self.resume_fingerprint if alone else None  # several processes would write the same parts
+        self.held_out = HeldOut(recipe, data, prefixes, self.device, folder / "logits", cached)
         self.log = RunLog(folder / "log.jsonl", writes=accelerator.is_main_process)
 
-    def run(self) -> Done:
+    def run(self) -> Trained:
         """Trains from a checkpoint, or from the beginning, to the end; leaves the best weights in the model.
 
         Raises:
@@ -108,8 +119,7 @@ class Trainer:
                 self._after_step()
                 advance(1, note=self._note(facts["loss"]))
                 start = time.monotonic()
-        self._take_best()
-        return self.done
+        return self._finish()
 
     def resume(self) -> None:
         """Resumes from the checkpoint that `train.resume` selects, if there is one.
@@ -133,15 +143,14 @@ class Trainer:
                 losses = self.checkpoints.losses.items()
                 self.checkpoints.losses = {step: loss for step, loss in losses if step <= self.done.step}
         self.log.cut(self.done.step)
-        if self.done.step in self.checkpoints.losses and self.done.step not in self.log.evaluated():
+        if self.done.step in self.checkpoints.losses and self.done.step not in self.log.evaluations:
             line = self.checkpoints.load_evaluation(self.done.step)[0]["line"]
             self._log({key: line[key] for key in LINE})
-        self.held_out = self.log.evaluated()
 
     def _note(self, loss: float) -> str:
         """The loss of the last step and the latest held-out log-loss."""
-        held_out = f", held-out {self.held_out[max(self.held_out)]:.4f}" if self.held_out else ""
-        return f"loss {loss:.4f}{held_out}"
+        evaluations = self.log.evaluations
+        return f"loss {loss:.4f}" + (f", held-out {evaluations[max(evaluations)]:.4f}" if evaluations else "")
 
     def _evaluates(self) -> bool:
         """Whether the held-out rows are evaluated after the last completed step."""
@@ -159,21 +168,22 @@ class Trainer:
             self._save()
             raise self.stop.stopped()
 
-    def _take_best(self) -> None:
-        """Loads the best weights into the model, along with their held-out predictions."""
+    def _finish(self) -> Trained:
+        """Loads the best weights into the model, and predicts the held-out rows in the orders that are left."""
         best = self.checkpoints.best
         assert best is not None, "the last step is always evaluated"
         why = damage(self.checkpoints.step(best))
         if why is not None:
             raise ValueError(f"the best checkpoint is damaged ({why}): run the same command again to evaluate anew")
         load_weights(self.checkpoints.step(best), self.model)
-        self.held_out_probabilities = self.checkpoints.load_evaluation(best)[1]
+        straight = self.checkpoints.load_evaluation(best)[1]
+        averaged = self.held_out.averaged(straight, self.classifier, self._weights(best), self._own_stop)
+        return Trained(self.done, best, averaged)
 
     def _loader(self) -> PackedLoader:
-        labels = example_labels(self.data.labels, self.data.store)
         rank = self.accelerator.process_index
         pin = self.accelerator.device.type == "cuda"
-        return PackedLoader(self.data.store, labels, self.plan, rank=rank, start=self.done.step, pin=pin)
+        return PackedLoader(self.data.store, self.data.targets, self.plan, rank=rank, start=self.done.step, pin=pin)
 
     def _step(self, batch: list[PackedBatch], start: float) -> dict[str, Any]:
         """Takes one optimizer step; its time counts from `start`, before its data were loaded.
@@ -187,9 +197,8 @@ class Trainer:
         """
         size, before = self.plan.step_size(self.done.step), random_states()
         device, dtype = self.device, self.recipe.model.dtype
-        stop = self.stop if self.alone else None  # several ranks end after the same step
         try:
-            loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling, stop)
+            loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling, self._own_stop)
         except Stopped:
             self._give_up_step(before)
             raise
@@ -208,7 +217,9 @@ class Trainer:
         facts |= self.scaling.step(self.optimizer, norm)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return self._count(size, facts, time.monotonic() - start)
+        facts = count_step(self.done, self.plan, facts, time.monotonic() - start)
+        self._log(facts)
+        return facts
 
     def _give_up_step(self, before: Random) -> None:
         """Saves the run as it was before a step that was started but not taken."""
@@ -216,55 +227,30 @@ class Trainer:
         set_random_states(before)
         self._save()
 
-    def _count(self, size: int, facts: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Counts a step and logs it along with `facts`."""
-        ends = self.plan.step_ends
-        micro = slice(int(ends[self.done.step - 1]) if self.done.step else 0, int(ends[self.done.step]))
-        unique, tokens = self.plan.tokens[micro], int(self.plan.logical_tokens[micro].sum())
-        used = int((unique > 0).sum())
-        self.done.step += 1
-        self.done.tokens += tokens
-        self.done.unique_tokens += int(unique.sum())
-        self.done.micro_batches += used
-        self.done.seconds += seconds
-        facts = {
-            "step": self.done.step, **facts, "examples": size,
-            "micro_batches": used, "tokens": tokens, "unique_tokens": int(unique.sum()),
-            "fill_rate": float(unique.sum() / (len(unique) * self.plan.budget)),
-            "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1),
-        }  # fmt: skip
-        self._log(facts)
-        return facts
-
     def _evaluate(self) -> None:
         """Evaluates the held-out rows in their given order and saves the result beside the checkpoint."""
-        rows = self.data.eval_rows[self.data.has_responses[self.data.eval_rows]]
-        recipe, step = self.recipe, self.done.step
-        found = predict(
-            self.classifier, self.data.store, rows,
-            budget=recipe.packing.budget, orders=[0], dtype=recipe.model.dtype, prefixes=self.prefixes,
-            title="evaluating", ids=self.data.ids, logits_cache=self.logits_cache("evaluation", step),
-            stop=self.stop if self.alone else None,
-        )  # fmt: skip
-        loss = first_rank(self.accelerator, log_loss(self.data.labels[rows], found))
-        best = min(self.checkpoints.losses.values(), default=math.inf)
-        line = dict(zip(LINE, (step, loss, len(rows), loss < best), strict=True))
+        step, best = self.done.step, self.checkpoints.best
+        found = self.held_out.straight(self.classifier, self._weights(step), self._own_stop)
+        loss = first_rank(self.accelerator, self.held_out.log_loss(found))
+        is_best = best is None or loss < self.checkpoints.losses[best]
+        line = dict(zip(LINE, (step, loss, self.held_out.n_scored, is_best), strict=True))
         self._on_main(lambda: self.checkpoints.save_evaluation(step, {"log_loss": loss, "line": line}, found))
-        self.checkpoints.losses[step] = self.held_out[step] = loss
+        self.checkpoints.losses[step] = loss
         self._log(line)
         if self.mirror is not None:
-            if self.checkpoints.best == step:
+            if is_best:
                 self.mirror.push(self.checkpoints.step(step), best=True)
             self.mirror.push(self.checkpoints.evaluation(step))
         self._on_main(self.checkpoints.prune)
 
-    def logits_cache(self, name: str, step: int) -> LogitsCache | None:
-        """The cache from which an evaluation of a checkpoint's weights resumes; None with several processes."""
-        if not self.alone:
-            return None
-        weights = read_manifest(self.checkpoints.step(step))["files"]["weights.safetensors"]["sha256"]
-        identity = {**self.resume_fingerprint, "weights": weights}
-        return LogitsCache(self.folder / "logits" / name, identity, device_name(self.device))
+    @property
+    def _own_stop(self) -> Stop | None:
+        """The stop, if this process may act on it alone; several ranks end after the same step."""
+        return self.stop if self.accelerator.num_processes == 1 else None
+
+    def _weights(self, step: int) -> str:
+        """The digest of a checkpoint's weights."""
+        return str(read_manifest(self.checkpoints.step(step))["files"]["weights.safetensors"]["sha256"])
 
     def _save(self) -> None:
         """Writes the checkpoint of the last completed step, unless it exists."""

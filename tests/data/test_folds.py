@@ -13,25 +13,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arena.data import folds as folds_module
-from arena.data.conversations import read_conversations
+from arena.data.dataset import Rows, read_dataset
 from arena.data.folds import (
     assign_folds,
     check_no_leak,
     leaking,
     load_or_assign_folds,
-    prompt_key,
 )
+from tests.helpers import PREFERENCE, rows_of
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 
 
-def dataset(prompts: list[str], classes: list[int] | None = None) -> Dataset:
+def dataset(prompts: list[str], classes: list[int] | None = None) -> Rows:
     labels = np.eye(3, dtype=np.float32)[classes if classes is not None else [0] * len(prompts)].tolist()
     ids = [f"row {number}" for number in range(len(prompts))]
-    return Dataset.from_dict({"id": ids, "prompt": [[prompt] for prompt in prompts], "label": labels})
+    return rows_of(Dataset.from_dict({"id": ids, "prompt": [[prompt] for prompt in prompts], "label": labels}))
 
 
-def random_rows(count: int = 3_000, prompts: int = 2_000) -> tuple[Dataset, np.ndarray]:
+def random_rows(count: int = 3_000, prompts: int = 2_000) -> tuple[Rows, np.ndarray]:
     """Labelled rows, some of which share a prompt, and their classes."""
     rng = np.random.default_rng(5)
     classes = rng.choice(3, size=count, p=[0.5, 0.4, 0.1])
@@ -57,16 +57,16 @@ def random_rows(count: int = 3_000, prompts: int = 2_000) -> tuple[Dataset, np.n
     ],
 )
 def test_keys_by_hand(prompt: list[str | None], key: str) -> None:
-    assert prompt_key(prompt) == key
+    assert PREFERENCE.group(prompt) == key
 
 
 @given(st.text(), st.lists(st.text(" \t\n\r\u2003\u3000", min_size=1), min_size=1))
 def test_white_space_and_case_do_not_change_a_key(text: str, spaces: list[str]) -> None:
     words = text.split()
     spread = "".join(word + spaces[place % len(spaces)] for place, word in enumerate(words))
-    assert prompt_key([spaces[0] + spread]) == prompt_key([" ".join(words)])
+    assert PREFERENCE.group([spaces[0] + spread]) == PREFERENCE.group([" ".join(words)])
     if text.isascii():
-        assert prompt_key([text.upper()]) == prompt_key([text.lower()])
+        assert PREFERENCE.group([text.upper()]) == PREFERENCE.group([text.lower()])
 
 
 # Folds
@@ -78,7 +78,7 @@ def test_prompts_stay_together_and_labels_are_spread() -> None:
     assert folds.dtype == np.int8 and folds.shape == (3_000,)
     assert sorted(set(folds.tolist())) == [0, 1, 2, 3, 4]
     fold_of: dict[str, set[int]] = {}
-    for [prompt], fold in zip(rows["prompt"], folds.tolist(), strict=True):
+    for [prompt], fold in zip(rows.table["prompt"], folds.tolist(), strict=True):
         fold_of.setdefault(prompt, set()).add(fold)
     assert {len(found) for found in fold_of.values()} == {1}
     for label in range(3):
@@ -95,7 +95,7 @@ def test_spellings_of_one_prompt_share_a_fold() -> None:
 def test_soft_labels_count_as_their_largest_share() -> None:
     rows = dataset([f"p{number}" for number in range(40)])
     soft = [[0.5, 0.2, 0.3] if number % 4 else [0.3, 0.3, 0.4] for number in range(40)]
-    folds = assign_folds(rows.remove_columns("label").add_column("label", soft), 2, seed=0)
+    folds = assign_folds(rows_of(rows.table.remove_columns("label").add_column("label", soft)), 2, seed=0)
     assert np.bincount(folds[::4]).tolist() == [5, 5]
     assert np.bincount(folds).tolist() == [20, 20]
 
@@ -105,7 +105,7 @@ def test_the_same_seed_gives_the_same_folds_in_any_row_order() -> None:
     folds = assign_folds(rows, 4, seed=3)
     order = np.random.default_rng(0).permutation(len(rows))
     assert np.array_equal(assign_folds(rows, 4, seed=3), folds)
-    assert np.array_equal(assign_folds(rows.select(order), 4, seed=3), folds[order])
+    assert np.array_equal(assign_folds(rows_of(rows.table.select(order)), 4, seed=3), folds[order])
     assert not np.array_equal(assign_folds(rows, 4, seed=4), folds)
 
 
@@ -120,7 +120,8 @@ def test_too_little_to_fill_the_folds_is_an_error() -> None:
 
 
 def test_a_row_without_a_label_is_an_error() -> None:
-    rows = dataset(["a", "b", "c", "d"]).map(lambda row: {"label": None if row["id"] > "row 1" else row["label"]})
+    labelled = dataset(["a", "b", "c", "d"]).table
+    rows = rows_of(labelled.map(lambda row: {"label": None if row["id"] > "row 1" else row["label"]}))
     with pytest.raises(ValueError, match="2 rows have no label, the first with id row 2"):
         assign_folds(rows, 2, seed=0)
 
@@ -135,7 +136,7 @@ def test_folds_are_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.Monkey
     [stored] = tmp_path.iterdir()
     table = pq.read_table(stored)
     assert table.schema.names == ["id", "fold"]
-    assert table["id"].to_pylist() == list(rows["id"]) and table["fold"].to_pylist() == folds.tolist()
+    assert table["id"].to_pylist() == rows.ids and table["fold"].to_pylist() == folds.tolist()
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("assigned again")
@@ -144,9 +145,9 @@ def test_folds_are_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.Monkey
     again = load_or_assign_folds(rows, 4, 0, tmp_path)
     assert again.dtype == np.int8 and np.array_equal(again, folds)
     again[0] = 0  # the array belongs to the caller
-    relabelled = dataset([prompt for [prompt] in rows["prompt"]], [1] * 100)
-    renamed = rows.map(lambda row: {"id": row["id"] + "x"})
-    reworded = rows.map(lambda row: {"prompt": [row["prompt"][0] + "x"]})
+    relabelled = dataset([prompt for [prompt] in rows.table["prompt"]], [1] * 100)
+    renamed = rows_of(rows.table.map(lambda row: {"id": row["id"] + "x"}))
+    reworded = rows_of(rows.table.map(lambda row: {"prompt": [row["prompt"][0] + "x"]}))
     for changed in ((relabelled, 4, 0), (renamed, 4, 0), (reworded, 4, 0), (rows, 3, 0), (rows, 4, 1)):
         with pytest.raises(AssertionError, match="assigned again"):
             load_or_assign_folds(*changed, tmp_path)
@@ -156,7 +157,7 @@ def test_a_kept_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     rows = dataset(["a", "a", "b", "c", "d"])
     folds = load_or_assign_folds(rows, 2, 0, tmp_path).tolist()
     [stored] = tmp_path.iterdir()
-    ids = list(rows["id"])
+    ids = rows.ids
     leaking = [1 - folds[0], *folds[1:]]
     for table, what in [
         ({"id": [*ids[:-1], "other"], "fold": folds}, "does not have the ids"),
@@ -184,20 +185,19 @@ def test_a_prompt_in_two_folds_is_named() -> None:
 
 def test_extra_rows_whose_prompt_is_held_out_are_found() -> None:
     extra = dataset(["seen", "new", "SEEN ", "newer"])
-    flags = leaking(extra, dataset(["other", "Seen"]))
+    flags = leaking(extra, dataset(["other", "Seen", "new"]), np.array([0, 1]))
     assert flags.dtype == np.bool_
     assert flags.tolist() == [True, False, True, False]
-    assert leaking(extra, dataset(["other"])).tolist() == [False] * 4
+    assert leaking(extra, dataset(["other"]), np.array([0])).tolist() == [False] * 4
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data are not at {SHARED}")
 def test_folds_of_real_data(tmp_path: Path) -> None:
-    rows = read_conversations([SHARED / "data/autoj/train.csv"], tmp_path, labels="required")
+    rows = read_dataset([SHARED / "data/autoj/train.csv"], tmp_path, PREFERENCE, labels="required")
     folds = load_or_assign_folds(rows, 5, 42, tmp_path)
-    classes = np.array(rows["label"]).argmax(axis=1)
+    classes = rows.labels.argmax(axis=1)
     for label in range(3):
         counts = np.bincount(folds[classes == label], minlength=5)
         assert counts.max() - counts.min() <= 4
-    held_out = rows.select(np.flatnonzero(folds == 0))
-    training = rows.select(np.flatnonzero(folds != 0))
-    assert not leaking(training, held_out).any()
+    training = rows_of(rows.table.select(np.flatnonzero(folds != 0)))
+    assert not leaking(training, rows, np.flatnonzero(folds == 0)).any()

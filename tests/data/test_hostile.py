@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arena.config import load_recipe
-from arena.data.conversations import read_conversations
-from arena.inference.judge import Judge, save_judge
+from arena.config import change, load_recipe
+from arena.data.dataset import read_dataset
+from arena.inference.card import JudgeCard, save_judge
+from arena.inference.judge import Judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
+from arena.tasks.preference import CLASSES
 from tests.data import hostile
 from tests.data.hostile import KINDS, Kind
+from tests.helpers import PREFERENCE
 
 SECONDS = 20  # in which each kind must be done with
 ROOT = Path(__file__).parents[2]
@@ -42,15 +45,16 @@ def _no_hanging() -> Iterator[None]:
 def judge(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Judge:
     """An untrained judge on a tiny base."""
     folder = tmp_path_factory.mktemp("judge") / "model"
-    recipe = load_recipe("demo", [f"model.base={gemma2}", "prompt.max_length=128", "packing.budget=512"])
-    model, tokenizer = adapt(load_base(recipe.model), recipe.model), load_tokenizer(str(gemma2))
-    save_judge(folder, model, tokenizer, recipe, np.full(3, 1 / 3), "rows", base_digest(str(gemma2)))
+    settings = ["prompt.max_length=128", "packing.budget=512", f"data.cache={folder.parent / 'cache'}"]
+    recipe = load_recipe("demo", [f"model.base={gemma2}", *settings])
+    model, tokenizer = adapt(load_base(recipe.model, CLASSES), recipe.model), load_tokenizer(str(gemma2))
+    save_judge(model, tokenizer, JudgeCard(folder, recipe, np.full(3, 1 / 3), "rows", base_digest(str(gemma2))))
     return Judge(folder)
 
 
 def complaint(path: Path, cache: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        read_conversations([path], cache, labels="required")
+        read_dataset([path], cache, PREFERENCE, labels="required")
     return str(caught.value)
 
 
@@ -64,8 +68,8 @@ def test_every_kind_of_file(kind: Kind, judge: Judge, tmp_path: Path) -> None:
         assert len(message) < 3_000 and message.replace("\n", "").isprintable()
         assert not cache.exists() or list(cache.iterdir()) == []
         return
-    rows = read_conversations([path], cache, labels="required")
-    probabilities = judge.probabilities(rows, cache)
+    rows = read_dataset([path], cache, PREFERENCE, labels="required")
+    probabilities = judge.probabilities(rows)
     assert len(rows) > 0 and probabilities.shape == (len(rows), 3)
     assert np.isfinite(probabilities).all() and np.abs(probabilities.sum(axis=1) - 1).max() < 1e-6
     assert [each.name for each in cache.iterdir() if each.name.startswith(".")] == []
@@ -74,7 +78,7 @@ def test_every_kind_of_file(kind: Kind, judge: Judge, tmp_path: Path) -> None:
 def test_a_good_file_is_none_of_them(judge: Judge, tmp_path: Path) -> None:
     """The control: what every kind was made from gives rows, and no complaint."""
     path = hostile.file(hostile.CSV)(tmp_path)
-    assert len(read_conversations([path], tmp_path / "cache", labels="required")) == len(hostile.GOOD)
+    assert len(read_dataset([path], tmp_path / "cache", PREFERENCE, labels="required")) == len(hostile.GOOD)
 
 
 def test_the_corpus_is_large_and_its_names_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,14 +90,15 @@ def test_the_corpus_is_large_and_its_names_are_its_own(capsys: pytest.CaptureFix
 
 
 def test_control_tokens_never_come_out_of_text(judge: Judge, tmp_path: Path) -> None:
-    from arena.data.prompt import PromptEncoder, control_ids
+    from arena.data.control_tokens import control_ids
+    from arena.tasks.preference import PromptEncoder
 
     encoder = PromptEncoder(judge.tokenizer, judge.recipe.prompt)
     known = control_ids(judge.tokenizer)
     ours = [index for index in [*encoder.prefix, *encoder.suffix] if index in known]
     kind = next(kind for kind in KINDS if kind.name == "control tokens in every field")
-    rows = read_conversations([kind.write(tmp_path)], tmp_path / "cache", labels="required")
-    for example in encoder.encode(rows[:], both_orders=True):
+    rows = read_dataset([kind.write(tmp_path)], tmp_path / "cache", PREFERENCE, labels="required")
+    for example in encoder.encode(rows.table[:], orders=2):
         assert [index for index in example.input_ids.tolist() if index in known] == ours
 
 
@@ -103,10 +108,11 @@ def test_bombs_take_little_memory(tmp_path: Path) -> None:
     script = """
 import re, sys
 from pathlib import Path
-from arena.data.conversations import read_conversations
+from arena.data.dataset import read_dataset
+from arena.tasks import TASKS
 for name in sys.argv[2:]:
     try:
-        read_conversations([Path(name)], Path(sys.argv[1]), labels="required")
+        read_dataset([Path(name)], Path(sys.argv[1]), TASKS["preference"], labels="required")
     except ValueError as error:
         assert "max_row_characters" in str(error), error
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -129,12 +135,13 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
     assert peak(*bombs) < plain + 700  # of 300 GB
 
 
-@pytest.mark.parametrize("found", ["tokens", "conversations", "prefixes"])
-def test_a_damaged_cache_is_named(found: str, judge: Judge, tmp_path: Path) -> None:
+@pytest.mark.parametrize("found", ["tokens", "rows", "prefixes"])
+def test_a_damaged_cache_is_named(found: str, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = hostile.file(hostile.CSV)(tmp_path), tmp_path / "cache"
+    monkeypatch.setattr(judge, "recipe", change(judge.recipe, [f"data.cache={cache}"]))
 
     def run() -> Any:
-        return judge.probabilities(read_conversations([path], cache, labels="required"), cache)
+        return judge.probabilities(read_dataset([path], cache, PREFERENCE, labels="required"))
 
     run()
     [kept] = cache.glob(f"{found}-*")

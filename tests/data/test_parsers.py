@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arena.data.cells import FieldError, excerpt, read_id, read_json, read_label, read_turns
-from arena.data.conversations import read_conversations
+from arena.data.cells import FieldError, excerpt, read_id, read_json, read_turns
+from arena.data.dataset import read_dataset
 from arena.data.limits import Limits
 from tests.data.hostile import CSV, GOOD, LABELS, PARQUET, TEXTS, table
+from tests.helpers import PREFERENCE
 
 slow_start = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -78,7 +79,7 @@ def test_any_id_is_one_line_or_a_field_error(value: Any) -> None:
 )
 def test_any_label_is_probabilities_or_a_field_error(values: list[Any]) -> None:
     try:
-        found = read_label(dict(zip(LABELS, values, strict=True)), "optional")
+        found = PREFERENCE.read_label(dict(zip(LABELS, values, strict=True)), "optional")
     except FieldError:
         return
     assert found is None or (math.isclose(sum(found), 1, abs_tol=1e-9) and all(0 <= each <= 1 for each in found))
@@ -90,7 +91,7 @@ def outcome(name: str, data: bytes, limits: Limits = SMALL) -> list[dict[str, An
         path, cache = Path(folder) / name, Path(folder) / "cache"
         path.write_bytes(data)
         try:
-            rows = read_conversations([path], cache, labels="optional", limits=limits).to_list()
+            rows = read_dataset([path], cache, PREFERENCE, labels="optional", limits=limits).table.to_list()
         except ValueError as error:
             assert str(path) in str(error)
             assert not cache.exists() or list(cache.iterdir()) == []
@@ -178,7 +179,7 @@ def test_turns_are_counted_in_every_field() -> None:
 def test_three_digits_may_miss_1_by_their_rounding(numbers: tuple[float, ...], right: bool) -> None:
     record = dict(zip(LABELS, map(str, numbers), strict=True))
     if right:
-        assert sum(read_label(record, "required") or []) == pytest.approx(1, abs=1e-12)
+        assert sum(PREFERENCE.read_label(record, "required") or []) == pytest.approx(1, abs=1e-12)
     else:
         with pytest.raises(FieldError, match="sum to"):
-            read_label(record, "required")
+            PREFERENCE.read_label(record, "required")

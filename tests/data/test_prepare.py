@@ -10,19 +10,19 @@ import pandas as pd
 import pytest
 
 from arena.config import change
-from arena.data.conversations import read_conversations
-from arena.data.folds import prompt_key
-from arena.data.prepare import FoldData, data_file, prepare_fold, source
+from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.model.backbone import load_tokenizer
+from arena.tasks import task_of
 from tests.helpers import tiny_recipe
 
 
 def prepare(folder: Path, base: Path, fold: int = 0, *overrides: str) -> FoldData:
-    return prepare_fold(tiny_recipe(folder, base, *overrides), fold, load_tokenizer(str(base)))
+    recipe = tiny_recipe(folder, base, *overrides)
+    return prepare_fold(recipe, task_of(recipe), fold, load_tokenizer(str(base)))
 
 
 def keys(data: FoldData, rows: np.ndarray) -> set[str]:
-    return {prompt_key(prompt) for prompt in data.rows.select(rows)["prompt"]}
+    return {data.rows.groups[row] for row in rows}
 
 
 def test_every_row_is_held_out_once_and_never_trained_on_then(gemma2: Path, tmp_path: Path) -> None:
@@ -37,10 +37,10 @@ def test_every_row_is_held_out_once_and_never_trained_on_then(gemma2: Path, tmp_
 
 def test_prior_is_of_the_training_rows_alone(gemma2: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2)
-    data = prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
+    data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(str(gemma2)))
     table = pd.read_csv(data_file(recipe.data.path, "train"), dtype={"id": str})
     labels = table[["winner_model_a", "winner_model_b", "winner_tie"]].to_numpy(dtype=float)
-    assert table["id"].tolist() == data.rows["id"][:]
+    assert table["id"].tolist() == data.rows.ids == data.ids
     np.testing.assert_array_equal(data.labels, labels)
     np.testing.assert_allclose(data.prior, labels[data.train_rows].mean(axis=0))
     assert np.abs(data.prior - labels.mean(axis=0)).max() > 1e-3
@@ -48,7 +48,7 @@ def test_prior_is_of_the_training_rows_alone(gemma2: Path, tmp_path: Path) -> No
 
 def test_extra_rows_that_repeat_or_leak_are_left_out(gemma2: Path, tmp_path: Path) -> None:
     plain = prepare(tmp_path, gemma2)
-    rows = plain.rows.select([int(plain.eval_rows[0]), int(plain.train_rows[0])]).to_list()
+    rows = plain.rows.table.select([int(plain.eval_rows[0]), int(plain.train_rows[0])]).to_list()
     texts = [
         (rows[0]["prompt"], ["new"], ["answers"]),  # a held-out prompt: would leak
         (rows[1]["prompt"], ["new"], ["answers"]),  # a training prompt: fine
@@ -68,14 +68,6 @@ def test_extra_rows_that_repeat_or_leak_are_left_out(gemma2: Path, tmp_path: Pat
     assert data.labels[61].tolist() == [0, 0, 1]
 
 
-def test_a_selection_of_rows_is_refused_where_its_file_would_be_taken(gemma2: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, gemma2)
-    rows = read_conversations([data_file(recipe.data.path, "train")], Path(recipe.data.cache), labels="required")
-    assert source(rows).startswith("conversations-")
-    with pytest.raises(ValueError, match="a selection"):
-        source(rows.select([3, 1]))
-
-
 def test_files_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no folder or file"):
         data_file(tmp_path / "nothing", "train")
@@ -93,7 +85,7 @@ def test_nothing_to_judge_in_a_fold_is_said_before_training(gemma2: Path, tmp_pa
     train = data_file(recipe.data.path, "train")
     pd.read_csv(train, dtype=str).assign(response_a="[null]", response_b='[" "]').to_csv(train, index=False)
     with pytest.raises(ValueError, match=r"rows to train on|a response to judge"):
-        prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
+        prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(str(gemma2)))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +106,7 @@ def test_placeholders_in_a_template_are_refused_before_anything_is_read(
 ) -> None:
     recipe = change(tiny_recipe(tmp_path, gemma2), [f"prompt.template.user={json.dumps(words)}"])
     with pytest.raises(ValueError, match=r"prompt\.template\.user has \{.*templates have no placeholders"):
-        prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
+        prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(str(gemma2)))
     assert not (tmp_path / "cache").exists()
 
 
@@ -125,4 +117,4 @@ def test_other_braces_are_ordinary_text(gemma2: Path, tmp_path: Path, words: str
     recipe = change(
         tiny_recipe(tmp_path, gemma2), ["prompt.max_length=256", f"prompt.template.user={json.dumps(words)}"]
     )
-    assert len(prepare_fold(recipe, 0, load_tokenizer(str(gemma2))).store) == 120
+    assert len(prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(str(gemma2))).store) == 120

@@ -14,9 +14,11 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from arena.data import tokens
-from arena.data.prompt import PromptEncoder
+from arena.data.dataset import Rows
+from arena.data.text_encoder import TextEncoder
 from arena.data.tokens import TextMemo, TokenStore, join, tokenise
-from tests.helpers import make_tokenizer, prompt_settings
+from arena.tasks.preference import PromptEncoder
+from tests.helpers import make_tokenizer, prompt_settings, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +28,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def conversations(n: int = 30) -> Dataset:
+def conversations(n: int = 30, source: str = "a") -> Rows:
     column = [[f"which is better {at}"] * (1 + at % 3) for at in range(n)]
-    return Dataset.from_dict({"prompt": column, "response_a": column, "response_b": [turns[::-1] for turns in column]})
+    texts = {"prompt": column, "response_a": column, "response_b": [turns[::-1] for turns in column]}
+    return rows_of(Dataset.from_dict(texts), source)
 
 
 def test_same_ids_as_encoding_anew(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 7)  # several record batches
     rows, settings = conversations(), prompt_settings()
-    store = tokenise(rows, "a", tokenizer, settings, tmp_path, both_orders=True)
-    expected = list(PromptEncoder(tokenizer, settings).encode(rows[:], both_orders=True))
+    store = tokenise(rows, tokenizer, settings, tmp_path, orders=2)
+    expected = list(PromptEncoder(tokenizer, settings).encode(rows.table[:], orders=2))
     assert len(store) == len(expected) == 60
     for index, example in enumerate(expected):
         assert np.array_equal(store[index], example.input_ids)
@@ -48,15 +51,15 @@ def test_same_ids_as_encoding_anew(tokenizer: Any, tmp_path: Path, monkeypatch: 
 
 def test_found_again_by_what_it_was_made_from(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = conversations(3)
-    tokenise(rows, "a", tokenizer, prompt_settings(), tmp_path, both_orders=False)
+    tokenise(rows, tokenizer, prompt_settings(), tmp_path, orders=1)
     with monkeypatch.context() as patch:
         patch.setattr(tokens, "_write", lambda *_: pytest.fail("tokenised again"))
-        tokenise(rows, "a", tokenizer, prompt_settings(), tmp_path, both_orders=False)
+        tokenise(rows, tokenizer, prompt_settings(), tmp_path, orders=1)
     made = set(tmp_path.iterdir())
-    tokenise(rows, "b", tokenizer, prompt_settings(), tmp_path, both_orders=False)
-    tokenise(rows, "a", tokenizer, prompt_settings(max_length=255), tmp_path, both_orders=False)
-    tokenise(rows, "a", tokenizer, prompt_settings("judge", max_length=3000), tmp_path, both_orders=False)
-    tokenise(rows, "a", tokenizer, prompt_settings(), tmp_path, both_orders=True)
+    tokenise(conversations(3, "b"), tokenizer, prompt_settings(), tmp_path, orders=1)
+    tokenise(rows, tokenizer, prompt_settings(max_length=255), tmp_path, orders=1)
+    tokenise(rows, tokenizer, prompt_settings("judge", max_length=3000), tmp_path, orders=1)
+    tokenise(rows, tokenizer, prompt_settings(), tmp_path, orders=2)
     assert len(set(tmp_path.iterdir()) - made) == 4
 
 
@@ -67,14 +70,14 @@ def test_an_interrupted_write_leaves_nothing(tokenizer: Any, tmp_path: Path, mon
     rows = conversations(3)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(tokens, "_record_batch", stop)
-        tokenise(rows, "a", tokenizer, prompt_settings(), tmp_path, both_orders=False)
+        tokenise(rows, tokenizer, prompt_settings(), tmp_path, orders=1)
     assert list(tmp_path.iterdir()) == []
-    assert len(tokenise(rows, "a", tokenizer, prompt_settings(), tmp_path, both_orders=False)) == 3
+    assert len(tokenise(rows, tokenizer, prompt_settings(), tmp_path, orders=1)) == 3
 
 
 def test_joined_stores(tokenizer: Any, tmp_path: Path) -> None:
     def store(n: int, source: str) -> TokenStore:
-        return tokenise(conversations(n), source, tokenizer, prompt_settings(), tmp_path, both_orders=False)
+        return tokenise(conversations(n, source), tokenizer, prompt_settings(), tmp_path, orders=1)
 
     first, second = store(5, "a"), store(3, "b")
     joined = join([first, second])
@@ -94,18 +97,18 @@ def test_a_changed_tokenizer_is_noticed(tokenizer: Any, tmp_path: Path) -> None:
         lambda: setattr(made_by.backend_tokenizer.model, "byte_fallback", False),
     ):
         change()
-        names.add(tokenise(conversations(3), "a", made_by, prompt_settings(), tmp_path, both_orders=False).fingerprint)
+        names.add(tokenise(conversations(3), made_by, prompt_settings(), tmp_path, orders=1).fingerprint)
     assert len(names) == len(list(tmp_path.iterdir())) == 4
 
 
 def test_fingerprint_tells_the_content(tokenizer: Any, tmp_path: Path) -> None:
-    def store(source: str, both_orders: bool = False) -> TokenStore:
-        return tokenise(conversations(3), source, tokenizer, prompt_settings(), tmp_path, both_orders=both_orders)
+    def store(source: str, orders: int = 1) -> TokenStore:
+        return tokenise(conversations(3, source), tokenizer, prompt_settings(), tmp_path, orders=orders)
 
     a, b = store("a"), store("b")
     assert store("a").fingerprint == a.fingerprint
     assert join([a, b]).fingerprint == join([store("a"), store("b")]).fingerprint
-    stores = (a, b, store("a", both_orders=True), join([a, b]), join([b, a]))
+    stores = (a, b, store("a", orders=2), join([a, b]), join([b, a]))
     assert len({each.fingerprint for each in stores}) == len(stores)
 
 
@@ -131,16 +134,16 @@ def test_repeated_texts_are_tokenised_once(
     monkeypatch.setattr(tokens, "ROWS_AT_ONCE", 5)
     monkeypatch.setattr(tokens, "TextMemo", lambda: TextMemo(limit))
     seen: list[str] = []
-    encode = PromptEncoder._encode
-    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, texts: seen.extend(texts) or encode(self, texts))
+    encode = TextEncoder._encode
+    monkeypatch.setattr(TextEncoder, "_encode", lambda self, texts: seen.extend(texts) or encode(self, texts))
     texts = [[f"which is better {at % 12}"] for at in range(40)]
-    rows = Dataset.from_dict({"prompt": texts, "response_a": texts[::-1], "response_b": texts})
-    store = tokenise(rows, "a", tokenizer, prompt_settings(), tmp_path, both_orders=True)
+    rows = rows_of(Dataset.from_dict({"prompt": texts, "response_a": texts[::-1], "response_b": texts}))
+    store = tokenise(rows, tokenizer, prompt_settings(), tmp_path, orders=2)
     counts = Counter(text for text in seen if text.startswith("which"))
     assert len(counts) == 12
     assert (max(counts.values()) == 1) is (limit == tokens.REMEMBERED_TOKENS)
     monkeypatch.undo()
-    for index, example in enumerate(PromptEncoder(tokenizer, prompt_settings()).encode(rows[:], both_orders=True)):
+    for index, example in enumerate(PromptEncoder(tokenizer, prompt_settings()).encode(rows.table[:], orders=2)):
         assert np.array_equal(store[index], example.input_ids)
 
 
@@ -152,5 +155,5 @@ def test_an_error_in_the_tokenizer_comes_through_and_leaves_nothing(
 
     monkeypatch.setattr(PromptEncoder, "tokenise", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        tokenise(conversations(3), "a", tokenizer, prompt_settings(), tmp_path, both_orders=False)
+        tokenise(conversations(3), tokenizer, prompt_settings(), tmp_path, orders=1)
     assert list(tmp_path.iterdir()) == []

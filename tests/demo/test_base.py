@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from arena.config import RECIPES, load_recipe
-from arena.data.prompt import PromptEncoder
 from arena.demo.base import make_demo_base
+from arena.tasks.preference import PromptEncoder
 
 SHIPPED = RECIPES / "demo_base"
 
@@ -19,7 +19,7 @@ def usable(folder: Path) -> None:
     assert type(model).__name__ == "Gemma2ForSequenceClassification"
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(folder), load_recipe("demo").prompt)
     rows = {"prompt": [["Hello 好"]], "response_a": [["<bos> fine"]], "response_b": [[None]]}
-    (example,) = encoder.encode(rows, both_orders=False)
+    (example,) = encoder.encode(rows, orders=1)
     logits = model(input_ids=torch.from_numpy(example.input_ids)[None].long()).logits
     assert logits.shape == (1, 3) and torch.isfinite(logits).all()
 

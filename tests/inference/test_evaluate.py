@@ -13,16 +13,17 @@ import pytest
 import torch
 from datasets import Dataset
 
+from arena.config import PackingSettings
 from arena.data.tokens import TokenStore, tokenise
 from arena.inference import evaluate as inference
-from arena.inference.evaluate import predict, predict_or_prior
-from arena.inference.logits_cache import LogitsCache
+from arena.inference.evaluate import Evaluation
+from arena.inference.logits import LogitsCache
 from arena.metrics import softmax
 from arena.model.backbone import load_tokenizer
 from arena.packing.batch import collate
 from arena.packing.tree import find_prefixes
 from arena.stopping import Stop, Stopped
-from tests.helpers import classifier, exact, prompt_settings, tiny_recipe
+from tests.helpers import PREFERENCE, classifier, exact, prompt_settings, rows_of
 
 
 @pytest.fixture
@@ -30,7 +31,16 @@ def store(gemma2: Path, tmp_path: Path) -> TokenStore:
     rng = np.random.default_rng(0)
     a, b = ([["good " * int(n)] for n in rng.integers(1, 30, 17)] for _ in range(2))
     rows = Dataset.from_dict({"prompt": [["which is better?"]] * 17, "response_a": a, "response_b": b})
-    return tokenise(rows, "x", load_tokenizer(str(gemma2)), prompt_settings(), tmp_path, both_orders=True)
+    return tokenise(rows_of(rows), load_tokenizer(str(gemma2)), prompt_settings(), tmp_path, orders=2)
+
+
+def predict(
+    model: torch.nn.Module, store: TokenStore, rows: np.ndarray, *, budget: int, orders: list[int], dtype: str,
+    prefixes: Any = None, ids: Any = None, **options: Any,
+) -> np.ndarray:  # fmt: skip
+    packing = PackingSettings(budget=budget)
+    evaluation = Evaluation(PREFERENCE, store, rows, orders=orders, packing=packing, prefixes=prefixes, ids=ids)
+    return evaluation.probabilities(model, dtype=dtype, **options)
 
 
 def alone(model: torch.nn.Module, store: TokenStore, example: int) -> np.ndarray:
@@ -52,23 +62,6 @@ def test_each_row_as_if_it_were_alone(gemma2: Path, store: TokenStore, budget: i
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-12)
 
 
-@pytest.mark.parametrize("swap", [False, True])
-def test_what_is_known_in_straight_order_is_not_judged_again(
-    gemma2: Path, store: TokenStore, swap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = classifier(exact(gemma2)).eval()
-    rows, has_responses, prior = np.arange(17), np.arange(17) != 4, np.full(3, 1 / 3)
-    recipe = tiny_recipe(tmp_path, gemma2, f"judge.swap={str(swap).lower()}")
-    prefixes = find_prefixes(store)
-    from_nothing = predict_or_prior(model, store, rows, has_responses, prior, recipe, prefixes)
-    straight = predict(model, store, rows[has_responses], budget=512, orders=[0], dtype="float32")
-    seen: list[int] = []
-    model.register_forward_hook(lambda module, args, output: seen.extend(args[0].index.tolist()))
-    found = predict_or_prior(model, store, rows, has_responses, prior, recipe, prefixes, straight)
-    np.testing.assert_allclose(found, from_nothing, atol=1e-6)
-    assert sorted(seen) == ([2 * row + 1 for row in rows[has_responses]] if swap else [])
-
-
 @pytest.mark.parametrize("orders", [[0], [0, 1], [1]])
 def test_sharing_changes_no_probability(gemma2: Path, store: TokenStore, orders: list[int]) -> None:
     model, rows = classifier(exact(gemma2)).eval(), np.array([5, 0, 16, 3, 11])
@@ -86,7 +79,7 @@ def test_swap_average_has_no_position_bias(gemma2: Path, tmp_path: Path) -> None
     model = classifier(exact(gemma2)).eval()
     a, b = [["good"], ["bad answer"]], [["bad answer"], ["good"]]
     rows = Dataset.from_dict({"prompt": [["which?"]] * 2, "response_a": a, "response_b": b})
-    store = tokenise(rows, "x", load_tokenizer(str(gemma2)), prompt_settings(), tmp_path, both_orders=True)
+    store = tokenise(rows_of(rows), load_tokenizer(str(gemma2)), prompt_settings(), tmp_path, orders=2)
     averaged = predict(model, store, np.arange(2), budget=512, orders=[0, 1], dtype="float32")
     np.testing.assert_allclose(averaged[0], averaged[1][[1, 0, 2]], atol=1e-6)
     straight = predict(model, store, np.arange(2), budget=512, orders=[0], dtype="float32")
@@ -97,7 +90,7 @@ def test_a_logit_that_is_not_finite_is_a_failure(gemma2: Path, store: TokenStore
     model = classifier(exact(gemma2)).eval()
     with torch.no_grad():
         model.model.get_base_model().score.modules_to_save["default"].weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="not finite, first row 4"):
+    with pytest.raises(FloatingPointError, match="not finite, first row 2"):
         predict(model, store, np.array([4, 2]), budget=512, orders=[0], dtype="float32")
 
 
@@ -121,7 +114,7 @@ def test_a_row_given_twice_is_judged_once_and_given_twice(gemma2: Path, store: T
 def test_logits_that_are_missing_are_no_numbers(gemma2: Path, store: TokenStore) -> None:
     model = classifier(exact(gemma2)).eval()
     model.register_forward_hook(lambda module, args, output: output[:-1])
-    with pytest.raises(AssertionError, match="every example has three logits"):
+    with pytest.raises(AssertionError, match="every example has one logit for each class"):
         predict(model, store, np.arange(5), budget=256, orders=[0], dtype="float32")
 
 
@@ -200,7 +193,6 @@ def test_what_was_kept_of_something_else_is_not_used(judging: Bench, gemma2: Pat
     changes: list[tuple[str, Callable[[], Any]]] = [
         ("judge", lambda: judging(logits_cache=LogitsCache(judging.folder, {"judge": "b"}, seconds=0))),
         ("rows", lambda: judging(rows=np.arange(1, 17))),
-        ("order of rows", lambda: judging(rows=np.arange(17)[::-1])),
         ("budget", lambda: judging(budget=300)),
         ("orders", lambda: judging(orders=[0])),
         ("dtype", lambda: judging(dtype="bfloat16")),
@@ -211,8 +203,26 @@ def test_what_was_kept_of_something_else_is_not_used(judging: Bench, gemma2: Pat
         assert len(judging.asked) > count // 3, name  # all that it needs
         ask()
         assert judging.asked == [], name  # control: asked again, it is
-    judging()
+    whole = judging()
     assert judging.asked == []
+    np.testing.assert_array_equal(judging(rows=np.arange(17)[::-1]), whole[::-1])  # the same rows in another order
+    assert judging.asked == []
+
+
+def test_rows_without_input_get_the_prior_and_are_not_computed(gemma2: Path, store: TokenStore) -> None:
+    model, prior, seen = classifier(exact(gemma2)).eval(), np.array([0.5, 0.3, 0.2]), []
+    model.register_forward_hook(lambda module, args, output: seen.extend(args[0].index.tolist()))
+    rows, has_input = np.array([5, 4, 2]), np.arange(17) != 4
+    options: dict[str, Any] = {"orders": [0], "packing": PackingSettings(budget=512)}
+    known = Evaluation(PREFERENCE, store, rows, **options, has_input=has_input, prior=prior)
+    found = known.probabilities(model, dtype="float32")
+    assert sorted(seen) == [4, 10] and found[1].tolist() == prior.tolist()
+    plain = predict(model, store, rows, budget=512, orders=[0], dtype="float32")
+    np.testing.assert_allclose(found[[0, 2]], plain[[0, 2]], atol=1e-6)
+    nothing = Evaluation(PREFERENCE, store, np.array([4]), **options, has_input=has_input, prior=prior)
+    assert nothing.probabilities(model, dtype="float32").tolist() == [prior.tolist()]
+    with pytest.raises(AssertionError, match="need a prior"):
+        Evaluation(PREFERENCE, store, rows, **options, has_input=has_input)
 
 
 def test_numbers_that_are_not_finite_are_not_kept(judging: Bench) -> None:

@@ -20,21 +20,22 @@ import torch
 from arena import cli
 from arena.inference import judge
 from arena.inference import submission as writing
-from arena.inference.judge import save_judge
-from arena.inference.logits_cache import LogitsCache
+from arena.inference.card import JudgeCard, save_judge
+from arena.inference.logits import LogitsCache
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
 from arena.storage.files import write_json
+from arena.tasks.preference import CLASSES
 from tests.helpers import tiny_recipe, write_rows
 
 # Imports once, then forks a real `arena infer` for each line of its input. Every micro-batch takes a little while and
 # has a shard of its own, so that there is something to be cut.
 SERVER = """
 import functools, json, os, sys, time
-import arena.inference.ensemble, arena.inference.judge as judge, arena.model.classifier as classifier
+import arena.inference.infer, arena.inference.judge as judge, arena.model.classifier as classifier
 from arena import cli
-from arena.inference.logits_cache import LogitsCache
+from arena.inference.logits import LogitsCache
 judge.LogitsCache = functools.partial(LogitsCache, seconds=0)
 forward = classifier.PackedClassifier.forward
 def slow(self, batch):
@@ -62,13 +63,15 @@ def make_run(folder: Path, base: Path, folds: int = 2) -> Path:
     write_rows(folder / "rows", n_test=24)
     for fold in range(folds):
         torch.manual_seed(fold)
-        model = adapt(load_base(recipe.model), recipe.model)
+        model = adapt(load_base(recipe.model, CLASSES), recipe.model)
         with torch.no_grad():
             for parameter in (each for each in model.parameters() if each.requires_grad):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         place = folder / f"runs/demo/fold{fold}"
         prior = np.array([0.3, 0.3, 0.4])
-        save_judge(place / "model", model, load_tokenizer(str(base)), recipe, prior, "x", base_digest(str(base)))
+        save_judge(
+            model, load_tokenizer(str(base)), JudgeCard(place / "model", recipe, prior, "x", base_digest(str(base)))
+        )
         write_json(place / "metrics.json", {})
     return folder
 
@@ -105,7 +108,7 @@ class Infer:
         return (self.folder / "shown.txt").read_text()
 
     def shards(self) -> list[Path]:
-        return sorted(self.folder.glob("submission.csv.parts/fold*/[!.]*/[!.]*.safetensors"))
+        return sorted(self.folder.glob("submission.csv.parts/fold*/[!.]*/[!.]*.part"))
 
     def wait_for(self, count: int) -> None:
         """Until there are so many shards, or the submission is there."""
@@ -299,7 +302,7 @@ def test_a_disk_that_fills_while_judging_keeps_what_there_was_room_for(
         patch.setattr(Path, "write_bytes", write)
         assert run(monkeypatch, folder, "--out", str(out)) == 2
         shown = capsys.readouterr().out
-        assert "logits could not be saved (No space left on device)" in shown and "Traceback" not in shown
+        assert "results could not be saved (No space left on device)" in shown and "Traceback" not in shown
         first = kept()
         assert len(first) == 4 and not out.exists()
         room[0] = 3

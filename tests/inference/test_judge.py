@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from arena import cli
 from arena.config import FORMER_POLICIES, Recipe
+from arena.inference.card import JudgeCard, as_json, read_card, save_judge
 from arena.inference.export import export_judge
-from arena.inference.judge import Judge, read_card, save_judge
-from arena.metrics import CLASSES
+from arena.inference.judge import Judge
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.safety import WEIGHTS
 from arena.storage.files import write_json
+from arena.tasks.preference import COLUMNS as CLASSES
 from tests.helpers import classifier, tiny_recipe
 
 
@@ -36,7 +37,7 @@ def saved(folder: Path, recipe: Recipe, seed: int = 0) -> Path:
     """A judge of random adapters in a finished fold's folder."""
     base, prior = recipe.model.base, np.array([0.3, 0.3, 0.4])
     model = classifier(recipe.model, seed).model
-    save_judge(folder / "model", model, load_tokenizer(base), recipe, prior, "x", base_digest(base))
+    save_judge(model, load_tokenizer(base), JudgeCard(folder / "model", recipe, prior, "x", base_digest(base)))
     write_json(folder / "metrics.json", {})
     return folder / "model"
 
@@ -116,7 +117,7 @@ def test_an_exported_judge_is_no_judge_of_ours(base: Path, tmp_path: Path) -> No
 
 def test_a_judge_of_an_older_format_is_refused(base: Path, tmp_path: Path) -> None:
     model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
-    write_json(model / "judge.json", {**read_card(model), "format": 1})
+    write_json(model / "judge.json", {**as_json(read_card(model)), "format": 1})
     with pytest.raises(
         ValueError, match=r"another version of arena \(format 1, this one reads 2\): train the fold again"
     ):
@@ -128,11 +129,11 @@ def test_a_judge_with_a_former_name_of_a_recompute_policy_is_read(
     base: Path, tmp_path: Path, former: str, present: str
 ) -> None:
     model = saved(tmp_path / "run", tiny_recipe(tmp_path, base, f"model.checkpointing={present}"))
-    card = read_card(model)
+    card = as_json(read_card(model))
     earlier = json.loads(json.dumps(card))
     earlier["recipe"]["model"]["checkpointing"] = former
     write_json(model / "judge.json", earlier)
-    assert read_card(model) == card
+    assert as_json(read_card(model)) == card
     earlier["recipe"]["model"]["checkpointing"] = "heavy"  # control: a name that never existed
     write_json(model / "judge.json", earlier)
     with pytest.raises(ValueError, match="is damaged"):

@@ -10,6 +10,7 @@ import pytest
 
 from arena.inference.submission import check_submission, write_submission
 
+COLUMNS = ["id", "winner_model_a", "winner_model_b", "winner_tie"]
 IDS = ["7", "007", "3"]
 GOOD = np.array([[0.2, 0.3, 0.5], [1 / 3, 1 / 3, 1 / 3], [1e-12, 1.0, 0.0]])
 
@@ -22,7 +23,7 @@ def sample(folder: Path, ids: list[str] = IDS) -> Path:
 
 def test_written_in_the_order_given(tmp_path: Path) -> None:
     out = tmp_path / "submission.csv"
-    write_submission(out, IDS, GOOD, sample(tmp_path))
+    write_submission(out, IDS, GOOD, COLUMNS, sample(tmp_path))
     table = pd.read_csv(out, dtype={"id": str})
     assert list(table.columns) == ["id", "winner_model_a", "winner_model_b", "winner_tie"]
     assert table["id"].tolist() == IDS
@@ -47,7 +48,7 @@ def test_what_a_scorer_would_refuse_is_not_written(
     out = tmp_path / "submission.csv"
     out.write_text("an older submission")
     with pytest.raises(ValueError, match=message):
-        write_submission(out, ids, values, sample(tmp_path))
+        write_submission(out, ids, values, COLUMNS, sample(tmp_path))
     assert out.read_text() == "an older submission"
 
 
@@ -55,11 +56,11 @@ def test_columns_are_those_of_the_sample(tmp_path: Path) -> None:
     path = sample(tmp_path)
     path.write_text(path.read_text().replace("winner_tie", "tie"))
     with pytest.raises(ValueError, match="it must have"):
-        write_submission(tmp_path / "submission.csv", IDS, GOOD, path)
+        write_submission(tmp_path / "submission.csv", IDS, GOOD, COLUMNS, path)
 
 
 def test_without_a_sample_the_ids_given_count(tmp_path: Path) -> None:
     out = tmp_path / "submission.csv"
-    write_submission(out, IDS, GOOD, None)
+    write_submission(out, IDS, GOOD, COLUMNS, None)
     with pytest.raises(ValueError, match="lacks 1 ids, such as '5'"):
-        check_submission(out, [*IDS, "5"], None)
+        check_submission(out, [*IDS, "5"], COLUMNS, None)

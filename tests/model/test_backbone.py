@@ -23,6 +23,7 @@ from arena.model.precision import with_dtype
 from arena.model.safety import WEIGHTS
 from arena.model.tuning import load_trained, save_model
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
+from arena.tasks.preference import CLASSES
 from arena.training.optim import trainable
 from tests.helpers import classifier, exact, known_head, make_base, pack
 
@@ -64,7 +65,7 @@ def test_every_decoder_linear_layer_is_quantised_and_adapted(gemma2: Path) -> No
 
 
 def test_fresh_head_gives_even_probabilities(gemma2: Path) -> None:
-    model = PackedClassifier(load_base(exact(gemma2)))
+    model = PackedClassifier(load_base(exact(gemma2), CLASSES))
     assert torch.equal(model(pack(LENGTHS)), torch.zeros(3, 3))
 
 
@@ -75,7 +76,7 @@ def test_adapter_saved_and_loaded_gives_the_same_logits(gemma2: Path, quantizati
     save_model(model.model, tmp_path)
     names = {path.suffix for path in tmp_path.iterdir()}
     assert names == {".safetensors", ".json"}
-    loaded = PackedClassifier(load_trained(tmp_path, settings))
+    loaded = PackedClassifier(load_trained(tmp_path, settings, CLASSES))
     with torch.no_grad():
         torch.testing.assert_close(loaded(pack(LENGTHS)), model(pack(LENGTHS)), atol=1e-6, rtol=1e-6)
 
@@ -84,7 +85,7 @@ def test_fully_trained_model_saved_and_loaded_gives_the_same_logits(gemma2: Path
     settings = exact(gemma2, tune="full")
     model = classifier(settings).eval()
     save_model(model.model, tmp_path)
-    loaded = PackedClassifier(load_trained(tmp_path, settings))
+    loaded = PackedClassifier(load_trained(tmp_path, settings, CLASSES))
     with torch.no_grad():
         torch.testing.assert_close(loaded(pack(LENGTHS)), model(pack(LENGTHS)), atol=1e-6, rtol=1e-6)
 
@@ -161,17 +162,17 @@ def test_a_base_with_a_head_of_its_own_is_used_without_it(
     head, config, said = OTHER_HEADS[name]
     base = with_head(gemma2, tmp_path / "base", head, **config)
     settings = exact(base, quantization=quantization)
-    fresh = load_base(settings, announce=True)
+    fresh = load_base(settings, CLASSES, announce=True)
     assert f"has a head of its own ({said}), which is not used" in capsys.readouterr().out
     assert fresh.score.weight.shape == (3, 64) and not fresh.score.weight.any() and fresh.score.bias is None
     assert fresh.config.num_labels == 3 and fresh.config.problem_type is None
-    plain = load_base(exact(gemma2, quantization=quantization))
+    plain = load_base(exact(gemma2, quantization=quantization), CLASSES)
     found, expected = (known_head(model)(pack(LENGTHS)) for model in (fresh, plain))
     assert torch.equal(found, expected) and found.abs().max() > 0.1
 
 
 def test_a_plain_base_has_no_head_to_leave_out(gemma2: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load_base(exact(gemma2), announce=True)
+    load_base(exact(gemma2), CLASSES, announce=True)
     assert capsys.readouterr().out == ""
 
 
@@ -181,7 +182,7 @@ def test_another_shape_below_the_head_is_named(quantization: str, name: str, gem
     wrong = {name: load_file(gemma2 / WEIGHTS)[name][:-2].clone()}
     base = with_head(gemma2, tmp_path / "base", {"score.weight": torch.randn(1, 64), **wrong})
     with pytest.raises(ValueError, match=rf"has {name} of shape \({wrong[name].shape[0]},.*config.json"):
-        load_base(exact(base, quantization=quantization))
+        load_base(exact(base, quantization=quantization), CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_another_shape_below_the_head_is_named(quantization: str, name: str, gem
     ],
 )
 def test_mask_and_cache_are_refused(gemma2: Path, call: dict[str, object], message: str) -> None:
-    model = backbone(load_base(exact(gemma2)))
+    model = backbone(load_base(exact(gemma2), CLASSES))
     ends = torch.tensor([0, 4], dtype=torch.int32)
     good = {
         "input_ids": torch.arange(10, 14)[None], "position_ids": torch.arange(4)[None], "use_cache": False,
@@ -217,7 +218,7 @@ def tensors(batch: PackedBatch) -> dict[str, object]:
 
 def test_a_shared_batch_without_its_keys_is_refused(gemma2: Path) -> None:
     """By any door: the classifier of transformers, its decoder, with kv_index left out or None."""
-    model = load_base(exact(gemma2))
+    model = load_base(exact(gemma2), CLASSES)
     begin = list(range(10, 60))
     [shared] = VarlenCollator(share=True)([{"input_ids": [*begin, 1]}, {"input_ids": [*begin, 2, 3]}])
     for call in (model, backbone(model)):
@@ -232,7 +233,7 @@ def test_a_shared_batch_without_its_keys_is_refused(gemma2: Path) -> None:
 def test_missing_base_says_how_to_get_it(tmp_path: Path) -> None:
     for base in ("google/no-such-model", str(tmp_path / "nothing")):
         with pytest.raises(ValueError, match=r"model\.base"):
-            load_base(exact(Path(base)))
+            load_base(exact(Path(base)), CLASSES)
         with pytest.raises(ValueError, match=r"model\.base"):
             load_tokenizer(base)
     with pytest.raises(ValueError, match="hf auth login"):
@@ -241,7 +242,7 @@ def test_missing_base_says_how_to_get_it(tmp_path: Path) -> None:
 
 def test_other_head_dim_and_single_kv_head(tmp_path: Path) -> None:
     base = make_base(tmp_path, head_dim=16, num_key_value_heads=1, query_pre_attn_scalar=16)
-    assert torch.isfinite(PackedClassifier(load_base(exact(base)))(pack(LENGTHS))).all()
+    assert torch.isfinite(PackedClassifier(load_base(exact(base), CLASSES))(pack(LENGTHS))).all()
 
 
 def test_a_library_that_repacks_all_the_same_is_refused(gemma2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +257,8 @@ def test_a_library_that_repacks_all_the_same_is_refused(gemma2: Path, monkeypatc
 
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", repacking)
     with pytest.raises(ValueError, match=r"bitsandbytes .* changes 4-bit weights in place.*quantization=none"):
-        load_base(ModelSettings(base=str(gemma2), dtype="float32"))
-    load_base(exact(gemma2))
+        load_base(ModelSettings(base=str(gemma2), dtype="float32"), CLASSES)
+    load_base(exact(gemma2), CLASSES)
 
 
 def test_loading_a_base_is_quiet(
@@ -268,7 +269,7 @@ def test_loading_a_base_is_quiet(
     try:
         transformers_logging.set_verbosity_warning()
         transformers_logging.enable_progress_bar()
-        load_base(exact(gemma2))
+        load_base(exact(gemma2), CLASSES)
         assert (caplog.text, *capfd.readouterr()) == ("", "", "")
         assert transformers_logging.get_verbosity() == logging.WARNING
         AutoModelForSequenceClassification.from_pretrained(gemma2)  # the control
@@ -284,7 +285,7 @@ def test_dropout_within_attention_is_switched_off_aloud(
     base = Path(shutil.copytree(gemma2, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.1}))
-    model = load_base(exact(base), announce=True).train()
+    model = load_base(exact(base), CLASSES, announce=True).train()
     assert "attention dropout of 0.1, which is not used" in capsys.readouterr().out
     assert model.config.attention_dropout == 0.0 and model.model.layers[0].self_attn.attention_dropout == 0.0
 

@@ -16,6 +16,7 @@ from arena.model import base_files
 from arena.model.backbone import load_base
 from arena.model.base_files import base_digest, base_folder
 from arena.model.safety import INDEX, WEIGHTS
+from arena.tasks.preference import CLASSES
 from tests.helpers import exact
 
 COMMIT, LATER = "0123456789abcdef" * 2 + "01234567", "f" * 40
@@ -110,9 +111,9 @@ def test_a_base_of_a_hub_is_known_by_its_content(
     snapshot = request.getfixturevalue("hub")
     assert base_folder("some/base") == snapshot
     assert base_digest("some/base") == base_digest("some/base", COMMIT) == base_digest(str(base))
-    model = load_base(exact(Path("some/base")))
+    model = load_base(exact(Path("some/base")), CLASSES)
     assert model.name_or_path == model.config.name_or_path == "some/base"
-    for loaded, there in zip(model.parameters(), load_base(exact(base)).parameters(), strict=True):
+    for loaded, there in zip(model.parameters(), load_base(exact(base), CLASSES).parameters(), strict=True):
         assert torch.equal(loaded, there)
     later = shutil.copytree(snapshot, snapshot.with_name(LATER), symlinks=False)
     (snapshot.parents[1] / "refs/main").write_text(LATER)

@@ -19,6 +19,7 @@ from arena.model.create import ARCHITECTURES, create_base
 from arena.model.last_layer import takes_last_token
 from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
+from arena.tasks.preference import CLASSES
 from arena.training.optim import trainable
 from tests.helpers import CONFIGS, exact, make_base, pack
 
@@ -31,7 +32,7 @@ def created(settings: ModelSettings, seed: int = 0, **changes: object) -> PreTra
     config: PretrainedConfig = AutoConfig.from_pretrained(settings.base)
     for name, value in changes.items():
         setattr(config, name, value)
-    return create_base(config, settings, "cpu", seed)
+    return create_base(config, settings, CLASSES, "cpu", seed)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_architectures_have_the_published_number_of_weights(name: str, count: in
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_created_is_as_loaded(gemma2: Path, quantization: str, dtype: str) -> None:
     settings = exact(gemma2, quantization=quantization, dtype=dtype)
-    ours, loaded = created(settings), load_base(settings)
+    ours, loaded = created(settings), load_base(settings, CLASSES)
     assert isinstance(backbone(ours).layers[0].mlp.up_proj, QUANTISED[quantization])
     for flag in FLAGS:
         assert getattr(ours, flag, None) == getattr(loaded, flag, None), flag
@@ -78,7 +79,11 @@ def described(model: nn.Module) -> list[tuple[object, ...]]:
     return found + [(key, value.dtype) for key, value in model.state_dict().items()]
 
 
-@pytest.mark.parametrize("make", [load_base, created])
+def loaded(settings: ModelSettings) -> PreTrainedModel:
+    return load_base(settings, CLASSES)
+
+
+@pytest.mark.parametrize("make", [loaded, created])
 @pytest.mark.parametrize("name", recipe_names())
 def test_precision_in_every_recipe(gemma2: Path, name: str, make: Callable[[ModelSettings], PreTrainedModel]) -> None:
     recipe = with_dtype(load_recipe(name, [f"model.base={gemma2}"]), card_of("cpu"))
@@ -115,7 +120,7 @@ def test_created_is_trained_and_all_its_adapters_learn(gemma2: Path, quantizatio
 @pytest.mark.parametrize("family", CONFIGS)
 def test_norms_and_biases_start_as_the_family_has_them(family: str, tmp_path: Path) -> None:
     settings = exact(make_base(tmp_path, family))
-    ours, loaded = created(settings).state_dict(), load_base(settings).state_dict()
+    ours, loaded = created(settings).state_dict(), load_base(settings, CLASSES).state_dict()
     small = [name for name, value in ours.items() if value.ndim == 1]
     assert len(small) >= 7 and list(ours) == list(loaded)
     for name in small:  # the loaded base was never trained
@@ -151,5 +156,5 @@ def test_quantised_weights_are_those_drawn(gemma2: Path) -> None:
 def test_a_config_is_not_changed(gemma2: Path) -> None:
     config = AutoConfig.from_pretrained(gemma2)
     before = config.to_dict()
-    create_base(config, exact(gemma2), "cpu", 0)
+    create_base(config, exact(gemma2), CLASSES, "cpu", 0)
     assert config.to_dict() == before

@@ -113,7 +113,7 @@ def test_unusual_sizes_are_no_reason_to_refuse(family: str, settings: dict[str, 
 
 def test_dropout_in_attention_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """That which cannot be switched off by the one name that most configs have."""
-    monkeypatch.setattr(exactness, "as_judge", lambda config: setattr(config, "num_labels", 3))
+    monkeypatch.setattr(exactness, "as_classifier", lambda config, classes: setattr(config, "num_labels", 3))
     config = CONFIG_MAPPING["llama"](attention_dropout=0.1, **LAYERS)
     assert "no dropout" in str(why_not_exact(config, SETTINGS, LONGEST))
 

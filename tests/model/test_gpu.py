@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -27,9 +26,10 @@ from arena.model.classifier import loss_sum
 from arena.model.memory.fused import PARTS
 from arena.model.memory.policies import POLICIES, set_policies
 from arena.model.tuning import adapt
+from arena.tasks import task_of
+from arena.tasks.preference import CLASSES
 from arena.training.optim import trainable
-from arena.training.trainer import Trainer
-from tests.helpers import classifier, exact, make_base, pack, tiny_recipe
+from tests.helpers import classifier, exact, make_base, pack, tiny_recipe, trainer_for
 from tests.model.test_classifier import shared_batch, swap_pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -313,8 +313,8 @@ def test_the_probe_measures_on_this_card(base: Path, tmp_path: Path, name: str) 
     recipe = tiny_recipe(
         tmp_path, base, "model.checkpointing=auto", f"model.attention={name}", "model.dtype=bfloat16"
     )  # fmt: skip
-    data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
-    trainer = Trainer(recipe, data, adapt(load_base(recipe.model), recipe.model), tmp_path, Accelerator())
+    data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(recipe.model.base))
+    trainer = trainer_for(recipe, data, adapt(load_base(recipe.model, CLASSES), recipe.model), tmp_path)
     assert trainer.recompute_plan is not None and trainer.recompute_plan.peak is not None
     assert (
         trainer.recompute_plan.policies == ["none"] * 3

@@ -17,6 +17,7 @@ from packaging.version import Version
 from transformers import Gemma2Config
 
 from arena.model.create import create_base
+from arena.tasks.preference import CLASSES
 from tests.helpers import exact
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,9 @@ from tests.memory import Watch, held
 def make(way, base):
     how, dtype, quantization = way.split()
     settings = exact(base, dtype=dtype, quantization=quantization)
-    return load_base(settings) if how == "load" else create_base(AutoConfig.from_pretrained(base), settings, "cpu", 0)
+    if how == "load":
+        return load_base(settings, CLASSES)
+    return create_base(AutoConfig.from_pretrained(base), settings, CLASSES, "cpu", 0)
 
 torch.set_num_threads(2)
 tiny, base, found = sys.argv[1], sys.argv[2], {}
@@ -61,7 +64,7 @@ def config(layers: int) -> Gemma2Config:
 
 def stored(folder: Path, layers: int) -> int:
     """Writes a base in bfloat16, in files of at most 200 MB as the hub has them; gives the bytes of its weights."""
-    model = create_base(config(layers), exact(folder, dtype="bfloat16"), "cpu", 0)
+    model = create_base(config(layers), exact(folder, dtype="bfloat16"), CLASSES, "cpu", 0)
     model.save_pretrained(folder, max_shard_size="200MB")
     return sum(parameter.numel() * 2 for parameter in model.parameters())
 

@@ -20,15 +20,16 @@ from transformers import (
     Qwen2Config,
 )  # fmt: skip
 
-from arena.data.conversations import read_conversations
 from arena.data.tokens import tokenise
-from arena.inference.judge import Judge, save_judge
+from arena.inference.card import JudgeCard, save_judge
+from arena.inference.judge import Judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.input_limits import check_ids, check_length, positions
 from arena.model.tuning import adapt
+from arena.tasks.preference import CLASSES
 from arena.training.run import run_fold
-from tests.helpers import prompt_settings, tiny_recipe
+from tests.helpers import prompt_settings, rows_of, tiny_recipe
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -91,11 +92,11 @@ def test_an_id_without_a_row_is_refused_where_it_occurs(gemma2: Path, tmp_path: 
 def test_an_id_without_a_row_that_never_occurs_is_fine(gemma2: Path, tmp_path: Path) -> None:
     never = with_token(gemma2, tmp_path / "never", "unheard")
     tokenizer, settings = load_tokenizer(str(never)), prompt_settings()
-    config = load_base(tiny_recipe(tmp_path, never).model).config
+    config = load_base(tiny_recipe(tmp_path, never).model, CLASSES).config
     assert len(tokenizer) == config.vocab_size + 1
     for text, wrong in (("hello", False), ("unheard", True)):
         rows = Dataset.from_dict({"prompt": [[text]], "response_a": [["a"]], "response_b": [["b"]]})
-        store = tokenise(rows, text, tokenizer, settings, tmp_path, both_orders=False)
+        store = tokenise(rows_of(rows, text), tokenizer, settings, tmp_path, orders=1)
         assert store.largest_id() == int(store[0].max())
         if wrong:
             with pytest.raises(ValueError, match="the token 'unheard'"):
@@ -107,9 +108,11 @@ def test_an_id_without_a_row_that_never_occurs_is_fine(gemma2: Path, tmp_path: P
 def test_a_judge_refuses_rows_with_such_an_id(gemma2: Path, tmp_path: Path) -> None:
     base = with_token(gemma2, tmp_path / "base", "badbad")
     recipe = tiny_recipe(tmp_path, base)
-    model = adapt(load_base(recipe.model), recipe.model)
+    model = adapt(load_base(recipe.model, CLASSES), recipe.model)
     prior = np.full(3, 1 / 3)
-    save_judge(tmp_path / "judge", model, load_tokenizer(str(base)), recipe, prior, "x", base_digest(str(base)))
-    rows = read_conversations([tmp_path / "rows/test.csv"], tmp_path / "cache", labels="ignored")
+    save_judge(
+        model, load_tokenizer(str(base)), JudgeCard(tmp_path / "judge", recipe, prior, "x", base_digest(str(base)))
+    )
+    judge = Judge(tmp_path / "judge")
     with pytest.raises(ValueError, match="the token 'badbad'"):
-        Judge(tmp_path / "judge").probabilities(rows, tmp_path / "cache")
+        judge.probabilities(judge.read([tmp_path / "rows/test.csv"]))

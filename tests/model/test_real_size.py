@@ -21,6 +21,7 @@ from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.create import ARCHITECTURES, create_base
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
+from arena.tasks.preference import CLASSES
 from arena.training.optim import trainable
 from tests.helpers import examples_of, pack
 from tests.memory import GIB, Watch, held
@@ -51,7 +52,7 @@ def real(request: pytest.FixtureRequest) -> Iterator[Real]:
     torch.manual_seed(0)
     began = time.perf_counter()
     with Watch() as watch:
-        model = adapt(create_base(ARCHITECTURES[settings.base], settings, "cpu", 0), settings)
+        model = adapt(create_base(ARCHITECTURES[settings.base], settings, CLASSES, "cpu", 0), settings)
     show(f"{request.param}: created in {(time.perf_counter() - began) / 60:.1f} min, peak {watch.peak / GIB:.2f} GiB")
     with torch.no_grad():  # neither adapters nor head are zero, as after some steps
         for name, parameter in trainable(model).items():

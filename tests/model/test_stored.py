@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from arena.config import ModelSettings
+from arena.inference.card import JudgeCard, save_judge
 from arena.inference.export import export_judge
-from arena.inference.judge import save_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.create import create_base
 from arena.model.safety import WEIGHTS
+from arena.tasks.preference import CLASSES
 from arena.training.run import run_fold
 from tests.helpers import classifier, exact, known_head, pack, tiny_recipe
 
@@ -72,7 +73,7 @@ def test_it_is_the_base_quantised_here(name: str, gemma2: Path, bases: dict[str,
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", STORED)
 def test_every_weight_is_in_the_dtype_of_the_recipe(name: str, dtype: str, bases: dict[str, Path]) -> None:
-    model = load_base(exact(bases[name], quantization=kind(name), dtype=dtype))
+    model = load_base(exact(bases[name], quantization=kind(name), dtype=dtype), CLASSES)
     expected = getattr(torch, dtype)
     layers = [each for each in model.modules() if isinstance(each, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
     assert len(layers) == 21
@@ -128,7 +129,7 @@ def test_weights_that_are_not_as_the_config_says_are_named(
     tensors[name] = load_file(gemma2 / WEIGHTS)[name]
     save_file(tensors, tmp_path / "base" / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"an unquantised {name}"):
-        load_base(exact(tmp_path / "base", quantization="nf4"))
+        load_base(exact(tmp_path / "base", quantization="nf4"), CLASSES)
 
 
 @pytest.mark.parametrize("skip", [None, ["lm_head"], []])
@@ -141,8 +142,8 @@ def test_a_reward_model_that_is_stored_quantised(skip: list[str] | None, gemma2:
     reward.save_pretrained(tmp_path)
     assert ("score.weight.absmax" in load_file(tmp_path / WEIGHTS)) == (skip is not None)
     with torch.no_grad():
-        found = known_head(load_base(exact(tmp_path, quantization="nf4")))(pack(LENGTHS))
-        expected = known_head(load_base(exact(gemma2, quantization="nf4")))(pack(LENGTHS))
+        found = known_head(load_base(exact(tmp_path, quantization="nf4"), CLASSES))(pack(LENGTHS))
+        expected = known_head(load_base(exact(gemma2, quantization="nf4"), CLASSES))(pack(LENGTHS))
     assert torch.equal(found, expected)
 
 
@@ -158,7 +159,7 @@ def test_exported_gives_the_same_logits(name: str, tune: str, bases: dict[str, P
     with torch.no_grad():
         ours = model(batch)
     prior, digest = np.full(3, 1 / 3), base_digest(settings.base)
-    save_judge(tmp_path / "judge", model.model, load_tokenizer(settings.base), recipe, prior, "x", digest)
+    save_judge(model.model, load_tokenizer(settings.base), JudgeCard(tmp_path / "judge", recipe, prior, "x", digest))
     export_judge(tmp_path / "judge", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "plain", dtype="float32", attn_implementation="eager"
@@ -175,5 +176,5 @@ def test_exported_gives_the_same_logits(name: str, tune: str, bases: dict[str, P
 
 def test_random_weights_of_its_architecture_are_quantised_here(bases: dict[str, Path]) -> None:
     settings = exact(bases["nf4"], quantization="nf4")
-    model = create_base(base_config(settings), settings, "cpu", seed=0)
+    model = create_base(base_config(settings), settings, CLASSES, "cpu", seed=0)
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)

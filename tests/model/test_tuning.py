@@ -16,14 +16,16 @@ from transformers import AutoModelForSequenceClassification
 
 from arena.config import ModelSettings
 from arena.distributed import compute_in
+from arena.inference.card import JudgeCard, save_judge
 from arena.inference.export import export_judge
-from arena.inference.judge import Judge, save_judge
+from arena.inference.judge import Judge
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.base_files import base_digest
 from arena.model.card import Card
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.precision import resolve_dtype, with_dtype
 from arena.model.tuning import adapt, load_trained, save_model
+from arena.tasks.preference import CLASSES
 from arena.training.optim import trainable
 from tests.helpers import classifier, exact, pack, tiny_recipe
 
@@ -82,8 +84,8 @@ def test_saved_and_loaded_gives_the_same_logits(gemma2: Path, tmp_path: Path, na
     model = classifier(settings).eval()
     save_model(model.model, tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} <= {".safetensors", ".json"}
-    loaded = PackedClassifier(load_trained(tmp_path, settings))
-    fresh = PackedClassifier(adapt(load_base(settings), settings)).eval()
+    loaded = PackedClassifier(load_trained(tmp_path, settings, CLASSES))
+    fresh = PackedClassifier(adapt(load_base(settings, CLASSES), settings)).eval()
     with torch.no_grad():
         ours = model(pack(LENGTHS))
         torch.testing.assert_close(loaded(pack(LENGTHS)), ours, atol=1e-6, rtol=1e-6)
@@ -106,7 +108,7 @@ def test_exported_gives_the_same_logits(gemma2: Path, tmp_path: Path, name: str)
     with torch.no_grad():
         ours = model(batch)
     tokenizer, digest = load_tokenizer(str(gemma2)), base_digest(str(gemma2))
-    save_judge(tmp_path / "judge", model.model, tokenizer, recipe, np.full(3, 1 / 3), "x", digest)
+    save_judge(model.model, tokenizer, JudgeCard(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", digest))
     export_judge(tmp_path / "judge", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "plain", dtype="float32", attn_implementation="eager"
@@ -186,7 +188,7 @@ def test_eight_bit_layers_are_close_to_the_weights(gemma2: Path) -> None:
 @pytest.mark.parametrize("name", ["dora", "dora over nf4", "dora over int8"])
 def test_fresh_dora_starts_as_its_base(gemma2: Path, name: str, dtype: str) -> None:
     settings = settings_of(name, gemma2, dtype=dtype)
-    base, dora = load_base(settings), adapt(load_base(settings), settings)
+    base, dora = load_base(settings, CLASSES), adapt(load_base(settings, CLASSES), settings)
     hidden = torch.randn(5, 64, dtype=getattr(torch, dtype))
     layers = [backbone(model).layers[0].mlp.up_proj for model in (base, dora)]
     with torch.no_grad(), compute_in(torch.device("cpu"), dtype):
@@ -243,9 +245,11 @@ def test_a_dtype_that_the_card_lacks_names_the_way_out(gemma2: Path, tmp_path: P
 def test_a_judge_of_another_card(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained in bfloat16, read where there is none: refused, and run with the override that the message names."""
     recipe = tiny_recipe(tmp_path, gemma2, "model.dtype=bfloat16")
-    model = adapt(load_base(recipe.model), recipe.model)
+    model = adapt(load_base(recipe.model, CLASSES), recipe.model)
     digest = base_digest(recipe.model.base)
-    save_judge(tmp_path / "judge", model, load_tokenizer(str(gemma2)), recipe, np.full(3, 1 / 3), "x", digest)
+    save_judge(
+        model, load_tokenizer(str(gemma2)), JudgeCard(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", digest)
+    )
     assert Judge(tmp_path / "judge").recipe.model.dtype == "bfloat16"
     monkeypatch.setattr("arena.inference.judge.card_of", lambda device: T4)
     with pytest.raises(ValueError, match=r"model\.dtype=float16"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
-from tests.helpers import make_tokenizer
+from tests.helpers import make_tokenizer, random_family
 
 
 def test_by_hand() -> None:
@@ -114,9 +115,9 @@ def test_equal_examples_that_share_one_segment_have_no_cu_seqlens() -> None:
 
 def test_a_batch_without_labels_says_so() -> None:
     batch = collate([{"input_ids": [1, 2]}, {"input_ids": [3], "label": None}])  # type: ignore[typeddict-item]
-    assert "label" not in batch and "labels" not in batch and "label" not in dict(batch)
+    assert "label" not in batch and "targets" not in batch and "label" not in dict(batch)
     for ask in (lambda: batch["label"], lambda: batch.label):
-        with pytest.raises(ValueError, match=r"has no labels: .*example_labels"):
+        with pytest.raises(ValueError, match=r"has no labels: .*data\.targets"):
             ask()
 
 
@@ -126,3 +127,39 @@ def test_a_collator_says_at_once_what_it_cannot_use() -> None:
     for budget in ("9", 0, None):
         with pytest.raises(ValueError, match=r"budget is .*: give the most tokens in a micro-batch"):
             VarlenCollator(budget=budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_positions_are_the_tokens_that_the_head_reads(share: bool) -> None:
+    """With probabilities the last token of each example, however examples end within others."""
+    for seed in range(20):
+        ids = random_family(seed)
+        items: Any = [{"input_ids": each, "label": [1, 0]} for each in ids]
+        for batch in VarlenCollator(share=share, budget=sum(map(len, ids)))(items):
+            assert batch.reads_last and batch.targets is not None and batch.targets.shape == (batch.batch_size, 2)
+            read = batch.input_ids[0, batch.positions].tolist()
+            assert read == [int(ids[index][-1]) for index in batch.index]
+            places = batch.position_ids[0, batch.positions].tolist()
+            assert places == [len(ids[index]) - 1 for index in batch.index]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_each_token_target_is_predicted_from_the_token_before_it(share: bool) -> None:
+    """Also at the end of a shared beginning, whose last token has several next tokens."""
+    shared_places = 0
+    for seed in range(40):
+        ids = random_family(seed)
+        rng = np.random.default_rng(seed)
+        labels = [np.where(rng.random(len(each)) < 0.5, each, -100) for each in ids]
+        for each in labels:
+            each[0] = -100
+        items: Any = [{"input_ids": each, "labels": own} for each, own in zip(ids, labels, strict=True)]
+        for batch in VarlenCollator(share=share, budget=sum(map(len, ids)))(items):
+            assert not batch.reads_last and "label" not in batch and batch.targets is not None
+            wanted = [(index, at) for index in batch.index for at in np.flatnonzero(labels[index] != -100)]
+            assert batch.targets.tolist() == [int(ids[index][at]) for index, at in wanted]
+            before = [int(ids[index][at - 1]) for index, at in wanted]
+            assert batch.input_ids[0, batch.positions].tolist() == before
+            assert batch.position_ids[0, batch.positions].tolist() == [int(at) - 1 for _, at in wanted]
+            shared_places += len(batch.positions) - len(set(batch.positions.tolist()))
+    assert (shared_places > 0) is share

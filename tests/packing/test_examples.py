@@ -18,10 +18,11 @@ A = [1.0, 0.0, 0.0]
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"input_ids": [5], "labels": A}, "example 1: unknown key 'labels'; did you mean 'label'?"),
+        ({"input_ids": [5], "labels": A}, "example 1 has no label, but others have one"),
+        ({"input_ids": [5], "lable": A}, "example 1: unknown key 'lable'; did you mean 'label'?"),
         (
             {"input_ids": [5], "pixel_values": 1},
-            "example 1: unknown key 'pixel_values'; known keys: attention_mask, index, input_ids, label",
+            "example 1: unknown key 'pixel_values'; known keys: attention_mask, index, input_ids, label, labels",
         ),
         ({"ids": [5], "label": A}, "example 1: unknown key 'ids'"),
         ({"label": A}, "example 1 has no input_ids"),
@@ -39,8 +40,9 @@ A = [1.0, 0.0, 0.0]
         ({"input_ids": ["a"], "label": A}, "example 1, input_ids"),
         ({"input_ids": [5, -100], "label": A}, "example 1, input_ids: -100 to 5 are not token ids"),
         ({"input_ids": [2**31], "label": A}, "example 1, input_ids: 2147483648"),
-        ({"input_ids": [5], "label": 2}, "example 1, label: '2' is not three probabilities.*write .1, 0, 0. if A"),
-        ({"input_ids": [5], "label": [0.5, 0.5]}, "example 1, label"),
+        ({"input_ids": [5], "label": 2}, "example 1, label: '2' is not a list of probabilities.*write .1, 0, 0."),
+        ({"input_ids": [5], "label": [0.5, 0.5]}, "example 1, label: it has 2 classes, but example 0 has 3"),
+        ({"input_ids": [5], "label": [1.0]}, "example 1, label: .* is not a list of probabilities"),
         ({"input_ids": [5], "label": ["A", "B", "tie"]}, "example 1, label"),
         ({"input_ids": [5], "label": [float("nan")] * 3}, "example 1, label"),
         ({"input_ids": [5], "label": [1.5, -0.5, 0]}, "example 1, label"),
@@ -74,8 +76,27 @@ def test_lists_arrays_and_tensors_mean_the_same() -> None:
 def test_labels_of_three_digits_may_miss_1_by_their_rounding(total: float, right: bool) -> None:
     example: Any = {"input_ids": [5], "label": [0.25, 0.25, total - 0.5]}
     if right:
-        _, labels, _ = read_examples([example])
-        assert labels is not None and abs(labels.sum() - 1) < 1e-6
+        targets = read_examples([example]).targets
+        assert targets is not None and abs(targets.sum() - 1) < 1e-6
     else:
         with pytest.raises(ValueError, match="sum to 1"):
             read_examples([example])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([5, 6], "example 0, labels: give one whole number for each of the 3 input_ids; probabilities .* label"),
+        ([0.5, 0.2, 0.3], "example 0, labels: give one whole number"),
+        ([-100, 7, -100], "example 0, labels: each must be -100 or the id of its own token.*do not shift"),
+        ([5, 6, 7], "example 0, labels: the first token cannot be predicted; give it -100"),
+    ],
+)
+def test_token_targets_that_cannot_be_meant_are_refused(labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        collate([{"input_ids": [5, 6, 7], "labels": labels}])
+
+
+def test_one_kind_of_target() -> None:
+    with pytest.raises(ValueError, match="both label and labels"):
+        collate([{"input_ids": [5, 6], "label": A, "labels": [-100, 6]}])

@@ -13,15 +13,15 @@ from arena.data.tokens import TokenStore, tokenise
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import epoch_order, plan_evaluation, plan_training
 from arena.packing.tree import find_prefixes
-from arena.training.order import example_labels, training_order
-from tests.helpers import make_tokenizer, prompt_settings
+from arena.training.order import training_order
+from tests.helpers import make_tokenizer, prompt_settings, rows_of
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> TokenStore:
     column = [["hello world " * (1 + at % 5)] for at in range(23)]
     rows = Dataset.from_dict({"prompt": column, "response_a": column, "response_b": column})
-    return tokenise(rows, "x", make_tokenizer(tmp_path), prompt_settings(), tmp_path, both_orders=True)
+    return tokenise(rows_of(rows), make_tokenizer(tmp_path), prompt_settings(), tmp_path, orders=2)
 
 
 def test_the_loop_over_steps_and_micro_batches(
@@ -59,9 +59,9 @@ def test_resumed_anywhere_it_gives_the_rest(store: TokenStore) -> None:
 def test_labels_are_those_of_the_examples_or_are_not_there(store: TokenStore) -> None:
     plan = plan_training(store.lengths, np.arange(len(store)), step_size=10, budget=512)
     rows = np.eye(3)[np.arange(23) % 3]
-    with pytest.raises(ValueError, match=r"\(23, 3\), but the 46 examples .* example_labels"):
+    with pytest.raises(ValueError, match=r"there are 23 targets, but the store has 46 examples: pass data\.targets"):
         PackedLoader(store, rows, plan)
-    [step, *_] = PackedLoader(store, example_labels(rows, store), plan)
+    [step, *_] = PackedLoader(store, np.repeat(rows, 2, axis=0), plan)
     assert all(torch.isfinite(micro["label"]).all() for micro in step)
     [step, *_] = PackedLoader(store, None, plan)
     with pytest.raises(ValueError, match="has no labels"):
@@ -78,12 +78,6 @@ def test_ranks_together_have_each_example_once(store: TokenStore) -> None:
         for index in micro.index.tolist()
     ]
     assert sorted(seen) == list(range(len(store)))
-
-
-def test_labels_of_swapped_examples_are_swapped(store: TokenStore) -> None:
-    labels = np.tile([0.7, 0.2, 0.1], (23, 1))
-    expanded = example_labels(labels, store)
-    assert expanded[0].tolist() == [0.7, 0.2, 0.1] and expanded[1].tolist() == [0.2, 0.7, 0.1]
 
 
 @pytest.mark.parametrize(("swap", "each"), [("never", 1), ("random", 1), ("both", 2)])

@@ -15,7 +15,7 @@ from arena.data.tokens import tokenise
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
 from arena.packing.plan import PackPlan, _tree_within, plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, Tree, find_prefixes, grow_tree, prefixes_for
-from tests.helpers import examples_of, make_tokenizer, prompt_settings, random_family
+from tests.helpers import examples_of, make_tokenizer, prompt_settings, random_family, rows_of
 
 BUDGET = 390
 
@@ -217,7 +217,7 @@ def test_prefixes_are_kept_and_follow_the_store(tmp_path: Path, monkeypatch: pyt
         {"prompt": [["which?"]] * 4, "response_a": [[f"answer {at}"] for at in range(4)], "response_b": [["b"]] * 4}
     )
     tokenizer = make_tokenizer(tmp_path)
-    store = tokenise(rows, "x", tokenizer, prompt_settings(), tmp_path, both_orders=True)
+    store = tokenise(rows_of(rows), tokenizer, prompt_settings(), tmp_path, orders=2)
     found = prefixes_for(store, PackingSettings(), tmp_path)
     assert isinstance(found, Prefixes)
     monkeypatch.setattr("arena.packing.tree.find_prefixes", None)  # the second time they are read

@@ -15,6 +15,8 @@ from arena.config import load_recipe
 from arena.data.prepare import prepare_fold
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import adapt
+from arena.tasks import task_of
+from arena.tasks.preference import CLASSES
 from arena.training.checkpoint import load_checkpoint
 from arena.training.checkpoint_manager import CheckpointManager
 from arena.training.optim import make_optimizer, make_schedule, trainable
@@ -112,8 +114,8 @@ def spoilt(whole: bytes, kind: str, draws: random.Random) -> bytes:
 def _state(ground: Ground) -> tuple[Any, Any, Any]:
     """Model, optimizer and schedule as the run has them."""
     recipe = load_recipe("demo", ground.overrides())
-    prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
-    model = adapt(load_base(recipe.model), recipe.model)
+    prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(recipe.model.base))
+    model = adapt(load_base(recipe.model, CLASSES), recipe.model)
     optimizer = make_optimizer(model, recipe.train)
     return model, optimizer, make_schedule(optimizer, recipe.train, 5)
 

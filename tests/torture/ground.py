@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import arena.data.synthetic
+import arena.demo.synthetic
 import arena.inference.export
 import arena.inference.judge
 import arena.inference.submission
@@ -21,7 +21,7 @@ import arena.reporting.report
 import arena.training.run
 import arena.training.trainer  # all that a command needs, so that a fork imports nothing
 from arena import cli
-from arena.inference.logits_cache import LogitsCache
+from arena.inference.logits import LogitsCache
 from arena.storage.manifest import damage
 from arena.training.checkpoint_manager import CheckpointManager
 from tests.helpers import make_base, write_rows
@@ -120,7 +120,7 @@ def command(arguments: list[str], *, shards: bool = True, pause: float = 0.0) ->
         pause: seconds that every forward takes longer, so that signals meet it.
     """
     if shards:
-        arena.training.trainer.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
+        arena.training.held_out.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
         arena.inference.judge.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
     if pause:
         forward = arena.model.classifier.PackedClassifier.forward

@@ -16,11 +16,13 @@ from arena.model.backbone import backbone, load_base, load_tokenizer
 from arena.model.memory.estimate import POLICIES, shape_of
 from arena.model.memory.fused import POLICY
 from arena.model.tuning import adapt
+from arena.tasks import task_of
+from arena.tasks.preference import CLASSES
 from arena.training import probe
 from arena.training.optim import trainable
 from arena.training.probe import search_policies
 from arena.training.trainer import Trainer
-from tests.helpers import tiny_recipe
+from tests.helpers import tiny_recipe, trainer_for
 
 SAVED = {"full": 1.0, "elementwise_and_mlp": 8.0, "elementwise": 16.0, "none": 22.0}
 RECOMPUTED = {"full": 1.0, "elementwise_and_mlp": 0.55, "elementwise": 0.05, "none": 0.0}
@@ -68,9 +70,9 @@ def test_a_policy_that_cannot_be_measured_is_not_used() -> None:
 
 def trainer_of(tmp_path: Path, base: Path, *overrides: str) -> Trainer:
     recipe = tiny_recipe(tmp_path, base, "model.checkpointing=auto", *overrides)
-    data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
-    model = adapt(load_base(recipe.model), recipe.model)
-    return Trainer(recipe, data, model, tmp_path / "run", Accelerator(cpu=True))
+    data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(recipe.model.base))
+    model = adapt(load_base(recipe.model, CLASSES), recipe.model)
+    return trainer_for(recipe, data, model, tmp_path / "run", Accelerator(cpu=True))
 
 
 def policies_of(trainer: Trainer) -> list[str]:
@@ -86,10 +88,9 @@ def test_on_a_cpu_the_arithmetic_decides(tmp_path: Path, gemma2: Path) -> None:
 
 def test_a_setting_is_left_as_it_is(tmp_path: Path, gemma2: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=elementwise")
-    data = prepare_fold(recipe, 0, load_tokenizer(recipe.model.base))
-    trainer = Trainer(
-        recipe, data, adapt(load_base(recipe.model), recipe.model), tmp_path / "run", Accelerator(cpu=True)
-    )
+    data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(recipe.model.base))
+    model = adapt(load_base(recipe.model, CLASSES), recipe.model)
+    trainer = trainer_for(recipe, data, model, tmp_path / "run", Accelerator(cpu=True))
     assert trainer.recompute_plan is None and policies_of(trainer) == ["elementwise"] * 3
 
 

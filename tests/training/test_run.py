@@ -18,13 +18,16 @@ import pytest
 from accelerate.utils import LoggerType
 
 from arena import cli
-from arena.inference.judge import read_card
-from arena.metrics import CLASSES
+from arena.inference.card import read_card
 from arena.reporting import report
 from arena.stopping import Stopped
 from arena.storage.mirror import Mirror
+from arena.tasks import preference
+from arena.tasks.preference import COLUMNS
+from arena.tasks.preference import COLUMNS as CLASSES
 from arena.training import run as run_module
-from arena.training.run import _truth, run_fold
+from arena.training.results import _truth
+from arena.training.run import run_fold
 from tests.helpers import make_base, tiny_recipe, write_rows
 
 SHORT = "train.epochs=0.3"
@@ -86,7 +89,7 @@ def test_whatever_else_fails_the_judge_is_saved(
     recipe = tiny_recipe(tmp_path, gemma2, SHORT, "train.track=wandb", f"train.mirror={tmp_path / 'away'}")
     (Path(recipe.data.path) / "truth.csv").write_bytes("id,é\n1,2\n".encode("latin-1"))
     wandb.run.log = fails(ConnectionError("unreachable"))
-    monkeypatch.setattr(run_module, "baseline_probabilities", fails(MemoryError("sparse matrix")))
+    monkeypatch.setattr(preference, "baseline_probabilities", fails(MemoryError("sparse matrix")))
     monkeypatch.setattr(Mirror, "push_files", fails(RuntimeError("can't start new thread")))
     monkeypatch.setattr(Mirror, "close", fails(RuntimeError("no answer")))
     metrics = run_fold(recipe, 0, tmp_path / "runs")
@@ -108,7 +111,7 @@ def test_the_result_stands_before_what_it_is_compared_with(
     gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(tmp_path, gemma2, SHORT)
-    monkeypatch.setattr(run_module, "baseline_probabilities", fails(SystemExit(137)))  # as when memory runs out
+    monkeypatch.setattr(preference, "baseline_probabilities", fails(SystemExit(137)))  # as when memory runs out
     with pytest.raises(SystemExit):
         run_fold(recipe, 0, tmp_path / "runs")
     monkeypatch.setattr(run_module, "save_judge", fails(AssertionError))
@@ -124,7 +127,7 @@ def test_without_truth_there_is_no_floor(tmp_path: Path, kind: str) -> None:
     elif kind != "none":
         table = pd.DataFrame({"id": ["1"], **dict.fromkeys(CLASSES, 1 / 3)})
         (table.drop(columns="id") if kind == "other columns" else table.assign(id="9")).to_csv(path, index=False)
-    assert _truth(path, ["1"]) is None
+    assert _truth(path, ["1"], COLUMNS) is None
 
 
 def arena(monkeypatch: pytest.MonkeyPatch, folder: Path, base: Path, *words: str) -> None:
@@ -207,6 +210,6 @@ def test_a_checkpoint_goes_with_its_base_and_its_place_is_not_saved(gemma2: Path
         run_fold(tiny_recipe(tmp_path, make_base(tmp_path / "other", seed=1), *resume), 0, again)
     run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, again)
     shutil.rmtree(tmp_path / "runs")
-    assert read_card(again / "demo/fold0/model")["recipe"]["train"]["resume"] == "auto"
+    assert read_card(again / "demo/fold0/model").recipe.train.resume == "auto"
     with pytest.raises(ValueError, match=r"train\.resume=.*: write auto, best, never, or the path of a checkpoint"):
         run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, again)

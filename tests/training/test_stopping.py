@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from arena.inference.logits_cache import LogitsCache
+from arena.inference.logits import LogitsCache
 from arena.stopping import MORE_TO_DO, Stop, Stopped, ending_at_once, stopping
 from arena.storage.mirror import Mirror
-from arena.training import trainer as trainer_module
+from arena.training import held_out as held_out_module
 from arena.training.run import run_fold
 from tests.helpers import tiny_recipe
 from tests.training.test_trainer import log, make, weights
@@ -38,13 +38,13 @@ class Asked(Stop):
 
 @pytest.fixture(autouse=True)
 def shards_of_one_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "LogitsCache", partial(LogitsCache, seconds=0.0))
+    monkeypatch.setattr(held_out_module, "LogitsCache", partial(LogitsCache, seconds=0.0))
 
 
 def run(folder: Path, base: Path, at: int | None) -> tuple[Any, Asked]:
     trainer = make(folder, base, *SMALL)
     trainer.stop = Asked(at)
-    trainer.run()
+    trainer.trained = trainer.run()  # type: ignore[attr-defined]
     return trainer, trainer.stop
 
 
@@ -59,11 +59,11 @@ def test_ended_anywhere_it_goes_on_to_the_same_bits(gemma2: Path, tmp_path: Path
         with pytest.raises(Stopped) as ended:
             run(folder, gemma2, at)
         assert ended.value.status == 128 + signal.SIGTERM
-        where.add("evaluation" if list((folder / "run/logits/evaluation").glob("*")) else "training")
+        where.add("evaluation" if list((folder / "run/logits").glob("*")) else "training")
         resumed, _ = run(folder, gemma2, None)
         assert torch.equal(weights(resumed), weights(straight)), at
         assert log(resumed) == log(straight), at
-        assert resumed.held_out_probabilities.tobytes() == straight.held_out_probabilities.tobytes(), at
+        assert resumed.trained.probabilities.tobytes() == straight.trained.probabilities.tobytes(), at
         assert resumed.checkpoints.steps() == straight.checkpoints.steps()
     assert where == {"training", "evaluation"}
 

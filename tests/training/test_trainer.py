@@ -14,27 +14,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
 from arena import progress as progress_module
 from arena.config import save_recipe
 from arena.data.prepare import prepare_fold
-from arena.inference.evaluate import predict
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.storage.manifest import damage
+from arena.tasks import task_of
+from arena.tasks.preference import CLASSES
+from arena.training import held_out as held_out_module
 from arena.training import step as step_module
-from arena.training import trainer as trainer_module
 from arena.training.checkpoint import load_weights
 from arena.training.optim import trainable
 from arena.training.order import plan_fold, training_order
 from arena.training.run import run_fold
 from arena.training.step import accumulate
 from arena.training.trainer import Trainer
-from tests.helpers import classifier, exact, pack, tiny_recipe, write_rows
+from tests.helpers import classifier, exact, pack, tiny_recipe, trainer_for, write_rows
 
 CPU = torch.device("cpu")
 LENGTHS = [30, 4, 11, 9, 17, 2, 25, 8]
@@ -85,11 +85,11 @@ def test_mean_of_means_would_be_seen(gemma2: Path) -> None:
 def make(folder: Path, base: Path, *overrides: str) -> Trainer:
     recipe = tiny_recipe(folder, base, *overrides)
     torch.manual_seed(0)
-    data = prepare_fold(recipe, 0, load_tokenizer(str(base)))
-    model = adapt(load_base(recipe.model), recipe.model)
+    data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(str(base)))
+    model = adapt(load_base(recipe.model, CLASSES), recipe.model)
     run = folder / "run"
     run.mkdir(exist_ok=True)
-    return Trainer(recipe, data, model, run, Accelerator())
+    return trainer_for(recipe, data, model, run)
 
 
 def test_attention_that_cannot_train_here_is_said_before_the_first_step(gemma2: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_lines_show_the_latest_held_out_log_loss(
     trainer.run()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training:")]
     found = {int(line.split()[1]): line.partition("held-out ")[2] for line in lines[:-1]}
-    third = f"{trainer.log.evaluated()[3]:.4f}"
+    third = f"{trainer.log.evaluations[3]:.4f}"
     assert found == {1: "", 2: "", 3: third, 4: third}
     assert all(" left, loss " in line for line in lines[:-1])
 
@@ -171,18 +171,19 @@ def test_lines_show_the_latest_held_out_log_loss(
 def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The held-out loss gets worse after the first evaluation: its weights are what the run ends with."""
     losses = iter([0.5, 0.9])
-    monkeypatch.setattr(trainer_module, "log_loss", lambda *_: next(losses))
+    monkeypatch.setattr(held_out_module, "log_loss", lambda *_: next(losses))
     trainer = make(tmp_path, gemma2)
-    done = trainer.run()
-    assert (trainer.checkpoints.best, trainer.checkpoints.losses, done.step) == (3, {3: 0.5, 5: 0.9}, 5)
+    trained = trainer.run()
+    assert (trained.best_step, trainer.checkpoints.losses, trained.done.step) == (3, {3: 0.5, 5: 0.9}, 5)
     kept = weights(trainer).clone()
     load_weights(trainer.checkpoints.step(3), trainer.model)
     assert torch.equal(weights(trainer), kept)
-    judged = trainer.held_out_probabilities
-    assert judged is not None and np.array_equal(judged, trainer.checkpoints.load_evaluation(3)[1])
-    data, rows = trainer.data, trainer.data.eval_rows[trainer.data.has_responses[trainer.data.eval_rows]]
-    again = predict(trainer.classifier, data.store, rows, budget=512, orders=[0], dtype=trainer.recipe.model.dtype)
-    np.testing.assert_allclose(judged, again, atol=1e-5)  # those of the best step, not of the last
+    straight = trainer.checkpoints.load_evaluation(3)[1]
+    weights_of_best = trainer._weights(3)
+    again = trainer.held_out.straight(trainer.classifier, weights_of_best, None)
+    np.testing.assert_allclose(straight, again, atol=1e-5)  # those of the best step, not of the last
+    averaged = trainer.held_out.averaged(straight, trainer.classifier, weights_of_best, None)
+    np.testing.assert_allclose(trained.probabilities, averaged, atol=1e-5)
     assert trainer.checkpoints.steps() == [3, 4, 5], "the best stays beside the last two"
 
 
@@ -191,7 +192,7 @@ def test_sharing_changes_nothing_but_the_work(gemma2: Path, tmp_path: Path, swap
     """Loss and gradient norm of every step, and the end weights, are those of the run that shares nothing."""
     options = "model.quantization=none", f"train.swap={swap}"
     runs = [make(tmp_path / share, gemma2, *options, f"packing.share={share}") for share in ("true", "false")]
-    shared, plain = (run.run() for run in runs)
+    shared, plain = (run.run().done for run in runs)
     assert shared.unique_tokens < 0.9 * shared.tokens
     assert plain.unique_tokens == plain.tokens == shared.tokens
     steps = [[line for line in log_lines(run.folder / "log.jsonl") if "loss" in line] for run in runs]
@@ -254,7 +255,7 @@ def test_training_learns_what_the_rows_say(gemma2: Path, tmp_path: Path) -> None
 
 def test_plan_depends_on_ranks_only_in_its_cut(gemma2: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2)
-    data = prepare_fold(recipe, 0, load_tokenizer(str(gemma2)))
+    data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(str(gemma2)))
     one, two = plan_fold(recipe, data), plan_fold(recipe, data, ranks=2)
     for step in range(one.n_steps):
         alone = sorted(int(index) for part in one.step(step) for index in part)

@@ -9,29 +9,35 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from arena.data.prepare import FoldData
-from arena.metrics import SWAPPED, log_loss
+from arena.metrics import log_loss
 
 WORDS = 20_000  # the most frequent words and word pairs
+SWAPPED = [1, 0, 2]  # the order of classes when A and B are exchanged
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # candidates for the inverse regularisation
 FITTED = 20_000  # most rows; more change little and take minutes
 
 
-def baseline_probabilities(data: FoldData, seed: int = 0) -> np.ndarray:
-    """Trains on the fold's training rows (at most `FITTED`, sampled by the seed) and judges its held-out rows.
+def baseline_probabilities(
+    rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """Trains on some rows (at most `FITTED`, sampled by the seed) and judges others.
 
     The features are TF-IDF of words and word pairs, A's minus B's, and the logarithms of both lengths and their
     difference. Each training row is also used with A and B exchanged. The regularisation is chosen on a fifth of the
     rows.
 
+    Args:
+        rows: conversations.
+        labels: float64 (len(rows), 3).
+        train_rows, eval_rows: which rows to train on and to judge.
+
     Returns:
-        float64 (len(data.eval_rows), 3).
+        float64 (len(eval_rows), 3).
 
     Raises:
         ValueError: there are too few rows, or no words in them.
     """
-    rows = data.rows
-    train = data.train_rows[data.train_rows < len(rows)]
+    train = train_rows
     if len(train) > FITTED:
         train = np.sort(np.random.default_rng(seed).choice(train, FITTED, replace=False))
     a, b = _answers(rows, train)
@@ -41,13 +47,11 @@ def baseline_probabilities(data: FoldData, seed: int = 0) -> np.ndarray:
     words.fit(a + b)
     lengths = StandardScaler().fit(np.vstack([_lengths(a, b), _lengths(b, a)]))
     both = _features(words, lengths, a, b), _features(words, lengths, b, a)
-    labels = data.labels[train]
+    known = labels[train]
     fitted = np.random.default_rng(seed).random(len(train)) < 0.8
-    losses = [
-        log_loss(labels[~fitted], _fit(both, labels, c, fitted).predict_proba(both[0][~fitted])) for c in STRENGTHS
-    ]
-    model = _fit(both, labels, STRENGTHS[int(np.argmin(losses))], np.ones(len(train), dtype=bool))
-    a, b = _answers(rows, data.eval_rows)
+    losses = [log_loss(known[~fitted], _fit(both, known, c, fitted).predict_proba(both[0][~fitted])) for c in STRENGTHS]
+    model = _fit(both, known, STRENGTHS[int(np.argmin(losses))], np.ones(len(train), dtype=bool))
+    a, b = _answers(rows, eval_rows)
     return np.asarray(model.predict_proba(_features(words, lengths, a, b)))
 
 

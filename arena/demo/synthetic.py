@@ -21,14 +21,14 @@ from random import Random
 from typing import NamedTuple
 
 from arena.config import Recipe
-from arena.data import synthetic_text as text
-from arena.metrics import CLASSES
+from arena.demo import synthetic_text as text
 from arena.storage.files import atomic_write
+from arena.tasks.preference import COLUMNS
 
 TONE, LENGTH, REFUSAL, TIE = 2.0, 2.0, 2.0, 1.0
 
 TEST_COLUMNS = ("id", "prompt", "response_a", "response_b")
-TRAIN_COLUMNS = ("id", "model_a", "model_b", *TEST_COLUMNS[1:], *CLASSES)
+TRAIN_COLUMNS = ("id", "model_a", "model_b", *TEST_COLUMNS[1:], *COLUMNS)
 MODELS = ("alder-7b", "birch-13b", "cedar-2b", "dogwood-chat", "elm-large", "fir-mini")
 
 Answers = Sequence[str | None]
@@ -197,8 +197,8 @@ def write_demo(folder: Path, n_train: int, n_test: int, seed: int) -> None:
         draft.mkdir()
         _write(draft / "train.csv", TRAIN_COLUMNS, train)
         _write(draft / "test.csv", TEST_COLUMNS, test)
-        _write(draft / "sample_submission.csv", ("id", *CLASSES), [[row[0], *["0.333333"] * 3] for row in test])
-        _write(draft / "truth.csv", ("id", *CLASSES), answers)
+        _write(draft / "sample_submission.csv", ("id", *COLUMNS), [[row[0], *["0.333333"] * 3] for row in test])
+        _write(draft / "truth.csv", ("id", *COLUMNS), answers)
 
 
 def _draw(rng: Random, probabilities: Sequence[float]) -> list[str]:

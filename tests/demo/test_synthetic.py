@@ -13,9 +13,9 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from arena.config import load_recipe
-from arena.data import synthetic, synthetic_text
-from arena.data.synthetic import ensure_demo
-from arena.metrics import CLASSES
+from arena.demo import synthetic, synthetic_text
+from arena.demo.synthetic import ensure_demo
+from arena.tasks.preference import COLUMNS as CLASSES
 
 N_TRAIN, N_TEST = 2500, 300
 

@@ -1,4 +1,4 @@
-"""Reading conversations: every oddity of real files kept as it should be, every bad row named."""
+"""Reading files: every oddity of real files kept as it should be, every bad row named."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arena.data import conversations
-from arena.data.conversations import BadRowsError, has_responses, read_conversations, repeated
+from arena.data import dataset as module
+from arena.data.dataset import BadRowsError, Rows, read_dataset, repeated
+from tests.helpers import PREFERENCE, rows_of
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"
@@ -50,14 +51,14 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def read(path: Path, labels: Any = "required") -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as cache:
-        return read_conversations([path], Path(cache), labels=labels).to_list()
+        return read_dataset([path], Path(cache), PREFERENCE, labels=labels).table.to_list()
 
 
 def complaint(paths: list[Path], labels: Any = "required") -> str:
     """The message with which these files are refused; checks that nothing is left in the cache."""
     with tempfile.TemporaryDirectory() as cache:
         with pytest.raises(ValueError) as caught:
-            read_conversations(paths, Path(cache), labels=labels)
+            read_dataset(paths, Path(cache), PREFERENCE, labels=labels)
         assert list(Path(cache).iterdir()) == []
     return str(caught.value)
 
@@ -114,7 +115,7 @@ def test_oddities_are_kept(
     row = a_row(**dict(zip(names, cells, strict=True)))
     [result] = read(write(tmp_path / f"train.{ending}", [row]))
     assert tuple(result[name] for name in names) == texts
-    assert has_responses(result) is expected
+    assert PREFERENCE.has_input(result) is expected
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl"])
@@ -129,20 +130,20 @@ def test_real_lists_are_read_like_json(tmp_path: Path, ending: str) -> None:
 
 
 def test_columns_have_the_promised_types(tmp_path: Path) -> None:
-    rows = read_conversations([write(tmp_path / "t.csv", [a_row()])], tmp_path / "cache", labels="ignored")
-    types = {name: str(rows.data.schema.field(name).type) for name in rows.column_names}
+    rows = read_dataset([write(tmp_path / "t.csv", [a_row()])], tmp_path / "cache", PREFERENCE, labels="ignored")
+    types = {name: str(rows.table.data.schema.field(name).type) for name in rows.table.column_names}
     texts = dict.fromkeys(("prompt", "response_a", "response_b"), "list<item: string>")
     assert types == {"id": "string", **texts, "label": "list<item: float>"}
 
 
 def test_several_files_become_one_in_order(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{ending}.{ending}", [a_row(id=f"from {ending}")]) for ending in ENDINGS]
-    rows = read_conversations(paths, tmp_path / "cache", labels="required")
-    assert list(rows["id"]) == ["from csv", "from parquet", "from jsonl"]
+    rows = read_dataset(paths, tmp_path / "cache", PREFERENCE, labels="required")
+    assert rows.ids == ["from csv", "from parquet", "from jsonl"]
 
 
 def test_many_chunks_keep_their_order(tmp_path: Path) -> None:
-    count = 2 * conversations.ROWS_AT_ONCE + 3
+    count = 2 * module.ROWS_AT_ONCE + 3
     for ending in ENDINGS:
         rows = read(write(tmp_path / f"t.{ending}", [a_row(id=str(number)) for number in range(count)]))
         assert [row["id"] for row in rows] == [str(number) for number in range(count)]
@@ -479,7 +480,7 @@ def test_every_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 def test_all_bad_rows_are_counted_and_twenty_are_listed(tmp_path: Path) -> None:
-    bad = 2 * conversations.ROWS_AT_ONCE  # spread over three chunks, so that counting goes on after the first
+    bad = 2 * module.ROWS_AT_ONCE  # spread over three chunks, so that counting goes on after the first
     rows = [a_row(id=str(number), prompt="[0]" if number >= 10 else "[]") for number in range(bad + 10)]
     path = write(tmp_path / "t.csv", rows)
     lines = complaint([path]).splitlines()
@@ -490,10 +491,10 @@ def test_all_bad_rows_are_counted_and_twenty_are_listed(tmp_path: Path) -> None:
 
 def test_a_refusal_keeps_what_the_cache_held(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    read_conversations([write(tmp_path / "good.csv", [a_row()])], cache, labels="required")
+    read_dataset([write(tmp_path / "good.csv", [a_row()])], cache, PREFERENCE, labels="required")
     kept = list(cache.iterdir())
     with pytest.raises(BadRowsError) as caught:
-        read_conversations([write(tmp_path / "bad.csv", [a_row(prompt="")])], cache, labels="required")
+        read_dataset([write(tmp_path / "bad.csv", [a_row(prompt="")])], cache, PREFERENCE, labels="required")
     assert caught.value.count == 1
     assert list(cache.iterdir()) == kept
 
@@ -504,29 +505,29 @@ def test_a_refusal_keeps_what_the_cache_held(tmp_path: Path) -> None:
 def test_the_same_content_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     path = write(tmp_path / "t.csv", [a_row()])
-    first = read_conversations([path], cache, labels="required")
-    assert [file["filename"] for file in first.cache_files] == [str(next(cache.iterdir()))]
+    first = read_dataset([path], cache, PREFERENCE, labels="required")
+    assert [file["filename"] for file in first.table.cache_files] == [str(next(cache.iterdir()))]
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(conversations, "_convert", refuse)
+    monkeypatch.setattr(module, "_Conversion", refuse)
     moved = path.rename(tmp_path / "moved.csv")
-    assert read_conversations([moved], cache, labels="required").to_list() == first.to_list()
+    assert read_dataset([moved], cache, PREFERENCE, labels="required").table.to_list() == first.table.to_list()
     with pytest.raises(AssertionError, match="converted again"):
-        read_conversations([moved], cache, labels="optional")
+        read_dataset([moved], cache, PREFERENCE, labels="optional")
     write(moved, [a_row(id="8")])
     with pytest.raises(AssertionError, match="converted again"):
-        read_conversations([moved], cache, labels="required")
+        read_dataset([moved], cache, PREFERENCE, labels="required")
 
 
 # Repeats
 
 
-def dataset(*texts: tuple[str, str, str]) -> Dataset:
+def dataset(*texts: tuple[str, str, str]) -> Rows:
     names = ("prompt", "response_a", "response_b")
     columns = {name: [[row[place]] for row in texts] for place, name in enumerate(names)}
-    return Dataset.from_dict({"id": [str(number) for number in range(len(texts))], **columns})
+    return rows_of(Dataset.from_dict({"id": [str(number) for number in range(len(texts))], **columns}))
 
 
 def test_repeats_of_content_are_found() -> None:
@@ -539,7 +540,7 @@ def test_repeats_of_content_are_found() -> None:
 
 def test_texts_that_only_look_alike_together_are_no_repeats() -> None:
     rows = dataset(("p", "a", "b"), ("pa", "", "b"), ("p", "ab", ""), ("p", 'a", "b', ""))
-    assert repeated(rows, rows.select([])).tolist() == [False] * 4
+    assert repeated(rows, rows_of(rows.table.select([]))).tolist() == [False] * 4
     assert repeated(rows, rows).tolist() == [True] * 4
 
 
@@ -550,14 +551,14 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data ar
 
 @needs_shared
 def test_real_competition_files(tmp_path: Path) -> None:
-    train = read_conversations([SHARED / "data/autoj/train.csv"], tmp_path, labels="required")
-    test = read_conversations([SHARED / "data/autoj/test.csv"], tmp_path, labels="optional")
+    train = read_dataset([SHARED / "data/autoj/train.csv"], tmp_path, PREFERENCE, labels="required")
+    test = read_dataset([SHARED / "data/autoj/test.csv"], tmp_path, PREFERENCE, labels="optional")
     assert (len(train), len(test)) == (1107, 285)
-    assert set(test["label"]) == {None}
+    assert set(test.table["label"]) == {None}
     frame = pd.read_csv(SHARED / "data/autoj/train.csv", dtype=str, keep_default_na=False)
-    assert list(train["id"]) == frame["id"].tolist()
-    assert list(train["response_b"]) == [json.loads(cell) for cell in frame["response_b"]]
-    assert np.array_equal(np.array(train["label"]), frame[list(A_WINS)].astype(float).to_numpy())
+    assert train.ids == frame["id"].tolist()
+    assert list(train.table["response_b"]) == [json.loads(cell) for cell in frame["response_b"]]
+    assert np.array_equal(train.labels, frame[list(A_WINS)].astype(float).to_numpy())
 
 
 @needs_shared
@@ -567,8 +568,9 @@ def test_real_data_of_full_size_take_little_memory(tmp_path: Path) -> None:
     script = """
 import re, sys
 from pathlib import Path
-from arena.data.conversations import read_conversations
-rows = read_conversations([Path(sys.argv[1])], Path(sys.argv[2]), labels="required")
+from arena.data.dataset import read_dataset
+from arena.tasks import TASKS
+rows = read_dataset([Path(sys.argv[1])], Path(sys.argv[2]), TASKS["preference"], labels="required")
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
 print(len(rows), int(peak) // 1024, "torch" in sys.modules)
 """

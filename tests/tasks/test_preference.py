@@ -11,7 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from arena.data.prompt import CHAT_MARKERS, Example, PromptEncoder, chat_family, control_ids
+from arena.data.control_tokens import control_ids
+from arena.data.task import Example
+from arena.data.text_encoder import CHAT_MARKERS, chat_family
+from arena.tasks.preference import PromptEncoder
 from tests.helpers import SHARED, make_tokenizer, needs_shared, prompt_settings
 
 ROW = {"prompt": [["which is better?"]], "response_a": [["good"]], "response_b": [["bad"]]}
@@ -35,7 +38,7 @@ def row(*turns: tuple[str | None, str | None, str | None]) -> dict[str, list[Any
 
 
 def one(encoder: PromptEncoder, rows: dict[str, list[Any]]) -> Example:
-    (example,) = encoder.encode(rows, both_orders=False)
+    (example,) = encoder.encode(rows, orders=1)
     return example
 
 
@@ -69,7 +72,7 @@ def test_a_character_that_a_tokenizer_does_not_know(tmp_path: Path) -> None:
 
 def test_both_orders_exchange_the_answers(small: Any) -> None:
     encoder = PromptEncoder(small, prompt_settings())
-    straight, swapped = encoder.encode(row(("which?", "good", "bad")), both_orders=True)
+    straight, swapped = encoder.encode(row(("which?", "good", "bad")), orders=2)
     assert np.array_equal(swapped.input_ids, one(encoder, row(("which?", "bad", "good"))).input_ids)
     assert np.array_equal(straight.input_ids, one(encoder, row(("which?", "good", "bad"))).input_ids)
 

@@ -1,17 +1,17 @@
-"""LogitsCache: what verifies is used, anything else is named, removed and recomputed."""
+"""Cached logits: what verifies is used, anything else is named, removed and recomputed."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
 
-from arena.inference.logits_cache import LogitsCache, PlanLogits
+from arena.inference.logits import Logits, LogitsCache
 from arena.packing.plan import PackPlan, plan_evaluation
 
 FACTS: dict[str, Any] = {"tokens": "abc", "dtype": "float32"}
@@ -36,24 +36,26 @@ def logits_of(plan: PackPlan, *micro_batches: int) -> np.ndarray:
 
 def fill(cache: LogitsCache, plan: PackPlan, *runs: tuple[int, int]) -> list[Path]:
     """Keeps micro-batches first to end of each run as a shard."""
-    with cache.open(plan, FACTS) as cached:
+    with cache.open(plan, FACTS) as parts:
+        logits = Logits(plan, 3, parts)
         for first, end in runs:
-            cached.add(list(range(first, end)), logits_of(plan, *range(first, end)))
-        return sorted(cached.folder.iterdir())
+            logits.add(list(range(first, end)), logits_of(plan, *range(first, end)))
+        return sorted(parts.folder.iterdir())
 
 
 def known(cache: LogitsCache, plan: PackPlan, facts: dict[str, Any] = FACTS) -> list[int]:
-    with cache.open(plan, facts) as cached:
-        _right(cached, plan)
-        return np.flatnonzero(cached.known).tolist()
+    with cache.open(plan, facts) as parts:
+        logits = Logits(plan, 3, parts)
+        _right(logits, plan)
+        return np.flatnonzero(logits.known).tolist()
 
 
-def _right(cached: PlanLogits, plan: PackPlan) -> None:
+def _right(logits: Logits, plan: PackPlan) -> None:
     """What is known is what was cached, the rest is NaN."""
     every = logits_of(plan, *range(plan.n_micro_batches))
-    rows = np.repeat(cached.known, np.diff([0, *plan.micro_ends]))
-    np.testing.assert_array_equal(cached.logits[rows], every[rows])
-    assert np.isnan(cached.logits[~rows]).all()
+    rows = np.repeat(logits.known, np.diff([0, *plan.micro_ends]))
+    np.testing.assert_array_equal(logits.values[rows], every[rows])
+    assert np.isnan(logits.values[~rows]).all()
 
 
 def test_what_was_kept_is_known_again(cache: LogitsCache, plan: PackPlan) -> None:
@@ -61,15 +63,16 @@ def test_what_was_kept_is_known_again(cache: LogitsCache, plan: PackPlan) -> Non
     assert known(cache, plan) == []
     fill(cache, plan, (0, 3), (5, 6))
     assert known(cache, plan) == [0, 1, 2, 5]
-    with cache.open(plan, FACTS) as cached:  # across a gap: a shard on either side
-        cached.add([3, 4, 6, 7], logits_of(plan, 3, 4, 6, 7))
-        _right(cached, plan)
-        assert len(list(cached.folder.iterdir())) == 4
+    with cache.open(plan, FACTS) as parts:  # across a gap: a part on either side
+        logits = Logits(plan, 3, parts)
+        logits.add([3, 4, 6, 7], logits_of(plan, 3, 4, 6, 7))
+        _right(logits, plan)
+        assert len(list(parts.folder.iterdir())) == 4
     assert known(cache, plan) == list(range(8))
 
 
 def damage(rng: np.random.Generator, data: bytes, kind: int) -> bytes:
-    header = 8 + int.from_bytes(data[:8], "little")
+    header = data.index(b"\n") + 1
     places = [(0, 8), (8, header), (header, len(data)), (0, len(data))]
     first, end = places[kind % 4]
     at = int(rng.integers(first, end))
@@ -109,9 +112,13 @@ def test_a_name_that_was_changed_is_not_believed(cache: LogitsCache, plan: PackP
 
 def named(folder: Path, first: int, end: int, data: bytes) -> Path:
     """A file whose name fits its bytes."""
-    path = folder / f"{first:08d}-{end:08d}-{hashlib.sha256(data).hexdigest()}.safetensors"
+    path = folder / f"{first:08d}-{end:08d}-{hashlib.sha256(data).hexdigest()}.part"
     path.write_bytes(data)
     return path
+
+
+def part(header: dict[str, Any], numbers: np.ndarray) -> bytes:
+    return json.dumps(header).encode() + b"\n" + numbers.tobytes()
 
 
 def test_whole_files_of_something_else_are_not_used(
@@ -119,34 +126,35 @@ def test_whole_files_of_something_else_are_not_used(
 ) -> None:
     (path,) = fill(cache, plan, (0, 2))
     folder, good = path.parent, logits_of(plan, 0, 1)
-    facts = {"fingerprint": folder.name, "first": "0", "end": "2", "where": "here"}
+    header = {"key": folder.name, "first": 0, "end": 2, "machine": "here"}
     path.unlink()
     nan = good.copy()
     nan[1, 2] = np.nan
     odd: list[tuple[int, int, bytes, str]] = [
-        (0, 2, save({"logits": good}, {**facts, "fingerprint": "0" * 16}), "to another evaluation"),
-        (0, 2, save({"logits": good}), "to another evaluation"),
-        (0, 2, save({"logits": good}, {**facts, "end": "3"}), "to another evaluation"),
-        (0, 2, save({"logits": nan}, facts), "not logits of these"),
-        (0, 2, save({"logits": good[:-1]}, facts), "not logits of these"),
-        (0, 2, save({"logits": good.astype(np.float64)}, facts), "not logits of these"),
-        (0, 2, save({"numbers": good}, facts), "holds something else"),
+        (0, 2, part({**header, "key": "0" * 16}, good), "to other work"),
+        (0, 2, part({**header, "end": 3}, good), "to other work"),
+        (0, 2, part({}, good), "holds something else"),
+        (0, 2, part(header, nan), "not logits of these"),
+        (0, 2, part(header, good[:-1]), "not logits of these"),
+        (0, 2, part(header, good.astype(np.float64)), "not logits of these"),
+        (0, 2, good.tobytes(), "holds something else"),
+        (0, 2, b"[1, 2]\n" + good.tobytes(), "holds something else"),
         (0, 2, b"", "holds something else"),
         (0, 2, b"\xff" * 64, "holds something else"),
         (0, 2, bytes(2**20), "too large"),
-        (2, 2, save({"logits": good[:0]}, facts), "to another plan"),
-        (0, 10**7, save({"logits": good}, {**facts, "end": str(10**7)}), "to another plan"),
+        (2, 2, part({**header, "first": 2}, good[:0]), "holds no items"),
+        (0, 10**7, part({**header, "end": 10**7}, good), "to another plan"),
     ]
     for first, end, data, reason in odd:
         bad = named(folder, first, end, data)
         assert known(cache, plan) == [], reason
         assert f"{bad} is not used: it" in (shown := capsys.readouterr().out) and reason in shown
         assert not bad.exists()
-    named(folder, 0, 2, save({"logits": good}, facts))  # control
+    named(folder, 0, 2, part(header, good))  # control
     assert known(cache, plan) == [0, 1]
-    named(folder, 0, 2, save({"logits": good}, {**facts, "where": "there"}))
+    named(folder, 0, 2, part({**header, "machine": "there"}, good))
     assert known(cache, plan) == [0, 1]
-    assert "another shard holds the same" in capsys.readouterr().out
+    assert "another part holds the same" in capsys.readouterr().out
 
 
 def test_what_cannot_be_read_is_named_and_removed(
@@ -185,9 +193,9 @@ def test_shards_of_another_machine_are_used_and_that_is_said(
 ) -> None:
     fill(cache, plan, (0, 4))
     assert known(cache, plan) == [0, 1, 2, 3]
-    assert "computed on" not in capsys.readouterr().out
+    assert "were computed on" not in capsys.readouterr().out
     assert known(LogitsCache(cache.folder, cache.identity, "there"), plan) == [0, 1, 2, 3]
-    assert "some logits were computed on here; the rest are computed on there" in capsys.readouterr().out
+    assert "some results were computed on here; the rest are on there" in capsys.readouterr().out
 
 
 def test_a_full_disk_leaves_what_was_kept(cache: LogitsCache, plan: PackPlan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,179 @@
+"""What a task is: everything that knows what a row means. `arena/tasks` holds one file for each task.
+
+Reading, folds, tokens, packing, the model, training and evaluation know rows, examples and targets only. An example is
+one sequence of token ids; a row gives one, or several that show it in other orders, such as with A and B exchanged.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features
+
+from arena.config import PromptSettings
+from arena.data.cells import Labels
+from arena.data.limits import Limits
+from arena.data.rows import Cells
+
+Metric = Callable[[np.ndarray, np.ndarray], float]  # of targets and probabilities, (n, C) each
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example.
+
+    Attributes:
+        input_ids: int32, shape (n_tokens,), at most `max_length`.
+        turns_dropped: turns of a conversation that were omitted.
+        tokens_cut: tokens of its texts that were omitted, including those of dropped turns.
+    """
+
+    input_ids: np.ndarray
+    turns_dropped: int
+    tokens_cut: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples laid end to end.
+
+    Attributes:
+        input_ids: int32 (tokens of all examples,).
+        offsets: int32 (n + 1,), the beginning of each example, and the end.
+        turns_dropped: int32 (n,), as in `Example`.
+        tokens_cut: int32 (n,), as in `Example`.
+    """
+
+    input_ids: np.ndarray
+    offsets: np.ndarray
+    turns_dropped: np.ndarray
+    tokens_cut: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Sequence[Sequence[np.ndarray]], dropped: Sequence[int], cut: Sequence[int]) -> Encoded:
+        """Lays out examples that are given as pieces, int32 arrays of token ids."""
+        offsets = np.cumsum([0, *(sum(map(len, pieces)) for pieces in examples)], dtype=np.int32)
+        flat = np.concatenate([np.zeros(0, dtype=np.int32), *(piece for pieces in examples for piece in pieces)])
+        return cls(flat, offsets, np.array(dropped, dtype=np.int32), np.array(cut, dtype=np.int32))
+
+    def examples(self) -> Iterator[Example]:
+        """The examples in order; their `input_ids` are views."""
+        counts = zip(self.turns_dropped.tolist(), self.tokens_cut.tolist(), strict=True)
+        for (start, end), (dropped, cut) in zip(pairwise(self.offsets.tolist()), counts, strict=True):
+            yield Example(self.input_ids[start:end], dropped, cut)
+
+
+class Encoder(ABC):
+    """Turns rows into examples, for one tokenizer and the settings of a recipe's prompt.
+
+    Attributes:
+        constant_ids: token ids of the texts around a row's own, by which cached tokens are told apart.
+    """
+
+    constant_ids: list[list[int]]
+
+    @abstractmethod
+    def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[Any]:
+        """The token ids of each row's texts, given the columns `Task.texts`, in any form that `lay_out` takes."""
+
+    @abstractmethod
+    def lay_out(self, rows: Sequence[Any], *, orders: int) -> Encoded:
+        """The examples of tokenised rows, each in the first `orders` of its orders, one after another."""
+
+    def encode(self, rows: Mapping[str, Sequence[Any]], *, orders: int = 1) -> Iterator[Example]:
+        """The examples of a batch of rows; those of one row are adjacent."""
+        yield from self.lay_out(self.tokenise(rows), orders=orders).examples()
+
+
+class Task(ABC):
+    """What a row means.
+
+    Attributes:
+        name: its key in `arena.tasks.TASKS`, which a recipe names as `task`.
+        classes: the names of the classes, in the order of the head's outputs.
+        columns: the columns that hold the probabilities of the classes in files, in the same order.
+        texts: the columns of a row's texts, which every file must have besides `id`.
+        features: the types of these columns in a checked row.
+        group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
+        orders: in how many orders a row can be shown.
+        missing: in words, what a row lacks if `has_input` is false.
+        metrics: by name; the first decides which checkpoint is best, and less is better.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    columns: tuple[str, ...]
+    texts: tuple[str, ...]
+    features: Features
+    group_by: str
+    orders: int = 1
+    missing: str
+    metrics: Mapping[str, Metric]
+
+    @abstractmethod
+    def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
+        """The columns of a file that hold the label. Raises `FieldError` if there is none although it is required."""
+
+    @abstractmethod
+    def read_texts(self, cells: Cells, limits: Limits) -> Cells:
+        """A row's texts, of the types in `features`. Raises `FieldError` for a cell that cannot be used."""
+
+    @abstractmethod
+    def read_label(self, cells: Cells, labels: Labels) -> list[float] | None:
+        """The probabilities of the classes, which sum to 1; None if the row has no label.
+
+        Raises `FieldError` for an invalid label, and for a missing one if labels are required.
+        """
+
+    @abstractmethod
+    def has_input(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row has anything to predict from. Other rows are not trained on, and get the training prior."""
+
+    @abstractmethod
+    def encoder(
+        self, tokenizer: Any, settings: PromptSettings, memo: MutableMapping[bytes, np.ndarray] | None = None
+    ) -> Encoder:
+        """The encoder for a tokenizer.
+
+        Args:
+            memo: caches token ids between calls by a digest of the text.
+
+        Raises:
+            ValueError: the tokenizer or the settings cannot be used.
+        """
+
+    def group(self, texts: str | Sequence[str | None] | None) -> str:
+        """The key by which rows are grouped: the first text that is not blank, regardless of case and white space.
+
+        Compatibility forms are normalised too (NFKC). The key of a row without text is "".
+
+        Args:
+            texts: a row's column `group_by`: a text, or the turns of a prompt.
+        """
+        every = [texts] if isinstance(texts, str) else texts or []
+        first = next((text for text in every if text and text.strip()), "")
+        folded = unicodedata.normalize("NFKC", first).casefold()
+        return " ".join(unicodedata.normalize("NFKC", folded).split())  # casefold can undo the composed form
+
+    def reorder(self, values: np.ndarray, order: int) -> np.ndarray:
+        """Probabilities (..., C) of rows as they are for the same rows in another order, or back."""
+        assert order == 0, f"{self.name} has one order"
+        return values
+
+    def baseline(
+        self, rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int
+    ) -> np.ndarray | None:
+        """Probabilities (len(eval_rows), C) of a simple model for comparison; None: this task has none.
+
+        Args:
+            rows: checked rows.
+            labels: float64 (len(rows), C).
+            train_rows, eval_rows: which rows to fit and to predict.
+        """
+        return None

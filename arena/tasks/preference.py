@@ -1,0 +1,215 @@
+"""Pairwise preference: a conversation with two answers, and which of them a person prefers.
+
+Rows become judge prompts: token ids within `max_length` that always end in the verdict suffix.
+
+The layout of an example, with Gemma's chat markers and the `compact` template:
+
+    <bos><start_of_turn>user
+    {instruction}
+
+    {opening}### User:
+    {prompt}
+
+    ### Assistant A:
+    {answer}
+
+    ### Assistant B:
+    {answer}
+
+    {closing}<end_of_turn>
+    <start_of_turn>model
+    verdict is: [[
+
+Each prompt and answer is tokenised separately, with control tokens in it taken as plain text, and truncated at token
+boundaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+
+from arena.config import PromptSettings
+from arena.data.cells import FieldError, Labels, excerpt, is_blank, read_probabilities, read_turns
+from arena.data.limits import Limits
+from arena.data.rows import Cells
+from arena.data.task import Encoded, Encoder, Task
+from arena.data.text_encoder import TextEncoder
+from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
+from arena.metrics import accuracy, calibration_error, log_loss
+from arena.tasks.baseline import SWAPPED, baseline_probabilities
+
+CLASSES = ("A", "B", "tie")
+COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")  # of the classes, as the competition names them
+TEXTS = ("prompt", "response_a", "response_b")
+WORD = "winner"  # a column with the label as one of these words
+WORDS = {
+    "model_a": [1.0, 0.0, 0.0],
+    "model_b": [0.0, 1.0, 0.0],
+    "tie": [0.0, 0.0, 1.0],
+    "tie (bothbad)": [0.0, 0.0, 1.0],
+}
+
+Fields = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 token ids of a turn's prompt, answer A, answer B
+
+
+class Preference(Task):
+    """The probabilities that A is preferred, that B is, and of a tie; the second order of a row exchanges A and B."""
+
+    name = "preference"
+    classes = CLASSES
+    columns = COLUMNS
+    texts = TEXTS
+    features = Features({name: List(Value("string")) for name in TEXTS})
+    group_by = "prompt"
+    orders = 2
+    missing = "response to judge"
+    metrics = MappingProxyType({"log_loss": log_loss, "accuracy": accuracy, "ece": calibration_error})
+
+    def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
+        """Three numbers, one word, or none; both forms at once are an error, as are only some of the numbers."""
+        if labels == "ignored":
+            return ()
+        numbers = tuple(name for name in COLUMNS if name in names)
+        if numbers and WORD in names:
+            raise FieldError(WORD, f"is there along with {', '.join(numbers)}; keep one of the two forms of the label")
+        if numbers and numbers != COLUMNS:
+            missing = [name for name in COLUMNS if name not in names]
+            raise FieldError(missing[0], f"is missing, but {', '.join(numbers)} is there; give all three or none")
+        if labels == "required" and not numbers and WORD not in names:
+            raise FieldError(COLUMNS[0], f"is missing; labelled rows need {', '.join(COLUMNS)}, or `{WORD}`")
+        return numbers or ((WORD,) if WORD in names else ())
+
+    def read_label(self, cells: Cells, labels: Labels) -> list[float] | None:
+        columns = self.label_columns(list(cells), labels)
+        if all(is_blank(cells[name]) for name in columns):
+            if labels == "required":
+                raise FieldError(columns[0], "is blank; label the row or leave it out")
+            return None
+        return _from_word(cells[WORD]) if columns == (WORD,) else read_probabilities(cells, columns)
+
+    def read_texts(self, cells: Cells, limits: Limits) -> Cells:
+        """The turns of the prompt and of both answers, padded with None to the same number of turns."""
+        texts = {field: read_turns(cells, field) for field in TEXTS}
+        for field, text in texts.items():
+            limits.check_turns(len(text), field)
+        turns = max(len(text) for text in texts.values())
+        return {field: text + [None] * (turns - len(text)) for field, text in texts.items()}
+
+    def has_input(self, row: Mapping[str, Any]) -> bool:
+        """Whether at least one of a row's answers has text that is not blank."""
+        return any(text and text.strip() for text in [*row["response_a"], *row["response_b"]])
+
+    def encoder(
+        self, tokenizer: Any, settings: PromptSettings, memo: MutableMapping[bytes, np.ndarray] | None = None
+    ) -> PromptEncoder:
+        return PromptEncoder(tokenizer, settings, memo)
+
+    def reorder(self, values: np.ndarray, order: int) -> np.ndarray:
+        return values[..., SWAPPED] if order == 1 else values
+
+    def baseline(
+        self, rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int
+    ) -> np.ndarray:
+        return baseline_probabilities(rows, labels, train_rows, eval_rows, seed)
+
+
+def _from_word(cell: Any) -> list[float]:
+    word = cell.strip().casefold() if isinstance(cell, str) else None
+    if word not in WORDS:
+        raise FieldError(WORD, f"is {excerpt(cell)}; write one of {', '.join(WORDS)}")
+    return list(WORDS[word])
+
+
+class PromptEncoder(Encoder):
+    """Turns conversations into judge prompts, for one tokenizer, template and length.
+
+    Args:
+        settings: template, chat markers, `max_length`.
+        memo: as for `TextEncoder`.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one, or `max_length` is too small for the template and one truncated
+            turn; from any method, if a text cannot be tokenised without a control token.
+    """
+
+    def __init__(
+        self, tokenizer: Any, settings: PromptSettings, memo: MutableMapping[bytes, np.ndarray] | None = None
+    ) -> None:
+        self.tokenizer, self.max_length = tokenizer, settings.max_length
+        self._texts = TextEncoder(tokenizer, memo)
+        self._is_continuation = continuation_bytes(tokenizer)
+        plain, template = self._texts.plain, settings.template
+        user_open, user_close, model_open = self._texts.chat(settings.chat)
+        self.prefix = user_open + plain(template.instruction + "\n\n") + plain(template.opening)
+        self.suffix = plain(template.closing) + user_close + model_open + plain(template.verdict)
+        self.headings = plain(template.user), plain(template.answer_a), plain(template.answer_b)
+        self.cut, self.cut_turns = plain(template.cut), plain(template.cut_turns)
+        self.constant_ids = [self.prefix, self.suffix]
+        separator = plain(template.separator)
+        self._overhead = sum(map(len, self.headings)) + 3 * len(separator)
+        self._room = settings.max_length - len(self.prefix) - len(self.suffix)
+        least = least_room(self._overhead, len(self.cut), len(self.cut_turns))
+        if self._room < least:
+            raise ValueError(
+                f"prompt.max_length {settings.max_length} is too small for this template, which takes at least "
+                f"{settings.max_length - self._room + least} tokens; raise max_length or shorten the template"
+            )
+        user, a, b = self.headings
+        between = user, separator + a, separator + b, separator
+        self._user, self._answer_a, self._answer_b, self._end = map(_ids, between)
+        self.missing = plain(template.missing)
+        self._missing, self._cut = _ids(self.missing), _ids(self.cut)
+        self._prefix, self._suffix = _ids(self.prefix), _ids(self.suffix)
+        self._prefix_cut = _ids(self.prefix + self.cut_turns)
+
+    def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[list[Fields]]:
+        """The token ids of every field, by row and turn; the texts of all rows are tokenised in one call."""
+        turns = [list(zip(*fields, strict=True)) for fields in zip(*(rows[name] for name in TEXTS), strict=True)]
+        texts = dict.fromkeys(text for row in turns for turn in row for text in turn if text is not None)
+        ids: dict[Any, np.ndarray] = {None: self._missing, **self._texts.user_texts(texts)}
+        return [[(ids[prompt], ids[a], ids[b]) for prompt, a, b in row] for row in turns]
+
+    def lay_out(self, rows: Sequence[list[Fields]], *, orders: int) -> Encoded:
+        """Truncates the tokenised conversations; both orders of a conversation have the same truncation."""
+        examples, turns_dropped, tokens_cut = [], [], []
+        for turns in rows:
+            shown, dropped, cut = self._shorten_turns(turns)
+            swapped = [(prompt, b, a) for prompt, a, b in shown]
+            for order in [shown, swapped][:orders]:
+                examples.append(self._pieces(order, dropped))
+                turns_dropped.append(dropped)
+                tokens_cut.append(cut)
+        encoded = Encoded.of(examples, turns_dropped, tokens_cut)
+        assert np.diff(encoded.offsets).max(initial=0) <= self.max_length
+        return encoded
+
+    def _pieces(self, turns: list[Fields], dropped: int) -> list[np.ndarray]:
+        pieces = [self._prefix_cut if dropped else self._prefix]
+        for prompt, a, b in turns:
+            pieces += (self._user, prompt, self._answer_a, a, self._answer_b, b, self._end)
+        pieces.append(self._suffix)
+        return pieces
+
+    def _shorten_turns(self, turns: list[Fields]) -> tuple[list[Fields], int, int]:
+        """The turns as shown, the number of earlier turns omitted, and the number of tokens omitted."""
+        lengths = [(len(prompt), len(a), len(b)) for prompt, a, b in turns]
+        cut = choose_cut(lengths, self._room, self._overhead, len(self.cut), len(self.cut_turns))
+        first, shown = cut.first_turn, turns[cut.first_turn :]
+        lost = sum(map(sum, lengths[:first]))
+        for at, (fields, caps) in enumerate(zip(shown, cut.caps, strict=True)):
+            if caps != lengths[first + at]:
+                (prompt, lost_p), (a, lost_a), (b, lost_b) = (
+                    shorten(ids, cap, self._cut, self._is_continuation) for ids, cap in zip(fields, caps, strict=True)
+                )
+                shown[at] = prompt, a, b
+                lost += lost_p + lost_a + lost_b
+        return shown, first, lost
+
+
+def _ids(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
