@@ -225,7 +225,13 @@ def _in_pairs(batch: PackedBatch) -> PackedBatch:
     ends = batch.cu_seqlens_q[::2]
     longest, segment = int(ends.diff().max()), torch.arange(len(ends) - 1)
     return replace(
-        batch, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seq_len=longest, max_segment_len=longest, segment=segment
+        batch,
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        max_seq_len=longest,
+        max_segment_len=longest,
+        segment=segment,
+        positions=ends[1:].long() - 1,
     )
 
 
