@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import special
 
 CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
 LABELS = ("A", "B", "tie")  # the same classes, in short
@@ -44,8 +45,7 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int =
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """The float64 probabilities of logits along the last axis."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+    return np.asarray(special.softmax(logits.astype(np.float64), axis=-1))
 
 
 def _check(labels: np.ndarray, probabilities: np.ndarray) -> None:
