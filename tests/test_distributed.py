@@ -83,6 +83,7 @@ def test_memory_is_known_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WINDOWS = """
 import signal, sys
+import filelock  # which has a lock for Windows
 sys.modules["fcntl"] = sys.modules["resource"] = None
 del signal.SIGHUP
 import arena.cli, arena.distributed

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from cachetools import LRUCache
 
 from arena.background import ahead
 from arena.config import PromptSettings
@@ -75,34 +75,15 @@ class TokenStore:
         return views
 
 
-class TextMemo(MutableMapping[bytes, np.ndarray]):
+class TextMemo(LRUCache[bytes, np.ndarray]):
     """A least-recently-used cache of int32 (n,) token ids by a digest of their text, with at most `limit` tokens."""
 
     def __init__(self, limit: int = REMEMBERED_TOKENS) -> None:
-        self.limit = limit
-        self.tokens = 0
-        self._ids: OrderedDict[bytes, np.ndarray] = OrderedDict()
-
-    def __getitem__(self, key: bytes) -> np.ndarray:
-        self._ids.move_to_end(key)
-        return self._ids[key]
+        super().__init__(limit, getsizeof=len)
 
     def __setitem__(self, key: bytes, ids: np.ndarray) -> None:
-        if key in self._ids:
-            del self[key]
-        self._ids[key] = ids.copy()  # a view would keep the ids of a whole batch alive
-        self.tokens += len(ids)
-        while self.tokens > self.limit:
-            del self[next(iter(self._ids))]
-
-    def __delitem__(self, key: bytes) -> None:
-        self.tokens -= len(self._ids.pop(key))
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._ids)
-
-    def __len__(self) -> int:
-        return len(self._ids)
+        if len(ids) <= self.maxsize:
+            super().__setitem__(key, ids.copy())  # a view would keep the ids of a whole batch alive
 
 
 def tokenise(rows: Rows, tokenizer: Any, settings: PromptSettings, cache: Path, *, orders: int) -> TokenStore:

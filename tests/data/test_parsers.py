@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from arena.data.cells import FieldError, excerpt, read_id, read_json, read_turns
 from arena.data.dataset import read_dataset
 from arena.data.limits import Limits
-from tests.data.hostile import CSV, GOOD, LABELS, PARQUET, TEXTS, table
+from tests.data.bad_files import CSV, GOOD, LABELS, PARQUET, TEXTS, table
 from tests.helpers import PREFERENCE
 
 slow_start = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])

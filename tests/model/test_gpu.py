@@ -16,9 +16,10 @@ from arena.config import ModelSettings
 from arena.data.prepare import prepare_fold
 from arena.distributed import compute_in
 from arena.model.attention import trial
-from arena.model.attention.backends import BACKENDS, cannot_compile, why_not
+from arena.model.attention.backends import BACKENDS
 from arena.model.attention.flex import block_mask as flex_mask
 from arena.model.attention.flex import bucket, flex, visible
+from arena.model.attention.trial import cannot_compile
 from arena.model.attention.varlen import used_backends, varlen_attention
 from arena.model.backbone import attention_choice, backbone, load_base, load_tokenizer
 from arena.model.card import card_of
@@ -46,7 +47,7 @@ SHARED = [(4500, 0), (300, 4500), (1, 4500), (900, 4500), (64, 0)]
 
 
 def skip_unless_it_runs(name: str, dtype: torch.dtype, head_dim: int, softcap: float | None = 50.0) -> None:
-    why = why_not(name, card_of("cuda"), dtype, head_dim, softcap, training=True)
+    why = BACKENDS[name].supports(card_of("cuda"), dtype, head_dim, softcap, True)
     if why is not None:
         pytest.skip(f"{name}: {why}")
 
@@ -330,15 +331,15 @@ def test_a_backend_that_is_believed_to_run_was_tried(name: str, monkeypatch: pyt
     assert [(key[0], key[1].training) for key in trial._outcomes] == [(name, True)]
     monkeypatch.setattr(trial, "_outcomes", {})
     with torch.inference_mode(), torch.autocast("cuda", dtype=torch.float16):
-        assert why_not(name, card_of("cuda"), torch.bfloat16, DIM, 50.0, training=True) is None
+        assert BACKENDS[name].supports(card_of("cuda"), torch.bfloat16, DIM, 50.0, True) is None
     monkeypatch.setattr(trial, "_outcomes", {})
 
     def lacking(*_: Any, **__: Any) -> Tensor:
         raise RuntimeError("this build has no such heads")
 
-    monkeypatch.setitem(BACKENDS, name, lacking)
+    monkeypatch.setattr(f"arena.model.attention.{name}.{name}", lacking)
     assert "does not run here: this build has no such heads" in str(
-        why_not(name, card_of("cuda"), torch.bfloat16, DIM, 50.0, training=True)
+        BACKENDS[name].supports(card_of("cuda"), torch.bfloat16, DIM, 50.0, True)
     )
 
 
@@ -349,4 +350,4 @@ def test_every_card_has_tiles_for_flex(head_dim: int, dtype: torch.dtype) -> Non
     card = card_of("cuda")
     if card.capability < (8, 0) or cannot_compile() is not None:
         pytest.skip(f"flex: {card.name} is too old, or there is no compiler")
-    assert why_not("flex", card, dtype, head_dim, 50.0, training=True) is None
+    assert BACKENDS["flex"].supports(card, dtype, head_dim, 50.0, True) is None

@@ -106,7 +106,9 @@ def test_only_tasks_and_demo_know_what_a_preference_is() -> None:
         if room in ("tasks", "demo"):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        texts = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
         assert not texts & known, path
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert "arena.tasks.preference" not in imported, path

@@ -7,17 +7,17 @@ import sys
 import xml.etree.ElementTree as Tree
 from pathlib import Path
 
-import tests.data.hostile
-import tests.hostile
+import tests.bad_settings
+import tests.data.bad_files
 from tests.torture.ground import Found, Ground
 
 ROOT = Path(__file__).parents[2]
 
 
 def hostile_files(ground: Ground) -> Found:
-    kinds = len(tests.data.hostile.KINDS) + len(tests.hostile.COMMANDS) + len(tests.hostile.SAMPLES)
+    kinds = len(tests.data.bad_files.KINDS) + len(tests.bad_settings.COMMANDS) + len(tests.bad_settings.SAMPLES)
     asked = "at least 60 kinds, each a named error or a finite row"
-    found = _tests(ground, "hostile files", asked, "tests/test_hostile.py", "tests/data/test_hostile.py")
+    found = _tests(ground, "hostile files", asked, "tests/test_cli_bad_input.py", "tests/data/test_bad_files.py")
     if kinds < 60:
         found.failures.append(f"only {kinds} kinds")
     found.note = f"{kinds} kinds of files; {found.note}"

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from arena.model.attention.blocks import Form, Segment, Space
+from arena.model.card import Card
 
 
 def blockwise(
@@ -51,6 +52,10 @@ def blockwise(
     with torch.autocast(q.device.type, enabled=False):
         out: Tensor = _Blockwise.apply(q.to(dtype), k.to(dtype), v.to(dtype), segments, form)
     return out.to(q.dtype)
+
+
+def supports(card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, training: bool) -> None:
+    """It runs on any device and in any dtype, with any head size and softcap."""
 
 
 def _segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[Segment]:

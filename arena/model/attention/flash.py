@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import metadata
+
 import torch
+from packaging.version import Version
 from torch import Tensor
 
-from arena.model.card import product_dtype
+from arena.model.attention.trial import Trial, import_error, older_than_ampere, why_it_fails
+from arena.model.card import Card, product_dtype
 
 HALF = (torch.bfloat16, torch.float16)
+WIDEST_HEAD = 256
+LEAST_VERSION = "2.6.0"  # the first with a softcap argument
+LEAST_VERSION_SOFTCAP = "2.6.2"  # the first with a softcap in the backward
 
 
 def flash(
@@ -62,3 +70,37 @@ def flash(
 def _dense_heads(states: Tensor) -> Tensor:
     """Makes each head contiguous, as the kernel requires; tokens and heads may have any strides."""
     return states if states.stride(-1) == 1 else states.contiguous()
+
+
+def supports(card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, training: bool) -> str | None:
+    """Why flash-attn cannot run, in a few words; None if it can.
+
+    On a real GPU it is tried once, because it may be built for certain head sizes and cards only.
+    """
+    if card.kind != "cuda":
+        return "it needs a CUDA device"
+    if why := older_than_ampere(card):
+        return why
+    if dtype not in HALF:
+        return f"it supports bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim > WIDEST_HEAD or head_dim % 8:
+        return f"it supports head sizes up to {WIDEST_HEAD} that are a multiple of 8, not {head_dim}"
+    if why := flash_attn_missing(LEAST_VERSION if softcap is None else LEAST_VERSION_SOFTCAP):
+        return why
+    if card.index is None:  # made up
+        return None
+    trial = Trial(torch.device(card.kind, card.index), dtype, head_dim, softcap is not None, training)
+    failed = why_it_fails("flash", flash, trial)
+    return None if failed is None else f"flash-attn {metadata.version('flash-attn')} does not run here: {failed}"
+
+
+@cache
+def flash_attn_missing(least: str) -> str | None:
+    """Why flash-attn cannot be used: it is missing, older than version `least`, or built for another torch."""
+    try:
+        version = metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return "flash-attn is not installed"
+    if Version(version) < Version(least):
+        return f"flash-attn {version} is older than {least}, the first version that supports this model"
+    return import_error("flash_attn", f"flash-attn {version}")

@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from arena.model.attention.tiles import kernel_options
-from arena.model.card import card_of, product_dtype
+from arena.model.attention.trial import Trial, cannot_compile, older_than_ampere, why_it_fails
+from arena.model.card import Card, card_of, product_dtype
 from arena.model.compiler import compiled
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NARROWEST_HEAD, WIDEST_HEAD = 16, 256  # on a GPU
 BLOCK = 128  # queries and keys in a block of the mask; also the smallest size
 # Sizes per octave. With these, micro-batches of 16,384 tokens with the competition's lengths need four sizes of queries
 # and a dozen pairs of sizes, with 3% padding on average.
@@ -66,6 +69,32 @@ def flex(
         keys, values = (_padded(states.to(dtype), sizes[1]) for states in (k, v))
         out = _compiled()(queries, keys, values, mask, scale, softcap, tiles)
     return out[0].transpose(0, 1)[: len(q)].to(q.dtype)
+
+
+def supports(card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, training: bool) -> str | None:
+    """Why FlexAttention cannot run, in a few words; None if it can.
+
+    On a real GPU it is compiled and tried once, which takes some seconds.
+    """
+    if dtype not in DTYPES:
+        return f"it supports bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if card.kind == "cpu":
+        return "it has no backward on a CPU" if training else cannot_compile("cpu")
+    if why := older_than_ampere(card):
+        return why
+    if not NARROWEST_HEAD <= head_dim <= WIDEST_HEAD:
+        return f"it supports head sizes from {NARROWEST_HEAD} to {WIDEST_HEAD}, not {head_dim}"
+    try:
+        kernel_options(card, dtype, head_dim)
+    except ValueError as error:
+        return str(error)
+    if why := cannot_compile():
+        return why
+    if card.index is None:  # made up
+        return None
+    trial = Trial(torch.device(card.kind, card.index), dtype, head_dim, softcap is not None, training)
+    failed = why_it_fails("flex", flex, trial)
+    return None if failed is None else f"FlexAttention of torch {torch.__version__} does not run here: {failed}"
 
 
 def _refuse_gradients_on_cpu(*states: Tensor) -> None:

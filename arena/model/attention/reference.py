@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arena.model.card import Card
+
 QUERY_CHUNK = 512  # queries processed at once, which limits the memory for scores
 
 
@@ -29,6 +31,10 @@ def reference(
             keys = slice(starts_k[i], starts_k[i + 1])
             out += _segment(q[starts_q[i] : starts_q[i + 1]], k[keys], v[keys], scale, softcap, window)
     return torch.cat(out) if out else torch.empty_like(q)
+
+
+def supports(card: Card, dtype: torch.dtype, head_dim: int, softcap: float | None, training: bool) -> None:
+    """It runs on any device and in any dtype, with any head size and softcap."""
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> list[Tensor]:

@@ -1,14 +1,19 @@
-"""Tries once whether a backend runs on a GPU and gives the right numbers.
+"""Whether a backend runs on this machine: what it needs of card, packages and compilers, and one small call on a GPU.
 
-A build of flash-attn may not support the card or the head size, and FlexAttention's tiles may not fit.
+The call shows whether the numbers are right too. A build of flash-attn may not support the card or the head size, and
+FlexAttention's tiles may not fit.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -17,7 +22,9 @@ from torch import Tensor
 
 from arena.distributed import is_out_of_memory
 from arena.model.attention.reference import reference
+from arena.model.card import Card, Kind
 
+AMPERE = (8, 0)
 LENGTHS = (100, 28)  # tokens of two segments
 HEADS, KV_HEADS = 4, 2
 WINDOW = 64
@@ -39,6 +46,44 @@ class Trial:
     head_dim: int
     softcap: bool
     training: bool
+
+
+def older_than_ampere(card: Card) -> str | None:
+    """Why a kernel for cards from Ampere on cannot run on a GPU; None if it can."""
+    if card.capability >= AMPERE:
+        return None
+    return f"it needs compute capability 8.0, but {card.name} has {card.capability[0]}.{card.capability[1]}"
+
+
+def cannot_compile(kind: Kind = "cuda") -> str | None:
+    """Why torch cannot compile for a GPU or a CPU here; None if it can."""
+    if kind == "cpu":
+        return compiler_missing(("g++", "clang++"), "CXX")
+    return triton_missing() or compiler_missing(("gcc", "clang"), "CC")
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why triton cannot be used; None if it can."""
+    return import_error("triton", "triton")
+
+
+@cache
+def compiler_missing(names: tuple[str, ...], variable: str) -> str | None:
+    """Why the code that torch generates cannot be compiled on this machine; None if it can."""
+    if os.environ.get(variable) or any(map(shutil.which, names)):
+        return None
+    return f"it needs a compiler for its kernels, and there is none ({' or '.join(names)})"
+
+
+def import_error(module: str, title: str) -> str | None:
+    """Why a module cannot be imported; None if it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # a library built for another torch raises any of these
+        lines = str(error).strip().splitlines()
+        return f"{title} cannot be imported ({lines[0] if lines else type(error).__name__})"
+    return None
 
 
 _outcomes: dict[tuple[str, Trial], str | None] = {}

@@ -64,7 +64,7 @@ def varlen_attention(
     if backend not in BACKENDS:
         raise ValueError(f"there is no attention backend {backend!r}: name one of {', '.join(BACKENDS)}")
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, window)
-    return BACKENDS[backend](
+    return BACKENDS[backend].attend(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale, softcap=softcap, window=window
     )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from arena.config import Part
-from arena.model.attention.backends import cannot_compile
+from arena.model.attention.trial import cannot_compile
 from arena.model.lora import fuse_lora
 from arena.model.memory.kernels import gated, rms_norm, rotary
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing

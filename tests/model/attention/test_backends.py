@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from arena.model.attention import backends
-from arena.model.attention.backends import BACKENDS, choose_backend, why_not
+from arena.model.attention import backends, flash, flex, trial
+from arena.model.attention.backends import BACKENDS, choose_backend
 from arena.model.attention.trial import Trial
 from arena.model.attention.varlen import used_backends
 from arena.model.backbone import attention_choice
@@ -23,14 +23,14 @@ CPU = Card("cpu", "a processor", (0, 0), 2**34)
 H100 = Card("cuda", "H100", (9, 0), 80 * 2**30)
 T4 = Card("cuda", "T4", (7, 5), 16 * 2**30)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-PROBES = ("flash_attn_missing", "triton_missing", "compiler_missing")
+PROBES = ((flash, "flash_attn_missing"), (trial, "triton_missing"), (trial, "compiler_missing"))
 
 
 @pytest.fixture
 def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every package and compiler were there."""
-    for probe in PROBES:
-        monkeypatch.setattr(backends, probe, lambda *_: None)
+    for module, probe in PROBES:
+        monkeypatch.setattr(module, probe, lambda *_: None)
 
 
 @pytest.mark.usefixtures("everything")
@@ -56,9 +56,9 @@ def test_auto(card: Card, dtype: torch.dtype, head_dim: int, training: bool, exp
 
 
 def test_auto_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, everything: None) -> None:
-    monkeypatch.setattr(backends, "flash_attn_missing", lambda _: "flash-attn is not installed")
+    monkeypatch.setattr(flash, "flash_attn_missing", lambda _: "flash-attn is not installed")
     assert str(choose_backend("auto", H100, BF16, 256, 50.0)) == "flex (flash: flash-attn is not installed)"
-    monkeypatch.setattr(backends, "triton_missing", lambda: "triton cannot be imported (No module named 'triton')")
+    monkeypatch.setattr(trial, "triton_missing", lambda: "triton cannot be imported (No module named 'triton')")
     choice = choose_backend("auto", H100, BF16, 256, 50.0)
     assert choice.name == "blockwise"
     assert choice.reason == (
@@ -121,8 +121,8 @@ def test_flash_attn_is_looked_at_and_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, code: str, softcap: float | None, reason: str | None
 ) -> None:
     fake_flash_attn(tmp_path, monkeypatch, version, code)
-    monkeypatch.setattr(backends, "flash_attn_missing", backends.flash_attn_missing.__wrapped__)
-    assert why_not("flash", H100, BF16, 256, softcap) == reason
+    monkeypatch.setattr(flash, "flash_attn_missing", flash.flash_attn_missing.__wrapped__)
+    assert flash.supports(H100, BF16, 256, softcap, False) == reason
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
 
 
@@ -131,14 +131,14 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", absent)
-    assert backends.flash_attn_missing.__wrapped__("2.6.2") == "flash-attn is not installed"
+    assert flash.flash_attn_missing.__wrapped__("2.6.2") == "flash-attn is not installed"
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "triton cannot be imported (" in backends.triton_missing.__wrapped__()
+    assert "triton cannot be imported (" in trial.triton_missing.__wrapped__()
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert "there is none (g++ or clang++)" in backends.compiler_missing.__wrapped__(("g++", "clang++"), "CXX")
+    assert "there is none (g++ or clang++)" in trial.compiler_missing.__wrapped__(("g++", "clang++"), "CXX")
     monkeypatch.setenv("CXX", "/opt/compiler")
-    assert backends.compiler_missing.__wrapped__(("g++", "clang++"), "CXX") is None
+    assert trial.compiler_missing.__wrapped__(("g++", "clang++"), "CXX") is None
 
 
 @pytest.mark.parametrize("setting", ["auto", "reference", "blockwise"])
@@ -146,11 +146,11 @@ def test_a_model_uses_what_it_says(gemma2: Path, setting: str, monkeypatch: pyte
     called: list[str] = []
 
     def spy(name: str) -> Any:
-        original = BACKENDS[name]
+        original = BACKENDS[name].attend
         return lambda *given, **named: called.append(name) or original(*given, **named)
 
     for name in list(BACKENDS):
-        monkeypatch.setitem(BACKENDS, name, spy(name))
+        monkeypatch.setitem(BACKENDS, name, replace(BACKENDS[name], attend=spy(name)))
     model = classifier(exact(gemma2, attention=setting))
     assert used_backends(model) == ""
     expected = attention_choice(model.model, "float32", training=True)
@@ -182,13 +182,14 @@ def tried(monkeypatch: pytest.MonkeyPatch, everything: None) -> list[tuple[str, 
     made: list[tuple[str, Trial]] = []
 
     def why(name: str, attend: Any, trial: Trial) -> str | None:
-        assert attend is BACKENDS[name]
+        assert attend is BACKENDS[name].attend
         made.append((name, trial))
         if name == "flash":
             return None if trial.head_dim == 256 else LACKS.split(": ")[1]
         return TOO_LARGE if trial.dtype == FP16 else None
 
-    monkeypatch.setattr(backends, "why_it_fails", why)
+    for module in (flash, flex):
+        monkeypatch.setattr(module, "why_it_fails", why)
     monkeypatch.setattr(metadata, "version", lambda _: "2.8.3")
     return made
 
@@ -223,9 +224,8 @@ def test_only_what_is_there_and_looks_able_is_tried(tried: list[tuple[str, Trial
 
 def test_too_little_shared_memory_is_a_reason() -> None:
     small = Card("cuda", "an old card", (8, 0), 2**34, shared=48 << 10)
-    assert why_not("flex", small, FP32, 256, None) == (
-        "its smallest tiles need 69 KiB of shared memory, but there are 48"
-    )  # fmt: skip
+    why = flex.supports(small, FP32, 256, None, False)
+    assert why == "its smallest tiles need 69 KiB of shared memory, but there are 48"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from arena.model.attention import blocks
-from arena.model.attention.backends import Backend
 from arena.model.attention.blocks import Form, Segment
 from arena.model.attention.blockwise import blockwise
 from arena.model.attention.reference import reference
@@ -48,12 +48,14 @@ def random_qkv(n_q: int, n_k: int, heads: int = 4, kv_heads: int = 2, dim: int =
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def attend(backend: Backend, qkv: list[Tensor], n_q: list[int], n_k: list[int], **options: Any) -> Tensor:
+def attend(backend: Callable[..., Tensor], qkv: list[Tensor], n_q: list[int], n_k: list[int], **options: Any) -> Tensor:
     ends = (torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32) for n in (n_q, n_k))
     return backend(*qkv, *ends, max(n_q), max(n_k), **{"scale": 0.5, "softcap": None, "window": None, **options})
 
 
-def with_gradients(backend: Backend, qkv: list[Tensor], n_q: list[int], n_k: list[int], **options: Any) -> list[Tensor]:
+def with_gradients(
+    backend: Callable[..., Tensor], qkv: list[Tensor], n_q: list[int], n_k: list[int], **options: Any
+) -> list[Tensor]:
     """The output and the gradients of q, k and v for the same random gradient of the output."""
     leaves = [tensor.detach().requires_grad_() for tensor in qkv]
     out = attend(backend, leaves, n_q, n_k, **options)

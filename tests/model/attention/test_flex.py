@@ -7,6 +7,7 @@ batches; all else runs FlexAttention's own plain formulas for the forward and th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from arena.model.attention import backends
 from arena.model.attention import flex as module
-from arena.model.attention.backends import compiler_missing
+from arena.model.attention.backends import BACKENDS
 from arena.model.attention.flex import BLOCK, block_mask, bucket, flex, mask_mod, score_mod, visible
 from arena.model.attention.reference import reference
 from arena.model.attention.tiles import kernel_options
+from arena.model.attention.trial import cannot_compile
 from arena.model.attention.varlen import used_backends, varlen_attention
 from arena.model.card import Card
 from arena.model.classifier import loss_sum
@@ -81,7 +82,7 @@ def random_batch(seed: int) -> tuple[list[int], list[int]]:
     return n_q, [n + int(more) for n, more in zip(n_q, before, strict=True)]
 
 
-@pytest.mark.skipif(compiler_missing(("g++", "clang++"), "CXX") is not None, reason="no C++ compiler")
+@pytest.mark.skipif(cannot_compile("cpu") is not None, reason="no C++ compiler")
 def test_twelve_batches_take_one_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other lengths, segments, shared beginnings and windows; all equal to the reference, wrong ones are not."""
     counter = use(monkeypatch, "inductor")
@@ -161,7 +162,7 @@ def test_a_model_gives_the_logits_and_gradients_of_the_reference(
     gemma2: Path, share: bool, checkpointing: str, plain: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through sliding and full layers, the last layer's single queries and keys taken by `kv_index`."""
-    monkeypatch.setattr(backends, "_why_not_flex", lambda *_: None)
+    monkeypatch.setitem(BACKENDS, "flex", replace(BACKENDS["flex"], supports=lambda *_: None))
     batch = shared_batch(swap_pairs(), 4) if share else pack([40, 1, 9, 8, 33])
     found = []
     for name in ("flex", "reference"):

@@ -21,8 +21,8 @@ from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
 from arena.tasks.preference import CLASSES
-from tests.data import hostile
-from tests.data.hostile import KINDS, Kind
+from tests.data import bad_files
+from tests.data.bad_files import KINDS, Kind
 from tests.helpers import PREFERENCE
 
 SECONDS = 20  # in which each kind must be done with
@@ -77,15 +77,15 @@ def test_every_kind_of_file(kind: Kind, judge: Judge, tmp_path: Path) -> None:
 
 def test_a_good_file_is_none_of_them(judge: Judge, tmp_path: Path) -> None:
     """The control: what every kind was made from gives rows, and no complaint."""
-    path = hostile.file(hostile.CSV)(tmp_path)
-    assert len(read_dataset([path], tmp_path / "cache", PREFERENCE, labels="required")) == len(hostile.GOOD)
+    path = bad_files.file(bad_files.CSV)(tmp_path)
+    assert len(read_dataset([path], tmp_path / "cache", PREFERENCE, labels="required")) == len(bad_files.GOOD)
 
 
 def test_the_corpus_is_large_and_its_names_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     names = [kind.name for kind in KINDS]
     assert len(names) == len(set(names)) >= 60
     assert {kind.outcome for kind in KINDS} == {"rows", "error"}
-    print(hostile.summary(KINDS))
+    print(bad_files.summary(KINDS))
     assert f"| all | {len(KINDS)} |" in capsys.readouterr().out
 
 
@@ -125,19 +125,19 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 
     line = tmp_path / "line.csv"
     with line.open("w") as handle:
-        handle.write(hostile.CSV)
+        handle.write(bad_files.CSV)
         for _ in range(300):
             handle.write("x" * 10**6)
     quote = tmp_path / "quote.csv"
-    quote.write_text(hostile.CSV + '9,x,y,"' + "a line\n" * 10**7)
-    bombs = [hostile.bomb(tmp_path), line, quote]
-    plain = peak(hostile.file(hostile.CSV, "plain.csv")(tmp_path))
+    quote.write_text(bad_files.CSV + '9,x,y,"' + "a line\n" * 10**7)
+    bombs = [bad_files.bomb(tmp_path), line, quote]
+    plain = peak(bad_files.file(bad_files.CSV, "plain.csv")(tmp_path))
     assert peak(*bombs) < plain + 700  # of 300 GB
 
 
 @pytest.mark.parametrize("found", ["tokens", "rows", "prefixes"])
 def test_a_damaged_cache_is_named(found: str, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, cache = hostile.file(hostile.CSV)(tmp_path), tmp_path / "cache"
+    path, cache = bad_files.file(bad_files.CSV)(tmp_path), tmp_path / "cache"
     monkeypatch.setattr(judge, "recipe", change(judge.recipe, [f"data.cache={cache}"]))
 
     def run() -> Any:

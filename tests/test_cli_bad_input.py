@@ -14,9 +14,9 @@ import pytest
 
 from arena import cli
 from arena.tasks.preference import COLUMNS as CLASSES
-from tests.data.hostile import KINDS, Kind, summary
+from tests.bad_settings import COMMANDS, SAMPLES
+from tests.data.bad_files import KINDS, Kind, summary
 from tests.helpers import write_rows
-from tests.hostile import COMMANDS, SAMPLES
 
 SECONDS = 60
 BY_NAME = {kind.name: kind for kind in KINDS}

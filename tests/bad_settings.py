@@ -1,4 +1,4 @@
-"""The corpus of hostile settings, recipes, templates, base folders and sample submissions."""
+"""The corpus of hostile and broken settings, recipes, templates, base folders and sample submissions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors.torch import load_file, save_file
 
-from tests.data.hostile import CSV, Kind, Outcome
+from tests.data.bad_files import CSV, Kind, Outcome
 
 PAYLOAD = "import pathlib; pathlib.Path('RAN').touch()"  # in the working directory
 TEMPLATE = "instruction: Which is better?\n"
