@@ -26,7 +26,8 @@ from arena.model.attention.backends import Choice, choose_backend
 from arena.model.attention.varlen import NAME
 from arena.model.base_files import base_folder, base_load_errors, base_path
 from arena.model.card import card_of
-from arena.model.last_layer import is_safe, only_last_tokens
+from arena.model.families import family_of, unknown_family_note
+from arena.model.last_layer import only_last_tokens
 from arena.model.safety import SAFE, SAFE_WEIGHTS, check_loaded, own_heads
 from arena.model.stored import check_stored, compute_in, keep_head, stored_quantization
 from arena.progress import console, loading_quietly
@@ -51,7 +52,7 @@ def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedM
     A base that already has a head, such as a reward model, is used without it.
 
     Args:
-        announce: print a line if the base's head or attention dropout is not used.
+        announce: print a line if the base's head or attention dropout is not used, or if its family is not known.
 
     Raises:
         ValueError: the base is missing or gated, is stored with another quantisation than the settings ask for, or is
@@ -63,6 +64,8 @@ def load_base(settings: ModelSettings, *, announce: bool = False) -> PreTrainedM
         console.print(
             f"{settings.base} has an attention dropout of {dropout}, which is not used: packed attention has none"
         )
+    if announce and (note := unknown_family_note(config)):
+        console.print(note)
     as_judge(config)
     keep_head(config, HEAD)
     options, stored = loader_options(settings), stored_quantization(config) is not None
@@ -125,7 +128,7 @@ def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
     nn.init.zeros_(score.weight)  # initial probabilities are uniform, whatever the scale of the hidden states
     model.score = score.to(next(model.parameters()).device)
     _keep_layout(model)
-    if is_safe(model.config.model_type):
+    if family_of(model.config).only_last_tokens:
         only_last_tokens(backbone(model).layers[-1])
     backbone(model).register_forward_pre_hook(_refuse_mask_and_cache, with_kwargs=True)
 

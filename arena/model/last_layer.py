@@ -18,10 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Decoders whose layers process each token separately except in attention, and accept `position_embeddings`
-# (tests/model/test_last_layer.py compares each with the whole layer).
-FAMILIES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
-
 MARK = "takes_last_token"
 
 
@@ -41,11 +37,6 @@ class KeyValueCapture:
 
 class KeysCaptured(Exception):  # noqa: N818 - it ends a run but is not an error
     """Ends the last layer's first run."""
-
-
-def is_safe(model_type: str) -> bool:
-    """Whether `only_last_tokens` is known to be correct for a family of models."""
-    return model_type in FAMILIES
 
 
 def only_last_tokens(layer: nn.Module) -> None:

@@ -19,15 +19,13 @@ from torch import Tensor, nn
 
 from arena.config import Part
 from arena.model.attention.backends import cannot_compile
+from arena.model.families import family_of
 from arena.model.lora import fuse_lora
 from arena.model.memory.kernels import gated, rms_norm, rotary
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 
 PARTS: tuple[Part, ...] = get_args(Part)
 ROTARY = "apply_rotary_pos_emb"  # the function's name in each family's module of transformers
-ADDED_TO_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm")  # norms whose weight is added to one
-NORMS = (*ADDED_TO_ONE, "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-MLPS = ("GemmaMLP", "Gemma2MLP", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 ACTIVATIONS = {"GELUTanh": "gelu", "PytorchGELUTanh": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
 POLICY = "recompute_policy"  # the attribute of a layer that names its recompute policy
 COSTS = {"elementwise": ELEMENTWISE, "elementwise_and_mlp": PRODUCT}
@@ -40,20 +38,21 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
     """Replaces the parts that have fused kernels, and makes every layer follow its `POLICY`.
 
     Args:
-        decoder: of any family of transformers; modules of other kinds than those above are unchanged.
+        decoder: of any family of transformers; of a family that is not known, only LoRA is fused.
         fuse: the parts to fuse; `auto`: LoRA, and on a GPU all parts; or `none`.
     """
     fuse = () if fuse == "none" else fuse
     layers: Any = decoder.layers
+    family = family_of(decoder.config)
     for module in decoder.modules():
         kind = type(module).__name__
-        if kind in NORMS:
-            module.forward = partial(recomputable, partial(_norm, fuse, module))
-        elif kind in MLPS:
+        if kind == family.norm:
+            module.forward = partial(recomputable, partial(_norm, fuse, family.norm_offset, module))
+        elif kind == family.mlp:
             module.forward = MethodType(partial(_mlp, fuse), module)
     for layer in layers:
         attention = getattr(layer, "self_attn", None)  # inside what transformers may recompute in the backward
-        if attention is not None:
+        if attention is not None and family.rotary_halves:
             _replace_rotary(sys.modules[type(attention).__module__])
             attention.forward = partial(_turned, fuse, attention.forward)
         layer.forward = partial(_in_layer, layer, layer.forward)
@@ -66,12 +65,11 @@ def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
     return x.is_cuda and cannot_compile() is None if fuse == "auto" else part in fuse
 
 
-def _norm(fuse: Setting, module: Any, x: Tensor) -> Tensor:
+def _norm(fuse: Setting, offset: float, module: Any, x: Tensor) -> Tensor:
     if not _wanted("norm", fuse, x):
         return torch.as_tensor(type(module).forward(module, x))
-    gemma = type(module).__name__ in ADDED_TO_ONE
-    eps = module.eps if gemma else module.variance_epsilon
-    return rms_norm(x, module.weight, eps, offset=1.0 if gemma else 0.0)
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return rms_norm(x, module.weight, eps, offset)
 
 
 def _mlp(fuse: Setting, module: Any, x: Tensor) -> Tensor:
