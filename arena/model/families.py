@@ -43,6 +43,7 @@ def _family(classes: str, **facts: Any) -> Family:
 FAMILIES = {
     "gemma": _family("Gemma", norm_offset=1.0),
     "gemma2": _family("Gemma2", norm_offset=1.0, closing_norms=True),
+    "gemma3_text": _family("Gemma3", norm_offset=1.0, closing_norms=True, query_key_norms=True),
     "llama": _family("Llama"),
     "mistral": _family("Mistral"),
     "qwen2": _family("Qwen2"),

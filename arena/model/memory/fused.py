@@ -69,6 +69,8 @@ def _norm(fuse: Setting, offset: float, module: Any, x: Tensor) -> Tensor:
     if not _wanted("norm", fuse, x):
         return torch.as_tensor(type(module).forward(module, x))
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    if x.ndim == 4 and not x.is_contiguous():  # heads before tokens, as in Gemma 3: in the order of memory, not copied
+        return rms_norm(x.transpose(1, 2), module.weight, eps, offset).transpose(1, 2)
     return rms_norm(x, module.weight, eps, offset)
 
 
