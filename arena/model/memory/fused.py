@@ -1,17 +1,17 @@
 """Installs fused kernels in a transformers decoder, and lets each layer recompute parts in its backward.
 
-The decoder's modules and weights stay the same. The `forward` of norms, MLPs and LoRA layers is replaced. The rotary
-embedding is a function in transformers; it is replaced by one that calls the original outside of these layers.
+The decoder's modules and weights stay the same, and so do transformers' modules and other models. The `forward` of
+norms, MLPs, attention and LoRA layers is replaced in this decoder alone. The rotary embedding is a global function in
+transformers; the attention's `forward` is therefore the original code with another function under that name.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from contextvars import ContextVar
 from functools import partial
-from types import MethodType
+from inspect import unwrap
+from types import FunctionType, MethodType
 from typing import Any, get_args
 
 import torch
@@ -31,7 +31,6 @@ POLICY = "recompute_policy"  # the attribute of a layer that names its recompute
 COSTS = {"elementwise": ELEMENTWISE, "elementwise_and_mlp": PRODUCT}
 
 Setting = tuple[Part, ...] | str
-_turning: ContextVar[Setting] = ContextVar("turning", default=())
 
 
 def install(decoder: nn.Module, fuse: Setting) -> None:
@@ -51,10 +50,8 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
         elif kind == family.mlp:
             module.forward = MethodType(partial(_mlp, fuse), module)
     for layer in layers:
-        attention = getattr(layer, "self_attn", None)  # inside what transformers may recompute in the backward
-        if attention is not None and family.rotary_halves:
-            _replace_rotary(sys.modules[type(attention).__module__])
-            attention.forward = partial(_turned, fuse, attention.forward)
+        if family.rotary_halves:
+            _replace_rotary(fuse, layer.self_attn)
         layer.forward = partial(_in_layer, layer, layer.forward)
     if fuse == "auto" or "lora" in fuse:
         fuse_lora(decoder)
@@ -101,25 +98,18 @@ def _in_layer(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwarg
         return forward(*args, **kwargs)
 
 
-def _turned(fuse: Setting, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The attention's forward, with the rotary embedding that `fuse` selects."""
-    token = _turning.set(fuse)
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        _turning.reset(token)
+def _replace_rotary(fuse: Setting, attention: Any) -> None:
+    """Makes an attention module call `_rotary` in place of its modeling file's function."""
+    whole = unwrap(type(attention).forward)
+    names = {**whole.__globals__, ROTARY: partial(_rotary, fuse, whole.__globals__[ROTARY])}
+    forward = FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
+    forward.__kwdefaults__ = whole.__kwdefaults__
+    attention.forward = MethodType(forward, attention)
 
 
-def _replace_rotary(module: Any) -> None:
-    """Replaces a modeling module's function by `_rotary`, once."""
-    function = getattr(module, ROTARY, None)
-    if function is not None and not isinstance(function, partial):
-        setattr(module, ROTARY, partial(_rotary, function))
-
-
-def _rotary(whole: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
-    """(1, heads, T, head_dim) rotated by cos and sin (1, T, head_dim); outside of these layers by transformers' own."""
-    fits = not rest and not more and len(q) == 1 and cos.shape[-1] == q.shape[-1]
-    if not (fits and _wanted("rotary", _turning.get(), q)):
-        return whole(q, k, cos, sin, *rest, **more)
+def _rotary(fuse: Setting, plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """(1, heads, T, head_dim) rotated by cos and sin (1, T, head_dim), by transformers' function if it is not fused."""
+    fits = len(q) == 1 and cos.shape[-1] == q.shape[-1]
+    if not (fits and _wanted("rotary", fuse, q)):
+        return plain(q, k, cos, sin)
     return tuple(rotary(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))
