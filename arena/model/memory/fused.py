@@ -53,8 +53,13 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
         if family.rotary_halves:
             _replace_rotary(fuse, layer.self_attn)
         layer.forward = partial(_in_layer, layer, layer.forward)
-    if fuse == "auto" or "lora" in fuse:
+    if fuses_lora(fuse):
         fuse_lora(decoder)
+
+
+def fuses_lora(fuse: Setting) -> bool:
+    """Whether LoRA is fused, which needs no compiler, so that `auto` includes it on every device."""
+    return fuse == "auto" or "lora" in fuse
 
 
 def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
