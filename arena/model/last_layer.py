@@ -4,7 +4,10 @@ A classifier reads one token of each example. Every layer but the last passes al
 needs keys and values of all tokens, but queries, output projection, norms and MLP only for the tokens that are read.
 
 The layer's own code runs twice: first over all tokens up to its call of attention, which captures the keys and values
-and stops; then over the last tokens, whose attention uses the captured keys and values.
+and stops; then over the last tokens, whose attention uses the captured keys and values. An exception ends the first run
+because everything else would cost more or depend on more: letting attention return would add the output projection and
+the MLP of all tokens, and computing keys and values here would repeat each family's projections, norms and rotary
+embedding, which are transformers' to change.
 """
 
 from __future__ import annotations
