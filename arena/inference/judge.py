@@ -23,11 +23,10 @@ from arena.inference.find import CARD
 from arena.inference.logits_cache import LogitsCache
 from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
 from arena.model.base_files import base_digest
-from arena.model.card import card_of
+from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier
 from arena.model.exactness import check_exact
 from arena.model.input_limits import check_ids
-from arena.model.precision import with_dtype
 from arena.model.tuning import is_whole, load_trained, save_model
 from arena.packing.tree import prefixes_for
 from arena.stopping import stopping

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 
 from arena.config import ModelSettings
 from arena.model.backbone import backbone, underlying
-from arena.model.dora import install_dora
-from arena.model.lora import fuse_lora
+from arena.model.lora import fuse_lora, install_dora
 from arena.model.memory.fused import fuses_lora
 from arena.model.tuning import HEAD_FILE, LOADED_WITH, is_whole, load_head, with_adapter
 

@@ -28,8 +28,16 @@ from arena.model.base_files import base_folder, base_load_errors, base_path
 from arena.model.card import card_of
 from arena.model.families import family_of, unknown_family_note
 from arena.model.last_layer import only_last_tokens
-from arena.model.safety import SAFE, SAFE_WEIGHTS, check_loaded, own_heads
-from arena.model.stored import check_stored, compute_in, keep_head, stored_quantization
+from arena.model.safety import (
+    SAFE,
+    SAFE_WEIGHTS,
+    check_loaded,
+    check_stored,
+    compute_in,
+    keep_head,
+    own_heads,
+    stored_quantization,
+)
 from arena.progress import console, loading_quietly
 
 REPACKS = "support_avx512bf16_for_cpu"  # the attribute of bitsandbytes' 4-bit layers that permits repacking
@@ -114,7 +122,7 @@ def as_judge(config: Any) -> None:
 
 def loader_options(settings: ModelSettings) -> dict[str, Any]:
     """The options with which transformers loads or creates a base: precision and attention."""
-    assert settings.dtype != "auto", "the dtype must be resolved for the card first (arena.model.precision)"
+    assert settings.dtype != "auto", "the dtype must be resolved for the card first (arena.model.card)"
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attn_implementation": NAME}
     if settings.quantization != "none":
         options["quantization_config"] = _quantization(settings)

@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 
 from arena.config import LoraSettings, ModelSettings
 from arena.model.backbone import HEAD, backbone, load_base, underlying
-from arena.model.dora import install_dora
-from arena.model.memory.fused import install
-from arena.model.memory.policies import set_policies
+from arena.model.lora import install_dora
+from arena.model.memory.fused import install, set_policies
 from arena.model.safety import check_adapter, undamaged
 
 HEAD_FILE = "head.safetensors"  # of a judge with only the head trained

@@ -7,7 +7,7 @@ transformers; the attention's `forward` is therefore the original code with anot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from inspect import unwrap
@@ -16,11 +16,15 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from arena.config import Part
 from arena.model.attention.backends import cannot_compile
+from arena.model.backbone import backbone, underlying
 from arena.model.families import family_of
+from arena.model.last_layer import MARK
 from arena.model.lora import fuse_lora
+from arena.model.memory.estimate import POLICIES
 from arena.model.memory.kernels import gated, rms_norm, rotary
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 
@@ -60,6 +64,29 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
 def fuses_lora(fuse: Setting) -> bool:
     """Whether LoRA is fused, which needs no compiler, so that `auto` includes it on every device."""
     return fuse == "auto" or "lora" in fuse
+
+
+def policies_of(model: PreTrainedModel) -> list[str]:
+    """The current policy of each decoder layer."""
+    return [getattr(layer, POLICY) for layer in backbone(model).layers]
+
+
+def set_policies(model: PreTrainedModel, policies: Sequence[str]) -> None:
+    """Sets the policy of each decoder layer, one of `POLICIES`; policies can be changed at any time.
+
+    `none` saves everything. `elementwise` recomputes norms, the MLP's activation and gathered keys, which takes no
+    matrix product. `elementwise_and_mlp` also recomputes the two wide products of the MLP, and `full` the whole layer
+    from its input. A last layer that is computed for last tokens only saves little and is never recomputed as a whole.
+    """
+    layers = backbone(model).layers
+    assert len(policies) == len(layers), f"{len(policies)} policies for {len(layers)} layers"
+    underlying(model).gradient_checkpointing_enable({"use_reentrant": False})
+    for layer, policy in zip(layers, policies, strict=True):
+        assert policy in POLICIES, policy
+        if policy == "full" and getattr(layer, MARK, False):
+            policy = "elementwise"
+        layer.gradient_checkpointing = policy == "full"
+        setattr(layer, POLICY, policy)
 
 
 def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:

@@ -15,8 +15,7 @@ from arena.model.backbone import backbone
 from arena.model.card import Card
 from arena.model.create import ARCHITECTURES
 from arena.model.memory.estimate import GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
-from arena.model.memory.fused import PARTS
-from arena.model.memory.policies import set_policies
+from arena.model.memory.fused import PARTS, set_policies
 from arena.model.memory.recompute import _SavedTensor, _Scope
 from tests.helpers import classifier, exact, make_base, pack
 

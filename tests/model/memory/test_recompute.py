@@ -15,8 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.memory.fused import PARTS
-from arena.model.memory.policies import POLICIES, set_policies
+from arena.model.memory.fused import PARTS, POLICIES, set_policies
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 from tests.helpers import classifier, exact, make_base, pack, random_family
 from tests.model.test_classifier import logits_and_gradients, shared_batch
