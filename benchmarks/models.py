@@ -20,7 +20,7 @@ from arena.model.base_files import base_path
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
 from arena.model.create import ARCHITECTURES, create_base
-from arena.model.memory.policies import policies_of, set_policies
+from arena.model.memory.fused import policies_of, set_policies
 from arena.model.safety import SAFE, SAFE_WEIGHTS
 from arena.model.tuning import adapt
 from arena.packing.loader import PackedLoader

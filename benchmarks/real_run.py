@@ -17,9 +17,8 @@ import torch
 
 from arena.distributed import device_name, is_out_of_memory
 from arena.model.attention.varlen import used_backends
-from arena.model.card import Kind, card_of
+from arena.model.card import Kind, card_of, with_dtype
 from arena.model.memory.estimate import fit
-from arena.model.precision import with_dtype
 from arena.training.optim import trainable
 from benchmarks import plan
 from benchmarks.ceiling import measure_ceiling

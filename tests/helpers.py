@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
@@ -48,6 +49,7 @@ CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>
 CONFIGS: dict[str, type[PretrainedConfig]] = {
     "gemma2": Gemma2Config,
     "gemma": GemmaConfig,
+    "gemma3_text": Gemma3TextConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
@@ -93,6 +95,8 @@ def make_base(folder: Path, family: str = "gemma2", seed: int = 0, **changes: An
     }  # fmt: skip
     if family == "gemma2":
         settings |= {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 2.0}
+    if family == "gemma3_text":
+        settings |= {"sliding_window": WINDOW, "query_pre_attn_scalar": 32, "sliding_window_pattern": 2}
     if family == "mistral":
         settings |= {"sliding_window": WINDOW}
     model = AutoModelForCausalLM.from_config(CONFIGS[family](**settings | changes))

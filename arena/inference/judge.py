@@ -18,11 +18,10 @@ from arena.inference.card import JudgeCard, read_card
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
 from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
-from arena.model.card import card_of
+from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier
 from arena.model.exactness import check_exact
 from arena.model.input_limits import check_ids
-from arena.model.precision import with_dtype
 from arena.model.tuning import is_whole, load_trained
 from arena.packing.tree import prefixes_for
 from arena.stopping import stopping

@@ -26,9 +26,18 @@ from arena.model.attention.backends import Choice, choose_backend
 from arena.model.attention.varlen import NAME
 from arena.model.base_files import base_folder, base_load_errors, base_path
 from arena.model.card import card_of
-from arena.model.last_layer import is_safe, only_last_tokens
-from arena.model.safety import SAFE, SAFE_WEIGHTS, check_loaded, own_heads
-from arena.model.stored import check_stored, compute_in, keep_head, stored_quantization
+from arena.model.families import family_of, unknown_family_note
+from arena.model.last_layer import only_last_tokens
+from arena.model.safety import (
+    SAFE,
+    SAFE_WEIGHTS,
+    check_loaded,
+    check_stored,
+    compute_in,
+    keep_head,
+    own_heads,
+    stored_quantization,
+)
 from arena.progress import console, loading_quietly
 
 REPACKS = "support_avx512bf16_for_cpu"  # the attribute of bitsandbytes' 4-bit layers that permits repacking
@@ -52,7 +61,7 @@ def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool
 
     Args:
         classes: the names of the head's outputs.
-        announce: print a line if the base's head or attention dropout is not used.
+        announce: print a line if the base's head or attention dropout is not used, or if its family is not known.
 
     Raises:
         ValueError: the base is missing or gated, is stored with another quantisation than the settings ask for, or is
@@ -64,6 +73,8 @@ def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool
         console.print(
             f"{settings.base} has an attention dropout of {dropout}, which is not used: packed attention has none"
         )
+    if announce and (note := unknown_family_note(config)):
+        console.print(note)
     as_classifier(config, classes)
     keep_head(config, HEAD)
     options, stored = loader_options(settings), stored_quantization(config) is not None
@@ -112,7 +123,7 @@ def as_classifier(config: Any, classes: Sequence[str]) -> None:
 
 def loader_options(settings: ModelSettings) -> dict[str, Any]:
     """The options with which transformers loads or creates a base: precision and attention."""
-    assert settings.dtype != "auto", "the dtype must be resolved for the card first (arena.model.precision)"
+    assert settings.dtype != "auto", "the dtype must be resolved for the card first (arena.model.card)"
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attn_implementation": NAME}
     if settings.quantization != "none":
         options["quantization_config"] = _quantization(settings)
@@ -126,7 +137,7 @@ def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
     nn.init.zeros_(score.weight)  # initial probabilities are uniform, whatever the scale of the hidden states
     model.score = score.to(next(model.parameters()).device)
     _keep_layout(model)
-    if is_safe(model.config.model_type):
+    if family_of(model.config).only_last_tokens:
         only_last_tokens(backbone(model).layers[-1])
     backbone(model).register_forward_pre_hook(_refuse_mask_and_cache, with_kwargs=True)
 

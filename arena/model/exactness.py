@@ -244,7 +244,7 @@ def _user_cache() -> Path:
 def _code() -> str:
     """Fingerprint of the code that lays out and computes batches."""
     package = Path(__file__).parents[1]
-    modules = sorted([*(package / "model").glob("*.py"), *(package / "packing").glob("*.py")])
+    modules = sorted([*(package / "model").rglob("*.py"), *(package / "packing").rglob("*.py")])
     return fingerprint(*(path.read_bytes() for path in modules))
 
 

@@ -4,7 +4,10 @@ A classifier reads one token of each example. Every layer but the last passes al
 needs keys and values of all tokens, but queries, output projection, norms and MLP only for the tokens that are read.
 
 The layer's own code runs twice: first over all tokens up to its call of attention, which captures the keys and values
-and stops; then over the last tokens, whose attention uses the captured keys and values.
+and stops; then over the last tokens, whose attention uses the captured keys and values. An exception ends the first run
+because everything else would cost more or depend on more: letting attention return would add the output projection and
+the MLP of all tokens, and computing keys and values here would repeat each family's projections, norms and rotary
+embedding, which are transformers' to change.
 """
 
 from __future__ import annotations
@@ -17,10 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# Decoders whose layers process each token separately except in attention, and accept `position_embeddings`
-# (tests/model/test_last_layer.py compares each with the whole layer).
-FAMILIES = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 MARK = "takes_last_token"
 
@@ -41,11 +40,6 @@ class KeyValueCapture:
 
 class KeysCaptured(Exception):  # noqa: N818 - it ends a run but is not an error
     """Ends the last layer's first run."""
-
-
-def is_safe(model_type: str) -> bool:
-    """Whether `only_last_tokens` is known to be correct for a family of models."""
-    return model_type in FAMILIES
 
 
 def only_last_tokens(layer: nn.Module) -> None:

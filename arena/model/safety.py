@@ -1,4 +1,8 @@
-"""Safe loading of bases and judges: only safetensors and JSON are read, and code that comes with them is never run."""
+"""Checks of bases and judges before and after they are loaded.
+
+Only safetensors and JSON are read, and code that comes with them is never run. A checkpoint that is stored quantised is
+used as it is or refused, because it cannot be requantised.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors import SafetensorError
 from torch import OutOfMemoryError, nn
+
+from arena.config import ModelSettings
 
 SAFE: dict[str, Any] = {"trust_remote_code": False}  # for configs and tokenizers
 SAFE_WEIGHTS: dict[str, Any] = {**SAFE, "use_safetensors": True, "weights_only": True}
@@ -98,6 +104,66 @@ def _unquantised_shapes(model: Any) -> list[tuple[str, Any, Any]]:
     }
     found = {name: each.shape for name, each in model.named_parameters() if name not in quantised}
     return [(name, found[name], each.shape) for name, each in empty.named_parameters() if name in found]
+
+
+def stored_quantization(config: Any) -> str | None:
+    """The quantisation of the weights that a transformers config describes: `nf4`, `fp4`, `int8` or another method.
+
+    None: they are not quantised.
+    """
+    stored = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not stored:
+        return None
+    if stored.get("load_in_4bit"):
+        return str(stored.get("bnb_4bit_quant_type", "fp4"))  # the library's default
+    if stored.get("load_in_8bit"):
+        return "int8"
+    return str(stored.get("quant_method", "an unknown method"))
+
+
+def check_stored(config: Any, settings: ModelSettings) -> None:
+    """Compares the quantisation in a base's config with that in a recipe.
+
+    Raises:
+        ValueError: they differ; the message names the settings that suit the base, if there are any.
+    """
+    stored = stored_quantization(config)
+    if stored in (None, settings.quantization):
+        return
+    other = "use the unquantised model as the base"
+    if stored not in ("nf4", "int8"):
+        raise ValueError(
+            f"model.base: {settings.base!r} is stored quantised ({stored}), which is not supported: {other}"
+        )
+    needed = f"model.quantization={stored}"
+    if settings.tune == "full":
+        needed += " and model.tune=lora"
+    raise ValueError(
+        f"model.base: {settings.base!r} is stored quantised ({stored}), and cannot be loaded with "
+        f"model.quantization={settings.quantization}: set {needed}, or {other}"
+    )
+
+
+def keep_head(config: Any, head: str) -> None:
+    """Adds the head to a config's list of unquantised modules, if there is such a list."""
+    stored = getattr(config, "quantization_config", None)
+    if stored and stored.get("llm_int8_skip_modules") is not None:
+        stored["llm_int8_skip_modules"] = sorted({*stored["llm_int8_skip_modules"], head})
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes a model with a quantised checkpoint compute in `dtype`, and converts its unquantised weights to it.
+
+    The library leaves these weights in the stored dtype, unlike those of a checkpoint that it quantises itself.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype
+            module.weight.quant_state.dtype = dtype
+        for name, parameter in module.named_parameters(recurse=False):
+            packed = isinstance(module, Linear4bit | Linear8bitLt) and name == "weight"
+            if parameter.is_floating_point() and not packed:
+                parameter.data = parameter.data.to(dtype)
 
 
 def own_heads(decoder: str, found: Mapping[str, Any], head: str) -> list[str]:

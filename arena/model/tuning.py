@@ -6,22 +6,22 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from arena.config import LoraSettings, ModelSettings
-from arena.model.backbone import HEAD, backbone, load_base
-from arena.model.dora import install_dora
-from arena.model.memory.fused import install
-from arena.model.memory.policies import set_policies
+from arena.model.backbone import HEAD, backbone, load_base, underlying
+from arena.model.lora import install_dora
+from arena.model.memory.fused import install, set_policies
 from arena.model.safety import check_adapter, undamaged
 
 HEAD_FILE = "head.safetensors"  # of a judge with only the head trained
 WHOLE_FILE = "model.safetensors"
 HEAD_WEIGHT = f"{HEAD}.weight"
+LOADED_WITH = "arena_settings"  # the attribute of a loaded model that holds its settings
 
 
 def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
@@ -88,21 +88,34 @@ def load_trained(folder: Path, settings: ModelSettings, classes: Sequence[str]) 
         model = load_base(settings.model_copy(update={"base": str(folder), "revision": None}), classes)
         with_head(model, _file_of_head(folder))
     install(backbone(model), settings.fuse)
+    setattr(underlying(model), LOADED_WITH, settings)
     return model.eval()
 
 
-def with_adapter(model: PreTrainedModel, folder: Path, settings: ModelSettings) -> PreTrainedModel:
+def with_adapter(
+    model: PreTrainedModel, folder: Path, settings: ModelSettings, name: str = "default"
+) -> PreTrainedModel:
     """The model with the adapter in a folder, configured by the settings and not by the adapter's own config."""
     check_adapter(folder)
+    config = _lora(settings.lora)
     with undamaged(folder):
-        return PeftModel.from_pretrained(model, str(folder), config=_lora(settings.lora))
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, str(folder), name, config=config)
+        model.add_adapter(name, config)
+        model.load_adapter(str(folder), name)
+    return model
 
 
 def with_head(model: PreTrainedModel, file: Path) -> PreTrainedModel:
     """The model with its head replaced by the one in a safetensors file."""
-    with undamaged(file.parent), safe_open(file, framework="pt") as tensors, torch.no_grad():
-        model.score.weight.copy_(tensors.get_tensor(HEAD_WEIGHT))
+    load_head(model.score, file)
     return model
+
+
+def load_head(head: nn.Module, file: Path) -> None:
+    """Loads the weight of a head from a safetensors file."""
+    with undamaged(file.parent), safe_open(file, framework="pt") as tensors:
+        head.load_state_dict({"weight": tensors.get_tensor(HEAD_WEIGHT)})
 
 
 def _lora(settings: LoraSettings) -> LoraConfig:

@@ -7,9 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from arena.config import Recipe
-from arena.model.card import Card
+from arena.model.card import Card, resolve_dtype
 from arena.model.memory.estimate import GIB, POLICIES, WIDTH, describe, fit, mix_policies, need, room, shape_of
-from arena.model.precision import resolve_dtype
 from arena.progress import console
 
 # memory as CUDA reports it, which is less than the nominal size

@@ -32,7 +32,7 @@ from arena.model.memory.estimate import (
     need,
     shape_of,
 )
-from arena.model.memory.policies import set_policies
+from arena.model.memory.fused import set_policies
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.training.optim import trainable

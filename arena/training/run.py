@@ -16,11 +16,10 @@ from arena.distributed import device_name, start
 from arena.inference.card import JudgeCard, save_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
-from arena.model.card import card_of
+from arena.model.card import card_of, with_dtype
 from arena.model.exactness import check_exact
 from arena.model.input_limits import check_ids, check_length
 from arena.model.memory.estimate import fit
-from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
 from arena.progress import console, optional

@@ -17,9 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from arena.config import ModelSettings, load_recipe, recipe_names
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
-from arena.model.card import card_of
+from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.precision import with_dtype
 from arena.model.safety import WEIGHTS
 from arena.model.tuning import load_trained, save_model
 from arena.packing.batch import PackedBatch, VarlenCollator, collate

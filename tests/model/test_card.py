@@ -1,11 +1,18 @@
-"""What is known of a device, and the dtype that products are in."""
+"""What is known of a device, the dtype that products are in, and that of a run."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from arena.model.card import Card, card_of, product_dtype
+from arena.model.card import Card, card_of, product_dtype, resolve_dtype, with_dtype
+from tests.helpers import tiny_recipe
+
+H100 = Card("cuda", "NVIDIA H100", (9, 0), 80 << 30)
+T4 = Card("cuda", "Tesla T4", (7, 5), 16 << 30)
+CPU = Card("cpu", "x86_64", (0, 0), 16 << 30)
 
 
 def cuda(major: int, minor: int = 0) -> Card:
@@ -39,3 +46,24 @@ def test_the_dtype_of_products() -> None:
         assert product_dtype(full, full) == torch.bfloat16
         with torch.autocast("cpu", enabled=False):
             assert product_dtype(full, full) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("setting", "card", "expected"),
+    [
+        ("auto", H100, "bfloat16"), ("auto", Card("cuda", "A100", (8, 0), 0), "bfloat16"), ("auto", T4, "float16"),
+        ("auto", CPU, "bfloat16"), ("float16", H100, "float16"), ("float32", T4, "float32"),
+        ("bfloat16", CPU, "bfloat16"),
+    ],
+)  # fmt: skip
+def test_auto_takes_what_the_card_has(setting: str, card: Card, expected: str) -> None:
+    assert resolve_dtype(setting, card) == expected
+
+
+def test_a_dtype_that_the_card_lacks_names_the_way_out(gemma2: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2, "model.dtype=bfloat16")
+    with pytest.raises(ValueError, match=r"bfloat16, which Tesla T4 .*7\.5.* pass model\.dtype=float16"):
+        with_dtype(recipe, T4)
+    auto = tiny_recipe(tmp_path, gemma2, "model.dtype=auto")
+    assert with_dtype(auto, T4).model.dtype == "float16"
+    assert auto.model.dtype == "auto"

@@ -160,14 +160,39 @@ def one_document(model: nn.Module) -> None:
         layer.register_forward_pre_hook(join, with_kwargs=True)
 
 
+def one_rope(model: nn.Module) -> None:
+    """Gives every layer the angles of the first, as if all had one rope base."""
+    first: list[object] = []
+
+    def note(module: nn.Module, args: object, kwargs: dict[str, object]) -> None:
+        first[:] = [kwargs["position_embeddings"]]
+
+    def reuse(module: nn.Module, args: object, kwargs: dict[str, object]) -> tuple[object, dict[str, object]]:
+        return args, {**kwargs, "position_embeddings": first[0]}
+
+    layers = backbone(model).layers
+    layers[0].register_forward_pre_hook(note, with_kwargs=True)
+    for layer in layers[1:]:
+        layer.register_forward_pre_hook(reuse, with_kwargs=True)
+
+
 @pytest.mark.parametrize(
-    "change",
-    [set_window(WINDOW + 1), set_window(WINDOW - 1), no_softcap, one_document],
-    ids=["W+1", "W-1", "cap", "one"],
-)
-def test_controls_fail_the_comparison(gemma2: Path, change: Callable[[nn.Module], None]) -> None:
+    ("family", "change"),
+    [
+        *(
+            pytest.param(family, change, id=f"{family} {name}")
+            for family in ("gemma2", "gemma3_text")
+            for name, change in (
+                ("W+1", set_window(WINDOW + 1)), ("W-1", set_window(WINDOW - 1)), ("one", one_document),
+            )
+        ),
+        pytest.param("gemma2", no_softcap, id="gemma2 cap"),
+        pytest.param("gemma3_text", one_rope, id="gemma3_text rope"),
+    ],
+)  # fmt: skip
+def test_controls_fail_the_comparison(family: str, change: Callable[[nn.Module], None], tmp_path: Path) -> None:
     """Each mistake must be seen, in the logits and in the gradients: otherwise the comparison proves nothing."""
-    assert min(compare(gemma2, LENGTHS, True, change)) > 1e-3
+    assert min(compare(make_base(tmp_path, family), LENGTHS, True, change)) > 1e-3
 
 
 def test_one_row_of_logits_per_example_in_its_place(gemma2: Path) -> None:

@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from arena.config import ModelSettings, load_recipe, recipe_names
 from arena.model.backbone import backbone, load_base, underlying
-from arena.model.card import card_of
+from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.create import ARCHITECTURES, create_base
 from arena.model.last_layer import takes_last_token
-from arena.model.precision import with_dtype
 from arena.model.tuning import adapt
 from arena.tasks.preference import CLASSES
 from arena.training.optim import trainable

@@ -24,8 +24,7 @@ from arena.model.attention.varlen import used_backends, varlen_attention
 from arena.model.backbone import attention_choice, backbone, load_base, load_tokenizer
 from arena.model.card import card_of
 from arena.model.classifier import loss_sum
-from arena.model.memory.fused import PARTS
-from arena.model.memory.policies import POLICIES, set_policies
+from arena.model.memory.fused import PARTS, POLICIES, set_policies
 from arena.model.tuning import adapt
 from arena.tasks import task_of
 from arena.tasks.preference import CLASSES

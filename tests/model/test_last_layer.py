@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.last_layer import FAMILIES, takes_last_token
+from arena.model.last_layer import takes_last_token
 from arena.packing.batch import PackedBatch
 from arena.training.optim import trainable
 from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack
@@ -46,10 +46,6 @@ def test_equal_to_the_whole_layer(
     assert takes_last_token(backbone(model.model))
     whole, last = both_ways(model, batch, monkeypatch)
     assert max(relative(a, b) for a, b in zip(last, whole, strict=True)) <= 1e-5
-
-
-def test_every_family_that_is_called_safe_is_tested() -> None:
-    assert set(FAMILIES) == set(CONFIGS)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])

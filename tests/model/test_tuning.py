@@ -23,7 +23,6 @@ from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.base_files import base_digest
 from arena.model.card import Card
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.precision import resolve_dtype, with_dtype
 from arena.model.tuning import adapt, load_trained, save_model
 from arena.tasks.preference import CLASSES
 from arena.training.optim import trainable
@@ -216,32 +215,6 @@ def test_dora_is_that_of_peft(gemma2: Path) -> None:
         assert difference(each, expected[name]) < 1e-4, name
 
 
-H100 = Card("cuda", "NVIDIA H100", (9, 0), 80 << 30)
-T4 = Card("cuda", "Tesla T4", (7, 5), 16 << 30)
-CPU = Card("cpu", "x86_64", (0, 0), 16 << 30)
-
-
-@pytest.mark.parametrize(
-    ("setting", "card", "expected"),
-    [
-        ("auto", H100, "bfloat16"), ("auto", Card("cuda", "A100", (8, 0), 0), "bfloat16"), ("auto", T4, "float16"),
-        ("auto", CPU, "bfloat16"), ("float16", H100, "float16"), ("float32", T4, "float32"),
-        ("bfloat16", CPU, "bfloat16"),
-    ],
-)  # fmt: skip
-def test_auto_takes_what_the_card_has(setting: str, card: Card, expected: str) -> None:
-    assert resolve_dtype(setting, card) == expected
-
-
-def test_a_dtype_that_the_card_lacks_names_the_way_out(gemma2: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, gemma2, "model.dtype=bfloat16")
-    with pytest.raises(ValueError, match=r"bfloat16, which Tesla T4 .*7\.5.* pass model\.dtype=float16"):
-        with_dtype(recipe, T4)
-    auto = tiny_recipe(tmp_path, gemma2, "model.dtype=auto")
-    assert with_dtype(auto, T4).model.dtype == "float16"
-    assert auto.model.dtype == "auto"
-
-
 def test_a_judge_of_another_card(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained in bfloat16, read where there is none: refused, and run with the override that the message names."""
     recipe = tiny_recipe(tmp_path, gemma2, "model.dtype=bfloat16")
@@ -251,7 +224,7 @@ def test_a_judge_of_another_card(gemma2: Path, tmp_path: Path, monkeypatch: pyte
         model, load_tokenizer(str(gemma2)), JudgeCard(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", digest)
     )
     assert Judge(tmp_path / "judge").recipe.model.dtype == "bfloat16"
-    monkeypatch.setattr("arena.inference.judge.card_of", lambda device: T4)
+    monkeypatch.setattr("arena.inference.judge.card_of", lambda device: Card("cuda", "Tesla T4", (7, 5), 16 << 30))
     with pytest.raises(ValueError, match=r"model\.dtype=float16"):
         Judge(tmp_path / "judge")
     judge = Judge(tmp_path / "judge", ["model.dtype=float16"])

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from arena.model.attention.backends import BACKENDS, choose_backend
-from arena.model.attention.gather import gather
 from arena.model.card import card_of, product_dtype
 from arena.model.last_layer import KeyValueCapture
 from arena.model.memory.recompute import recomputable
@@ -181,6 +180,32 @@ def _check_call(
 def used_backends(model: torch.nn.Module) -> str:
     """The backends that the model's layers used in their last call, such as `flash`."""
     return ", ".join(sorted({getattr(module, USED) for module in model.modules() if hasattr(module, USED)}))
+
+
+def gather(states: Tensor, index: Tensor) -> Tensor:
+    """`states[index]`, (K, heads, head_dim) of (T, heads, head_dim), with its gradient summed in float32.
+
+    A token of a shared beginning is a key of many segments, and in half precision the sum of their gradients would be
+    rounded with each addition. On a GPU the order of the sum varies from run to run unless torch uses deterministic
+    algorithms.
+    """
+    out: Tensor = _Gather.apply(states, index)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(states)
+        return states.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.rows, *grad.shape[1:], dtype=wide, device=grad.device)
+        return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
 
 
 # Only the attention function is registered and no mask function, so transformers builds no mask at all.

@@ -2,9 +2,10 @@
 
 Let H be the hidden size, I the MLP's, and Q and K the total width of the query and of the key heads. For each token a
 layer saves, in the compute dtype: its input and the input of the MLP's norm (2 H); the last products of attention and
-MLP if norms follow them (2 H); queries, keys, values and the attention output (2 Q + 2 K); and the MLP's wide products
-(2 I). Policy `none` also saves the results of the norms (2 H) and of the activation (I). `elementwise_and_mlp` does not
-save the 2 I, and `full` saves the layer's input only.
+MLP if norms follow them (2 H); queries, keys, values and the attention output (2 Q + 2 K); the inputs of the norms of
+queries and keys if there are any (Q + K); and the MLP's wide products (2 I). Policy `none` also saves the results of
+the norms (2 H) and of the activation (I). `elementwise_and_mlp` does not save the 2 I, and `full` saves the layer's
+input only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from arena.config import ModelSettings, Recipe
 from arena.model.card import Card
+from arena.model.families import family_of
 
 GIB = 2**30
 RESERVED = 0.9 * GIB  # the driver's context and the workspace of matrix products
@@ -32,7 +34,7 @@ POLICIES = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes; `closing_norms` tells whether norms also follow attention and MLP, as in Gemma-2."""
+    """A decoder's sizes, and which norms it has besides those before attention and MLP (see `Family`)."""
 
     hidden: int
     intermediate: int
@@ -42,6 +44,7 @@ class Shape:
     head_dim: int
     vocabulary: int
     closing_norms: bool
+    query_key_norms: bool
 
     @property
     def attention_weights(self) -> int:
@@ -68,7 +71,7 @@ class Shape:
         if policy == "full":
             return self.hidden
         streams = self.hidden * (4 if self.closing_norms else 2)
-        attention = 2 * self.head_dim * (self.heads + self.kv_heads)
+        attention = (3 if self.query_key_norms else 2) * self.head_dim * (self.heads + self.kv_heads)
         if policy == "elementwise_and_mlp":
             return streams + attention
         products = streams + attention + 2 * self.intermediate
@@ -85,7 +88,8 @@ class Shape:
 
 
 def shape_of(config: Any) -> Shape:
-    """The sizes in a decoder's transformers config."""
+    """The sizes in a decoder's transformers config, with what is known of its family."""
+    family = family_of(config)
     return Shape(
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,
@@ -94,7 +98,8 @@ def shape_of(config: Any) -> Shape:
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
-        closing_norms=config.model_type == "gemma2",
+        closing_norms=family.closing_norms,
+        query_key_norms=family.query_key_norms,
     )
 
 

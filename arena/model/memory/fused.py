@@ -1,64 +1,92 @@
 """Installs fused kernels in a transformers decoder, and lets each layer recompute parts in its backward.
 
-The decoder's modules and weights stay the same. The `forward` of norms, MLPs and LoRA layers is replaced. The rotary
-embedding is a function in transformers; it is replaced by one that calls the original outside of these layers.
+The decoder's modules and weights stay the same, and so do transformers' modules and other models. The `forward` of
+norms, MLPs, attention and LoRA layers is replaced in this decoder alone. The rotary embedding is a global function in
+transformers; the attention's `forward` is therefore the original code with another function under that name.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from contextvars import ContextVar
 from functools import partial
-from types import MethodType
+from inspect import unwrap
+from types import FunctionType, MethodType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from arena.config import Part
 from arena.model.attention.trial import cannot_compile
+from arena.model.backbone import backbone, underlying
+from arena.model.families import family_of
+from arena.model.last_layer import MARK
 from arena.model.lora import fuse_lora
+from arena.model.memory.estimate import POLICIES
 from arena.model.memory.kernels import gated, rms_norm, rotary
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 
 PARTS: tuple[Part, ...] = get_args(Part)
 ROTARY = "apply_rotary_pos_emb"  # the function's name in each family's module of transformers
-ADDED_TO_ONE = ("GemmaRMSNorm", "Gemma2RMSNorm")  # norms whose weight is added to one
-NORMS = (*ADDED_TO_ONE, "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
-MLPS = ("GemmaMLP", "Gemma2MLP", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 ACTIVATIONS = {"GELUTanh": "gelu", "PytorchGELUTanh": "gelu", "SiLUActivation": "silu", "SiLU": "silu"}
 POLICY = "recompute_policy"  # the attribute of a layer that names its recompute policy
 COSTS = {"elementwise": ELEMENTWISE, "elementwise_and_mlp": PRODUCT}
 
 Setting = tuple[Part, ...] | str
-_turning: ContextVar[Setting] = ContextVar("turning", default=())
 
 
 def install(decoder: nn.Module, fuse: Setting) -> None:
     """Replaces the parts that have fused kernels, and makes every layer follow its `POLICY`.
 
     Args:
-        decoder: of any family of transformers; modules of other kinds than those above are unchanged.
+        decoder: of any family of transformers; of a family that is not known, only LoRA is fused.
         fuse: the parts to fuse; `auto`: LoRA, and on a GPU all parts; or `none`.
     """
     fuse = () if fuse == "none" else fuse
     layers: Any = decoder.layers
+    family = family_of(decoder.config)
     for module in decoder.modules():
         kind = type(module).__name__
-        if kind in NORMS:
-            module.forward = partial(recomputable, partial(_norm, fuse, module))
-        elif kind in MLPS:
+        if kind == family.norm:
+            module.forward = partial(recomputable, partial(_norm, fuse, family.norm_offset, module))
+        elif kind == family.mlp:
             module.forward = MethodType(partial(_mlp, fuse), module)
     for layer in layers:
-        attention = getattr(layer, "self_attn", None)  # inside what transformers may recompute in the backward
-        if attention is not None:
-            _replace_rotary(sys.modules[type(attention).__module__])
-            attention.forward = partial(_turned, fuse, attention.forward)
+        if family.rotary_halves:
+            _replace_rotary(fuse, layer.self_attn)
         layer.forward = partial(_in_layer, layer, layer.forward)
-    if fuse == "auto" or "lora" in fuse:
+    if fuses_lora(fuse):
         fuse_lora(decoder)
+
+
+def fuses_lora(fuse: Setting) -> bool:
+    """Whether LoRA is fused, which needs no compiler, so that `auto` includes it on every device."""
+    return fuse == "auto" or "lora" in fuse
+
+
+def policies_of(model: PreTrainedModel) -> list[str]:
+    """The current policy of each decoder layer."""
+    return [getattr(layer, POLICY) for layer in backbone(model).layers]
+
+
+def set_policies(model: PreTrainedModel, policies: Sequence[str]) -> None:
+    """Sets the policy of each decoder layer, one of `POLICIES`; policies can be changed at any time.
+
+    `none` saves everything. `elementwise` recomputes norms, the MLP's activation and gathered keys, which takes no
+    matrix product. `elementwise_and_mlp` also recomputes the two wide products of the MLP, and `full` the whole layer
+    from its input. A last layer that is computed for last tokens only saves little and is never recomputed as a whole.
+    """
+    layers = backbone(model).layers
+    assert len(policies) == len(layers), f"{len(policies)} policies for {len(layers)} layers"
+    underlying(model).gradient_checkpointing_enable({"use_reentrant": False})
+    for layer, policy in zip(layers, policies, strict=True):
+        assert policy in POLICIES, policy
+        if policy == "full" and getattr(layer, MARK, False):
+            policy = "elementwise"
+        layer.gradient_checkpointing = policy == "full"
+        setattr(layer, POLICY, policy)
 
 
 def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
@@ -66,12 +94,13 @@ def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
     return x.is_cuda and cannot_compile() is None if fuse == "auto" else part in fuse
 
 
-def _norm(fuse: Setting, module: Any, x: Tensor) -> Tensor:
+def _norm(fuse: Setting, offset: float, module: Any, x: Tensor) -> Tensor:
     if not _wanted("norm", fuse, x):
         return torch.as_tensor(type(module).forward(module, x))
-    gemma = type(module).__name__ in ADDED_TO_ONE
-    eps = module.eps if gemma else module.variance_epsilon
-    return rms_norm(x, module.weight, eps, offset=1.0 if gemma else 0.0)
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    if x.ndim == 4 and not x.is_contiguous():  # heads before tokens, as in Gemma 3: in the order of memory, not copied
+        return rms_norm(x.transpose(1, 2), module.weight, eps, offset).transpose(1, 2)
+    return rms_norm(x, module.weight, eps, offset)
 
 
 def _mlp(fuse: Setting, module: Any, x: Tensor) -> Tensor:
@@ -101,25 +130,18 @@ def _in_layer(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwarg
         return forward(*args, **kwargs)
 
 
-def _turned(fuse: Setting, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The attention's forward, with the rotary embedding that `fuse` selects."""
-    token = _turning.set(fuse)
-    try:
-        return forward(*args, **kwargs)
-    finally:
-        _turning.reset(token)
+def _replace_rotary(fuse: Setting, attention: Any) -> None:
+    """Makes an attention module call `_rotary` in place of its modeling file's function."""
+    whole = unwrap(type(attention).forward)
+    names = {**whole.__globals__, ROTARY: partial(_rotary, fuse, whole.__globals__[ROTARY])}
+    forward = FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
+    forward.__kwdefaults__ = whole.__kwdefaults__
+    attention.forward = MethodType(forward, attention)
 
 
-def _replace_rotary(module: Any) -> None:
-    """Replaces a modeling module's function by `_rotary`, once."""
-    function = getattr(module, ROTARY, None)
-    if function is not None and not isinstance(function, partial):
-        setattr(module, ROTARY, partial(_rotary, function))
-
-
-def _rotary(whole: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **more: Any) -> Any:
-    """(1, heads, T, head_dim) rotated by cos and sin (1, T, head_dim); outside of these layers by transformers' own."""
-    fits = not rest and not more and len(q) == 1 and cos.shape[-1] == q.shape[-1]
-    if not (fits and _wanted("rotary", _turning.get(), q)):
-        return whole(q, k, cos, sin, *rest, **more)
+def _rotary(fuse: Setting, plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """(1, heads, T, head_dim) rotated by cos and sin (1, T, head_dim), by transformers' function if it is not fused."""
+    fits = len(q) == 1 and cos.shape[-1] == q.shape[-1]
+    if not (fits and _wanted("rotary", fuse, q)):
+        return plain(q, k, cos, sin)
     return tuple(rotary(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))

@@ -1,4 +1,4 @@
-"""Packed attention against attention written out in full, and its refusals."""
+"""Packed attention against attention written out in full, its refusals, and the gather of shared keys."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from arena.model.attention import reference as exact
-from arena.model.attention.varlen import transformers_attention, varlen_attention
+from arena.model.attention.varlen import gather, transformers_attention, varlen_attention
+from tests.model.test_classifier import relative
 
 SCALE = 0.25
+SEEN = torch.cat([torch.arange(20).repeat(60), torch.arange(20, 50)])  # twenty tokens that sixty segments see
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, softcap: float | None, window: int | None) -> Tensor:
@@ -175,3 +177,28 @@ def test_the_transformers_signature() -> None:
 def test_a_mask_or_a_wrong_keyword_is_an_error(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+def gradient_of_gather(ours: bool, dtype: torch.dtype, index: Tensor = SEEN, device: str = "cpu") -> Tensor:
+    torch.manual_seed(0)
+    states = torch.randn(50, 2, 8).to(device, dtype).requires_grad_()
+    weights, index = torch.rand(len(index), 2, 8).bfloat16().to(device, dtype), index.to(device)
+    gathered = gather(states, index) if ours else states.index_select(0, index)
+    assert torch.equal(gathered, states[index])
+    (gathered * weights).sum().backward()
+    assert states.grad is not None
+    return states.grad.float().cpu()
+
+
+def test_the_gradient_is_the_sum_of_all_that_see_a_token() -> None:
+    truth = gradient_of_gather(False, torch.float32)
+    assert relative(gradient_of_gather(True, torch.float32), truth) <= 1e-6
+    assert relative(gradient_of_gather(True, torch.bfloat16), truth) <= 2e-3
+    assert relative(gradient_of_gather(True, torch.float32, SEEN.flip(0)), truth) > 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_it_is_rounded_once_too() -> None:
+    truth = gradient_of_gather(False, torch.float32)
+    assert relative(gradient_of_gather(True, torch.bfloat16, device="cuda"), truth) <= 2e-3

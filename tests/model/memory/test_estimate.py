@@ -15,8 +15,7 @@ from arena.model.backbone import backbone
 from arena.model.card import Card
 from arena.model.create import ARCHITECTURES
 from arena.model.memory.estimate import GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
-from arena.model.memory.fused import PARTS
-from arena.model.memory.policies import set_policies
+from arena.model.memory.fused import PARTS, set_policies
 from arena.model.memory.recompute import _SavedTensor, _Scope
 from tests.helpers import classifier, exact, make_base, pack
 
@@ -79,9 +78,10 @@ def kept_by_a_layer(base: Path, policy: str, monkeypatch: pytest.MonkeyPatch, le
     return sum(size for place, size in found.items() if place not in angles)
 
 
-def test_layers_keep_what_the_arithmetic_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "llama", "qwen3"])
+def test_layers_keep_what_the_arithmetic_says(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
-    base, lengths = make_base(tmp_path, **sizes), [150, 90, 60]
+    base, lengths = make_base(tmp_path, family, **sizes), [150, 90, 60]
     for policy in ("none", "elementwise", "elementwise_and_mlp"):
         with monkeypatch.context() as patch:
             bytes_ = kept_by_a_layer(base, policy, patch, lengths)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from arena.model.backbone import backbone, load_base
+from arena.model.classifier import PackedClassifier
 from arena.model.memory import kernels
 from arena.model.memory.fused import PARTS
 from arena.model.memory.kernels import gated, rms_norm, rotary
@@ -112,18 +116,31 @@ def test_each_part_alone(gemma2: Path, part: str, monkeypatch: pytest.MonkeyPatc
     assert max(relative(a, b) for a, b in zip(*results, strict=True)) <= 1e-5
 
 
-def test_other_models_of_the_family_keep_their_own_rotary(gemma2: Path) -> None:
-    from transformers.models.gemma2 import modeling_gemma2
-
-    adapt_once = exact(gemma2, fuse=("rotary",))
-    classifier(adapt_once)
-    first = modeling_gemma2.apply_rotary_pos_emb
-    classifier(adapt_once)
-    assert modeling_gemma2.apply_rotary_pos_emb is first, "replaced twice"
-    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
-    cos, sin = (each[None].expand(2, -1, -1) for each in tables(5, 16))
-    turned = modeling_gemma2.apply_rotary_pos_emb(q, k, cos, sin)
-    torch.testing.assert_close(turned[0][1].transpose(0, 1), plain_rotary(q[1].transpose(0, 1), cos[1], sin[1]))
+@pytest.mark.parametrize("family", CONFIGS)
+def test_other_models_and_transformers_are_left_as_they_were(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the model at hand, and a copy of it, calls the fused rotary embedding."""
+    base, batch, calls = make_base(tmp_path, family), pack(LENGTHS), []
+    plain = PackedClassifier(load_base(exact(base))).eval()
+    attention = type(backbone(plain.model).layers[0].self_attn)
+    modeling = sys.modules[attention.__module__]
+    before, forward = dict(vars(modeling)), attention.forward
+    monkeypatch.setattr(
+        "arena.model.memory.fused.rotary", lambda x, *angles: (calls.append(len(x)), rotary(x, *angles))[1]
+    )
+    fused = classifier(exact(base, fuse=("rotary",))).eval()
+    assert vars(modeling) == before and attention.forward is forward
+    with torch.no_grad():
+        plain(batch)
+        assert not calls
+        right = fused(batch)
+        assert len(calls) == 2 * (3 + 1)  # queries and keys; the last layer's attention is called twice
+        copied = deepcopy(fused)
+        for parameter in fused.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(copied(batch), right)
+        assert len(calls) == 4 * (3 + 1)
 
 
 def test_autocast_and_gradients_are_left_as_they_were() -> None:

@@ -15,10 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.memory.fused import PARTS
-from arena.model.memory.policies import POLICIES, set_policies
+from arena.model.memory.fused import PARTS, POLICIES, set_policies
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
-from tests.helpers import classifier, exact, pack, random_family
+from tests.helpers import classifier, exact, make_base, pack, random_family
 from tests.model.test_classifier import logits_and_gradients, shared_batch
 
 LENGTHS = [40, 1, 9, 8, 33]
@@ -148,11 +147,12 @@ def test_a_kept_tensor_that_is_changed_in_place_is_an_error() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_policies_hold_with_all_parts_fused(gemma2: Path, policy: str) -> None:
-    batch, results = pack(LENGTHS), []
+def test_policies_hold_with_all_parts_fused(family: str, tmp_path: Path, policy: str) -> None:
+    base, batch, results = make_base(tmp_path, family), pack(LENGTHS), []
     for each in ("none", policy):
-        model = classifier(exact(gemma2, checkpointing=each, fuse=PARTS)).train()
+        model = classifier(exact(base, checkpointing=each, fuse=PARTS)).train()
         results.append(logits_and_gradients(model.model, model(batch), batch))
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(plain, other, atol=1e-6, rtol=1e-5)
