@@ -37,20 +37,17 @@ class Evaluation:
         orders: the orders of each row; 0 is as given.
         packing: the budget is used; whether examples share depends on `prefixes`.
         prefixes: what the store's examples share, which is then computed once; None shares nothing.
-        has_input: bool, for each row of the store; rows without input get the prior. None: all have input.
-        prior: (C,).
+        has_input: bool, for each row of the store; rows without input get a prior. None: all have input.
         ids: the ids of the store's rows, for messages.
     """
 
     def __init__(
         self, task: Task, store: TokenStore, rows: np.ndarray, *, orders: Sequence[int], packing: PackingSettings,
-        prefixes: Prefixes | None = None, has_input: np.ndarray | None = None, prior: np.ndarray | None = None,
-        ids: Sequence[str] | None = None,
+        prefixes: Prefixes | None = None, has_input: np.ndarray | None = None, ids: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         assert max(orders) < store.orders, "the store does not hold these orders"
-        self.task, self.store, self.rows, self.orders, self.prior, self.ids = task, store, rows, orders, prior, ids
+        self.task, self.store, self.rows, self.orders, self.ids = task, store, rows, orders, ids
         self.has_input = np.ones(len(rows), dtype=bool) if has_input is None else has_input[rows]
-        assert self.has_input.all() or prior is not None, "rows without input need a prior"
         self._distinct, self._which = np.unique(np.asarray(rows)[self.has_input], return_inverse=True)
         self._examples = (self._distinct[:, None] * store.orders + np.asarray(orders)).reshape(-1)
         self.plan = plan_evaluation(store.lengths, self._examples, budget=packing.budget, prefixes=prefixes)
@@ -61,6 +58,7 @@ class Evaluation:
         classifier: nn.Module,
         *,
         dtype: str,
+        prior: np.ndarray | None = None,
         title: str = "judging",
         logits_cache: LogitsCache | None = None,
         stop: Stop | None = None,
@@ -70,6 +68,7 @@ class Evaluation:
         Args:
             classifier: a `PackedClassifier`.
             dtype: compute dtype.
+            prior: (C,), the probabilities of rows without input.
             logits_cache: stores logits as they are computed, and supplies those of an earlier, identical call. The
                 probabilities are bit for bit the same as without it.
             stop: is checked after each micro-batch.
@@ -83,8 +82,9 @@ class Evaluation:
             OSError: logits could not be written to the cache.
             ValueError: another process is evaluating the same rows with the same `logits_cache`.
         """
+        assert self.has_input.all() or prior is not None, "rows without input need a prior"
         if not len(self._examples):
-            return self._with_prior(np.zeros((0, len(self.task.classes))))
+            return self._with_prior(np.zeros((0, len(self.task.classes))), prior)
         rows = fingerprint(self._distinct.tobytes())
         facts = {"tokens": self.store.fingerprint, "rows": rows, "dtype": dtype, "budget": self.plan.budget}
         facts |= {"orders": list(self.orders), "of_orders": self.store.orders}
@@ -94,14 +94,14 @@ class Evaluation:
         ordered = logits.complete()[_places(self.plan.examples, self._examples, len(self.store))]
         by_order = softmax(ordered).reshape(len(self._distinct), len(self.orders), -1)
         straight = [self.task.reorder(by_order[:, at], order) for at, order in enumerate(self.orders)]
-        return self._with_prior(np.mean(straight, axis=0)[self._which.reshape(-1)])
+        return self._with_prior(np.mean(straight, axis=0)[self._which.reshape(-1)], prior)
 
-    def _with_prior(self, found: np.ndarray) -> np.ndarray:
+    def _with_prior(self, found: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
         """(len(rows), C): the probabilities of the rows with input, and the prior for the others."""
         result = np.empty((len(self.rows), len(self.task.classes)))
         result[self.has_input] = found
-        if self.prior is not None:
-            result[~self.has_input] = self.prior
+        if prior is not None:
+            result[~self.has_input] = prior
         return result
 
     def _compute(

@@ -71,16 +71,24 @@ def _infer(cards: list[JudgeCard], data: str | None, out: Path, parts: Path) -> 
 def average(cards: Sequence[JudgeCard], rows: Rows, parts: Path | None = None) -> np.ndarray:
     """The mean probabilities of judges, float64 (len(rows), C), in the order of the rows; see `Judge`.
 
+    A base that several judges in a row share is loaded once.
+
     Args:
         parts: a folder that caches the logits of each judge, from which the same call resumes.
     """
     total = np.zeros((len(rows), len(rows.task.classes)))
+    judge: Judge | None = None
     for card in cards:
-        judge = Judge(card)
+        if judge is None or not judge.switch(card):
+            judge = None  # two large models may not fit at once
+            _free_memory()
+            judge = Judge(card)
         console.print(f"{card.folder} ({judge.recipe.model.base}): judging {len(rows):,} rows")
         total += judge.probabilities(rows, parts=parts / card.folder.resolve().parent.name if parts else None)
-        del judge  # two large models may not fit at once
-        gc.collect()  # a model's layers and their forwards form reference cycles
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
     return total / len(cards)
+
+
+def _free_memory() -> None:
+    gc.collect()  # a model's layers and their forwards form reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from arena import __version__
+from arena.config import Recipe
 from arena.data.dataset import Rows
 from arena.data.prepare import read_files
 from arena.data.tokens import tokenise
@@ -17,6 +19,7 @@ from arena.distributed import device_name, let_segments_grow
 from arena.inference.card import JudgeCard, read_card
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
+from arena.model.adapters import activate, active_judge, add_trained, other_base, unload
 from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
 from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier
@@ -45,19 +48,40 @@ class Judge:
     def __init__(
         self, folder: Path | JudgeCard, overrides: Sequence[str] = (), device: torch.device | str | None = None
     ) -> None:
-        self.card = folder if isinstance(folder, JudgeCard) else read_card(folder, overrides)
+        card = folder if isinstance(folder, JudgeCard) else read_card(folder, overrides)
         let_segments_grow()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.recipe = with_dtype(self.card.recipe, card_of(self.device))
-        self.task, self.folder = self.card.task, self.card.folder
-        self.card.check_base(self.recipe.model)
-        own = {"base": str(self.folder), "revision": None} if is_whole(self.folder) else {}
-        config = base_config(self.recipe.model.model_copy(update=own))
-        check_exact(config, self.recipe.model, self.recipe.prompt.max_length, trained=True)
-        self.tokenizer = load_tokenizer(str(self.folder))
-        model = load_trained(self.folder, self.recipe.model, self.task.classes)
+        self._planned: tuple[Any, Evaluation] | None = None
+        recipe = with_dtype(card.recipe, card_of(self.device))
+        card.check_base(recipe.model)
+        own = {"base": str(card.folder), "revision": None} if is_whole(card.folder) else {}
+        config = base_config(recipe.model.model_copy(update=own))
+        check_exact(config, recipe.model, recipe.prompt.max_length, trained=True)
+        self._become(card, recipe, load_trained(card.folder, recipe.model, card.task.classes))
+        attention_choice(self.classifier.model, recipe.model.dtype, training=False)
+
+    def _become(self, card: JudgeCard, recipe: Recipe, model: PreTrainedModel) -> None:
+        self.card, self.recipe, self.task, self.folder = card, recipe, card.task, card.folder
+        self.tokenizer = load_tokenizer(str(card.folder))
         self.classifier = PackedClassifier(model).to(self.device).eval()
-        attention_choice(model, self.recipe.model.dtype, training=False)
+
+    def switch(self, card: JudgeCard) -> bool:
+        """Turns this into another judge on the same base, which stays loaded; adapters and head are replaced.
+
+        Returns:
+            False if that judge needs another base, or this one is damaged; this judge is then unchanged.
+        """
+        recipe, model = with_dtype(card.recipe, card_of(self.device)), self.classifier.model
+        if is_whole(card.folder) or is_whole(self.folder) or card.base != self.card.base:
+            return False
+        if card.task is not self.task or other_base(recipe.model, self.recipe.model) is not None:
+            return False
+        check_exact(underlying(model).config, recipe.model, recipe.prompt.max_length, trained=True)
+        former, name = active_judge(model), f"judge{fingerprint(str(card.folder.resolve()))}"
+        model = add_trained(model, card.folder, recipe.model, name)
+        activate(model, name)
+        self._become(card, recipe, unload(model, former))
+        return True
 
     def read(self, paths: Sequence[str | Path]) -> Rows:
         """The rows of CSV, parquet or JSONL files, of which labels are ignored; errors as in `read_dataset`."""
@@ -80,27 +104,31 @@ class Judge:
             ValueError: a token of the rows is not in the base's embedding.
             Stopped: a signal arrived; the logits computed so far are in `parts`.
         """
-        evaluation, dtype = self.evaluation(rows), self.recipe.model.dtype
+        evaluation = self.evaluation(rows)
+        known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.card.prior}
         if parts is None:
-            return evaluation.probabilities(self.classifier, dtype=dtype)
+            return evaluation.probabilities(self.classifier, **known)
         logits_cache = LogitsCache(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
         with stopping() as stop:
-            found = evaluation.probabilities(self.classifier, dtype=dtype, logits_cache=logits_cache, stop=stop)
+            found = evaluation.probabilities(self.classifier, **known, logits_cache=logits_cache, stop=stop)
         if stop():  # the signal arrived after the last micro-batch
             raise stop.stopped()
         return found
 
     def evaluation(self, rows: Rows) -> Evaluation:
-        """The plan by which this judge evaluates rows."""
+        """The plan by which this judge evaluates rows; that of the last rows is kept for other judges on its base."""
         cache = Path(self.recipe.data.cache)
         orders = self.task.orders if self.recipe.judge.swap else 1
         store = tokenise(rows, self.tokenizer, self.recipe.prompt, cache, orders=orders)
         check_ids(underlying(self.classifier.model).config, store, self.tokenizer, self.recipe.model.base)
-        return Evaluation(
-            self.task, store, np.arange(len(rows)), orders=range(orders), packing=self.recipe.packing,
-            prefixes=prefixes_for(store, self.recipe.packing, cache), has_input=rows.has_input, prior=self.card.prior,
-            ids=rows.ids,
-        )  # fmt: skip
+        key = store.fingerprint, self.recipe.packing
+        if self._planned is None or self._planned[0] != key:
+            evaluation = Evaluation(
+                self.task, store, np.arange(len(rows)), orders=range(orders), packing=self.recipe.packing,
+                prefixes=prefixes_for(store, self.recipe.packing, cache), has_input=rows.has_input, ids=rows.ids,
+            )  # fmt: skip
+            self._planned = key, evaluation
+        return self._planned[1]
 
     def _identity(self) -> dict[str, Any]:
         """What determines this judge's logits besides tokens and plan: its files, its base, and the model settings."""

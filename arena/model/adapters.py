@@ -54,12 +54,11 @@ def add_trained(model: PreTrainedModel, folder: Path, settings: ModelSettings, n
     if is_whole(folder):
         raise ValueError(f"{folder} contains all weights of a model and shares no base: load it on its own")
     loaded: ModelSettings = getattr(underlying(model), LOADED_WITH)
-    for key in SHARED:
-        if getattr(settings, key) != getattr(loaded, key):
-            raise ValueError(
-                f"{folder} needs model.{key}={getattr(settings, key)}, but the base was loaded with "
-                f"{getattr(loaded, key)}: load this judge on its own"
-            )
+    if (key := other_base(settings, loaded)) is not None:
+        raise ValueError(
+            f"{folder} needs model.{key}={getattr(settings, key)}, but the base was loaded with "
+            f"{getattr(loaded, key)}: load this judge on its own"
+        )
     if (folder / HEAD_FILE).is_file():
         head = deepcopy(_plain_head(model))
         load_head(head, folder / HEAD_FILE)
@@ -71,6 +70,11 @@ def add_trained(model: PreTrainedModel, folder: Path, settings: ModelSettings, n
         fuse_lora(backbone(model))
     activate(model, judges.active)
     return model.eval()
+
+
+def other_base(settings: ModelSettings, loaded: ModelSettings) -> str | None:
+    """The first setting because of which a judge cannot use a base that was loaded with `loaded`; None if it can."""
+    return next((key for key in SHARED if getattr(settings, key) != getattr(loaded, key)), None)
 
 
 def activate(model: PreTrainedModel, name: str) -> None:
@@ -117,6 +121,11 @@ def unload(model: PreTrainedModel, name: str) -> PreTrainedModel:
         model = model.unload()
     activate(model, judges.active)
     return model
+
+
+def active_judge(model: PreTrainedModel) -> str:
+    """The name of the judge whose logits a model computes."""
+    return _judges(model).active
 
 
 def judge_names(model: PreTrainedModel) -> list[str]:

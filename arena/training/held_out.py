@@ -65,7 +65,7 @@ class HeldOut:
         data = self.data
         return Evaluation(
             data.task, data.store, data.eval_rows, orders=orders, packing=self.recipe.packing, prefixes=self.prefixes,
-            has_input=data.has_input, prior=data.prior, ids=data.ids,
+            has_input=data.has_input, ids=data.ids,
         )  # fmt: skip
 
     def _predict(
@@ -75,5 +75,6 @@ class HeldOut:
         if self.identity is not None:
             logits_cache = LogitsCache(self.cache, {**self.identity, "weights": weights}, device_name(self.device))
         return evaluation.probabilities(
-            classifier, dtype=self.recipe.model.dtype, title=title, logits_cache=logits_cache, stop=stop
-        )
+            classifier, dtype=self.recipe.model.dtype, prior=self.data.prior, title=title, logits_cache=logits_cache,
+            stop=stop,
+        )  # fmt: skip

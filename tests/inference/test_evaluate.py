@@ -214,15 +214,15 @@ def test_rows_without_input_get_the_prior_and_are_not_computed(gemma2: Path, sto
     model.register_forward_hook(lambda module, args, output: seen.extend(args[0].index.tolist()))
     rows, has_input = np.array([5, 4, 2]), np.arange(17) != 4
     options: dict[str, Any] = {"orders": [0], "packing": PackingSettings(budget=512)}
-    known = Evaluation(PREFERENCE, store, rows, **options, has_input=has_input, prior=prior)
-    found = known.probabilities(model, dtype="float32")
+    known = Evaluation(PREFERENCE, store, rows, **options, has_input=has_input)
+    found = known.probabilities(model, dtype="float32", prior=prior)
     assert sorted(seen) == [4, 10] and found[1].tolist() == prior.tolist()
     plain = predict(model, store, rows, budget=512, orders=[0], dtype="float32")
     np.testing.assert_allclose(found[[0, 2]], plain[[0, 2]], atol=1e-6)
-    nothing = Evaluation(PREFERENCE, store, np.array([4]), **options, has_input=has_input, prior=prior)
-    assert nothing.probabilities(model, dtype="float32").tolist() == [prior.tolist()]
+    nothing = Evaluation(PREFERENCE, store, np.array([4]), **options, has_input=has_input)
+    assert nothing.probabilities(model, dtype="float32", prior=prior).tolist() == [prior.tolist()]
     with pytest.raises(AssertionError, match="need a prior"):
-        Evaluation(PREFERENCE, store, rows, **options, has_input=has_input)
+        known.probabilities(model, dtype="float32")
 
 
 def test_numbers_that_are_not_finite_are_not_kept(judging: Bench) -> None:

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from arena import cli
 from arena.config import FORMER_POLICIES, Recipe
+from arena.inference import evaluate
 from arena.inference.card import JudgeCard, as_json, read_card, save_judge
 from arena.inference.export import export_judge
+from arena.inference.infer import average
 from arena.inference.judge import Judge
+from arena.model import tuning
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.safety import WEIGHTS
@@ -179,3 +182,29 @@ def test_settings_that_would_be_ignored_are_refused(
     with pytest.raises(SystemExit):
         arena(monkeypatch, "export", "model.dtype=float32", "--out", "x")
     assert "model.dtype does not apply to a trained judge: only model.base can be set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kinds", [("lora", "lora", "lora"), ("lora", "head", "lora")])
+def test_judges_on_one_base_load_it_once_and_plan_once(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...]
+) -> None:
+    """To the bit what each gives on its own; a judge with all weights trained in between is loaded by itself."""
+    options = "model.quantization=none", "prompt.max_length=128"
+    recipes = [tiny_recipe(tmp_path, base, *options, f"model.tune={kind}") for kind in kinds]
+    folders = [saved(tmp_path / f"fold{at}", recipe, seed=at) for at, recipe in enumerate(recipes)]
+    cards = [read_card(folder) for folder in folders]
+    alone = [Judge(folder) for folder in folders]
+    rows = alone[0].read([tmp_path / "rows/test.csv"])
+    expected = [judge.probabilities(rows) for judge in alone]
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    loaded, planned = [], []
+    monkeypatch.setattr(tuning, "load_base", lambda *given, real=tuning.load_base: loaded.append(1) or real(*given))
+    plan = evaluate.plan_evaluation
+    monkeypatch.setattr(evaluate, "plan_evaluation", lambda *given, **more: planned.append(1) or plan(*given, **more))
+    assert np.array_equal(average(cards, rows), np.sum(expected, axis=0) / 3)
+    assert (len(loaded), len(planned)) == (1, 1)
+    whole = saved(tmp_path / "fold9", tiny_recipe(tmp_path, base, *options, "model.tune=full"), seed=5)
+    between = Judge(whole).probabilities(rows)
+    loaded.clear()
+    found = average([cards[0], read_card(whole), cards[2]], rows)
+    assert np.array_equal(found, (expected[0] + between + expected[2]) / 3) and len(loaded) == 3

@@ -14,6 +14,7 @@ from arena.config import ModelSettings
 from arena.model.adapters import activate, add_trained, judge_names, unload
 from arena.model.classifier import PackedClassifier
 from arena.model.tuning import load_trained, save_model
+from arena.tasks.preference import CLASSES
 from tests.helpers import classifier, exact, make_base, pack
 
 BATCH = pack([40, 1, 9, 33])
@@ -45,9 +46,9 @@ def test_each_judge_computes_what_it_computes_alone(
     first: str, quantization: str, fuse: Any, gemma2: Path, tmp_path: Path
 ) -> None:
     judges = {kind: trained(tmp_path, gemma2, kind, quantization=quantization, fuse=fuse) for kind in KINDS}
-    alone = {kind: logits(load_trained(*judge)) for kind, judge in judges.items()}
+    alone = {kind: logits(load_trained(*judge, CLASSES)) for kind, judge in judges.items()}
     names = {"default": first, **{f"fold {kind}": kind for kind in KINDS if kind != first}}
-    model = load_trained(*judges[first])
+    model = load_trained(*judges[first], CLASSES)
     for name, kind in names.items():
         if name != "default":
             model = add_trained(model, *judges[kind], name)
@@ -61,7 +62,7 @@ def test_each_judge_computes_what_it_computes_alone(
 
 @pytest.mark.parametrize("kind", ["narrow", "head"])
 def test_an_unloaded_judge_takes_no_memory(kind: str, gemma2: Path, tmp_path: Path) -> None:
-    model = load_trained(*trained(tmp_path, gemma2, "lora"))
+    model = load_trained(*trained(tmp_path, gemma2, "lora"), CLASSES)
     right, size = logits(model), sum(each.numel() for each in model.parameters())
     judge = trained(tmp_path, gemma2, kind)
     for _ in range(2):
@@ -77,8 +78,8 @@ def test_an_unloaded_judge_takes_no_memory(kind: str, gemma2: Path, tmp_path: Pa
 
 def test_the_first_of_several_can_be_unloaded(gemma2: Path, tmp_path: Path) -> None:
     judges = [trained(tmp_path, gemma2, kind) for kind in ("lora", "head", "narrow")]
-    right = logits(load_trained(*judges[1]))
-    model = add_trained(load_trained(*judges[0]), *judges[1], "fold1")
+    right = logits(load_trained(*judges[1], CLASSES))
+    model = add_trained(load_trained(*judges[0], CLASSES), *judges[1], "fold1")
     activate(model, "fold1")
     model = unload(model, "default")
     assert not isinstance(model, PeftModel) and torch.equal(logits(model), right)
@@ -87,16 +88,16 @@ def test_the_first_of_several_can_be_unloaded(gemma2: Path, tmp_path: Path) -> N
     model = unload(model, "fold2")  # peft's active adapter, though the head is
     assert torch.equal(logits(model), right)
     activate(model, "fold3")
-    assert torch.equal(logits(model), logits(load_trained(*judges[2])))
+    assert torch.equal(logits(model), logits(load_trained(*judges[2], CLASSES)))
 
 
 def test_a_head_alone_needs_no_adapters(gemma2: Path, tmp_path: Path) -> None:
-    model = load_trained(*trained(tmp_path, gemma2, "head"))
+    model = load_trained(*trained(tmp_path, gemma2, "head"), CLASSES)
     assert not isinstance(add_trained(model, *trained(tmp_path, gemma2, "other head"), "fold1"), PeftModel)
 
 
 def test_what_cannot_share_a_base_is_refused(gemma2: Path, tmp_path: Path) -> None:
-    model = load_trained(*trained(tmp_path, gemma2, "lora"))
+    model = load_trained(*trained(tmp_path, gemma2, "lora"), CLASSES)
     judge, settings = trained(tmp_path, gemma2, "narrow")
     whole = exact(gemma2, tune="full")
     save_model(classifier(whole).model, tmp_path / "whole")

@@ -13,6 +13,7 @@ from arena.model.backbone import backbone, load_base
 from arena.model.families import FAMILIES, UNKNOWN
 from arena.model.last_layer import takes_last_token
 from arena.model.memory.fused import PARTS
+from arena.tasks.preference import CLASSES
 from tests import helpers
 from tests.helpers import CONFIGS, classifier, exact, make_base, pack
 from tests.model.test_classifier import logits_and_gradients, relative
@@ -40,7 +41,7 @@ def test_every_family_in_the_table_is_tested() -> None:
 
 def test_a_family_that_is_not_in_the_table_runs_without_the_extras(helium: Path) -> None:
     assert fused_against_plain(helium) <= 1e-5
-    assert not takes_last_token(backbone(load_base(exact(helium))))
+    assert not takes_last_token(backbone(load_base(exact(helium), CLASSES)))
 
 
 def test_a_wrong_entry_in_the_table_fails_the_comparison(helium: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,7 @@ def test_a_wrong_entry_in_the_table_fails_the_comparison(helium: Path, monkeypat
 def test_training_says_what_an_unknown_family_does_without(
     helium: Path, gemma2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    load_base(exact(helium), announce=True)
+    load_base(exact(helium), CLASSES, announce=True)
     assert "helium is not in this package's table of families" in " ".join(capsys.readouterr().out.split())
-    load_base(exact(gemma2), announce=True)
+    load_base(exact(gemma2), CLASSES, announce=True)
     assert "table" not in capsys.readouterr().out

@@ -18,6 +18,7 @@ from arena.model.classifier import PackedClassifier
 from arena.model.memory import kernels
 from arena.model.memory.fused import PARTS
 from arena.model.memory.kernels import gated, rms_norm, rotary
+from arena.tasks.preference import CLASSES
 from tests.helpers import CONFIGS, classifier, exact, make_base, pack
 from tests.model.test_classifier import logits_and_gradients, relative
 
@@ -122,7 +123,7 @@ def test_other_models_and_transformers_are_left_as_they_were(
 ) -> None:
     """Only the model at hand, and a copy of it, calls the fused rotary embedding."""
     base, batch, calls = make_base(tmp_path, family), pack(LENGTHS), []
-    plain = PackedClassifier(load_base(exact(base))).eval()
+    plain = PackedClassifier(load_base(exact(base), CLASSES)).eval()
     attention = type(backbone(plain.model).layers[0].self_attn)
     modeling = sys.modules[attention.__module__]
     before, forward = dict(vars(modeling)), attention.forward
