@@ -14,7 +14,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from arena import __version__
-from arena.arguments import settings_first
+from arena.command_line import settings_first
 from arena.config import Recipe, load_recipe, recipe_names, run_place
 from arena.overrides import judge_settings, refuse_both
 from arena.progress import console, escape_unprintable, guard_output, optional, quiet

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from arena.overrides import apply_override, explain
-from arena.plain_yaml import read_yaml_file
+from arena.overrides import apply_override, explain, read_yaml_file
 from arena.storage.files import local_path, require_utf8
 
 Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # a path, or a name on a hub

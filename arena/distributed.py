@@ -15,7 +15,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 
-from arena.hints import command
+from arena.command_line import command
 from arena.progress import console
 
 # The name that torch 2.8 reads, and the new name, without which newer versions print a warning.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from arena.config import change
 from arena.model.backbone import REPACKS
 from arena.progress import progress
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from arena.training.step import accumulate
 from benchmarks.cells import Cell, Settings
 from benchmarks.models import CLASSIFIERS, HEAD, make_model

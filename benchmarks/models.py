@@ -25,7 +25,7 @@ from arena.model.safety import SAFE, SAFE_WEIGHTS
 from arena.model.tuning import adapt
 from arena.packing.loader import PackedLoader
 from arena.tasks.preference import CLASSES
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from arena.training.probe import choose_policies
 from benchmarks.cells import Cell
 from benchmarks.flops import Shapes, linear_shapes

@@ -19,8 +19,7 @@ from arena.packing.batch import collate
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, find_prefixes
-from arena.training.optim import make_optimizer, trainable
-from arena.training.scaling import LossScaling
+from arena.training.optimizer import LossScaling, make_optimizer, trainable
 from arena.training.step import accumulate
 from benchmarks.cells import Cell, Settings
 from benchmarks.timing import finish

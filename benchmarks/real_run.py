@@ -19,7 +19,7 @@ from arena.distributed import device_name, is_out_of_memory
 from arena.model.attention.varlen import used_backends
 from arena.model.card import Kind, card_of, with_dtype
 from arena.model.memory.estimate import fit
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from benchmarks import plan
 from benchmarks.ceiling import measure_ceiling
 from benchmarks.cells import Cell, Settings

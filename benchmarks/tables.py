@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from arena.reporting.figure import new_figure
+from arena.reporting.report import new_figure
 from arena.storage.files import atomic_write
 
 Rows = list[list[str]]

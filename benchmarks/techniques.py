@@ -24,7 +24,7 @@ from arena.model.backbone import load_tokenizer
 from arena.packing.tree import prefixes_for
 from arena.storage.files import fingerprint, write_json
 from arena.tasks import task_of
-from arena.training.order import plan_fold
+from arena.training.batches import plan_fold
 from arena.training.run import run_fold
 from benchmarks.parts import Parts, Result, failed
 from benchmarks.timing import reset_peak

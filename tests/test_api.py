@@ -16,7 +16,7 @@ from arena.data.prepare import prepare_fold
 from arena.model.backbone import load_tokenizer
 from arena.packing.loader import PackedLoader
 from arena.tasks import task_of
-from arena.training.order import plan_fold
+from arena.training.batches import plan_fold
 from tests.helpers import tiny_recipe
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from arena.config import Recipe, load_recipe
-from arena.plain_yaml import read_yaml, read_yaml_file
+from arena.overrides import read_yaml, read_yaml_file
 
 PIECES = [
     "a", "7", ":", "- ", "\n", "  ", "[", "]", "{", "}", ", ", "&a ", "*a", "!!int ", "!!python/name:os.system ",

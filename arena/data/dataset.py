@@ -6,6 +6,7 @@ import errno
 import json
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -17,13 +18,38 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
-from arena.data.cached import reading_cached
 from arena.data.cells import FieldError, Labels, excerpt, read_id
 from arena.data.limits import Limits, characters
 from arena.data.rows import READERS, ROWS_AT_ONCE, Cells, Row, read_rows, required
 from arena.data.task import Task
 from arena.progress import progress
 from arena.storage.files import atomic_write, file_digest, fingerprint
+
+END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream; a stream cut between two batches lacks only this
+
+
+@contextmanager
+def reading_cached(path: Path) -> Iterator[None]:
+    """Wraps the reading of a cached file.
+
+    Raises:
+        ValueError: the file is damaged; the message names it and says how to recreate it.
+    """
+    try:
+        if path.suffix == ".arrow" and not _is_whole(path):
+            raise ValueError("its end is missing")
+        yield
+    except (ValueError, KeyError, OSError, TypeError, pa.ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason}): delete it, and it is created again") from error
+
+
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - len(END)))
+        return file.read() == END
+
 
 FORMAT = 3  # part of the cached file's name: increase it when the same files would be read differently
 CHARACTERS_AT_ONCE = 2**24  # a chunk has fewer rows once they have this many characters

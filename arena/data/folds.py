@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
 
-from arena.data.cached import reading_cached
 from arena.data.cells import excerpt
-from arena.data.dataset import Rows
+from arena.data.dataset import Rows, reading_cached
 from arena.storage.files import atomic_write, fingerprint
 
 FORMAT = 2  # part of the cached file's name: increase it when keys or folds would be different

@@ -13,10 +13,9 @@ from cachetools import LRUCache
 
 from arena.background import ahead
 from arena.config import PromptSettings
-from arena.data.cached import reading_cached
-from arena.data.control_tokens import control_ids
-from arena.data.dataset import Rows
+from arena.data.dataset import Rows, reading_cached
 from arena.data.task import Encoded, Encoder
+from arena.data.text_encoder import control_ids
 from arena.progress import progress
 from arena.storage.files import atomic_write, fingerprint
 

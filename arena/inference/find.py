@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from arena.command_line import command
 from arena.config import load_recipe, recipe_names
-from arena.hints import command
 from arena.progress import console
 from arena.storage.files import local_path
 

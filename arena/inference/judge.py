@@ -21,10 +21,10 @@ from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
 from arena.model.adapters import activate, active_judge, add_trained, other_base, unload
 from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
+from arena.model.base_files import check_ids
 from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier
 from arena.model.exactness import check_exact
-from arena.model.input_limits import check_ids
 from arena.model.tuning import is_whole, load_trained
 from arena.packing.tree import prefixes_for
 from arena.stopping import stopping

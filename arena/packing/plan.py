@@ -14,8 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from arena.packing.bins import best_fit, longest_first
-from arena.packing.sharers import Items, sharing_items, single_items
+from arena.packing.bins import Items, best_fit, longest_first, sharing_items, single_items
 from arena.packing.tree import Prefixes, Tree, grow_tree
 from arena.storage.files import fingerprint
 

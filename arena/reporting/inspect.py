@@ -19,9 +19,9 @@ from arena.packing.loader import PackedLoader
 from arena.packing.plan import PackPlan, plan_evaluation
 from arena.packing.tree import prefixes_for
 from arena.progress import console
-from arena.reporting.figure import new_figure
+from arena.reporting.report import new_figure
 from arena.tasks import task_of
-from arena.training.order import plan_fold
+from arena.training.batches import plan_fold
 
 SHOWN = 20  # tokens decoded at either end of a segment
 

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from arena.command_line import command
 from arena.config import Recipe
-from arena.hints import command
 from arena.progress import console
 
 WIDTH = 80  # columns

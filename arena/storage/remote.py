@@ -19,7 +19,7 @@ from typing import Any
 
 import fsspec
 
-from arena.hints import command
+from arena.command_line import command
 from arena.progress import format_error
 from arena.storage.files import atomic_write, file_digest
 from arena.storage.manifest import LARGEST, NAME, damage, read_manifest

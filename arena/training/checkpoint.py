@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from arena.storage.files import atomic_write
 from arena.storage.manifest import damage, read_manifest, write_manifest
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 
 TENSOR = "@tensor"  # the key in JSON that refers to a tensor in the safetensors file beside it
 

@@ -1,12 +1,22 @@
-"""`log.jsonl`: one line for each step and each evaluation, cut back to the checkpoint from which a run resumes."""
+"""The log of a run, `log.jsonl`, and experiment trackers, which get the same lines.
+
+The log has one line for each step and each evaluation, and is cut back to the checkpoint from which a run resumes. A
+tracker that cannot start is an error; one that fails later is only a warning.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
+from arena.config import Recipe, save_recipe
+from arena.progress import console, format_error, optional
 from arena.storage.files import write_text
 
 EVALUATION = "eval_log_loss"  # the key that distinguishes an evaluation's line from a step's
@@ -46,3 +56,45 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def start_tracking(accelerator: Accelerator, recipe: Recipe, fold: int) -> None:
+    """Starts a run of the tracker that `train.track` names.
+
+    Raises:
+        ValueError: it cannot start, for example because there is no key.
+    """
+    if recipe.train.track == "none":
+        return
+    try:
+        accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
+    except Exception as error:  # whatever the library raises
+        accelerator.trackers.clear()
+        raise ValueError(
+            f"train.track={recipe.train.track} cannot start ({format_error(error)}): log in as its documentation "
+            "describes, or train without a tracker (train.track=none)"
+        ) from error
+
+
+def track(accelerator: Accelerator, facts: dict[str, Any]) -> None:
+    """Sends a line of the log to the tracker; one that fails is not used again."""
+    try:
+        tracked = {key: value for key, value in facts.items() if key != "step" and value is not None}
+        accelerator.log(tracked, step=facts["step"])
+    except Exception as error:
+        accelerator.trackers.clear()
+        console.print(
+            f"warning: the tracker failed ({format_error(error)}); training continues without it", style="yellow"
+        )
+
+
+@contextmanager
+def tracking(accelerator: Accelerator) -> Iterator[None]:
+    """Ends the tracker's run after the block, which should save everything first: a tracker may wait for a network."""
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            with optional("ending the tracker's run"):
+                tracker.finish()
+        accelerator.trackers.clear()

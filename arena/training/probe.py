@@ -35,7 +35,7 @@ from arena.model.memory.estimate import (
 from arena.model.memory.fused import set_policies
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 
 CANDIDATES = 2000  # micro-batches with the most tokens, among which the largest is sought
 MEASURED = 2  # layers that get a policy to measure what it adds

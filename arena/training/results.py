@@ -18,7 +18,7 @@ from arena.model.attention.varlen import used_backends
 from arena.packing.plan import PackPlan
 from arena.progress import optional
 from arena.storage.files import atomic_write
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from arena.training.trainer import Trained
 
 # what a judge's log-loss is compared with, besides the prior's

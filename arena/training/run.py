@@ -15,10 +15,9 @@ from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.distributed import device_name, start
 from arena.inference.card import JudgeCard, save_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
-from arena.model.base_files import base_digest
+from arena.model.base_files import base_digest, check_ids, check_length
 from arena.model.card import card_of, with_dtype
 from arena.model.exactness import check_exact
-from arena.model.input_limits import check_ids, check_length
 from arena.model.memory.estimate import fit
 from arena.model.tuning import adapt
 from arena.packing.tree import prefixes_for
@@ -28,10 +27,10 @@ from arena.storage.files import fingerprint, remove_scratch, write_json
 from arena.storage.lock import locked
 from arena.storage.mirror import Mirror
 from arena.tasks import task_of
-from arena.training.optim import trainable
+from arena.training.log import start_tracking, tracking
+from arena.training.optimizer import trainable
 from arena.training.results import REFERENCES, effort, references, scores, write_oof
 from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
-from arena.training.tracking import start_tracking, tracking
 from arena.training.trainer import Trainer
 
 FILES = ("recipe.yaml", "log.jsonl", "oof.csv", "metrics.json")  # of a finished run, besides its model

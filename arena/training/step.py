@@ -16,7 +16,7 @@ from arena.packing.plan import PackPlan
 from arena.stopping import Stop
 from arena.storage.files import write_json
 from arena.training.checkpoint import Done
-from arena.training.scaling import LossScaling
+from arena.training.optimizer import LossScaling
 
 IDS_SHOWN = 10  # in the message about a step that failed
 

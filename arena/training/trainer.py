@@ -26,6 +26,7 @@ from arena.progress import console, progress
 from arena.stopping import Stop, Stopped
 from arena.storage.manifest import damage, read_manifest
 from arena.storage.mirror import Mirror
+from arena.training.batches import plan_fold
 from arena.training.checkpoint import (
     Done,
     Random,
@@ -37,14 +38,11 @@ from arena.training.checkpoint import (
 )
 from arena.training.checkpoint_manager import CheckpointManager
 from arena.training.held_out import HeldOut
-from arena.training.log import LINE, RunLog
-from arena.training.optim import make_optimizer, make_schedule, trainable
-from arena.training.order import plan_fold
+from arena.training.log import LINE, RunLog, track
+from arena.training.optimizer import LossScaling, make_optimizer, make_schedule, trainable
 from arena.training.probe import choose_policies
 from arena.training.run_directory import RUN_FILES, require_same_run
-from arena.training.scaling import LossScaling
 from arena.training.step import accumulate, count_step, describe_failure, write_failure
-from arena.training.tracking import track
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def test_the_corpus_is_large_and_its_names_are_its_own(capsys: pytest.CaptureFix
 
 
 def test_control_tokens_never_come_out_of_text(judge: Judge, tmp_path: Path) -> None:
-    from arena.data.control_tokens import control_ids
+    from arena.data.text_encoder import control_ids
     from arena.tasks.preference import PromptEncoder
 
     encoder = PromptEncoder(judge.tokenizer, judge.recipe.prompt)
@@ -141,6 +141,7 @@ def test_a_damaged_cache_is_named(found: str, judge: Judge, tmp_path: Path, monk
     monkeypatch.setattr(judge, "recipe", change(judge.recipe, [f"data.cache={cache}"]))
 
     def run() -> Any:
+        monkeypatch.setattr(judge, "_planned", None)
         return judge.probabilities(read_dataset([path], cache, PREFERENCE, labels="required"))
 
     run()

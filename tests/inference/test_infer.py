@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from arena import cli
+from arena.inference import infer as writing
 from arena.inference import judge
-from arena.inference import submission as writing
 from arena.inference.card import JudgeCard, save_judge
 from arena.inference.logits import LogitsCache
 from arena.model.backbone import load_base, load_tokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from arena.inference.submission import check_submission, write_submission
+from arena.inference.infer import check_submission, write_submission
 
 COLUMNS = ["id", "winner_model_a", "winner_model_b", "winner_tie"]
 IDS = ["7", "007", "3"]

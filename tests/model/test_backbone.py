@@ -23,7 +23,7 @@ from arena.model.safety import WEIGHTS
 from arena.model.tuning import load_trained, save_model
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
 from arena.tasks.preference import CLASSES
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import classifier, exact, known_head, make_base, pack
 
 LENGTHS = [20, 3, 11]

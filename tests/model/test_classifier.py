@@ -21,7 +21,7 @@ from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.tuning import _lora
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import CONFIGS, WINDOW, classifier, exact, examples_of, make_base, pack, random_family
 
 LENGTHS = [4 * WINDOW, 1, WINDOW, WINDOW + 1, 3, WINDOW - 1, 2 * WINDOW + 5]

@@ -19,7 +19,7 @@ from arena.model.create import ARCHITECTURES, create_base
 from arena.model.last_layer import takes_last_token
 from arena.model.tuning import adapt
 from arena.tasks.preference import CLASSES
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import CONFIGS, exact, make_base, pack
 
 QUANTISED = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt, "none": nn.Linear}

@@ -28,7 +28,7 @@ from arena.model.memory.fused import PARTS, POLICIES, set_policies
 from arena.model.tuning import adapt
 from arena.tasks import task_of
 from arena.tasks.preference import CLASSES
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import classifier, exact, make_base, pack, tiny_recipe, trainer_for
 from tests.model.test_classifier import shared_batch, swap_pairs
 

@@ -24,8 +24,7 @@ from arena.data.tokens import tokenise
 from arena.inference.card import JudgeCard, save_judge
 from arena.inference.judge import Judge
 from arena.model.backbone import load_base, load_tokenizer
-from arena.model.base_files import base_digest
-from arena.model.input_limits import check_ids, check_length, positions
+from arena.model.base_files import base_digest, check_ids, check_length, positions
 from arena.model.tuning import adapt
 from arena.tasks.preference import CLASSES
 from arena.training.run import run_fold

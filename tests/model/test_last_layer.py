@@ -13,7 +13,7 @@ from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.last_layer import takes_last_token
 from arena.packing.batch import PackedBatch
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack
 from tests.model.test_classifier import relative, shared_batch, swap_pairs
 

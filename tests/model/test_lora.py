@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from arena.model import lora
 from arena.model.lora import fuse_lora, peft_is_known
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import classifier, exact, pack
 from tests.model.test_classifier import relative
 

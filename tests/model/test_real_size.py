@@ -22,7 +22,7 @@ from arena.model.create import ARCHITECTURES, create_base
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.tasks.preference import CLASSES
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import examples_of, pack
 from tests.memory import GIB, Watch, held
 

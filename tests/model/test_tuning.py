@@ -25,7 +25,7 @@ from arena.model.card import Card
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.tuning import adapt, load_trained, save_model
 from arena.tasks.preference import CLASSES
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import classifier, exact, pack, tiny_recipe
 
 LENGTHS = [20, 3, 11]

@@ -13,7 +13,7 @@ from arena.data.tokens import TokenStore, tokenise
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import epoch_order, plan_evaluation, plan_training
 from arena.packing.tree import find_prefixes
-from arena.training.order import training_order
+from arena.training.batches import training_order
 from tests.helpers import make_tokenizer, prompt_settings, rows_of
 
 

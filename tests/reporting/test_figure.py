@@ -12,7 +12,7 @@ import pytest
 
 DRAW = """
 import os, sys
-from arena.reporting.figure import new_figure
+from arena.reporting.report import new_figure
 figure, axes = new_figure(figsize=(2, 2))
 axes.plot([1, 2])
 figure.savefig(sys.argv[1])
@@ -40,4 +40,4 @@ def test_figures_are_made_in_one_place() -> None:
     importing = [
         path.name for path in modules if re.search(MAKES_FIGURES, path.read_text(encoding="utf-8"), re.MULTILINE)
     ]
-    assert importing == ["figure.py"]
+    assert importing == ["report.py"]

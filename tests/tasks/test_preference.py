@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from arena.data.control_tokens import control_ids
 from arena.data.task import Example
-from arena.data.text_encoder import CHAT_MARKERS, chat_family
+from arena.data.text_encoder import CHAT_MARKERS, chat_family, control_ids
 from arena.tasks.preference import PromptEncoder
 from tests.helpers import SHARED, make_tokenizer, needs_shared, prompt_settings
 

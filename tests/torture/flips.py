@@ -19,7 +19,7 @@ from arena.tasks import task_of
 from arena.tasks.preference import CLASSES
 from arena.training.checkpoint import load_checkpoint
 from arena.training.checkpoint_manager import CheckpointManager
-from arena.training.optim import make_optimizer, make_schedule, trainable
+from arena.training.optimizer import make_optimizer, make_schedule, trainable
 from tests.torture.ground import Found, Ground, checkpoints_of, differs, start
 from tests.torture.processes import ask
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import arena.demo.synthetic
 import arena.inference.export
+import arena.inference.infer
 import arena.inference.judge
-import arena.inference.submission
 import arena.model.classifier
 import arena.reporting.report
 import arena.training.run

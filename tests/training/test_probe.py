@@ -19,7 +19,7 @@ from arena.model.tuning import adapt
 from arena.tasks import task_of
 from arena.tasks.preference import CLASSES
 from arena.training import probe
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from arena.training.probe import search_policies
 from arena.training.trainer import Trainer
 from tests.helpers import tiny_recipe, trainer_for

@@ -18,12 +18,11 @@ from torch import nn
 from arena.config import save_recipe
 from arena.packing.batch import PackedBatch
 from arena.storage.manifest import read_manifest
-from arena.training import scaling as scaling_module
+from arena.training import optimizer as scaling_module
 from arena.training import step as step_module
 from arena.training import trainer as trainer_module
-from arena.training.optim import trainable
+from arena.training.optimizer import FIRST, LossScaling, trainable
 from arena.training.run import run_fold
-from arena.training.scaling import FIRST, LossScaling
 from tests.helpers import tiny_recipe
 from tests.training.test_trainer import CPU, StopError, free_port, log, log_lines, make, weights
 
@@ -211,8 +210,8 @@ def test_ranks_skip_alike(gemma2: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2, HALF, "model.quantization=none", "train.epochs=3")
     (tmp_path / "recipe.yaml").write_text(save_recipe(recipe), encoding="utf-8")
     code = (
-        "import sys; from pathlib import Path; from arena.training import scaling, run; from arena.config import "
-        "load_recipe; scaling.FIRST = 2.0**24; run.run_fold(load_recipe(sys.argv[1]), 0, Path(sys.argv[2]))"
+        "import sys; from pathlib import Path; from arena.training import optimizer, run; from arena.config import "
+        "load_recipe; optimizer.FIRST = 2.0**24; run.run_fold(load_recipe(sys.argv[1]), 0, Path(sys.argv[2]))"
     )
     (tmp_path / "train.py").write_text(code, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd())}

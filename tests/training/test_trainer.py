@@ -28,9 +28,9 @@ from arena.tasks import task_of
 from arena.tasks.preference import CLASSES
 from arena.training import held_out as held_out_module
 from arena.training import step as step_module
+from arena.training.batches import plan_fold, training_order
 from arena.training.checkpoint import load_weights
-from arena.training.optim import trainable
-from arena.training.order import plan_fold, training_order
+from arena.training.optimizer import trainable
 from arena.training.run import run_fold
 from arena.training.step import accumulate
 from arena.training.trainer import Trainer

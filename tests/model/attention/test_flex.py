@@ -34,7 +34,7 @@ from arena.model.attention.trial import cannot_compile
 from arena.model.attention.varlen import used_backends, varlen_attention
 from arena.model.card import Card
 from arena.model.classifier import loss_sum
-from arena.training.optim import trainable
+from arena.training.optimizer import trainable
 from tests.helpers import classifier, pack
 from tests.helpers import exact as exact_settings
 from tests.model.attention.test_blockwise import attend, distance, random_qkv, with_gradients

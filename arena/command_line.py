@@ -1,10 +1,27 @@
-"""The order of command-line arguments: settings may come before or after flags."""
+"""Command lines: the arguments that were typed, and commands in messages that work when they are typed."""
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
+
+
+def command(program: str, *words: str) -> str:
+    """A command line of a program that is installed beside this interpreter: `arena`, `pip` or `hf`.
+
+    The program is called by its path if the shell would not find it or would find another one, as in a virtual
+    environment that is not active.
+    """
+    here = Path(sys.executable).with_name(program)
+    found = shutil.which(program)
+    if here.is_file() and not (found and here.samefile(found)):
+        program = str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)
+    return shlex.join([program, *words])
 
 
 def settings_first(command: Any, words: Sequence[str]) -> list[str]:

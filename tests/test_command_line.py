@@ -17,8 +17,8 @@ import pytest
 import tyro
 
 from arena.cli import COMMANDS
+from arena.command_line import command
 from arena.config import RECIPES, Recipe, load_recipe
-from arena.hints import command
 from arena.inference.find import find_models
 from arena.overrides import _group
 from benchmarks.__main__ import COMMANDS as MEASURING
