@@ -2,6 +2,9 @@
 
 The run's place holds `checkpoints/step-<n>` and `checkpoints/evaluation-<n>` as on the machine, `files-<n>` with the
 run's small files at that step, and, once the run is finished, `model` and `files`. Each is a folder with a manifest.
+
+Nothing is retried after a pause, because the stores' clients do that. What could not be uploaded is tried once more
+with the next checkpoint, unless that takes its place, and at the end of the run.
 """
 
 from __future__ import annotations
@@ -10,20 +13,28 @@ import math
 import os
 import re
 import shutil
-import time
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from arena.progress import console, format_error
 from arena.storage.manifest import NAME, damage, write_manifest
 from arena.storage.remote import PermanentError, Store
-from arena.storage.sender import Job, Sender
 
 CHECKPOINTS, STEP, EVALUATION, FILES = "checkpoints", "step-", "evaluation-", "files-"
 SMALL = 2**24  # bytes; smaller files are copied, because a log grows; larger files are never changed in place
-FETCH_PAUSES = (1.0, 3.0)  # seconds before a folder that could not be fetched is tried again
+
+
+@dataclass
+class Upload:
+    """A staged folder, its name in the store, and its step, which is infinity for a finished run's files."""
+
+    name: str
+    number: float
+    staged: Path
 
 
 class Mirror:
@@ -38,7 +49,6 @@ class Mirror:
         fresh: this run does not resume from what is at the place, which is removed once its first checkpoint arrives.
         patience: seconds that the store is given to answer the first check.
         report: is called with each message.
-        pauses: seconds before a failed upload is retried: the first time, and at most.
 
     Raises:
         ValueError: the address, its package, key or permission is wrong. An unreachable store is only a warning.
@@ -46,23 +56,27 @@ class Mirror:
 
     def __init__(
         self, url: str, place: str, staging: Path, *, fresh: bool = False, patience: float = 10.0,
-        report: Callable[[str], None] = console.print, pauses: tuple[float, float] = (1.0, 60.0),
+        report: Callable[[str], None] = console.print,
     ) -> None:  # fmt: skip
         self.store, self.staging, self.fresh, self.report = Store(url, place), staging, fresh, report
-        self.sender = Sender(url, report, *pauses)
         self.numbers = count()
-        self.prune_failed = False  # whether this was reported already
+        self.checkpoints = Path()  # the run's, as last pushed
+        self.best = -1  # the step whose uploads are never dropped for later ones
+        self.waiting: dict[str, Upload] = {}
+        self.busy: Upload | None = None
+        self.lock, self.wanted = threading.Lock(), threading.Event()
+        self.closing = self.ended = self.prune_failed = False
+        self.thread = threading.Thread(target=self._run, daemon=True, name="mirror")
         shutil.rmtree(staging, ignore_errors=True)
-        why = self.store.check(patience)
-        if why is not None:
-            self.sender.failing = why
-            report(f"mirror: {url} does not answer ({why}); training continues, and uploads are retried")
+        self.failing = self.store.check(patience)  # the reason, while the store fails, which is reported once
+        if self.failing is not None:
+            report(f"mirror: {url} does not answer ({self.failing}); training continues, and uploads are tried")
 
     def push(self, folder: Path, *, best: bool = False, files: Sequence[Path] = ()) -> None:
         """Queues a complete checkpoint (`step-<n>` or `evaluation-<n>`) for upload and returns at once.
 
-        It replaces earlier checkpoints that are still waiting, except the best. Pushing the same checkpoint again does
-        nothing. `folder` may be removed afterwards, because its files are linked into the staging folder.
+        It replaces earlier checkpoints that are still waiting, except the best. `folder` may be removed afterwards,
+        because its files are copied or linked into the staging folder.
 
         Args:
             best: this checkpoint is the best so far, in place of the previous best.
@@ -71,68 +85,107 @@ class Mirror:
         number = _number(folder.name)
         assert number is not None, f"{folder.name} is not the name of a checkpoint"
         if best:
-            self.sender.protect(number)
-        name = f"{CHECKPOINTS}/{folder.name}"
-        if name in self.sender.done or self.sender.pending(name):
-            return
+            self.best = number
         if files:
-            self._submit(f"{FILES}{number:08d}", files, number)
-        staged = self._new_staging_folder()
-        source = staged if _link_folder(folder, staged) else folder
-
-        def work() -> None:
-            self.store.put(source, name)
-            if folder.name.startswith(STEP):
-                self._prune(folder.parent, number)
-
-        self.sender.submit(Job(name, number, work, lambda: shutil.rmtree(staged, ignore_errors=True)))
+            self._queue(_name(FILES, number), files, number)
+        self.checkpoints = folder.parent
+        self._queue(f"{CHECKPOINTS}/{folder.name}", [folder], number)
 
     def push_files(self, name: str, paths: Sequence[Path]) -> None:
         """Queues files and folders, or the content of one folder, in their present state, for upload as `name`.
 
         Returns once files below 16 MiB are copied. If a file is missing, that is reported and nothing is uploaded.
         """
-        self._submit(name, paths, math.inf)
+        self._queue(name, paths, math.inf)
 
-    def _submit(self, name: str, paths: Sequence[Path], number: float) -> None:
-        staged = self._new_staging_folder()
+    def close(self, patience: float) -> list[str]:
+        """Waits up to `patience` seconds for the remaining uploads; reports and returns the names of those missing."""
+        self.closing = True
+        self.wanted.set()
+        if self.thread.is_alive():
+            self.thread.join(patience)
+        with self.lock:
+            self.ended = True
+            names = ([self.busy.name] if self.busy else []) + list(self.waiting)
+        if names:
+            why = f" ({self.failing})" if self.failing else ""
+            self.report(f"mirror: {', '.join(names)} did not arrive at {self.store.url}{why}")
+        else:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        return names
+
+    def _queue(self, name: str, paths: Sequence[Path], number: float) -> None:
+        assert not self.closing, "nothing may be pushed after close()"
+        upload = Upload(name, number, self._new_staging_folder())
         try:
-            self.staging.mkdir(parents=True, exist_ok=True)
-            if len(paths) == 1 and paths[0].is_dir():
-                _link_or_copy(paths[0], staged)
-            else:
-                staged.mkdir()
-                for path in paths:
-                    _link_or_copy(path, staged / path.name)
+            upload.staged.mkdir(parents=True)
+            alone = len(paths) == 1 and paths[0].is_dir()
+            for path in paths[0].iterdir() if alone else paths:
+                _link_or_copy(path, upload.staged / path.name)
         except OSError as error:
-            shutil.rmtree(staged, ignore_errors=True)
+            shutil.rmtree(upload.staged, ignore_errors=True)
             self.report(f"mirror: {name} is not uploaded: {format_error(error)}")
             return
+        with self.lock:
+            for each in [each for each in self.waiting.values() if self._is_superseded(each, upload)]:
+                shutil.rmtree(self.waiting.pop(each.name).staged, ignore_errors=True)
+            self.waiting[name] = upload
+        if self.thread.ident is None:
+            self.thread.start()
+        self.wanted.set()
 
-        def work() -> None:
-            if not (staged / NAME).is_file():
-                write_manifest(staged, {})
-            self.store.put(staged, name)
-
-        self.sender.submit(Job(name, number, work, lambda: shutil.rmtree(staged, ignore_errors=True)))
+    def _is_superseded(self, upload: Upload, by: Upload) -> bool:
+        return upload.name == by.name or (upload.number < by.number < math.inf and upload.number != self.best)
 
     def _new_staging_folder(self) -> Path:
         return self.staging / str(next(self.numbers))
 
-    def close(self, patience_seconds: float) -> list[str]:
-        """Waits a bounded time for the remaining uploads; reports and returns the names of those still missing."""
-        left = self.sender.close(patience_seconds)
-        if not left:
-            shutil.rmtree(self.staging, ignore_errors=True)
-        return left
+    def _run(self) -> None:
+        """Tries all that is waiting, each time that something is pushed, and for the last time at the end."""
+        last = False
+        while not last:
+            self.wanted.wait()
+            self.wanted.clear()
+            last = self.closing
+            for name in list(self.waiting):
+                with self.lock:
+                    self.busy = None if self.ended else self.waiting.pop(name, None)
+                if self.busy is not None:
+                    self._send(self.busy)
 
-    def _prune(self, local: Path, number: int) -> None:
+    def _send(self, upload: Upload) -> None:
+        failed = False
+        try:
+            if not (upload.staged / NAME).is_file():
+                write_manifest(upload.staged, {})
+            self.store.put(upload.staged, upload.name)
+        except PermanentError as error:
+            self.report(f"mirror: {upload.name} is not uploaded: {error}")
+        except Exception as error:  # whatever a store raises must not end the thread
+            failed, why = True, format_error(error)
+            if self.failing is None:
+                self.report(f"mirror: {self.store.url} fails ({why}); training continues, and uploads are tried again")
+            self.failing = why
+        else:
+            if self.failing is not None:
+                self.report(f"mirror: {self.store.url} works again")
+            self.failing = None
+            if upload.name.startswith(f"{CHECKPOINTS}/{STEP}"):
+                self._prune(int(upload.number))
+        with self.lock:
+            self.busy = None
+            if failed and not any(self._is_superseded(upload, each) for each in self.waiting.values()):
+                self.waiting[upload.name] = upload
+            else:
+                shutil.rmtree(upload.staged, ignore_errors=True)
+
+    def _prune(self, number: int) -> None:
         """Removes what the store still has and this machine does not, once the checkpoint of step `number` has arrived.
 
         The best checkpoint is never removed. Neither are later steps, because this run may have started while the store
         was unreachable; only a fresh run removes them.
         """
-        here = {each for path in local.glob(f"{STEP}*") if (each := _number(path.name)) is not None}
+        here = {each for path in self.checkpoints.glob(f"{STEP}*") if (each := _number(path.name)) is not None}
         if number not in here:
             return  # removed here too, maybe with the whole folder, which then does not tell what to keep
         try:
@@ -140,19 +193,14 @@ class Mirror:
             if not self.fresh:
                 old = {each for each in old if each < number}
                 old -= set(self._by_loss()[:1] if old else [])
-            self._remove(old)
+            for each in old:  # the checkpoint first: without it the others are ignored
+                for start in (STEP, EVALUATION, FILES):
+                    self.store.remove(_name(start, each))
             self.fresh = False
         except Exception as error:  # a store that does not permit removal still accepts uploads
             if not self.prune_failed:
                 self.report(f"mirror: old checkpoints cannot be removed from {self.store.url}: {format_error(error)}")
             self.prune_failed = True
-
-    def _remove(self, numbers: set[int]) -> None:
-        """Removes all folders of these steps, the checkpoint first: without it the others are ignored."""
-        for folder, start in ((CHECKPOINTS, STEP), (CHECKPOINTS, EVALUATION), ("", FILES)):
-            for name in self.store.names(folder):
-                if name.startswith(start) and _number(name) in numbers:
-                    self.store.remove(f"{folder}/{name}".lstrip("/"))
 
     def _numbers(self, start: str) -> set[int]:
         names = self.store.names("" if start == FILES else CHECKPOINTS)
@@ -163,22 +211,12 @@ class Mirror:
         losses = {}
         for number in self._numbers(STEP) & self._numbers(EVALUATION):
             try:
-                loss = self.store.manifest(f"{CHECKPOINTS}/{EVALUATION}{number:08d}")["log_loss"]
-                self.store.manifest(f"{CHECKPOINTS}/{STEP}{number:08d}")
+                loss = self.store.manifest(_name(EVALUATION, number))["log_loss"]
+                self.store.manifest(_name(STEP, number))
                 losses[number] = float(loss)
             except (PermanentError, KeyError, TypeError, ValueError):
                 continue  # `pull` reports it
         return sorted((each for each in losses if math.isfinite(losses[each])), key=lambda each: (losses[each], each))
-
-    def newest(self) -> int | None:
-        """The step of the newest checkpoint in the store that has a manifest; `pull` verifies its files."""
-        for number in sorted(self._numbers(STEP), reverse=True):
-            try:
-                self.store.manifest(f"{CHECKPOINTS}/{STEP}{number:08d}")
-                return number
-            except PermanentError:
-                continue
-        return None
 
     def pull(self, run: Path) -> list[Path]:
         """Fetches the newest complete checkpoint, the best one, and the small files that `run` lacks.
@@ -193,7 +231,12 @@ class Mirror:
         found: dict[Path, None] = {}
         try:
             for numbers in (sorted(self._numbers(STEP), reverse=True), self._by_loss()):
-                found.update(dict.fromkeys(self._fetch_first(numbers, run)))
+                for number in numbers:
+                    if self._fetch(_name(STEP, number), run / _name(STEP, number)):
+                        found[run / _name(STEP, number)] = None
+                        if number in self._numbers(EVALUATION):
+                            self._fetch(_name(EVALUATION, number), run / _name(EVALUATION, number))
+                        break
             if found:
                 self._pull_files(run)
         except Exception as error:  # whatever the store raises
@@ -202,73 +245,37 @@ class Mirror:
             )
         return list(found)
 
-    def _fetch_first(self, numbers: Sequence[int], run: Path) -> list[Path]:
-        """The first of these steps that can be fetched complete, if any, along with its evaluation if there is one."""
-        judged = self._numbers(EVALUATION) if numbers else set()
-        for number in numbers:
-            name = f"{CHECKPOINTS}/{STEP}{number:08d}"
-            if self._ensure_fetched(name, run):
-                if number in judged:
-                    self._ensure_fetched(f"{CHECKPOINTS}/{EVALUATION}{number:08d}", run)
-                return [run / name]
-        return []
-
-    def _ensure_fetched(self, name: str, run: Path) -> bool:
-        """Fetches a folder, unless there is a complete copy here; False if that is not possible."""
-        if damage(run / name) is None:
+    def _fetch(self, name: str, target: Path) -> bool:
+        """Fetches a folder, unless there is a complete copy here; False, and a message, if that is not possible."""
+        if damage(target) is None:
             return True
         try:
-            self._fetch(name, run / name)
+            self.store.fetch(name, target)
         except PermanentError as error:
             self.report(f"mirror: passed over {error}")
             return False
         return True
 
-    def _fetch(self, name: str, target: Path) -> None:
-        for pause in (*FETCH_PAUSES, None):
-            try:
-                self.store.fetch(name, target)
-                return
-            except Exception as error:  # whatever the store raises
-                if pause is None or isinstance(error, PermanentError):
-                    raise
-            time.sleep(pause)
-
     def _pull_files(self, run: Path) -> None:
         """Fetches the newest complete `files-<n>`; files that exist in `run` are left as they are."""
-        for number in sorted(self._numbers(FILES), reverse=True):
-            draft = self._new_staging_folder()
-            try:
-                self._fetch(f"{FILES}{number:08d}", draft)
+        draft = self._new_staging_folder()
+        try:
+            if any(self._fetch(_name(FILES, each), draft) for each in sorted(self._numbers(FILES), reverse=True)):
                 for path in draft.iterdir():
                     if path.name != NAME and not (run / path.name).exists():
                         path.rename(run / path.name)
-                return
-            except PermanentError as error:
-                self.report(f"mirror: passed over {error}")
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _name(start: str, number: int) -> str:
+    folder = f"{start}{number:08d}"
+    return folder if start == FILES else f"{CHECKPOINTS}/{folder}"
 
 
 def _number(name: str) -> int | None:
     found = re.fullmatch(r"[a-z]+-([0-9]{8,12})", name)
     return int(found[1]) if found else None
-
-
-def _link_folder(folder: Path, target: Path) -> bool:
-    """Hard-links a folder's files, which never change once written, so that nothing is copied.
-
-    Returns False if the file system does not support hard links; the folder is then read in place.
-    """
-    try:
-        target.mkdir(parents=True)
-        for path in sorted(folder.rglob("*")):
-            place = target / path.relative_to(folder)
-            place.mkdir() if path.is_dir() else os.link(path, place)
-    except OSError:
-        shutil.rmtree(target, ignore_errors=True)
-        return False
-    return True
 
 
 def _link_or_copy(path: Path, target: Path) -> None:

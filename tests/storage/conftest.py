@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from arena.storage import mirror
 from tests.storage.faulty import Faulty
 
 
 @pytest.fixture(autouse=True)
-def working_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def working_store() -> Iterator[None]:
     Faulty.reset()
-    monkeypatch.setattr(mirror, "FETCH_PAUSES", (0.01, 0.01))
     yield
     Faulty.reset()

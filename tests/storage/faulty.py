@@ -120,7 +120,6 @@ class Messages(list[str]):
 
 def mirror(tmp_path: Path, url: str = URL, messages: Messages | None = None, **options: Any) -> Mirror:
     report: Callable[[str], None] = Messages().append if messages is None else messages.append
-    options = {"pauses": (0.01, 0.02), **options}
     return Mirror(url, PLACE, tmp_path / "staging", report=report, **options)
 
 

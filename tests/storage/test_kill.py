@@ -34,7 +34,7 @@ fsspec.register_implementation("file", Slow, clobber=True)
 run, url, place = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 mirror = Mirror(url, place, run / ".mirror", report=print)
 mirror.push(run / "checkpoints/step-00000001")
-while mirror.sender.done != {"checkpoints/step-00000001"}:
+while not (Path(url) / place / "checkpoints/step-00000001/manifest.json").is_file() or mirror.busy:
     time.sleep(0.01)
 print("ready", flush=True)
 mirror.push(run / "checkpoints/step-00000002")

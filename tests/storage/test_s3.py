@@ -87,7 +87,7 @@ def test_no_such_bucket_is_an_error_and_none_is_made(tmp_path: Path, server: Thr
 def test_a_server_that_stops_and_comes_back(tmp_path: Path, server: ThreadedMotoServer) -> None:
     messages = Messages()
     _, port = server.get_host_and_port()
-    sender = mirror(tmp_path, URL, messages, pauses=(0.1, 0.5))
+    sender = mirror(tmp_path, URL, messages)
     server.stop()
     sender.push(checkpoint(tmp_path / "run", 1))
     deadline = time.monotonic() + 10
