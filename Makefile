@@ -91,7 +91,7 @@ format: .venv/dev  ## mend what ruff can mend
 	$(BIN)/ruff format .
 
 demo-base: .venv/ready  ## make the demo's tiny Gemma-2 again (20 minutes)
-	$(BIN)/arena demo-base --out arena/recipes/demo_base $(ARGS)
+	$(BIN)/python -m benchmarks demo-base --out arena/recipes/demo_base $(ARGS)
 
 clean:  ## remove what the commands above made, but not .venv and not runs
 	rm -rf data/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build

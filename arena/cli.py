@@ -168,8 +168,7 @@ class Memory:
     recipe: Name = "gemma-2-9b"
 
     def run(self) -> None:
-        from arena.model.create import known_config
-        from arena.reporting.memory import print_cards
+        from arena.reporting.memory import known_config, print_cards
 
         recipe = load_recipe(self.recipe, self.overrides)
         print_cards(recipe, known_config(recipe.model))
@@ -192,21 +191,6 @@ class Settings:
         print_settings(self.words)
 
 
-@dataclass
-class DemoBase:
-    """Make the tiny Gemma-2 that the demo recipe fine-tunes: tokenizer and weights, trained from scratch."""
-
-    out: Annotated[Path, arg(help="The folder to write.")]
-    minutes: Annotated[float, arg(help="How long to train; 0 leaves the weights random.")] = 20.0
-    seed: int = 0
-    threads: Annotated[int, arg(help="Cores to use.")] = 1
-
-    def run(self) -> None:
-        from arena.demo.base import make_demo_base
-
-        make_demo_base(local_path(self.out, "--out"), self.minutes * 60, self.seed, self.threads)
-
-
 Commands = dict[str, Callable[..., Any]]
 COMMANDS: Commands = {
     "train": Train,
@@ -215,7 +199,6 @@ COMMANDS: Commands = {
     "export": Export,
     "memory": Memory,
     "settings": Settings,
-    "demo-base": DemoBase,
 }
 
 

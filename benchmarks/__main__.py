@@ -10,6 +10,7 @@ from typing import Any
 from arena import cli
 from arena.stopping import MORE_TO_DO
 from benchmarks.collect import Collect
+from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
 from benchmarks.small import Small
 from benchmarks.technique_report import Techniques
@@ -19,6 +20,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "gpu": Gpu,
     "techniques": Techniques,
     "collect": Collect,
+    "demo-base": DemoBase,
 }
 
 

@@ -19,7 +19,7 @@ from arena.model.backbone import HEAD, attention_choice, backbone, load_base, un
 from arena.model.base_files import base_path
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
-from arena.model.create import ARCHITECTURES, create_base
+from arena.model.families import ARCHITECTURES
 from arena.model.memory.fused import policies_of, set_policies
 from arena.model.safety import SAFE, SAFE_WEIGHTS
 from arena.model.tuning import adapt
@@ -30,6 +30,7 @@ from arena.training.probe import choose_policies
 from benchmarks.cells import Cell
 from benchmarks.flops import Shapes, linear_shapes
 from benchmarks.passes import PAD
+from benchmarks.random_base import create_base
 from benchmarks.timing import release
 
 

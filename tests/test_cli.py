@@ -48,7 +48,7 @@ def test_help_names_the_commands() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "arena.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    for word in ("train", "infer", "inspect", "demo-base"):
+    for word in ("train", "infer", "inspect", "memory"):
         assert word in shown
     shown = subprocess.run(
         [sys.executable, "-m", "arena.cli", "train", "--help"], capture_output=True, text=True, check=True
@@ -102,7 +102,6 @@ def test_mistakes_are_said_without_traceback(
     [
         (["export", "--out", "s3://b/judge"], "--out s3:/b/judge is a URL"),
         (["export", "--runs", "s3://b/runs"], "--runs s3:/b/runs is a URL"),
-        (["demo-base", "--out", "s3://b/base"], "--out s3:/b/base is a URL"),
     ],
 )
 def test_urls_are_not_written_to(

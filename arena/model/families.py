@@ -6,8 +6,11 @@ a last layer that is computed for last tokens only, and a closer estimate of the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from transformers import Gemma2Config
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,28 @@ def unknown_family_note(config: Any) -> str | None:
         f"{config.model_type} is not in this package's table of families ({', '.join(FAMILIES)}): it runs exactly, but "
         "without fused norms, MLP and rotary embedding, and its last layer is computed for all tokens"
     )
+
+
+def _gemma2(**sizes: int) -> Gemma2Config:
+    """The config that the published sizes of Gemma-2 have in common (Gemma Team, 2024, arXiv:2408.00118)."""
+    return Gemma2Config(
+        vocab_size=256000, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, max_position_embeddings=8192,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, rms_norm_eps=1e-6, initializer_range=0.02,
+        hidden_activation="gelu_pytorch_tanh", attention_dropout=0.0, attention_bias=False, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=2, **sizes,
+    )  # fmt: skip
+
+
+_2B = _gemma2(
+    hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4
+)
+_9B = _gemma2(
+    hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8
+)
+
+ARCHITECTURES: Mapping[str, Gemma2Config] = {
+    "google/gemma-2-2b": _2B,
+    "google/gemma-2-2b-it": _2B,
+    "google/gemma-2-9b": _9B,
+    "google/gemma-2-9b-it": _9B,
+}

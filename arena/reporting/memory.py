@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from transformers import PretrainedConfig
 
-from arena.config import Recipe
+from arena.config import ModelSettings, Recipe
+from arena.model.backbone import base_config
 from arena.model.card import Card, resolve_dtype
+from arena.model.families import ARCHITECTURES
 from arena.model.memory.estimate import GIB, POLICIES, WIDTH, describe, fit, mix_policies, need, room, shape_of
 from arena.progress import console
 
@@ -57,3 +60,9 @@ def print_cards(recipe: Recipe, config: Any) -> None:
     for row in card_rows(recipe, config):
         table.add_row(*row)
     console.print(table)
+
+
+def known_config(settings: ModelSettings) -> PretrainedConfig:
+    """The config of a recipe's base, without network access for those in `ARCHITECTURES`; errors as in `load_base`."""
+    known: PretrainedConfig = ARCHITECTURES.get(settings.base) or base_config(settings)
+    return known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arena.model.create import ARCHITECTURES
+from arena.model.families import ARCHITECTURES
 from benchmarks.ceiling import measure_ceiling
 from benchmarks.flops import flops_a_token, flops_recomputed, linear_shapes, weights
 

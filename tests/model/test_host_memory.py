@@ -16,8 +16,8 @@ import transformers
 from packaging.version import Version
 from transformers import Gemma2Config
 
-from arena.model.create import create_base
 from arena.tasks.preference import CLASSES
+from benchmarks.random_base import create_base
 from tests.helpers import exact
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ import gc, json, sys
 import torch
 from transformers import AutoConfig
 from arena.model.backbone import load_base
-from arena.model.create import create_base
+from benchmarks.random_base import create_base
 from tests.helpers import exact
 from tests.memory import Watch, held
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from arena.config import load_recipe
 from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.create import ARCHITECTURES, create_base
+from arena.model.families import ARCHITECTURES
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
+from benchmarks.random_base import create_base
 from tests.helpers import examples_of, pack
 from tests.memory import GIB, Watch, held
 

@@ -22,10 +22,10 @@ from arena.inference.card import JudgeCard, save_judge
 from arena.inference.export import export_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
-from arena.model.create import create_base
 from arena.model.safety import WEIGHTS
 from arena.tasks.preference import CLASSES
 from arena.training.run import run_fold
+from benchmarks.random_base import create_base
 from tests.helpers import classifier, exact, known_head, pack, tiny_recipe
 
 LENGTHS = [20, 3, 11]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from arena.config import load_recipe
-from arena.model.create import known_config
-from arena.reporting.memory import CARDS, HEADER, card_rows
+from arena.reporting.memory import CARDS, HEADER, card_rows, known_config
 
 
 def rows(name: str, *overrides: str) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from arena.config import load_recipe
 from arena.model.backbone import backbone
 from arena.model.card import Card
-from arena.model.create import ARCHITECTURES
+from arena.model.families import ARCHITECTURES
 from arena.model.memory.estimate import GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
 from arena.model.memory.fused import PARTS, set_policies
 from arena.model.memory.recompute import _SavedTensor, _Scope

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from arena.config import RECIPES, load_recipe
-from arena.demo.base import make_demo_base
 from arena.tasks.preference import PromptEncoder
+from benchmarks.demo_base.train import make_demo_base
 
 SHIPPED = RECIPES / "demo_base"
 

@@ -15,11 +15,12 @@ from arena.config import ModelSettings, load_recipe, recipe_names
 from arena.model.backbone import backbone, load_base, underlying
 from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.create import ARCHITECTURES, create_base
+from arena.model.families import ARCHITECTURES
 from arena.model.last_layer import takes_last_token
 from arena.model.tuning import adapt
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
+from benchmarks.random_base import create_base
 from tests.helpers import CONFIGS, exact, make_base, pack
 
 QUANTISED = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt, "none": nn.Linear}

@@ -8,52 +8,21 @@ and one matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, Gemma2Config, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from arena.config import ModelSettings
-from arena.model.backbone import HEAD, as_classifier, base_config, loader_options, take_over
+from arena.model.backbone import HEAD, as_classifier, loader_options, take_over
 from arena.model.base_files import base_path
 from arena.storage.files import fingerprint
 
 PIECE = 2**22  # normals drawn at once in float32, before they are rounded to the weights' dtype
-
-
-def _gemma2(**sizes: int) -> Gemma2Config:
-    """The config that the published sizes of Gemma-2 have in common (Gemma Team, 2024, arXiv:2408.00118)."""
-    return Gemma2Config(
-        vocab_size=256000, head_dim=256, query_pre_attn_scalar=256, sliding_window=4096, max_position_embeddings=8192,
-        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, rms_norm_eps=1e-6, initializer_range=0.02,
-        hidden_activation="gelu_pytorch_tanh", attention_dropout=0.0, attention_bias=False, tie_word_embeddings=True,
-        pad_token_id=0, eos_token_id=1, bos_token_id=2, **sizes,
-    )  # fmt: skip
-
-
-_2B = _gemma2(
-    hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4
-)
-_9B = _gemma2(
-    hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8
-)
-
-ARCHITECTURES: Mapping[str, Gemma2Config] = {
-    "google/gemma-2-2b": _2B,
-    "google/gemma-2-2b-it": _2B,
-    "google/gemma-2-9b": _9B,
-    "google/gemma-2-9b-it": _9B,
-}
-
-
-def known_config(settings: ModelSettings) -> PretrainedConfig:
-    """The config of a recipe's base, without network access for those in `ARCHITECTURES`; errors as in `load_base`."""
-    known: PretrainedConfig = ARCHITECTURES.get(settings.base) or base_config(settings)
-    return known
 
 
 def create_base(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from arena.config import load_recipe
 from arena.data.cells import whole_characters
 from arena.demo import synthetic
-from arena.demo.lessons import WORDS
+from benchmarks.demo_base.lessons import WORDS
 
 VOCABULARY = 2560
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")

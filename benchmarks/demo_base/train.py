@@ -11,22 +11,24 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM
+from tyro.conf import arg
 
 from arena.config import load_recipe
 from arena.demo import synthetic
-from arena.demo.lessons import FACTS, FACTS_SHARE, Lesson, Reader, brief_row
-from arena.demo.tokenizer import make_tokenizer
 from arena.progress import progress
-from arena.storage.files import atomic_write
+from arena.storage.files import atomic_write, local_path
 from arena.tasks.preference import PromptEncoder
+from benchmarks.demo_base.lessons import FACTS, FACTS_SHARE, Lesson, Reader, brief_row
+from benchmarks.demo_base.tokenizer import make_tokenizer
 
 TOKENS_A_STEP, POOL = 3000, 256  # tokens of a step; rows from which steps are formed
 PEAK_LR, WARMUP = 3e-3, 50  # warm-up in steps
@@ -150,3 +152,16 @@ def _excess(logits: torch.Tensor, words: torch.Tensor, target: torch.Tensor) -> 
     """Cross entropy minus its least possible value, per row; `target` is a distribution over `words`."""
     surprise: torch.Tensor = torch.special.xlogy(target, target) - target * logits.log_softmax(-1)[:, words]
     return surprise.sum(-1)
+
+
+@dataclass
+class DemoBase:
+    """Make the tiny Gemma-2 that the demo recipe fine-tunes: tokenizer and weights, trained from scratch."""
+
+    out: Annotated[Path, arg(help="The folder to write.")]
+    minutes: Annotated[float, arg(help="How long to train; 0 leaves the weights random.")] = 20.0
+    seed: int = 0
+    threads: Annotated[int, arg(help="Cores to use.")] = 1
+
+    def run(self) -> None:
+        make_demo_base(local_path(self.out, "--out"), self.minutes * 60, self.seed, self.threads)
