@@ -98,11 +98,15 @@ def with_adapter(
     """The model with the adapter in a folder, configured by the settings and not by the adapter's own config."""
     check_adapter(folder)
     config = _lora(settings.lora)
+    config.inference_mode = True
     with undamaged(folder):
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, str(folder), name, config=config)
-        model.add_adapter(name, config)
-        model.load_adapter(str(folder), name)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, name)
+        found = model.load_adapter(str(folder), name)
+        if wrong := [*found.missing_keys, *found.unexpected_keys]:  # peft only warns, or says nothing
+            raise RuntimeError(f"its weights and model.lora.targets differ in {len(wrong)} places, such as {wrong[0]}")
     return model
 
 

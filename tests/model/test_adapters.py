@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"tune": "head"},
     "other head": {"tune": "head"},
 }
+TARGETS: dict[str, Any] = {"lora": "all-linear", "narrow": ("q_proj", "down_proj")}
 
 
 def trained(folder: Path, base: Path, kind: str, **changes: Any) -> tuple[Path, ModelSettings]:
@@ -94,6 +95,21 @@ def test_the_first_of_several_can_be_unloaded(gemma2: Path, tmp_path: Path) -> N
 def test_a_head_alone_needs_no_adapters(gemma2: Path, tmp_path: Path) -> None:
     model = load_trained(*trained(tmp_path, gemma2, "head"), CLASSES)
     assert not isinstance(add_trained(model, *trained(tmp_path, gemma2, "other head"), "fold1"), PeftModel)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("lora", "narrow"), ("narrow", "lora")])
+@pytest.mark.parametrize("alone", [True, False])
+def test_other_targets_than_those_that_were_trained_are_refused(
+    kind: str, other: str, alone: bool, gemma2: Path, tmp_path: Path
+) -> None:
+    """Weights that are left out, and adapters without weights, would only change the numbers."""
+    judge, settings = trained(tmp_path, gemma2, kind, lora=KINDS["lora"]["lora"] | {"targets": TARGETS[kind]})
+    wrong = settings.model_copy(update={"lora": settings.lora.model_copy(update={"targets": TARGETS[other]})})
+    with pytest.raises(ValueError, match=r"its weights and model\.lora\.targets differ in \d+ places"):
+        if alone:
+            load_trained(judge, wrong)
+        else:
+            add_trained(load_trained(*trained(tmp_path, gemma2, "dora")), judge, wrong, "fold1")
 
 
 def test_what_cannot_share_a_base_is_refused(gemma2: Path, tmp_path: Path) -> None:
