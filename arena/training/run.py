@@ -65,16 +65,15 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
         return _run(recipe, fold, folder, accelerator, fresh or resume == "never")
 
 
-def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
+def _run(asked: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
     """`run_fold` in a folder that is locked for this process."""
-    main = accelerator.is_main_process
-    recipe = with_dtype(recipe, card_of(accelerator.device))
-    console.print(f"{recipe.name}, fold {fold}: rows of {recipe.data.path}, base {recipe.model.base}")
-    data_file(recipe.data.path, "train")  # reports a missing folder before a large base is fetched
-    tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
-    config = base_config(recipe.model)
-    check_length(config, recipe.prompt.max_length, recipe.model.base)
-    asked, recipe = recipe, fit(recipe, config, card_of(accelerator.device))
+    main, card = accelerator.is_main_process, card_of(accelerator.device)
+    console.print(f"{asked.name}, fold {fold}: rows of {asked.data.path}, base {asked.model.base}")
+    data_file(asked.data.path, "train")  # reports a missing folder before a large base is fetched
+    tokenizer = load_tokenizer(asked.model.base, asked.model.revision)
+    config = base_config(asked.model)
+    check_length(config, asked.prompt.max_length, asked.model.base)
+    recipe = fit(with_dtype(asked, card), config, card)
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         check_exact(config, recipe.model, recipe.prompt.max_length)
         data = prepare_fold(recipe, task_of(recipe), fold, tokenizer)
