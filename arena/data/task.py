@@ -103,7 +103,7 @@ class Task(ABC):
         group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
         orders: in how many orders a row can be shown.
         missing: in words, what a row lacks if `has_input` is false.
-        metrics: by name; the first decides which checkpoint is best, and less is better.
+        metrics: of a fold's held-out rows, by name, `log_loss` among them, by which the best checkpoint is chosen.
     """
 
     name: str
