@@ -247,7 +247,9 @@ class Trainer:
         return self.stop if self.accelerator.num_processes == 1 else None
 
     def _weights(self, step: int) -> str:
-        """The digest of a checkpoint's weights."""
+        """The digest of a checkpoint's weights, for the cache of logits, which several processes do not use."""
+        if self.accelerator.num_processes > 1:
+            return ""
         return str(read_manifest(self.checkpoints.step(step))["files"]["weights.safetensors"]["sha256"])
 
     def _save(self) -> None:
