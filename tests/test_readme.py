@@ -20,8 +20,7 @@ import torch
 from arena import cli
 from arena.config import load_recipe
 from arena.demo.synthetic import ensure_demo
-from arena.inference.card import JudgeCard, save_judge
-from arena.inference.export import export_judge
+from arena.inference.saved import SavedJudge, export_judge, save_judge
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from arena.packing.batch import collate
@@ -264,7 +263,7 @@ def save_untrained(folder: Path, quantization: str) -> Any:
     recipe = load_recipe("demo", [f"model.quantization={quantization}"])
     judge, tokenizer = classifier(recipe.model), load_tokenizer(recipe.model.base)
     digest = base_digest(recipe.model.base)
-    save_judge(judge.model, tokenizer, JudgeCard(folder, recipe, np.full(3, 1 / 3), "rows", digest))
+    save_judge(judge.model, tokenizer, SavedJudge(folder, recipe, np.full(3, 1 / 3), "rows", digest))
     return judge
 
 

@@ -11,7 +11,7 @@ from arena.config import load_recipe, recipe_names
 from arena.progress import console
 from arena.storage.files import local_path
 
-CARD = "judge.json"  # its presence makes a folder a judge
+JUDGE_FILE = "judge.json"  # its presence makes a folder a judge
 
 
 def find_models(name: str, runs: Path, overrides: Sequence[str] = (), fold: int | None = None) -> list[Path]:
@@ -33,7 +33,7 @@ def find_models(name: str, runs: Path, overrides: Sequence[str] = (), fold: int 
     place = folder or _run_of(name, runs, renamed)
     if renamed and not _is_recipe(name):
         raise ValueError(f"{name} is a judge or a run, but {renamed[-1]} names another one: give only one of them")
-    if (place / CARD).is_file():
+    if (place / JUDGE_FILE).is_file():
         return [_only(place, place.resolve().parent, name, fold)]
     if _is_fold(place):
         return [_only(_finished(place), place.resolve(), name, fold)]
@@ -83,7 +83,7 @@ def _named_folder(name: str) -> Path | None:
     place = Path(name)
     if _of_fold(place):
         return place.parent
-    return place if (place / CARD).is_file() or _is_fold(place) or _folds(place) else None
+    return place if (place / JUDGE_FILE).is_file() or _is_fold(place) or _folds(place) else None
 
 
 def _run_of(name: str, runs: Path, renamed: Sequence[str]) -> Path:
@@ -94,7 +94,7 @@ def _run_of(name: str, runs: Path, renamed: Sequence[str]) -> Path:
             train = command("arena", "train", "--recipe", name, *_runs(runs), *renamed)
             raise ValueError(f"there is no finished fold under {run}: train one with `{train}`, or name another judge")
         return run
-    if Path(name).name == name and (_folds(runs / name) or (runs / name / CARD).is_file()):
+    if Path(name).name == name and (_folds(runs / name) or (runs / name / JUDGE_FILE).is_file()):
         return runs / name
     if Path(name).is_dir():
         raise ValueError(f"{name} is not a judge: name a run, a fold of it (fold0), or a fold's model folder")
@@ -152,7 +152,7 @@ def _runs(runs: Path) -> list[str]:
 
 
 def _is_fold(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("run.json", "metrics.json", f"model/{CARD}"))
+    return any((folder / name).is_file() for name in ("run.json", "metrics.json", f"model/{JUDGE_FILE}"))
 
 
 def _folds(run: Path) -> dict[int, Path]:

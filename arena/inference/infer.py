@@ -15,8 +15,8 @@ import torch
 from arena.data.cells import excerpt
 from arena.data.dataset import Rows
 from arena.data.prepare import data_file, read_files
-from arena.inference.card import JudgeCard, check_alike, read_card
 from arena.inference.judge import Judge
+from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.progress import console
 from arena.stopping import Stopped
 from arena.storage.files import atomic_write
@@ -126,20 +126,20 @@ def infer(models: Sequence[Path], data: str | None, out: Path, overrides: Sequen
             writing `out`.
         Stopped: a signal ended it; the logits computed so far are saved.
     """
-    cards = [read_card(model, overrides) for model in models]
-    check_alike(cards)
+    judges = [read_judge(model, overrides) for model in models]
+    check_alike(judges)
     parts = out.with_name(f"{out.name}.parts")
     try:
         with locked(out):
-            _infer(cards, data, out, parts)
+            _infer(judges, data, out, parts)
     except (Stopped, SystemExit):
         if parts.is_dir():
             console.print(f"the results so far are saved in {parts}: the same command resumes from them")
         raise
 
 
-def _infer(cards: list[JudgeCard], data: str | None, out: Path, parts: Path) -> None:
-    task, trained = cards[0].task, cards[0].recipe.data
+def _infer(judges: list[SavedJudge], data: str | None, out: Path, parts: Path) -> None:
+    task, trained = judges[0].task, judges[0].recipe.data
     if data is None and Path(trained.path).is_file():
         raise ValueError(f"the judge was trained on the file {trained.path}: name the test file with DATA= or --data")
     test = data_file(data or trained.path, "test")
@@ -148,17 +148,17 @@ def _infer(cards: list[JudgeCard], data: str | None, out: Path, parts: Path) -> 
     known = sample if os.path.lexists(sample) else None
     columns = ["id", *task.columns]
     check_target(out, rows.ids, columns, known)
-    write_submission(out, rows.ids, average(cards, rows, parts), columns, known)
+    write_submission(out, rows.ids, average(judges, rows, parts), columns, known)
     shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     console.print(
-        f"written: {out}, {len(rows):,} rows from {len(cards)} fold{'s' if len(cards) > 1 else ''}; "
+        f"written: {out}, {len(rows):,} rows from {len(judges)} fold{'s' if len(judges) > 1 else ''}; "
         f"{int((~rows.has_input).sum()):,} rows have no {task.missing} and got the training prior"
     )
     if known is None:
         console.print(f"there is no {sample}, so columns and ids were checked against the test file only")
 
 
-def average(cards: Sequence[JudgeCard], rows: Rows, parts: Path | None = None) -> np.ndarray:
+def average(judges: Sequence[SavedJudge], rows: Rows, parts: Path | None = None) -> np.ndarray:
     """The mean probabilities of judges, float64 (len(rows), C), in the order of the rows; see `Judge`.
 
     A base that several judges in a row share is loaded once.
@@ -168,14 +168,14 @@ def average(cards: Sequence[JudgeCard], rows: Rows, parts: Path | None = None) -
     """
     total = np.zeros((len(rows), len(rows.task.classes)))
     judge: Judge | None = None
-    for card in cards:
-        if judge is None or not judge.switch(card):
+    for saved in judges:
+        if judge is None or not judge.switch(saved):
             judge = None  # two large models may not fit at once
             _free_memory()
-            judge = Judge(card)
-        console.print(f"{card.folder} ({judge.recipe.model.base}): judging {len(rows):,} rows")
-        total += judge.probabilities(rows, parts=parts / card.folder.resolve().parent.name if parts else None)
-    return total / len(cards)
+            judge = Judge(saved)
+        console.print(f"{saved.folder} ({judge.recipe.model.base}): judging {len(rows):,} rows")
+        total += judge.probabilities(rows, parts=parts / saved.folder.resolve().parent.name if parts else None)
+    return total / len(judges)
 
 
 def _free_memory() -> None:

@@ -16,9 +16,9 @@ from arena.data.dataset import Rows
 from arena.data.prepare import read_files
 from arena.data.tokens import tokenise
 from arena.distributed import device_name, let_segments_grow
-from arena.inference.card import JudgeCard, read_card
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
+from arena.inference.saved import SavedJudge, read_judge
 from arena.model.adapters import activate, active_judge, add_trained, other_base, unload
 from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
 from arena.model.base_files import check_ids
@@ -35,7 +35,7 @@ class Judge:
     """A trained model's probabilities: for preference, that A is preferred, that B is, and of a tie.
 
     Args:
-        folder: the `model` folder of a fold, or the card in it (`read_card`).
+        folder: the `model` folder of a fold, or the saved in it (`read_judge`).
         overrides: settings to change, as in `load_recipe`, such as `packing.budget=8192` on a smaller GPU.
         device: where to run; by default the GPU if there is one.
 
@@ -46,41 +46,41 @@ class Judge:
     """
 
     def __init__(
-        self, folder: Path | JudgeCard, overrides: Sequence[str] = (), device: torch.device | str | None = None
+        self, folder: Path | SavedJudge, overrides: Sequence[str] = (), device: torch.device | str | None = None
     ) -> None:
-        card = folder if isinstance(folder, JudgeCard) else read_card(folder, overrides)
+        saved = folder if isinstance(folder, SavedJudge) else read_judge(folder, overrides)
         let_segments_grow()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._planned: tuple[Any, Evaluation] | None = None
-        recipe = with_dtype(card.recipe, card_of(self.device))
-        card.check_base(recipe.model)
-        own = {"base": str(card.folder), "revision": None} if is_whole(card.folder) else {}
+        recipe = with_dtype(saved.recipe, card_of(self.device))
+        saved.check_base(recipe.model)
+        own = {"base": str(saved.folder), "revision": None} if is_whole(saved.folder) else {}
         config = base_config(recipe.model.model_copy(update=own))
         check_exact(config, recipe.model, recipe.prompt.max_length, trained=True)
-        self._become(card, recipe, load_trained(card.folder, recipe.model, card.task.classes))
+        self._become(saved, recipe, load_trained(saved.folder, recipe.model, saved.task.classes))
         attention_choice(self.classifier.model, recipe.model.dtype, training=False)
 
-    def _become(self, card: JudgeCard, recipe: Recipe, model: PreTrainedModel) -> None:
-        self.card, self.recipe, self.task, self.folder = card, recipe, card.task, card.folder
-        self.tokenizer = load_tokenizer(str(card.folder))
+    def _become(self, saved: SavedJudge, recipe: Recipe, model: PreTrainedModel) -> None:
+        self.saved, self.recipe, self.task, self.folder = saved, recipe, saved.task, saved.folder
+        self.tokenizer = load_tokenizer(str(saved.folder))
         self.classifier = PackedClassifier(model).to(self.device).eval()
 
-    def switch(self, card: JudgeCard) -> bool:
+    def switch(self, saved: SavedJudge) -> bool:
         """Turns this into another judge on the same base, which stays loaded; adapters and head are replaced.
 
         Returns:
             False if that judge needs another base, or this one is damaged; this judge is then unchanged.
         """
-        recipe, model = with_dtype(card.recipe, card_of(self.device)), self.classifier.model
-        if is_whole(card.folder) or is_whole(self.folder) or card.base != self.card.base:
+        recipe, model = with_dtype(saved.recipe, card_of(self.device)), self.classifier.model
+        if is_whole(saved.folder) or is_whole(self.folder) or saved.base != self.saved.base:
             return False
-        if card.task is not self.task or other_base(recipe.model, self.recipe.model) is not None:
+        if saved.task is not self.task or other_base(recipe.model, self.recipe.model) is not None:
             return False
         check_exact(underlying(model).config, recipe.model, recipe.prompt.max_length, trained=True)
-        former, name = active_judge(model), f"judge{fingerprint(str(card.folder.resolve()))}"
-        model = add_trained(model, card.folder, recipe.model, name)
+        former, name = active_judge(model), f"judge{fingerprint(str(saved.folder.resolve()))}"
+        model = add_trained(model, saved.folder, recipe.model, name)
         activate(model, name)
-        self._become(card, recipe, unload(model, former))
+        self._become(saved, recipe, unload(model, former))
         return True
 
     def read(self, paths: Sequence[str | Path]) -> Rows:
@@ -105,7 +105,7 @@ class Judge:
             Stopped: a signal arrived; the logits computed so far are in `parts`.
         """
         evaluation = self.evaluation(rows)
-        known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.card.prior}
+        known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.saved.prior}
         if parts is None:
             return evaluation.probabilities(self.classifier, **known)
         logits_cache = LogitsCache(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
@@ -136,7 +136,7 @@ class Judge:
         settings = self.recipe.model.model_dump(mode="json", exclude={"base"})  # the base counts by its content
         return {
             "judge": fingerprint([[path.name, file_digest(path)] for path in files]),
-            "base": self.card.base,
+            "base": self.saved.base,
             "settings": settings,
             "package": __version__,
         }

@@ -1,10 +1,11 @@
-"""The held-out rows of a fold: how a checkpoint's weights predict them, and the log-loss by which it is chosen."""
+"""The held-out rows of a fold: how weights predict them, their scores, and the files and references beside these."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -15,7 +16,9 @@ from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
 from arena.metrics import log_loss
 from arena.packing.tree import Prefixes
+from arena.progress import optional
 from arena.stopping import Stop
+from arena.storage.files import atomic_write
 
 
 class HeldOut:
@@ -78,3 +81,58 @@ class HeldOut:
             classifier, dtype=self.recipe.model.dtype, prior=self.data.prior, title=title, logits_cache=logits_cache,
             stop=stop,
         )  # fmt: skip
+
+
+# what a judge's log-loss is compared with, besides the prior's
+REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
+
+
+def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
+    """Out-of-fold predictions in the file's order: `id`, the probabilities, the label as class and as values."""
+    labels, task = data.labels[data.eval_rows], data.task
+    table = pd.DataFrame(
+        {
+            "id": [data.ids[row] for row in data.eval_rows],
+            **{name: probabilities[:, at] for at, name in enumerate(task.columns)},
+            "label": [task.classes[at] for at in labels.argmax(axis=1)],
+            **{f"label_{name}": labels[:, at] for at, name in enumerate(task.columns)},
+        }
+    )
+    with atomic_write(path) as draft:
+        table.to_csv(draft, index=False, lineterminator="\n")
+
+
+def scores(data: FoldData, probabilities: np.ndarray) -> dict[str, float]:
+    """The task's metrics on the held-out rows, and the prior's log-loss for comparison."""
+    labels = data.labels[data.eval_rows]
+    found = {name: metric(labels, probabilities) for name, metric in data.task.metrics.items()}
+    return {**found, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}
+
+
+def references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
+    """A simple baseline's log-loss, and the best possible one if it is known; None for what cannot be computed."""
+    found: dict[str, float | None] = dict.fromkeys(REFERENCES)
+    labels, rows = data.labels[data.eval_rows], data.rows
+    with optional("fitting the plain baseline"):
+        train_rows = data.train_rows[data.train_rows < len(rows)]  # without those of extra files
+        baseline = data.task.baseline(rows.table, rows.labels, train_rows, data.eval_rows, recipe.seed)
+        found["baseline_log_loss"] = None if baseline is None else log_loss(labels, baseline)
+    path = Path(recipe.data.path) / "truth.csv"
+    with optional(f"reading {path}", "the report does not show the best possible log-loss"):
+        truth = _truth(path, [data.ids[row] for row in data.eval_rows], data.task.columns)
+        if truth is not None:
+            found |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}
+    return found
+
+
+def _truth(path: Path, ids: list[str], columns: tuple[str, ...]) -> np.ndarray | None:
+    """The probabilities from which synthetic labels were drawn; None for other rows."""
+    if not path.is_file():
+        return None
+    table = pd.read_csv(path, dtype={"id": str})
+    if "id" not in table:
+        return None
+    table = table.set_index("id")
+    if not set(ids) <= set(table.index) or not set(columns) <= set(table.columns):
+        return None
+    return table.loc[ids, list(columns)].to_numpy(dtype=np.float64)

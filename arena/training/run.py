@@ -8,18 +8,22 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from arena.config import Recipe, run_place
 from arena.data.prepare import FoldData, data_file, prepare_fold
-from arena.distributed import device_name, start
-from arena.inference.card import JudgeCard, save_judge
+from arena.distributed import device_name, peak_memory, start
+from arena.inference.saved import SavedJudge, save_judge
+from arena.model.attention.varlen import used_backends
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest, check_ids, check_length
 from arena.model.card import card_of, with_dtype
 from arena.model.exactness import check_exact
 from arena.model.memory.estimate import fit
 from arena.model.tuning import adapt
+from arena.packing.plan import PackPlan
 from arena.packing.tree import prefixes_for
 from arena.progress import console, optional
 from arena.stopping import stopping
@@ -27,11 +31,11 @@ from arena.storage.files import fingerprint, remove_scratch, write_json
 from arena.storage.lock import locked
 from arena.storage.mirror import Mirror
 from arena.tasks import task_of
+from arena.training.held_out import REFERENCES, references, scores, write_oof
 from arena.training.log import start_tracking, tracking
 from arena.training.optimizer import trainable
-from arena.training.results import REFERENCES, effort, references, scores, write_oof
 from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
-from arena.training.trainer import Trainer
+from arena.training.trainer import Trained, Trainer
 
 FILES = ("recipe.yaml", "log.jsonl", "oof.csv", "metrics.json")  # of a finished run, besides its model
 PATIENT, HURRIED = 600.0, 15.0  # seconds that a run waits for its mirror when it finishes, and when it is interrupted
@@ -113,9 +117,12 @@ def _run(asked: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh
             accelerator.state.destroy_process_group()
         metrics = {"recipe": recipe.name, "fold": fold}
         if main:
-            save_judge(model, tokenizer, JudgeCard(folder / "model", saved, data.prior, data.trained_on, run["base"]))
+            save_judge(model, tokenizer, SavedJudge(folder / "model", saved, data.prior, data.trained_on, run["base"]))
             write_oof(folder / "oof.csv", data, trained.probabilities)
-            metrics |= {**effort(data, trainer.plan, trained, model, trainer.device), **scores(data, trained)}
+            metrics |= {
+                **_effort(data, trainer.plan, trained, model, trainer.device),
+                **scores(data, trained.probabilities),
+            }
             metrics |= dict.fromkeys(REFERENCES)
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, mirror)
@@ -177,3 +184,25 @@ def _announce(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -
     cut = int((data.store.tokens_cut > 0).sum())
     if cut:
         console.print(f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens")
+
+
+def _effort(data: FoldData, plan: PackPlan, trained: Trained, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """The size, time and memory of the run."""
+    done = trained.done
+    return {
+        "n_eval": len(data.eval_rows),
+        "n_train": len(data.train_rows),
+        "steps": done.step,
+        "best_step": trained.best_step,
+        "micro_batches": done.micro_batches,
+        "fill_rate": plan.fill_rate,
+        "tokens": done.tokens,
+        "unique_tokens": done.unique_tokens,
+        "tokens_per_second": done.tokens / max(done.seconds, 1e-9),
+        "train_seconds": done.seconds,
+        "data_wait_seconds": done.waited,
+        "peak_memory_bytes": peak_memory(device),
+        "trainable_parameters": sum(parameter.numel() for parameter in trainable(model).values()),
+        "device": device_name(device),
+        "attention_backend": used_backends(model),
+    }

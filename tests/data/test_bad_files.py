@@ -15,8 +15,8 @@ import pytest
 
 from arena.config import change, load_recipe
 from arena.data.dataset import read_dataset
-from arena.inference.card import JudgeCard, save_judge
 from arena.inference.judge import Judge
+from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
@@ -48,7 +48,7 @@ def judge(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Judge:
     settings = ["prompt.max_length=128", "packing.budget=512", f"data.cache={folder.parent / 'cache'}"]
     recipe = load_recipe("demo", [f"model.base={gemma2}", *settings])
     model, tokenizer = adapt(load_base(recipe.model, CLASSES), recipe.model), load_tokenizer(str(gemma2))
-    save_judge(model, tokenizer, JudgeCard(folder, recipe, np.full(3, 1 / 3), "rows", base_digest(str(gemma2))))
+    save_judge(model, tokenizer, SavedJudge(folder, recipe, np.full(3, 1 / 3), "rows", base_digest(str(gemma2))))
     return Judge(folder)
 
 

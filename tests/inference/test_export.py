@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from arena.inference.card import JudgeCard, save_judge
-from arena.inference.export import export_judge
+from arena.inference.saved import SavedJudge, export_judge, save_judge
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from tests.helpers import classifier, pack, tiny_recipe
@@ -38,7 +37,7 @@ def test_plain_transformers_gives_the_same_logits(gemma2: Path, tmp_path: Path, 
         ours = model(batch)
     tokenizer = load_tokenizer(str(gemma2))
     save_judge(
-        model.model, tokenizer, JudgeCard(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", base_digest(str(gemma2)))
+        model.model, tokenizer, SavedJudge(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", base_digest(str(gemma2)))
     )
     export_judge(tmp_path / "judge", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(

@@ -20,8 +20,8 @@ import torch
 from arena import cli
 from arena.inference import infer as writing
 from arena.inference import judge
-from arena.inference.card import JudgeCard, save_judge
 from arena.inference.logits import LogitsCache
+from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
@@ -70,7 +70,7 @@ def make_run(folder: Path, base: Path, folds: int = 2) -> Path:
         place = folder / f"runs/demo/fold{fold}"
         prior = np.array([0.3, 0.3, 0.4])
         save_judge(
-            model, load_tokenizer(str(base)), JudgeCard(place / "model", recipe, prior, "x", base_digest(str(base)))
+            model, load_tokenizer(str(base)), SavedJudge(place / "model", recipe, prior, "x", base_digest(str(base)))
         )
         write_json(place / "metrics.json", {})
     return folder

@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from arena import cli
 from arena.config import FORMER_POLICIES, Recipe
 from arena.inference import evaluate
-from arena.inference.card import JudgeCard, as_json, read_card, save_judge
-from arena.inference.export import export_judge
 from arena.inference.infer import average
 from arena.inference.judge import Judge
+from arena.inference.saved import SavedJudge, as_json, export_judge, read_judge, save_judge
 from arena.model import tuning
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
@@ -40,7 +39,7 @@ def saved(folder: Path, recipe: Recipe, seed: int = 0) -> Path:
     """A judge of random adapters in a finished fold's folder."""
     base, prior = recipe.model.base, np.array([0.3, 0.3, 0.4])
     model = classifier(recipe.model, seed).model
-    save_judge(model, load_tokenizer(base), JudgeCard(folder / "model", recipe, prior, "x", base_digest(base)))
+    save_judge(model, load_tokenizer(base), SavedJudge(folder / "model", recipe, prior, "x", base_digest(base)))
     write_json(folder / "metrics.json", {})
     return folder / "model"
 
@@ -120,7 +119,7 @@ def test_an_exported_judge_is_no_judge_of_ours(base: Path, tmp_path: Path) -> No
 
 def test_a_judge_of_an_older_format_is_refused(base: Path, tmp_path: Path) -> None:
     model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
-    write_json(model / "judge.json", {**as_json(read_card(model)), "format": 1})
+    write_json(model / "judge.json", {**as_json(read_judge(model)), "format": 1})
     with pytest.raises(
         ValueError, match=r"another version of arena \(format 1, this one reads 2\): train the fold again"
     ):
@@ -132,15 +131,15 @@ def test_a_judge_with_a_former_name_of_a_recompute_policy_is_read(
     base: Path, tmp_path: Path, former: str, present: str
 ) -> None:
     model = saved(tmp_path / "run", tiny_recipe(tmp_path, base, f"model.checkpointing={present}"))
-    card = as_json(read_card(model))
+    card = as_json(read_judge(model))
     earlier = json.loads(json.dumps(card))
     earlier["recipe"]["model"]["checkpointing"] = former
     write_json(model / "judge.json", earlier)
-    assert as_json(read_card(model)) == card
+    assert as_json(read_judge(model)) == card
     earlier["recipe"]["model"]["checkpointing"] = "heavy"  # control: a name that never existed
     write_json(model / "judge.json", earlier)
     with pytest.raises(ValueError, match="is damaged"):
-        read_card(model)
+        read_judge(model)
 
 
 def test_infer_and_export_take_exactly_what_is_named(
@@ -192,7 +191,7 @@ def test_judges_on_one_base_load_it_once_and_plan_once(
     options = "model.quantization=none", "prompt.max_length=128"
     recipes = [tiny_recipe(tmp_path, base, *options, f"model.tune={kind}") for kind in kinds]
     folders = [saved(tmp_path / f"fold{at}", recipe, seed=at) for at, recipe in enumerate(recipes)]
-    cards = [read_card(folder) for folder in folders]
+    cards = [read_judge(folder) for folder in folders]
     alone = [Judge(folder) for folder in folders]
     rows = alone[0].read([tmp_path / "rows/test.csv"])
     expected = [judge.probabilities(rows) for judge in alone]
@@ -206,5 +205,5 @@ def test_judges_on_one_base_load_it_once_and_plan_once(
     whole = saved(tmp_path / "fold9", tiny_recipe(tmp_path, base, *options, "model.tune=full"), seed=5)
     between = Judge(whole).probabilities(rows)
     loaded.clear()
-    found = average([cards[0], read_card(whole), cards[2]], rows)
+    found = average([cards[0], read_judge(whole), cards[2]], rows)
     assert np.array_equal(found, (expected[0] + between + expected[2]) / 3) and len(loaded) == 3

@@ -21,8 +21,8 @@ from transformers import (
 )  # fmt: skip
 
 from arena.data.tokens import tokenise
-from arena.inference.card import JudgeCard, save_judge
 from arena.inference.judge import Judge
+from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest, check_ids, check_length, positions
 from arena.model.tuning import adapt
@@ -110,7 +110,7 @@ def test_a_judge_refuses_rows_with_such_an_id(gemma2: Path, tmp_path: Path) -> N
     model = adapt(load_base(recipe.model, CLASSES), recipe.model)
     prior = np.full(3, 1 / 3)
     save_judge(
-        model, load_tokenizer(str(base)), JudgeCard(tmp_path / "judge", recipe, prior, "x", base_digest(str(base)))
+        model, load_tokenizer(str(base)), SavedJudge(tmp_path / "judge", recipe, prior, "x", base_digest(str(base)))
     )
     judge = Judge(tmp_path / "judge")
     with pytest.raises(ValueError, match="the token 'badbad'"):

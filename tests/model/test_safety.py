@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from arena.config import ModelSettings
-from arena.inference.card import JudgeCard, save_judge
-from arena.inference.export import export_judge
+from arena.inference.saved import SavedJudge, export_judge, save_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.safety import WEIGHTS
@@ -159,7 +158,7 @@ def test_exported_gives_the_same_logits(name: str, tune: str, bases: dict[str, P
     with torch.no_grad():
         ours = model(batch)
     prior, digest = np.full(3, 1 / 3), base_digest(settings.base)
-    save_judge(model.model, load_tokenizer(settings.base), JudgeCard(tmp_path / "judge", recipe, prior, "x", digest))
+    save_judge(model.model, load_tokenizer(settings.base), SavedJudge(tmp_path / "judge", recipe, prior, "x", digest))
     export_judge(tmp_path / "judge", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "plain", dtype="float32", attn_implementation="eager"

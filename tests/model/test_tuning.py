@@ -16,9 +16,8 @@ from transformers import AutoModelForSequenceClassification
 
 from arena.config import ModelSettings
 from arena.distributed import compute_in
-from arena.inference.card import JudgeCard, save_judge
-from arena.inference.export import export_judge
 from arena.inference.judge import Judge
+from arena.inference.saved import SavedJudge, export_judge, save_judge
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.base_files import base_digest
 from arena.model.card import Card
@@ -107,7 +106,7 @@ def test_exported_gives_the_same_logits(gemma2: Path, tmp_path: Path, name: str)
     with torch.no_grad():
         ours = model(batch)
     tokenizer, digest = load_tokenizer(str(gemma2)), base_digest(str(gemma2))
-    save_judge(model.model, tokenizer, JudgeCard(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", digest))
+    save_judge(model.model, tokenizer, SavedJudge(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", digest))
     export_judge(tmp_path / "judge", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "plain", dtype="float32", attn_implementation="eager"
@@ -221,7 +220,7 @@ def test_a_judge_of_another_card(gemma2: Path, tmp_path: Path, monkeypatch: pyte
     model = adapt(load_base(recipe.model, CLASSES), recipe.model)
     digest = base_digest(recipe.model.base)
     save_judge(
-        model, load_tokenizer(str(gemma2)), JudgeCard(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", digest)
+        model, load_tokenizer(str(gemma2)), SavedJudge(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", digest)
     )
     assert Judge(tmp_path / "judge").recipe.model.dtype == "bfloat16"
     monkeypatch.setattr("arena.inference.judge.card_of", lambda device: Card("cuda", "Tesla T4", (7, 5), 16 << 30))

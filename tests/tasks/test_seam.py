@@ -14,9 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 import arena
 from arena.config import Recipe, load_recipe
-from arena.inference.card import read_card
-from arena.inference.export import export_judge
 from arena.inference.infer import infer
+from arena.inference.saved import export_judge, read_judge
 from arena.tasks import TASKS, task_of
 from arena.training.run import run_fold
 from tests.tasks.sentiment import Sentiment
@@ -62,7 +61,7 @@ def test_trained_evaluated_saved_and_inferred(recipe: Recipe, tmp_path: Path) ->
     infer([fold / "model"], None, out)
     found = pd.read_csv(out).set_index("id")
     assert list(found.columns) == ["p_negative", "p_positive"] and len(found) == 20
-    np.testing.assert_allclose(found.loc["t3"], read_card(fold / "model").prior, atol=1e-8)  # nothing to predict from
+    np.testing.assert_allclose(found.loc["t3"], read_judge(fold / "model").prior, atol=1e-8)  # nothing to predict from
 
     judge = arena.Judge(fold / "model")
     rows = judge.read([tmp_path / "rows/test.csv"])

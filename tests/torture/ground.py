@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import arena.demo.synthetic
-import arena.inference.export
 import arena.inference.infer
 import arena.inference.judge
+import arena.inference.saved
 import arena.model.classifier
 import arena.reporting.report
 import arena.training.run

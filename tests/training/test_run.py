@@ -18,7 +18,7 @@ import pytest
 from accelerate.utils import LoggerType
 
 from arena import cli
-from arena.inference.card import read_card
+from arena.inference.saved import read_judge
 from arena.reporting import report
 from arena.stopping import Stopped
 from arena.storage.mirror import Mirror
@@ -26,7 +26,7 @@ from arena.tasks import preference
 from arena.tasks.preference import COLUMNS
 from arena.tasks.preference import COLUMNS as CLASSES
 from arena.training import run as run_module
-from arena.training.results import _truth
+from arena.training.held_out import _truth
 from arena.training.run import run_fold
 from tests.helpers import make_base, tiny_recipe, write_rows
 
@@ -96,7 +96,7 @@ def test_whatever_else_fails_the_judge_is_saved(
     folder = tmp_path / "runs/demo/fold0"
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert metrics["baseline_log_loss"] is metrics["bayes_log_loss"] is None and metrics["log_loss"] > 0
-    assert read_card(folder / "model") and len(pd.read_csv(folder / "oof.csv")) == metrics["n_eval"]
+    assert read_judge(folder / "model") and len(pd.read_csv(folder / "oof.csv")) == metrics["n_eval"]
     shown = capsys.readouterr().out
     for words in (
         "the tracker failed (ConnectionError: unreachable)", "baseline failed (MemoryError: sparse matrix)",
@@ -210,6 +210,6 @@ def test_a_checkpoint_goes_with_its_base_and_its_place_is_not_saved(gemma2: Path
         run_fold(tiny_recipe(tmp_path, make_base(tmp_path / "other", seed=1), *resume), 0, again)
     run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, again)
     shutil.rmtree(tmp_path / "runs")
-    assert read_card(again / "demo/fold0/model").recipe.train.resume == "auto"
+    assert read_judge(again / "demo/fold0/model").recipe.train.resume == "auto"
     with pytest.raises(ValueError, match=r"train\.resume=.*: write auto, best, never, or the path of a checkpoint"):
         run_fold(tiny_recipe(tmp_path, gemma2, *resume), 0, again)

@@ -1,4 +1,4 @@
-"""What a judge is on disk: the folder with its trained weights, its tokenizer, and `judge.json`, its card."""
+"""A judge on disk: its folder with trained weights, tokenizer and settings, and its export as a plain model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from arena.config import FORMER_POLICIES, ModelSettings, Recipe, change
 from arena.data.task import Task
-from arena.inference.find import CARD
+from arena.inference.find import JUDGE_FILE
+from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
-from arena.model.tuning import is_whole, save_model
+from arena.model.tuning import HEAD_FILE, is_whole, load_trained, save_model, with_adapter, with_head
 from arena.progress import console
 from arena.storage.files import atomic_write, write_json
 from arena.tasks import task_of
@@ -24,7 +26,7 @@ FORMAT = 2  # 2: `base` is the digest of everything that is loaded of a base
 
 
 @dataclass(frozen=True)
-class JudgeCard:
+class SavedJudge:
     """The settings of a saved judge.
 
     Attributes:
@@ -59,27 +61,27 @@ class JudgeCard:
             )
 
 
-def save_judge(model: PreTrainedModel, tokenizer: Any, card: JudgeCard) -> None:
-    """Writes trained weights, tokenizer and card to the card's folder, atomically."""
-    with atomic_write(card.folder) as draft:
+def save_judge(model: PreTrainedModel, tokenizer: Any, saved: SavedJudge) -> None:
+    """Writes trained weights, tokenizer and settings to the judge's folder, atomically."""
+    with atomic_write(saved.folder) as draft:
         save_model(model, draft)
         tokenizer.save_pretrained(str(draft))
-        write_json(draft / CARD, as_json(card))
+        write_json(draft / JUDGE_FILE, as_json(saved))
 
 
-def as_json(card: JudgeCard) -> dict[str, Any]:
+def as_json(saved: SavedJudge) -> dict[str, Any]:
     """The content of `judge.json`."""
     return {
         "format": FORMAT,
-        "recipe": card.recipe.model_dump(mode="json"),
-        "prior": card.prior.tolist(),
-        "trained_on": card.trained_on,
-        "base": card.base,
+        "recipe": saved.recipe.model_dump(mode="json"),
+        "prior": saved.prior.tolist(),
+        "trained_on": saved.trained_on,
+        "base": saved.base,
     }
 
 
-def read_card(folder: Path, overrides: Sequence[str] = ()) -> JudgeCard:
-    """The card of a saved judge.
+def read_judge(folder: Path, overrides: Sequence[str] = ()) -> SavedJudge:
+    """The settings of a saved judge.
 
     Args:
         overrides: settings to change, as in `load_recipe`.
@@ -87,21 +89,21 @@ def read_card(folder: Path, overrides: Sequence[str] = ()) -> JudgeCard:
     Raises:
         ValueError: the folder is not a judge, or is damaged, of another version, or exported; or a setting is invalid.
     """
-    path = folder / CARD
+    path = folder / JUDGE_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is not a judge (it has no {CARD}): train one first")
+        raise ValueError(f"{folder} is not a judge (it has no {JUDGE_FILE}): train one first")
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version, card = facts.get("format"), None
+        version, saved = facts.get("format"), None
         if version == FORMAT:
             _rename_policy(facts["recipe"]["model"])
             recipe = Recipe.model_validate(facts["recipe"])
             prior = np.asarray(facts["prior"], dtype=np.float64)
-            card = JudgeCard(folder, recipe, prior, facts["trained_on"], facts["base"])
-            _check_prior(prior, len(card.task.classes))
+            saved = SavedJudge(folder, recipe, prior, facts["trained_on"], facts["base"])
+            _check_prior(prior, len(saved.task.classes))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): train the fold again") from None
-    if card is None:
+    if saved is None:
         raise ValueError(
             f"{path} was written by another version of arena (format {version}, this one reads {FORMAT}): "
             "train the fold again, or judge with that version"
@@ -111,22 +113,22 @@ def read_card(folder: Path, overrides: Sequence[str] = ()) -> JudgeCard:
             f"{folder} was written by `arena export` for transformers: load it with "
             "AutoModelForSequenceClassification.from_pretrained, or name the fold that was exported"
         )
-    return replace(card, recipe=change(card.recipe, overrides))
+    return replace(saved, recipe=change(saved.recipe, overrides))
 
 
-def check_alike(cards: Sequence[JudgeCard]) -> None:
+def check_alike(judges: Sequence[SavedJudge]) -> None:
     """Checks that judges can be averaged.
 
     Raises:
         ValueError: they were trained on different data.
     """
-    first = cards[0]
-    if odd := [card for card in cards if card.trained_on != first.trained_on]:
+    first = judges[0]
+    if odd := [saved for saved in judges if saved.trained_on != first.trained_on]:
         raise ValueError(
             f"{first.folder.parent} and {odd[0].folder.parent} were trained on different data or splits: train them on "
             "the same, or name only one of these folders"
         )
-    if any(card.recipe.model_copy(update={"data": first.recipe.data}) != first.recipe for card in cards):
+    if any(saved.recipe.model_copy(update={"data": first.recipe.data}) != first.recipe for saved in judges):
         console.print(
             f"the folds of {first.folder.parent.parent} were not all trained with the same settings; they are averaged "
             "nevertheless"
@@ -144,3 +146,47 @@ def _check_prior(prior: np.ndarray, classes: int) -> None:
     good = prior.shape == (classes,) and np.isfinite(prior).all() and (prior >= 0).all()
     if not good or abs(prior.sum() - 1) > 1e-6:
         raise ValueError(f"the prior is {str(prior)[:100]}")
+
+
+def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: Sequence[str] = ()) -> None:
+    """Writes a judge so that `AutoModelForSequenceClassification.from_pretrained(folder)` gives its logits.
+
+    An adapter that was trained over quantised weights is added to the dequantised weights in float32, and the sum is
+    rounded to `dtype` once; merging into 4-bit weights would lose the adapter in rounding. 8-bit layers also round
+    their inputs, which a plain model does not, so its logits differ from such a judge's by that rounding.
+
+    Args:
+        judge: a `model` folder of a run.
+        dtype: of the written weights, including the head; load with `dtype="float32"` for exact logits.
+        overrides: settings to change, such as `model.base=FOLDER` for a base that was moved.
+
+    Raises:
+        ValueError: `judge` is not a judge, or its base differs from the one that it was trained on.
+    """
+    saved = read_judge(judge)
+    settings = change(saved.recipe, overrides).model
+    saved.check_base(settings)
+    model = merge(judge, settings, saved.task.classes).to(getattr(torch, dtype))
+    model.config._attn_implementation = "eager"  # this package's attention is registered only where it is imported
+    del model.config.arena_backend
+    tokenizer = load_tokenizer(str(judge))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with atomic_write(folder) as draft:
+        model.save_pretrained(str(draft))
+        # its recipe documents the prompt that the model expects
+        write_json(draft / JUDGE_FILE, {**as_json(saved), "exported": True})
+        tokenizer.save_pretrained(str(draft))
+
+
+def merge(judge: Path, settings: ModelSettings, classes: Sequence[str]) -> PreTrainedModel:
+    """The judge's model in float32: weights loaded and dequantised, with its adapter merged or its head loaded."""
+    if is_whole(judge):
+        return load_trained(judge, settings, classes).float()
+    base = load_base(settings, classes)
+    if settings.quantization != "none":
+        base = base.dequantize(dtype=torch.float32)
+        # for a checkpoint that is stored quantised: conversions that saving would otherwise try to reverse
+        base.__dict__.pop("_weight_conversions", None)
+    if (judge / HEAD_FILE).is_file():
+        return with_head(base.float(), judge / HEAD_FILE)
+    return with_adapter(base.float(), judge, settings).merge_and_unload()
