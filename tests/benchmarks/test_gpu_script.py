@@ -5,11 +5,13 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +36,56 @@ def no_end(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def made_up(folder: Path, **changes: Any) -> int:
     """Runs the script with two cells, one test file and techniques that are made up; gives its exit status."""
-    test = tmp_path / "test_on_gpu.py"
-    test.write_text("import pytest\n@pytest.mark.gpu\ndef test_flash(): pass\ndef test_not(): assert False\n")
-    monkeypatch.setattr(techniques, "TECHNIQUES", {"QLoRA, NF4": techniques.Technique()})
-    monkeypatch.setattr(techniques, "in_steps", lambda recipe, steps: recipe)
-    monkeypatch.setattr(techniques, "in_process", lambda recipe, runs: {"status": "done", "log_loss": 0.9876})
-    base = tiny_base(tmp_path / "base")
-    monkeypatch.setattr(
-        real_report, "draw", lambda panels, columns, path, **words: path.touch()
-    )  # seconds; tested elsewhere
     whole = real_run.in_order
 
     def two(found: list[Table], best: str) -> dict[str, Cell]:
         ours = {key: cell for key, cell in whole(found, best).items() if cell.way == "ours"}
         return dict(list(ours.items())[:2])
 
-    monkeypatch.setattr(real_run, "in_order", two)
-
-    def run(**changes: Any) -> int:
-        given: dict[str, Any] = {
-            "recipe": "demo", "state": tmp_path / "state", "out": tmp_path / "docs", "tests": str(test), "repeats": 1,
-            "minutes": None, **changes,
-        }  # fmt: skip
-        monkeypatch.setenv("ARENA_STARTED", str(time.time()))
+    test, base = folder / "test_on_gpu.py", folder / "base"
+    if not base.exists():
+        tiny_base(base)
+        test.write_text("import pytest\n@pytest.mark.gpu\ndef test_flash(): pass\ndef test_not(): assert False\n")
+    given: dict[str, Any] = {
+        "recipe": "demo", "state": folder / "state", "out": folder / "docs", "tests": str(test), "repeats": 1,
+        "minutes": None, **changes,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(techniques, "TECHNIQUES", {"QLoRA, NF4": techniques.Technique()})
+        patch.setattr(techniques, "in_steps", lambda recipe, steps: recipe)
+        patch.setattr(techniques, "in_process", lambda recipe, runs: {"status": "done", "log_loss": 0.9876})
+        patch.setattr(real_report, "draw", lambda panels, columns, path, **words: path.touch())  # seconds
+        patch.setattr(real_run, "in_order", two)
+        patch.setenv("ARENA_STARTED", str(time.time()))
         try:
             Gpu(tuple(overrides(base)), **given).run()
         except SystemExit as stop:
             return int(str(stop.code))
-        return 0
+    return 0
 
-    return run
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., int]:
+    return partial(made_up, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a script that measured its cells and ran its tests."""
+    folder = tmp_path_factory.mktemp("measured")
+    assert made_up(folder, steps=0) == 0
+    faulthandler.cancel_dump_traceback_later()
+    return folder
+
+
+@pytest.fixture
+def measured_script(measured: Path, tmp_path: Path) -> Callable[..., int]:
+    """That script, going on in the test's own folder."""
+    for name in ("state", "docs"):
+        shutil.copytree(measured / name, tmp_path / name)
+    return partial(made_up, measured, state=tmp_path / "state", out=tmp_path / "docs")
 
 
 def the(pattern: str, folder: Path) -> Path:
@@ -143,8 +162,10 @@ def test_a_part_that_is_stopped_is_done_in_the_next_call(
     assert len(calls) == 3 and calls[1] == calls[2] != calls[0]
 
 
-def test_a_failed_test_is_told_at_the_end(script: Callable[..., int], tmp_path: Path) -> None:
-    test = tmp_path / "test_fails.py"
+def test_a_failed_test_is_told_at_the_end(measured_script: Callable[..., int], tmp_path: Path) -> None:
+    script, test = partial(measured_script, steps=0), tmp_path / "test_fails.py"
+    for part in (*tmp_path.glob("state/tiny/*/*tests,*"), tmp_path / "state/tiny.zip"):
+        part.unlink()
     test.write_text("import pytest\n@pytest.mark.gpu\ndef test_it(): assert False\n")
     assert script(tests=str(test)) == 1
     page = the("docs/bench-cpu-*-tiny.md", tmp_path).read_text()
@@ -156,15 +177,18 @@ def test_a_failed_test_is_told_at_the_end(script: Callable[..., int], tmp_path: 
 
 @pytest.mark.parametrize(("status", "ends_with"), [("failed", 1), ("too slow", 1), ("cannot run", 0)])
 def test_tests_that_were_given_up_are_on_the_page_with_what_they_found(
-    script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str, ends_with: int
+    measured_script: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    status: str,
+    ends_with: int,
 ) -> None:
-    assert script(steps=0) == 0
     (part,) = tmp_path.glob("state/tiny/*/part,tests,flash.json")
     part.write_text(json.dumps({"status": status, "reason": "begun 3 times and never ended"}))
-    assert script(steps=0) == ends_with
+    assert measured_script(steps=0) == ends_with
     assert "| flash | 1 passed so far | begun 3 times and never ended |" in the("docs/*-tiny.md", tmp_path).read_text()
     assert (f"{status}: tests,flash; --again '{status}'" in capsys.readouterr().out) == bool(ends_with)
-    assert script(steps=0, again=status) == 0
+    assert measured_script(steps=0, again=status) == 0
     assert "| flash | 1 passed |" in the("docs/*-tiny.md", tmp_path).read_text()
 
 
@@ -180,10 +204,12 @@ def test_another_device_has_a_table_of_its_own(
         assert "not measured yet" in (tmp_path / "docs" / page).read_text()
 
 
-def test_the_script_runs_as_a_module() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+def test_the_script_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", "--help"])
+    monkeypatch.delitem(sys.modules, "benchmarks.__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("benchmarks", run_name="__main__")
+    shown = capsys.readouterr().out
     for word in ("--minutes", "--state", "--archive", "--plan", "--anyway"):
         assert word in shown
 

@@ -56,6 +56,7 @@ def scaled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, limi
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_as_many_variants_as_asked_for_and_no_more(scaled: Any) -> None:
     function, x = scaled(64), torch.full((2,), 0.9)
     for _ in range(2):

@@ -29,6 +29,7 @@ import gc, json, sys
 import torch
 from transformers import AutoConfig
 from arena.model.backbone import load_base
+from arena.tasks.preference import CLASSES
 from benchmarks.random_base import create_base
 from tests.helpers import exact
 from tests.memory import Watch, held
@@ -81,7 +82,8 @@ def watched(tiny: Path, base: Path, *ways: str) -> dict[str, tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("layers", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [6, 30])
 def test_a_base_is_held_once_and_in_four_bits(gemma2: Path, tmp_path: Path, layers: int) -> None:
     """The finished model and what one matrix takes; the controls, weights in bfloat16 and in float32, take more.
 

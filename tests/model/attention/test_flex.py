@@ -82,6 +82,7 @@ def random_batch(seed: int) -> tuple[list[int], list[int]]:
     return n_q, [n + int(more) for n, more in zip(n_q, before, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cannot_compile("cpu") is not None, reason="no C++ compiler")
 def test_twelve_batches_take_one_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of other lengths, segments, shared beginnings and windows; all equal to the reference, wrong ones are not."""
@@ -98,6 +99,7 @@ def test_twelve_batches_take_one_compiled_kernel(monkeypatch: pytest.MonkeyPatch
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_more_sizes_than_the_compiler_keeps_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     counter = use(monkeypatch, "eager")
     sizes = range(1, torch._dynamo.config.recompile_limit + 3)
