@@ -229,6 +229,51 @@ def test_the_order_of_imports_is_the_one_that_is_tested() -> None:
     assert re.findall(r"\w+", listed) == ROOMS
 
 
+def walks(text: str) -> list[list[str]]:
+    """The lines of each numbered walk through the code, a module first, then names in it."""
+    section = text.partition("\n## Two walks")[2].partition("\n## ")[0]
+    return [re.split(r"^\d+\. ", part, flags=re.MULTILINE)[1:] for part in section.split("\n### ")[1:]]
+
+
+def check_walk(lines: list[str]) -> None:
+    """Fails unless at most 15 modules are named, each once, and each with names that it defines."""
+    modules = []
+    for line in lines:
+        module, *names = QUOTED.findall(line.partition(":")[0])
+        modules.append(module)
+        tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+        assert names, f"{module}: name a function or class"
+        for name in names:
+            places: list[Any] = [tree]
+            for part in name.split("."):
+                places = [each for place in places for each in place.body if getattr(each, "name", None) == part]
+            assert places, f"{module} has no {name}"
+    assert 5 < len(modules) <= 15 and len(set(modules)) == len(modules)
+
+
+def test_the_walks_name_modules_that_exist_and_at_most_15_each() -> None:
+    both = walks(PAGES["CONTRIBUTING.md"])
+    assert len(both) == 2
+    for lines in both:
+        check_walk(lines)
+
+
+@pytest.mark.parametrize(
+    ("number", "wrong"),
+    [
+        (0, "`arena/data/row.py`, `read_rows`: "), (0, "`arena/data/rows.py`, `read_row`: "),
+        (1, "`arena/data/rows.py`, `read_rows`: "), (2, "`arena/packing/loader.py`, `PackedLoader.batch`: "),
+        (3, "`arena/data/rows.py`: "),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_of_a_walk_is_noticed(number: int, wrong: str) -> None:
+    lines = walks(PAGES["CONTRIBUTING.md"])[0]
+    with pytest.raises((AssertionError, FileNotFoundError)):
+        check_walk([*lines[:number], wrong, *lines[number + 1 :]])
+    with pytest.raises(AssertionError):
+        check_walk([*lines, "`arena/cli.py`, `main`: one too many"])
+
+
 def test_all_python_is_run() -> None:
     assert {page: len(python(page)) for page in PAGES if python(page)} == {
         "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 1,
