@@ -276,9 +276,9 @@ def test_a_wrong_line_of_a_walk_is_noticed(number: int, wrong: str) -> None:
 
 def test_all_python_is_run() -> None:
     assert {page: len(python(page)) for page in PAGES if python(page)} == {
-        "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 1,
+        "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 2,
     }  # fmt: skip
-    assert sum(text.count("```python") for text in EVERY_PAGE.values()) == 4
+    assert sum(text.count("```python") for text in EVERY_PAGE.values()) == 5
 
 
 def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +302,8 @@ def test_a_judge_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert probabilities.shape == (10, 3)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)
     assert np.ptp(probabilities[:, 0]) > 1e-4  # of the rows, not of a constant
+    np.testing.assert_allclose(run_block("docs/judging.md")["probabilities"], probabilities, atol=1e-6)
+    assert list((tmp_path / "runs/parts").rglob("*.part"))
 
 
 def save_untrained(folder: Path, quantization: str) -> Any:
@@ -318,7 +320,7 @@ def test_a_judge_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     judge = save_untrained(tmp_path / "trained", quantization="none")
     export_judge(tmp_path / "trained", tmp_path / "judge", dtype="float32")
-    names = run_block("docs/judging.md")
+    names = run_block("docs/judging.md", 1)
     with torch.no_grad():
         expected = judge.eval()(collate([{"input_ids": names["example"].input_ids}])).softmax(-1)
     shown = re.findall(r"[0-9.]{4,}", capsys.readouterr().out.splitlines()[-1])
