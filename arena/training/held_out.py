@@ -19,7 +19,7 @@ from arena.stopping import Stop
 
 
 class HeldOut:
-    """The evaluation of a fold's held-out rows: in their given order during training, in all orders at the end.
+    """The evaluation of a fold's held-out rows: in their first order during training, in all orders at the end.
 
     Args:
         identity: what identifies the run, for the cache of logits; None: logits are not cached.
@@ -33,7 +33,7 @@ class HeldOut:
         self.recipe, self.data, self.device, self.cache, self.identity = recipe, data, device, cache, identity
         self.prefixes = prefixes
         self.has_input = data.has_input[data.eval_rows]
-        self._straight = self._evaluation(range(1))
+        self._in_first_order = self._evaluation(range(1))
 
     @property
     def n_scored(self) -> int:
@@ -45,21 +45,23 @@ class HeldOut:
         labels = self.data.labels[self.data.eval_rows]
         return log_loss(labels[self.has_input], probabilities[self.has_input])
 
-    def straight(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
-        """The probabilities of all held-out rows, float64 (n, C), from each row as given.
+    def in_first_order(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
+        """The probabilities of all held-out rows, float64 (n, C), from their first order.
 
         Args:
             weights: the digest of the checkpoint's weights, from whose cached logits this resumes.
         """
-        return self._predict(self._straight, classifier, "evaluating", weights, stop)
+        return self._predict(self._in_first_order, classifier, "evaluating", weights, stop)
 
-    def averaged(self, straight: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
+    def averaged(
+        self, in_first_order: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None
+    ) -> np.ndarray:
         """The mean over the orders that inference uses, of which the first is known."""
         orders = self.data.task.orders if self.recipe.judge.swap else 1
         if orders == 1:
-            return straight
+            return in_first_order
         others = self._predict(self._evaluation(range(1, orders)), classifier, "judging", weights, stop)
-        return np.asarray((straight + (orders - 1) * others) / orders)
+        return np.asarray((in_first_order + (orders - 1) * others) / orders)
 
     def _evaluation(self, orders: range) -> Evaluation:
         data = self.data

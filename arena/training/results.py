@@ -43,24 +43,24 @@ def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
 def scores(data: FoldData, trained: Trained) -> dict[str, float]:
     """The task's metrics on the held-out rows, and the prior's log-loss for comparison."""
     labels = data.labels[data.eval_rows]
-    found = {name: metric(labels, trained.probabilities) for name, metric in data.task.metrics.items()}
-    return {**found, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}
+    values = {name: metric(labels, trained.probabilities) for name, metric in data.task.metrics.items()}
+    return {**values, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}
 
 
 def references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
     """A simple baseline's log-loss, and the best possible one if it is known; None for what cannot be computed."""
-    found: dict[str, float | None] = dict.fromkeys(REFERENCES)
+    losses: dict[str, float | None] = dict.fromkeys(REFERENCES)
     labels, rows = data.labels[data.eval_rows], data.rows
     with optional("fitting the plain baseline"):
         train_rows = data.train_rows[data.train_rows < len(rows)]  # without those of extra files
         baseline = data.task.baseline(rows.table, rows.labels, train_rows, data.eval_rows, recipe.seed)
-        found["baseline_log_loss"] = None if baseline is None else log_loss(labels, baseline)
+        losses["baseline_log_loss"] = None if baseline is None else log_loss(labels, baseline)
     path = Path(recipe.data.path) / "truth.csv"
     with optional(f"reading {path}", "the report does not show the best possible log-loss"):
         truth = _truth(path, [data.ids[row] for row in data.eval_rows], data.task.columns)
         if truth is not None:
-            found |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}
-    return found
+            losses |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}
+    return losses
 
 
 def effort(data: FoldData, plan: PackPlan, trained: Trained, model: nn.Module, device: torch.device) -> dict[str, Any]:

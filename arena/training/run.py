@@ -74,7 +74,7 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
     tokenizer = load_tokenizer(recipe.model.base, recipe.model.revision)
     config = base_config(recipe.model)
     check_length(config, recipe.prompt.max_length, recipe.model.base)
-    asked, recipe = recipe, fit(recipe, config, card_of(accelerator.device))
+    requested, recipe = recipe, fit(recipe, config, card_of(accelerator.device))
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         check_exact(config, recipe.model, recipe.prompt.max_length)
         data = prepare_fold(recipe, task_of(recipe), fold, tokenizer)
@@ -93,9 +93,9 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
         trainer = Trainer(
             recipe, data, model, folder, accelerator, prefixes=prefixes, identity=run, stop=stop, mirror=mirror
         )
-        # where this call resumed does not matter to a judge, or to another fold trained with the same recipe
+        # where this call resumed from does not matter to a judge, or to another fold trained with the same recipe
         saved = recipe.model_copy(update={"train": recipe.train.model_copy(update={"resume": "auto"})})
-        # not earlier: a run that cannot be trained must not replace the earlier one
+        # only now, because a run that cannot be trained must not replace the earlier one
         if recipe.train.track != "tensorboard":
             start_tracking(accelerator, recipe, fold)
         if main:
@@ -107,7 +107,7 @@ def _run(recipe: Recipe, fold: int, folder: Path, accelerator: Accelerator, fres
             if fetched:
                 console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
         accelerator.wait_for_everyone()
-        _announce(recipe, asked, data, trainer)
+        _announce(recipe, requested, data, trainer)
         try:
             trained = trainer.run()
         finally:
@@ -127,15 +127,15 @@ def _finish(
     recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], mirror: Mirror | None
 ) -> dict[str, float | None]:
     """Adds reference scores and mirrors the results; whatever fails here is only a warning."""
-    found = references(recipe, data)
+    reference_losses = references(recipe, data)
     with optional(f"adding reference scores to {folder / 'metrics.json'}"):
-        write_json(folder / "metrics.json", metrics | found)
+        write_json(folder / "metrics.json", metrics | reference_losses)
     shutil.rmtree(folder / "logits", ignore_errors=True)
     if mirror is not None:
         with optional(f"sending the finished run to {recipe.train.mirror}", f"copy {folder} there yourself"):
             mirror.push_files("model", [folder / "model"])
             mirror.push_files("files", [folder / name for name in FILES])
-    return found
+    return reference_losses
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def _mirror(recipe: Recipe, folder: Path, run: dict[str, str], main: bool, fresh
             mirror.close(patience)
 
 
-def _announce(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -> None:
+def _announce(recipe: Recipe, requested: Recipe, data: FoldData, trainer: Trainer) -> None:
     for note in data.notes:
         console.print(note)
     plan = trainer.plan
@@ -168,10 +168,10 @@ def _announce(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -
         f"{count:,} trainable parameters; {device_name(trainer.accelerator.device)}; attention {trainer.attention}"
         + (f"; {plan.ranks} processes" if plan.ranks > 1 else "")
     )
-    if plan.budget < asked.packing.budget:
+    if plan.budget < requested.packing.budget:
         console.print(
-            f"micro-batches hold at most {plan.budget:,} tokens instead of {asked.packing.budget:,}, to fit the memory "
-            f"of {device_name(trainer.device)}"
+            f"micro-batches hold at most {plan.budget:,} tokens instead of {requested.packing.budget:,}, to fit the "
+            f"memory of {device_name(trainer.device)}"
         )
     if trainer.recompute_plan is not None:
         console.print(str(trainer.recompute_plan))

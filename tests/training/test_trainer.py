@@ -180,7 +180,7 @@ def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest
     assert torch.equal(weights(trainer), kept)
     straight = trainer.checkpoints.load_evaluation(3)[1]
     weights_of_best = trainer._weights(3)
-    again = trainer.held_out.straight(trainer.classifier, weights_of_best, None)
+    again = trainer.held_out.in_first_order(trainer.classifier, weights_of_best, None)
     np.testing.assert_allclose(straight, again, atol=1e-5)  # those of the best step, not of the last
     averaged = trainer.held_out.averaged(straight, trainer.classifier, weights_of_best, None)
     np.testing.assert_allclose(trained.probabilities, averaged, atol=1e-5)
