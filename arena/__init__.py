@@ -47,8 +47,8 @@ def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: torch and transformers take seconds, and most commands need less."""
     if name not in _PLACES:
         raise AttributeError(f"module 'arena' has no attribute {name!r}: it has {', '.join(__all__)}")
-    found = globals()[name] = getattr(import_module(_PLACES[name]), name)
-    return found
+    value = globals()[name] = getattr(import_module(_PLACES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

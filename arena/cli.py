@@ -53,8 +53,8 @@ class Train:
     fold: Annotated[int, arg(help="The fold to hold out.")] = 0
     recipe: Name = "demo"
     data: Data = None
-    runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
-    fresh: Annotated[bool, arg(help="Set an earlier run of this fold aside and start again.")] = False
+    runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
+    fresh: Annotated[bool, arg(help="Move an earlier run of this fold to runs/RECIPE/earlier and start again.")] = False
 
     def run(self) -> None:
         from arena.distributed import is_main
@@ -95,7 +95,7 @@ class Infer:
         str | None,
         arg(metavar="PATH", help="Folder with a test file, or one file.", help_behavior_hint="(the training data's)"),
     ] = None
-    runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
+    runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
 
     def run(self) -> None:
@@ -117,7 +117,7 @@ class Inspect:
     fold: Annotated[int, arg(help="The held-out fold.")] = 0
     recipe: Name = "demo"
     data: Data = None
-    runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
+    runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     step: Annotated[int, arg(help="The optimizer step to show.")] = 0
     out: Annotated[Path, arg(help="The picture to write.")] = Path("runs/attention.png")
 
@@ -142,7 +142,7 @@ class Export:
     ] = ()
     fold: Annotated[int | None, arg(help="The fold of a run; required if several are finished.")] = None
     recipe: Judged = "demo"
-    runs: Annotated[Path, arg(help="Where runs are kept.")] = Path("runs")
+    runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path, arg(help="The folder to write.")] = Path("runs/export")
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="The dtype of the weights.")] = "bfloat16"
 

@@ -199,7 +199,7 @@ class Recipe(Settings):
         max_length=100,
         description="name of the run, whose folder is runs/NAME",
     )
-    task: str = Field("preference", description="what a row means, and so what the head predicts: preference")
+    task: str = Field("preference", description="what a row means, and so what the head predicts; such as preference")
     seed: int = Field(0, description="seed of the adapters, the order of the rows and the exchange of A and B")
     data: DataSettings
     prompt: PromptSettings

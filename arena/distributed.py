@@ -50,12 +50,12 @@ def is_main() -> bool:
 def fix_threads() -> None:
     """Uses one pool with as many threads as this process may use: pools that compete for cores are ten times slower."""
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    asked = given.split(",")[0].strip()  # one number for each level of nesting
-    is_count = asked.isdecimal() and int(asked) > 0
-    if given.strip() and not is_count:
-        console.print(f"OMP_NUM_THREADS={given} is not a number of threads: using {free}, one per core")
-    torch.set_num_threads(int(asked) if is_count else free)
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    threads = setting.split(",")[0].strip()  # one number for each level of nesting
+    is_count = threads.isdecimal() and int(threads) > 0
+    if setting.strip() and not is_count:
+        console.print(f"OMP_NUM_THREADS={setting} is not a number of threads: using {free}, one per core")
+    torch.set_num_threads(int(threads) if is_count else free)
 
 
 def let_segments_grow() -> None:

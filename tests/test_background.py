@@ -11,7 +11,7 @@ import pytest
 from arena.background import ahead
 
 
-def test_made_ahead_in_order_and_no_further_than_asked() -> None:
+def test_items_are_made_ahead_in_order_and_no_further_than_the_depth() -> None:
     made: list[int] = []
 
     def source() -> Iterator[int]:

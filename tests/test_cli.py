@@ -81,7 +81,7 @@ def test_help_names_the_commands() -> None:
         (["inspect", "--out", "s3://b/x.png"], "--out s3:/b/x.png is a URL"),
     ],
 )
-def test_mistakes_are_said_without_traceback(
+def test_mistakes_are_reported_without_a_traceback(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -29,7 +29,7 @@ from arena.distributed import (
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="the tracker is installed")
-def test_a_tracker_that_is_not_installed_is_said() -> None:
+def test_a_tracker_that_is_not_installed_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"train\.track=wandb needs a package .*: `\S*pip install wandb`"):
         start(0, "wandb")
 
@@ -111,7 +111,7 @@ def test_one_process_is_the_first_and_the_sum() -> None:
 
 
 @pytest.mark.parametrize("set_by_user", [{}, {ALLOCATOR[0]: "backend:native"}, {ALLOCATOR[1]: "backend:native"}])
-def test_segments_grow_unless_the_user_says_otherwise(
+def test_expandable_segments_are_set_unless_the_user_configured_the_allocator(
     set_by_user: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ALLOCATOR:
@@ -153,10 +153,10 @@ CANNOT_RUN = [
 
 
 @pytest.mark.parametrize("error", USED_UP)
-def test_used_up_memory_is_known_by_its_error(error: Exception) -> None:
+def test_exhausted_memory_is_recognised_by_its_error(error: Exception) -> None:
     assert is_out_of_memory(error)
 
 
 @pytest.mark.parametrize("error", CANNOT_RUN)
-def test_a_kernel_that_cannot_run_is_not_used_up_memory(error: Exception) -> None:
+def test_a_kernel_that_cannot_run_is_not_exhausted_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)

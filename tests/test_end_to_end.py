@@ -66,7 +66,7 @@ def test_two_folds_and_a_submission(gemma2: Path, tmp_path: Path, monkeypatch: p
     np.testing.assert_allclose(submission[list(CLASSES)].to_numpy(), (alone[0] + alone[1]) / 2, atol=1e-7)
 
 
-def test_a_finished_run_is_kept_and_another_sets_it_aside(gemma2: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone_and_another_archives_it(gemma2: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2)
     first = run_fold(recipe, 0, tmp_path / "runs")
     assert run_fold(recipe, 0, tmp_path / "runs") == first  # nothing is trained again, also not its seconds
@@ -188,7 +188,7 @@ def test_a_baseline_that_cannot_be_fitted_costs_nothing(gemma2: Path, tmp_path: 
     assert metrics["baseline_log_loss"] is None and metrics["log_loss"] > 0
 
 
-def test_what_cannot_be_trained_does_not_take_the_place_of_what_was(gemma2: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_trained_does_not_replace_the_earlier_one(gemma2: Path, tmp_path: Path) -> None:
     first = run_fold(tiny_recipe(tmp_path, gemma2), 0, tmp_path / "runs")
     with pytest.raises(ValueError, match=r"model\.lora\.targets"):
         run_fold(tiny_recipe(tmp_path, gemma2, "model.lora.targets=[nope]"), 0, tmp_path / "runs")
@@ -222,7 +222,7 @@ def test_another_base_in_the_same_place_is_noticed(
         (["--data", "other"], "differ in 1 ids"),
     ],
 )
-def test_infer_says_what_is_wrong_before_it_judges(
+def test_infer_reports_mistakes_before_it_judges(
     words: list[str], message: str, gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

@@ -40,7 +40,7 @@ def test_plain_values_are_read() -> None:
         ("a" * 2_000_000, "2,000,000 characters"),
     ],
 )
-def test_what_is_more_than_plain_is_refused(text: str, why: str) -> None:
+def test_more_than_plain_yaml_is_refused(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         read_yaml(text, "it")
 

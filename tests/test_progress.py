@@ -144,7 +144,7 @@ def test_a_screen_of_no_columns_shows_what_is_printed(tmp_path: Path) -> None:
         assert shown.read_text() == "said\n"
 
 
-def test_what_is_optional_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_optional_work_fails_with_a_one_line_warning(capsys: pytest.CaptureFixture[str]) -> None:
     with optional("drawing", "the same command draws it"):
         raise OSError("no\nroom")
     assert capsys.readouterr().out == "warning: drawing failed (OSError: no room); the same command draws it\n"

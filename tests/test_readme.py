@@ -228,11 +228,56 @@ def test_the_order_of_imports_is_the_one_that_is_tested() -> None:
     assert re.findall(r"\w+", listed) == ROOMS
 
 
+def walks(text: str) -> list[list[str]]:
+    """The lines of each numbered walk through the code, a module first, then names in it."""
+    section = text.partition("\n## Two walks")[2].partition("\n## ")[0]
+    return [re.split(r"^\d+\. ", part, flags=re.MULTILINE)[1:] for part in section.split("\n### ")[1:]]
+
+
+def check_walk(lines: list[str]) -> None:
+    """Fails unless at most 15 modules are named, each once, and each with names that it defines."""
+    modules = []
+    for line in lines:
+        module, *names = QUOTED.findall(line.partition(":")[0])
+        modules.append(module)
+        tree = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+        assert names, f"{module}: name a function or class"
+        for name in names:
+            places: list[Any] = [tree]
+            for part in name.split("."):
+                places = [each for place in places for each in place.body if getattr(each, "name", None) == part]
+            assert places, f"{module} has no {name}"
+    assert 5 < len(modules) <= 15 and len(set(modules)) == len(modules)
+
+
+def test_the_walks_name_modules_that_exist_and_at_most_15_each() -> None:
+    both = walks(PAGES["CONTRIBUTING.md"])
+    assert len(both) == 2
+    for lines in both:
+        check_walk(lines)
+
+
+@pytest.mark.parametrize(
+    ("number", "wrong"),
+    [
+        (0, "`arena/data/row.py`, `read_rows`: "), (0, "`arena/data/rows.py`, `read_row`: "),
+        (1, "`arena/data/rows.py`, `read_rows`: "), (2, "`arena/packing/loader.py`, `PackedLoader.batch`: "),
+        (3, "`arena/data/rows.py`: "),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_of_a_walk_is_noticed(number: int, wrong: str) -> None:
+    lines = walks(PAGES["CONTRIBUTING.md"])[0]
+    with pytest.raises((AssertionError, FileNotFoundError)):
+        check_walk([*lines[:number], wrong, *lines[number + 1 :]])
+    with pytest.raises(AssertionError):
+        check_walk([*lines, "`arena/cli.py`, `main`: one too many"])
+
+
 def test_all_python_is_run() -> None:
     assert {page: len(python(page)) for page in PAGES if python(page)} == {
-        "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 1,
+        "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 2,
     }  # fmt: skip
-    assert sum(text.count("```python") for text in EVERY_PAGE.values()) == 4
+    assert sum(text.count("```python") for text in EVERY_PAGE.values()) == 5
 
 
 def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +301,8 @@ def test_a_judge_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert probabilities.shape == (10, 3)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-6)
     assert np.ptp(probabilities[:, 0]) > 1e-4  # of the rows, not of a constant
+    np.testing.assert_allclose(run_block("docs/judging.md")["probabilities"], probabilities, atol=1e-6)
+    assert list((tmp_path / "runs/parts").rglob("*.part"))
 
 
 def save_untrained(folder: Path, quantization: str) -> Any:
@@ -272,7 +319,7 @@ def test_a_judge_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.chdir(tmp_path)
     judge = save_untrained(tmp_path / "trained", quantization="none")
     export_judge(tmp_path / "trained", tmp_path / "judge", dtype="float32")
-    names = run_block("docs/judging.md")
+    names = run_block("docs/judging.md", 1)
     with torch.no_grad():
         expected = judge.eval()(collate([{"input_ids": names["example"].input_ids}])).softmax(-1)
     shown = re.findall(r"[0-9.]{4,}", capsys.readouterr().out.splitlines()[-1])

@@ -40,7 +40,7 @@ def test_what_was_done_before_makes_the_rest_no_faster(seconds: None, capsys: py
     assert capsys.readouterr().out.splitlines()[0] == "judging: 992 of 1,000 examples, 10 s, 40 s left"
 
 
-def test_without_a_total_nothing_is_foretold(seconds: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_remaining_time_is_shown_without_a_total(seconds: None, capsys: pytest.CaptureFixture[str]) -> None:
     with progress("reading", None) as advance:
         advance(5)
         advance(5)

@@ -76,7 +76,7 @@ class LimitedLines(Iterator[str]):
     def begin_row(self) -> None:
         """Marks the beginning of a row; the rest of a row that was too long is skipped."""
         while self._cut:
-            self._cut = _goes_on(self._handle.readline(self._limits.max_row_characters))
+            self._cut = _continues(self._handle.readline(self._limits.max_row_characters))
         self._used = 0
 
     def __next__(self) -> str:
@@ -85,7 +85,7 @@ class LimitedLines(Iterator[str]):
         if not line:
             raise StopIteration
         if self._used + len(line) - _end(line) > most:
-            self._cut = _goes_on(line)
+            self._cut = _continues(line)
             raise self._limits.too_long(f"is more than {most:,} characters")
         self._used += len(line)
         return line
@@ -102,7 +102,7 @@ def _size(cell: Any) -> int:
     return sum(map(_size, cell)) + len(cell) if isinstance(cell, list) else 1
 
 
-def _goes_on(line: str) -> bool:
+def _continues(line: str) -> bool:
     return bool(line) and not _end(line)
 
 

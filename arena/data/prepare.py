@@ -80,12 +80,12 @@ def data_file(path: str | Path, kind: str) -> Path:
         return place
     if not place.is_dir():
         raise ValueError(f"data.path: there is no folder or file {place}; give one with DATA= or --data")
-    found = [file for ending in READERS if (file := place / f"{kind}{ending}").is_file()]
-    if len(found) != 1:
+    files = [file for ending in READERS if (file := place / f"{kind}{ending}").is_file()]
+    if len(files) != 1:
         names = ", ".join(f"{kind}{ending}" for ending in READERS)
-        have = f"it has {', '.join(file.name for file in found)}" if found else "it has none of them"
+        have = f"it has {', '.join(file.name for file in files)}" if files else "it has none of them"
         raise ValueError(f"{place} must have exactly one of {names}; {have}")
-    return found[0]
+    return files[0]
 
 
 def read_files(paths: Sequence[str | Path], task: Task, settings: DataSettings, labels: Labels) -> Rows:

@@ -103,7 +103,8 @@ class Task(ABC):
         group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
         orders: in how many orders a row can be shown.
         missing: in words, what a row lacks if `has_input` is false.
-        metrics: of a fold's held-out rows, by name, `log_loss` among them, by which the best checkpoint is chosen.
+        metrics: by name, computed on the held-out rows for `metrics.json`. `log_loss` must be one of them: the best
+            checkpoint is the one with the least.
     """
 
     name: str

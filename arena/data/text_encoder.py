@@ -110,11 +110,11 @@ class TextEncoder:
         """The int32 token ids of each of these user texts, without control tokens."""
         memo: MutableMapping[bytes, np.ndarray] = {} if self._memo is None else self._memo
         keys = {text: blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts}
-        found = {text: ids for text, key in keys.items() if (ids := memo.get(key)) is not None}
-        new = [text for text in keys if text not in found]
+        ids_of = {text: ids for text, key in keys.items() if (ids := memo.get(key)) is not None}
+        new = [text for text in keys if text not in ids_of]
         for text, ids in zip(new, self._tokenise(new), strict=True):
-            found[text] = memo[keys[text]] = ids
-        return found
+            ids_of[text] = memo[keys[text]] = ids
+        return ids_of
 
     def _tokenise(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:

@@ -1,1 +1,1 @@
-"""The demo's base model: how it is trained from scratch."""
+"""The demo's rows, whose best possible log-loss is known."""

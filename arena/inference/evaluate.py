@@ -93,13 +93,13 @@ class Evaluation:
             self._compute(classifier, dtype, title, logits, stop, logits_cache.seconds if logits_cache else SECONDS)
         ordered = logits.complete()[_places(self.plan.examples, self._examples, len(self.store))]
         by_order = softmax(ordered).reshape(len(self._distinct), len(self.orders), -1)
-        straight = [self.task.reorder(by_order[:, at], order) for at, order in enumerate(self.orders)]
-        return self._with_prior(np.mean(straight, axis=0)[self._which.reshape(-1)], prior)
+        in_order_0 = [self.task.reorder(by_order[:, at], order) for at, order in enumerate(self.orders)]
+        return self._with_prior(np.mean(in_order_0, axis=0)[self._which.reshape(-1)], prior)
 
-    def _with_prior(self, found: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
+    def _with_prior(self, probabilities: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
         """(len(rows), C): the probabilities of the rows with input, and the prior for the others."""
         result = np.empty((len(self.rows), len(self.task.classes)))
-        result[self.has_input] = found
+        result[self.has_input] = probabilities
         if prior is not None:
             result[~self.has_input] = prior
         return result

@@ -110,10 +110,10 @@ class Judge:
             return evaluation.probabilities(self.classifier, **known)
         logits_cache = LogitsCache(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
         with stopping() as stop:
-            found = evaluation.probabilities(self.classifier, **known, logits_cache=logits_cache, stop=stop)
+            probabilities = evaluation.probabilities(self.classifier, **known, logits_cache=logits_cache, stop=stop)
         if stop():  # the signal arrived after the last micro-batch
             raise stop.stopped()
-        return found
+        return probabilities
 
     def evaluation(self, rows: Rows) -> Evaluation:
         """The plan by which this judge evaluates rows; that of the last rows is kept for other judges on its base."""

@@ -1,4 +1,4 @@
-"""The logits of a plan, in memory and, if asked for, in parts on disk from which an interrupted evaluation resumes."""
+"""The logits of a plan, in memory and, if wanted, in parts on disk from which an interrupted evaluation resumes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The model: a transformers decoder with variable-length attention and a three-way head."""
+"""The model: a transformers decoder with variable-length attention and a classification head."""

@@ -47,12 +47,12 @@ def card_of(device: torch.device | str) -> Card:
     Raises:
         ValueError: it is neither a CUDA device nor a CPU.
     """
-    found = torch.device(device)
-    if found.type == "cpu":
+    resolved = torch.device(device)
+    if resolved.type == "cpu":
         return _cpu()
-    if found.type == "cuda":
-        return _cuda(torch.cuda.current_device() if found.index is None else found.index)
-    raise ValueError(f"device {found}: this package runs on CUDA devices and CPUs")
+    if resolved.type == "cuda":
+        return _cuda(torch.cuda.current_device() if resolved.index is None else resolved.index)
+    raise ValueError(f"device {resolved}: this package runs on CUDA devices and CPUs")
 
 
 def product_dtype(*states: Tensor) -> torch.dtype:

@@ -24,9 +24,9 @@ def compiled(function: Callable[..., Any], variants: int, *, dynamic: bool | Non
     made = torch.compile(function, fullgraph=True, dynamic=dynamic)
 
     @wraps(function)
-    def run(*given: Any) -> Any:
+    def run(*args: Any) -> Any:
         raise_limits(variants)
-        return made(*given)
+        return made(*args)
 
     return run
 

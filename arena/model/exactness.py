@@ -119,9 +119,9 @@ def _limits(config: PretrainedConfig) -> tuple[float, float]:
     kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
     changing = [each for each in kinds if each.get("rope_type", "default") not in FIXED_ROPE]
     above = getattr(config, "original_max_position_embeddings", None)
-    found = [each.get("original_max_position_embeddings") or above for each in changing]
+    limits = [each.get("original_max_position_embeddings") or above for each in changing]
     most = getattr(config, "max_position_embeddings", None)
-    return min(filter(None, found), default=math.inf), most if isinstance(most, int) else math.inf
+    return min(filter(None, limits), default=math.inf), most if isinstance(most, int) else math.inf
 
 
 def _shorter_rows(config: PretrainedConfig, settings: ModelSettings, longest: int, remedy: str) -> str:
@@ -152,26 +152,26 @@ def _wrong_kind(config: PretrainedConfig) -> str | None:
 
 
 def _compare(small: PretrainedConfig, settings: ModelSettings, longest: int) -> str | None:
-    plain, ours = _models(small, settings)
+    plain, model = _models(small, settings)
     rows = _rows(longest, small.vocab_size)
     expected = torch.cat([plain(input_ids=torch.from_numpy(row)[None].long()).logits for row in rows])
     packed, order, shared = collate([{"input_ids": row} for row in rows]), *_sharing(rows)
-    alone = _apart(torch.cat([ours(collate([{"input_ids": row}])) for row in rows]), expected)
+    alone = _apart(torch.cat([model(collate([{"input_ids": row}])) for row in rows]), expected)
     if not alone <= TOLERANCE:
         return f"packed attention differs from its own even for a single row (relative difference {alone:.1g})"
     for batch, right in ((packed, expected), (shared, expected[order])):
-        together = _apart(ours(batch), right)
+        together = _apart(model(batch), right)
         if not together <= TOLERANCE:
             return f"a row's numbers depend on the rows beside it (relative difference {together:.1g})"
     # controls that the comparison must detect: two rows taken for one, and a window that is one token too wide
-    if not _apart(ours(_in_pairs(packed)), expected[1::2]) > CONTROL:
+    if not _apart(model(_in_pairs(packed)), expected[1::2]) > CONTROL:
         return "two rows taken for one give the same numbers, so the comparison proves nothing"
-    windows = [each for each in ours.modules() if _has_window(each)]
+    windows = [each for each in model.modules() if _has_window(each)]
     for module in windows:
         setattr(module, "sliding_window", WINDOW + 1)  # noqa: B010 - a name that torch's modules do not declare
-    if windows and not _apart(ours(packed), expected) > CONTROL:
+    if windows and not _apart(model(packed), expected) > CONTROL:
         return "a wider window gives the same numbers, so the comparison proves nothing about it"
-    ours.train()(packed)  # fails if the base cannot be trained, for example because of dropout in attention
+    model.train()(packed)  # fails if the base cannot be trained, for example because of dropout in attention
     return None
 
 
@@ -183,7 +183,7 @@ def _has_window(module: Any) -> bool:
 def _models(small: PretrainedConfig, settings: ModelSettings) -> tuple[PreTrainedModel, PackedClassifier]:
     """Two models with the same random weights: transformers' own, and this package's with adapters that add nothing."""
     as_classifier(small, ("0", "1", "2"))
-    plain, ours = (
+    plain, model = (
         AutoModelForSequenceClassification.from_config(deepcopy(small), attn_implementation=name, dtype=torch.float32)
         for name in ("eager", NAME)
     )
@@ -192,9 +192,9 @@ def _models(small: PretrainedConfig, settings: ModelSettings) -> tuple[PreTraine
             parameter.normal_(std=1.0 if "embed" in name else 1.5 * parameter.shape[-1] ** -0.5)
         else:
             parameter.add_(0.1 * torch.randn_like(parameter))
-    take_over(ours, settings)
-    ours.load_state_dict(plain.state_dict())
-    return plain.eval(), PackedClassifier(adapt(ours, settings)).eval()
+    take_over(model, settings)
+    model.load_state_dict(plain.state_dict())
+    return plain.eval(), PackedClassifier(adapt(model, settings)).eval()
 
 
 def _rows(longest: int, vocabulary: int) -> list[np.ndarray]:
@@ -248,9 +248,9 @@ def _code() -> str:
     return fingerprint(*(path.read_bytes() for path in modules))
 
 
-def _apart(found: Tensor, expected: Tensor) -> float:
+def _apart(actual: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest logit."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @contextmanager

@@ -57,14 +57,14 @@ def only_last_tokens(layer: nn.Module) -> None:
 
 def _run(
     whole: Callable[..., Any], bare: Callable[..., Any], hidden_states: Tensor, *,
-    last_token: Tensor | None = None, **given: Any,
+    last_token: Tensor | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Replaces the layer's forward: runs all of it, or with `last_token` only the last tokens."""
     if last_token is None:
-        return whole(hidden_states, **given)
+        return whole(hidden_states, **kwargs)
     stage = KeyValueCapture()
-    stage.captured = _keys_and_values(bare, given, hidden_states)
-    return bare(hidden_states[:, last_token], **_of_last_tokens(given, last_token), last_layer=stage)
+    stage.captured = _keys_and_values(bare, kwargs, hidden_states)
+    return bare(hidden_states[:, last_token], **_of_last_tokens(kwargs, last_token), last_layer=stage)
 
 
 def takes_last_token(decoder: nn.Module) -> bool:
@@ -74,25 +74,25 @@ def takes_last_token(decoder: nn.Module) -> bool:
 
 
 def _keys_and_values(
-    forward: Callable[..., Any], given: dict[str, Any], hidden_states: Tensor
+    forward: Callable[..., Any], kwargs: dict[str, Any], hidden_states: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The keys and values of a layer for all tokens, (1, kv_heads, T, head_dim) each."""
     stage = KeyValueCapture()
     try:
-        forward(hidden_states, **given, last_layer=stage)
+        forward(hidden_states, **kwargs, last_layer=stage)
     except KeysCaptured:
         return stage.captured
     raise AssertionError("the last layer did not call attention")
 
 
-def _of_last_tokens(given: dict[str, Any], last_token: Tensor) -> dict[str, Any]:
+def _of_last_tokens(kwargs: dict[str, Any], last_token: Tensor) -> dict[str, Any]:
     """A layer's keyword arguments for a row with one query per segment."""
-    cos, sin = given["position_embeddings"]
+    cos, sin = kwargs["position_embeddings"]
     changed: dict[str, Any] = {
         "position_embeddings": (cos[:, last_token], sin[:, last_token]),
         "cu_seq_lens_q": torch.arange(len(last_token) + 1, dtype=torch.int32, device=last_token.device),
         "max_length_q": 1,
     }
-    if given.get("position_ids") is not None:
-        changed["position_ids"] = given["position_ids"][:, last_token]
-    return {**given, **changed}
+    if kwargs.get("position_ids") is not None:
+        changed["position_ids"] = kwargs["position_ids"][:, last_token]
+    return {**kwargs, **changed}

@@ -61,10 +61,10 @@ def peft_is_known() -> bool:
             adapters = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
             assert _plain_adapter(layer) == "default"
             outs = [_forward(layer, x), type(layer).forward(layer, x)]
-            ours, theirs = ((out, *torch.autograd.grad(out.square().sum(), adapters)) for out in outs)
+            results, expected = ((out, *torch.autograd.grad(out.square().sum(), adapters)) for out in outs)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, AssertionError):
         return False
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(results, expected, strict=True))
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -147,9 +147,9 @@ def _dora_forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, *
     length = module.lora_magnitude_vector[active_adapter].weight
     change = module.lora_B[active_adapter](module.lora_A[active_adapter](module.lora_dropout[active_adapter](x)))
     bias = module.get_base_layer().bias
-    straight = result if bias is None else result - bias
+    frozen = result if bias is None else result - bias
     factor = length / _lengths(module, active_adapter)  # float32, because half precision cannot represent its changes
-    scaled = (factor * (straight + module.scaling[active_adapter] * change.to(result.dtype))).to(result.dtype)
+    scaled = (factor * (frozen + module.scaling[active_adapter] * change.to(result.dtype))).to(result.dtype)
     return torch.as_tensor(scaled if bias is None else scaled + bias)
 
 

@@ -59,20 +59,20 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted({folder / name for name in _json(folder / INDEX)["weight_map"].values()})
 
 
-def check_loaded(base: str, model: nn.Module, found: Mapping[str, Any], head: str) -> None:
+def check_loaded(base: str, model: nn.Module, report: Mapping[str, Any], head: str) -> None:
     """Checks a base after loading, because the library fills missing weights with random numbers.
 
     Args:
-        found: the library's report, of which `missing_keys` and `mismatched_keys` are used.
+        report: the library's report, of which `missing_keys` and `mismatched_keys` are used.
         head: a module that is optional in a base, and whose weights are not used.
 
     Raises:
         ValueError: weights are missing, or their shapes differ from the config.
     """
-    lacks = sorted(name for name in found["missing_keys"] if not name.startswith(f"{head}."))
+    lacks = sorted(name for name in report["missing_keys"] if not name.startswith(f"{head}."))
     if lacks:
         raise ValueError(f"model.base: {base!r} lacks {len(lacks)} weights, such as {lacks[0]}: fetch all of it again")
-    shapes = [each for each in sorted(found["mismatched_keys"]) if not each[0].startswith(f"{head}.")]
+    shapes = [each for each in sorted(report["mismatched_keys"]) if not each[0].startswith(f"{head}.")]
     for name, module in model.named_modules():  # the library does not check those of quantised layers
         if isinstance(module, Linear4bit | Linear8bitLt):
             weight, four = module.weight, isinstance(module, Linear4bit)
@@ -102,8 +102,8 @@ def _unquantised_shapes(model: Any) -> list[tuple[str, Any, Any]]:
     quantised = {
         f"{name}.weight" for name, each in model.named_modules() if isinstance(each, Linear4bit | Linear8bitLt)
     }
-    found = {name: each.shape for name, each in model.named_parameters() if name not in quantised}
-    return [(name, found[name], each.shape) for name, each in empty.named_parameters() if name in found]
+    shapes = {name: each.shape for name, each in model.named_parameters() if name not in quantised}
+    return [(name, shapes[name], each.shape) for name, each in empty.named_parameters() if name in shapes]
 
 
 def stored_quantization(config: Any) -> str | None:
@@ -166,15 +166,15 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def own_heads(decoder: str, found: Mapping[str, Any], head: str) -> list[str]:
+def own_heads(decoder: str, report: Mapping[str, Any], head: str) -> list[str]:
     """The heads of a base that are not used, other than that of a language model.
 
     Args:
         decoder: the decoder's name in the model.
-        found, head: as in `check_loaded`.
+        report, head: as in `check_loaded`.
     """
-    names = {name.split(".")[0] for name in found["unexpected_keys"]} - {decoder, "lm_head"}
-    return sorted(names if f"{head}.weight" in found["missing_keys"] else {*names, head})
+    names = {name.split(".")[0] for name in report["unexpected_keys"]} - {decoder, "lm_head"}
+    return sorted(names if f"{head}.weight" in report["missing_keys"] else {*names, head})
 
 
 def check_adapter(folder: Path) -> None:

@@ -157,9 +157,9 @@ class _Groups:
         return merged
 
     def _members(self, node: int) -> list[int]:
-        found, waiting = [], [node]
+        members, waiting = [], [node]
         while waiting:
             at = waiting.pop()
-            found += self.own.get(at, [])
+            members += self.own.get(at, [])
             waiting += self.below.get(at, [])
-        return found
+        return members

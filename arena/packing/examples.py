@@ -76,7 +76,7 @@ def read_examples(examples: Sequence[Item]) -> Columns:
         raise ValueError(f"example {at}, input_ids: {worst.min()} to {worst.max()} are not token ids")
     index = np.array([_index(example.get("index"), at) for at, example in enumerate(examples)], dtype=np.int64)
     columns = Columns([each.astype(np.int32, copy=False) for each in ids], index)
-    label, labels = _given(examples, "label"), _given(examples, "labels")
+    label, labels = _values(examples, "label"), _values(examples, "labels")
     if label is not None and labels is not None:
         raise ValueError("the examples have both label and labels: give one kind of target")
     if label is not None:
@@ -118,18 +118,18 @@ def _token_ids(example: Item, at: int) -> np.ndarray:
     return ids
 
 
-def _given(examples: Sequence[Item], key: str) -> list[Any] | None:
+def _values(examples: Sequence[Item], key: str) -> list[Any] | None:
     """The values of a key of all examples; None if no example has it."""
-    given = [example.get(key) for example in examples]
-    missing = [at for at, value in enumerate(given) if value is None]
-    if len(missing) == len(given):
+    values = [example.get(key) for example in examples]
+    missing = [at for at, value in enumerate(values) if value is None]
+    if len(missing) == len(values):
         return None
     if missing:
         raise ValueError(
             f"example {missing[0]} has no {key}, but others have one: give all examples of a batch a {key} or none "
-            f"({len(missing)} of {len(given)} have none)"
+            f"({len(missing)} of {len(values)} have none)"
         )
-    return given
+    return values
 
 
 def _probabilities(given: list[Any]) -> np.ndarray:

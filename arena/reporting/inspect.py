@@ -39,8 +39,8 @@ def inspect_fold(recipe: Recipe, fold: int, step: int, out: Path) -> None:
     if not 0 <= step < plan.n_steps:
         raise ValueError(f"there is no step {step}: the plan has steps 0 to {plan.n_steps - 1}")
     print_plan(plan)
-    straight = np.arange(0, len(data.store), data.store.orders)
-    print_evaluation_plan(plan_evaluation(data.store.lengths, straight, budget=plan.budget, prefixes=prefixes))
+    first_orders = np.arange(0, len(data.store), data.store.orders)
+    print_evaluation_plan(plan_evaluation(data.store.lengths, first_orders, budget=plan.budget, prefixes=prefixes))
     batch = next(iter(PackedLoader(data.store, None, plan, start=step)))[0]
     print_batch(batch, data.store, tokenizer, plan.budget)
     picture = draw_attention(batch, sliding_window(recipe.model), out)

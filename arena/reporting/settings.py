@@ -62,13 +62,13 @@ def print_settings(words: tuple[str, ...] = ()) -> None:
         ValueError: no setting matches; the message suggests similar ones.
     """
     every = list(settings())
-    found = [each for each in every if all(word.lower() in f"{each.key} {each.about}".lower() for word in words)]
-    if not found:
+    matching = [each for each in every if all(word.lower() in f"{each.key} {each.about}".lower() for word in words)]
+    if not matching:
         keys = {part: each.key for each in every for part in (each.key, each.key.rpartition(".")[2])}
         near = sorted({keys[name] for name in difflib.get_close_matches(" ".join(words), keys, n=3)})
         hint = f"did you mean {' or '.join(near)}?" if near else f"`{command('arena', 'settings')}` lists all of them"
         raise ValueError(f"no setting is about {' '.join(words)!r}: {hint}")
-    for each in found:
+    for each in matching:
         console.print(str(each))
     example = command("arena", "train", "train.batch_size=32")
     console.print(f"\nTo change one, add KEY=VALUE to a command:\n    {example}")

@@ -1,1 +1,1 @@
-"""Storage: whole-file writes, locks, manifests, and the mirror that copies checkpoints elsewhere."""
+"""Storage: atomic writes, locks, manifests, results in verified parts, and a mirror of checkpoints elsewhere."""

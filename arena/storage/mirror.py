@@ -70,7 +70,7 @@ class Mirror:
         shutil.rmtree(staging, ignore_errors=True)
         self.failing = self.store.check(patience)  # the reason, while the store fails, which is reported once
         if self.failing is not None:
-            report(f"mirror: {url} does not answer ({self.failing}); training continues, and uploads are tried")
+            report(f"mirror: {url} does not answer ({self.failing}); training continues, and uploads will be tried")
 
     def push(self, folder: Path, *, best: bool = False, files: Sequence[Path] = ()) -> None:
         """Queues a complete checkpoint (`step-<n>` or `evaluation-<n>`) for upload and returns at once.
@@ -228,22 +228,22 @@ class Mirror:
         Returns:
             Those of these checkpoints, `run/checkpoints/step-<n>`, that are now on this machine, the newest first.
         """
-        found: dict[Path, None] = {}
+        fetched: dict[Path, None] = {}
         try:
             for numbers in (sorted(self._numbers(STEP), reverse=True), self._by_loss()):
                 for number in numbers:
                     if self._fetch(_name(STEP, number), run / _name(STEP, number)):
-                        found[run / _name(STEP, number)] = None
+                        fetched[run / _name(STEP, number)] = None
                         if number in self._numbers(EVALUATION):
                             self._fetch(_name(EVALUATION, number), run / _name(EVALUATION, number))
                         break
-            if found:
+            if fetched:
                 self._pull_files(run)
         except Exception as error:  # whatever the store raises
             self.report(
                 f"mirror: {self.store.url} cannot be read ({format_error(error)}); this run continues with local files"
             )
-        return list(found)
+        return list(fetched)
 
     def _fetch(self, name: str, target: Path) -> bool:
         """Fetches a folder, unless there is a complete copy here; False, and a message, if that is not possible."""

@@ -107,10 +107,10 @@ class Store:
         """The names in a folder of the place; none if there is no such folder."""
         self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(f"{self.root}/{folder}".rstrip("/"), detail=False)
+            paths = self.fs.ls(f"{self.root}/{folder}".rstrip("/"), detail=False)
         except FileNotFoundError:
             return []
-        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in found})
+        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in paths})
 
     def put(self, folder: Path, name: str) -> None:
         """Uploads a folder that has a manifest, unless the store has it already.

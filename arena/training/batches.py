@@ -23,8 +23,8 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
     """Example indices, epoch after epoch, each row once per epoch (twice with `swap="both"`).
 
     Args:
-        rows: the conversations to train on.
-        orders: examples per conversation in the store.
+        rows: the rows to train on.
+        orders: examples of each row in the store.
         epochs: may be fractional; the last epoch is then incomplete.
         swap: `never`; `random`, which draws each row's order anew in every epoch; or `both`, which gives both orders
             as two adjacent examples.
@@ -73,7 +73,7 @@ def open_fold(recipe: Recipe, fold: int = 0, *, held_out: bool = False) -> Packe
 
     Args:
         fold: the fold that is held out.
-        held_out: gives the held-out rows as evaluation reads them, in place of the rows to train on.
+        held_out: gives the held-out rows, as evaluation reads them, instead of the rows to train on.
 
     Returns:
         A loader that yields, for each optimizer step, the list of its micro-batches (`arena.PackedBatch`), each of at

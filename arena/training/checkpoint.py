@@ -95,7 +95,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def write_evaluation(folder: Path, facts: dict[str, Any], probabilities: np.ndarray) -> None:
-    """Writes the float64 (n, 3) probabilities of the held-out rows, and facts such as the log-loss."""
+    """Writes the float64 (n, C) probabilities of the held-out rows, and facts such as the log-loss."""
     with atomic_write(folder) as draft:
         draft.mkdir()
         save_file({"probabilities": torch.from_numpy(probabilities)}, draft / "probabilities.safetensors")

@@ -61,7 +61,7 @@ class CheckpointManager:
         return self.folder / f"{EVALUATION}{number:08d}"
 
     def load_evaluation(self, number: int) -> tuple[dict[str, Any], np.ndarray]:
-        """The facts and the (n, 3) probabilities of an evaluated step."""
+        """The facts and the (n, C) probabilities of an evaluated step."""
         return read_manifest(self.evaluation(number)), read_evaluation(self.evaluation(number))
 
     def prune(self) -> None:

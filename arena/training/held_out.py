@@ -22,7 +22,7 @@ from arena.storage.files import atomic_write
 
 
 class HeldOut:
-    """The evaluation of a fold's held-out rows: in their given order during training, in all orders at the end.
+    """The evaluation of a fold's held-out rows: in their first order during training, in all orders at the end.
 
     Args:
         identity: what identifies the run, for the cache of logits; None: logits are not cached.
@@ -36,7 +36,7 @@ class HeldOut:
         self.recipe, self.data, self.device, self.cache, self.identity = recipe, data, device, cache, identity
         self.prefixes = prefixes
         self.has_input = data.has_input[data.eval_rows]
-        self._straight = self._evaluation(range(1))
+        self._in_first_order = self._evaluation(range(1))
 
     @property
     def n_scored(self) -> int:
@@ -48,21 +48,23 @@ class HeldOut:
         labels = self.data.labels[self.data.eval_rows]
         return log_loss(labels[self.has_input], probabilities[self.has_input])
 
-    def straight(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
-        """The probabilities of all held-out rows, float64 (n, C), from each row as given.
+    def in_first_order(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
+        """The probabilities of all held-out rows, float64 (n, C), from their first order.
 
         Args:
             weights: the digest of the checkpoint's weights, from whose cached logits this resumes.
         """
-        return self._predict(self._straight, classifier, "evaluating", weights, stop)
+        return self._predict(self._in_first_order, classifier, "evaluating", weights, stop)
 
-    def averaged(self, straight: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
+    def averaged(
+        self, in_first_order: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None
+    ) -> np.ndarray:
         """The mean over the orders that inference uses, of which the first is known."""
         orders = self.data.task.orders if self.recipe.judge.swap else 1
         if orders == 1:
-            return straight
+            return in_first_order
         others = self._predict(self._evaluation(range(1, orders)), classifier, "judging", weights, stop)
-        return np.asarray((straight + (orders - 1) * others) / orders)
+        return np.asarray((in_first_order + (orders - 1) * others) / orders)
 
     def _evaluation(self, orders: range) -> Evaluation:
         data = self.data
@@ -105,24 +107,24 @@ def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
 def scores(data: FoldData, probabilities: np.ndarray) -> dict[str, float]:
     """The task's metrics on the held-out rows, and the prior's log-loss for comparison."""
     labels = data.labels[data.eval_rows]
-    found = {name: metric(labels, probabilities) for name, metric in data.task.metrics.items()}
-    return {**found, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}
+    values = {name: metric(labels, probabilities) for name, metric in data.task.metrics.items()}
+    return {**values, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}
 
 
 def references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
     """A simple baseline's log-loss, and the best possible one if it is known; None for what cannot be computed."""
-    found: dict[str, float | None] = dict.fromkeys(REFERENCES)
+    losses: dict[str, float | None] = dict.fromkeys(REFERENCES)
     labels, rows = data.labels[data.eval_rows], data.rows
     with optional("fitting the plain baseline"):
         train_rows = data.train_rows[data.train_rows < len(rows)]  # without those of extra files
         baseline = data.task.baseline(rows.table, rows.labels, train_rows, data.eval_rows, recipe.seed)
-        found["baseline_log_loss"] = None if baseline is None else log_loss(labels, baseline)
+        losses["baseline_log_loss"] = None if baseline is None else log_loss(labels, baseline)
     path = Path(recipe.data.path) / "truth.csv"
     with optional(f"reading {path}", "the report does not show the best possible log-loss"):
         truth = _truth(path, [data.ids[row] for row in data.eval_rows], data.task.columns)
         if truth is not None:
-            found |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}
-    return found
+            losses |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}
+    return losses
 
 
 def _truth(path: Path, ids: list[str], columns: tuple[str, ...]) -> np.ndarray | None:

@@ -69,15 +69,15 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
         return _run(recipe, fold, folder, accelerator, fresh or resume == "never")
 
 
-def _run(asked: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
+def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
     """`run_fold` in a folder that is locked for this process."""
     main, card = accelerator.is_main_process, card_of(accelerator.device)
-    console.print(f"{asked.name}, fold {fold}: rows of {asked.data.path}, base {asked.model.base}")
-    data_file(asked.data.path, "train")  # reports a missing folder before a large base is fetched
-    tokenizer = load_tokenizer(asked.model.base, asked.model.revision)
-    config = base_config(asked.model)
-    check_length(config, asked.prompt.max_length, asked.model.base)
-    recipe = fit(with_dtype(asked, card), config, card)
+    console.print(f"{requested.name}, fold {fold}: rows of {requested.data.path}, base {requested.model.base}")
+    data_file(requested.data.path, "train")  # reports a missing folder before a large base is fetched
+    tokenizer = load_tokenizer(requested.model.base, requested.model.revision)
+    config = base_config(requested.model)
+    check_length(config, requested.prompt.max_length, requested.model.base)
+    recipe = fit(with_dtype(requested, card), config, card)
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         check_exact(config, recipe.model, recipe.prompt.max_length)
         data = prepare_fold(recipe, task_of(recipe), fold, tokenizer)
@@ -96,9 +96,9 @@ def _run(asked: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh
         trainer = Trainer(
             recipe, data, model, folder, accelerator, prefixes=prefixes, identity=run, stop=stop, mirror=mirror
         )
-        # where this call resumed does not matter to a judge, or to another fold trained with the same recipe
+        # where this call resumed from does not matter to a judge, or to another fold trained with the same recipe
         saved = recipe.model_copy(update={"train": recipe.train.model_copy(update={"resume": "auto"})})
-        # not earlier: a run that cannot be trained must not replace the earlier one
+        # only now, because a run that cannot be trained must not replace the earlier one
         if recipe.train.track != "tensorboard":
             start_tracking(accelerator, recipe, fold)
         if main:
@@ -110,7 +110,7 @@ def _run(asked: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh
             if fetched:
                 console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
         accelerator.wait_for_everyone()
-        _announce(recipe, asked, data, trainer)
+        _announce(recipe, requested, data, trainer)
         try:
             trained = trainer.run()
         finally:
@@ -133,15 +133,15 @@ def _finish(
     recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], mirror: Mirror | None
 ) -> dict[str, float | None]:
     """Adds reference scores and mirrors the results; whatever fails here is only a warning."""
-    found = references(recipe, data)
+    reference_losses = references(recipe, data)
     with optional(f"adding reference scores to {folder / 'metrics.json'}"):
-        write_json(folder / "metrics.json", metrics | found)
+        write_json(folder / "metrics.json", metrics | reference_losses)
     shutil.rmtree(folder / "logits", ignore_errors=True)
     if mirror is not None:
         with optional(f"sending the finished run to {recipe.train.mirror}", f"copy {folder} there yourself"):
             mirror.push_files("model", [folder / "model"])
             mirror.push_files("files", [folder / name for name in FILES])
-    return found
+    return reference_losses
 
 
 @contextmanager
@@ -162,7 +162,7 @@ def _mirror(recipe: Recipe, folder: Path, run: dict[str, str], main: bool, fresh
             mirror.close(patience)
 
 
-def _announce(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -> None:
+def _announce(recipe: Recipe, requested: Recipe, data: FoldData, trainer: Trainer) -> None:
     for note in data.notes:
         console.print(note)
     plan = trainer.plan
@@ -174,10 +174,10 @@ def _announce(recipe: Recipe, asked: Recipe, data: FoldData, trainer: Trainer) -
         f"{count:,} trainable parameters; {device_name(trainer.accelerator.device)}; attention {trainer.attention}"
         + (f"; {plan.ranks} processes" if plan.ranks > 1 else "")
     )
-    if plan.budget < asked.packing.budget:
+    if plan.budget < requested.packing.budget:
         console.print(
-            f"micro-batches hold at most {plan.budget:,} tokens instead of {asked.packing.budget:,}, to fit the memory "
-            f"of {device_name(trainer.device)}"
+            f"micro-batches hold at most {plan.budget:,} tokens instead of {requested.packing.budget:,}, to fit the "
+            f"memory of {device_name(trainer.device)}"
         )
     if trainer.recompute_plan is not None:
         console.print(str(trainer.recompute_plan))

@@ -39,33 +39,33 @@ def recipe_fingerprint(recipe: Recipe) -> str:
     return fingerprint(_identity_settings(recipe.model_dump(mode="json")))
 
 
-def differences(folder: Path, theirs: dict[str, str], ours: dict[str, str], recipe: Recipe) -> list[str]:
+def differences(folder: Path, saved: dict[str, str], current: dict[str, str], recipe: Recipe) -> list[str]:
     """How the run in a folder differs from this one, in words.
 
     Args:
-        theirs, ours: fingerprints of recipe, data, and base or plan: a `run_identity`, or a checkpoint's fingerprints.
+        saved, current: fingerprints of recipe, data, and base or plan, from `run_identity` or a checkpoint.
         recipe: this run's recipe.
     """
-    changed = {name for name in ours if theirs.get(name) != ours[name]}
-    found = changed_settings(folder / "recipe.yaml", recipe) if "recipe" in changed else []
-    keys = {each.partition(" ")[0] for each in found}
-    if "recipe" in changed and not found:
-        found.append("its settings (its recipe.yaml was changed or is missing, or another version of arena wrote it)")
+    changed = {name for name in current if saved.get(name) != current[name]}
+    reasons = changed_settings(folder / "recipe.yaml", recipe) if "recipe" in changed else []
+    keys = {each.partition(" ")[0] for each in reasons}
+    if "recipe" in changed and not reasons:
+        reasons.append("its settings (its recipe.yaml was changed or is missing, or another version of arena wrote it)")
     explained = any(key.startswith(("prompt.", "data.")) for key in keys)  # they change the data's fingerprint too
     if "data" in changed and not explained:
-        found.append(f"its rows are not those that data.path={recipe.data.path} now has")
+        reasons.append(f"its rows are not those that data.path={recipe.data.path} now has")
     if "base" in changed:
-        found.append(f"its base model is not the one that model.base={recipe.model.base} now holds")
+        reasons.append(f"its base model is not the one that model.base={recipe.model.base} now holds")
     if changed == {"plan"}:
-        found.append("it was packed for another number of processes, or by another version of arena")
-    return found
+        reasons.append("it was packed for another number of processes, or by another version of arena")
+    return reasons
 
 
-def require_same_run(checkpoint: Path, theirs: dict[str, str], ours: dict[str, str], recipe: Recipe) -> None:
+def require_same_run(checkpoint: Path, saved: dict[str, str], current: dict[str, str], recipe: Recipe) -> None:
     """Raises `ValueError` if a checkpoint belongs to another run; the arguments are those of `differences`."""
-    if theirs == ours:
+    if saved == current:
         return
-    differs = "; ".join(differences(checkpoint.parents[1], theirs, ours, recipe))
+    differs = "; ".join(differences(checkpoint.parents[1], saved, current, recipe))
     named = recipe.train.resume not in ("auto", "best", "never")
     raise ValueError(
         f"{checkpoint} cannot be resumed, because its run differs from this one: {differs}. Repeat its settings to "
@@ -82,7 +82,7 @@ def changed_settings(saved: Path, recipe: Recipe) -> list[str]:
     here = _flat(_identity_settings(recipe.model_dump(mode="json")))
     keys = [*here, *(key for key in there if key not in here)]
     shown = {key: [_shown(tree[key]) if key in tree else "not set" for tree in (there, here)] for key in keys}
-    return [f"{key} is {theirs} there, {ours} here" for key, (theirs, ours) in shown.items() if theirs != ours]
+    return [f"{key} is {old} there, {new} here" for key, (old, new) in shown.items() if old != new]
 
 
 def _identity_settings(tree: dict[str, Any]) -> dict[str, Any]:
@@ -97,10 +97,10 @@ def _identity_settings(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     """A tree of settings as a dictionary by dotted keys."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
-    return found
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return flat
 
 
 def _shown(value: Any, width: int = 60) -> str:

@@ -161,8 +161,8 @@ class Trainer:
             self._evaluate()
         elif self.done.step % self.recipe.train.checkpoint_every == 0:
             self._save()
-        asked = float(self.stop())
-        if total(self.accelerator, asked) > 0 and self.done.step < self.plan.n_steps:
+        requested = float(self.stop())
+        if total(self.accelerator, requested) > 0 and self.done.step < self.plan.n_steps:
             self._save()
             raise self.stop.stopped()
 
@@ -174,8 +174,8 @@ class Trainer:
         if why is not None:
             raise ValueError(f"the best checkpoint is damaged ({why}): run the same command again to evaluate anew")
         load_weights(self.checkpoints.step(best), self.model)
-        straight = self.checkpoints.load_evaluation(best)[1]
-        averaged = self.held_out.averaged(straight, self.classifier, self._weights(best), self._own_stop)
+        in_first_order = self.checkpoints.load_evaluation(best)[1]
+        averaged = self.held_out.averaged(in_first_order, self.classifier, self._weights(best), self._own_stop)
         return Trained(self.done, best, averaged)
 
     def _loader(self) -> PackedLoader:
@@ -226,13 +226,13 @@ class Trainer:
         self._save()
 
     def _evaluate(self) -> None:
-        """Evaluates the held-out rows in their given order and saves the result beside the checkpoint."""
+        """Evaluates the held-out rows in their first order and saves the result beside the checkpoint."""
         step, best = self.done.step, self.checkpoints.best
-        found = self.held_out.straight(self.classifier, self._weights(step), self._own_stop)
-        loss = first_rank(self.accelerator, self.held_out.log_loss(found))
+        probabilities = self.held_out.in_first_order(self.classifier, self._weights(step), self._own_stop)
+        loss = first_rank(self.accelerator, self.held_out.log_loss(probabilities))
         is_best = best is None or loss < self.checkpoints.losses[best]
         line = dict(zip(LINE, (step, loss, self.held_out.n_scored, is_best), strict=True))
-        self._on_main(lambda: self.checkpoints.save_evaluation(step, {"log_loss": loss, "line": line}, found))
+        self._on_main(lambda: self.checkpoints.save_evaluation(step, {"log_loss": loss, "line": line}, probabilities))
         self.checkpoints.losses[step] = loss
         self._log(line)
         if self.mirror is not None:

@@ -27,7 +27,7 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path / "results.zip"
 
 
-def test_an_empty_folder_goes_on_with_it(packed: Path, tmp_path: Path) -> None:
+def test_an_empty_folder_resumes_from_the_archive(packed: Path, tmp_path: Path) -> None:
     added = unpack(packed, tmp_path / "here")
     assert sorted(added) == [
         "h100/about.json", "h100/losses/part,x.json", "h100/part,a.json", "h100/part,b.json", "h100/tests,flash.jsonl",

@@ -96,9 +96,7 @@ def test_the_script_measures_and_runs_tests_from_the_wheels(machine: Path, wheel
     assert list((tmp_path / "temporary").glob("arena-wheels-*")) == []
 
 
-def test_the_whole_script_killed_at_any_moment_goes_on_from_its_archive(
-    machine: Path, wheels: Path, tmp_path: Path
-) -> None:
+def test_killed_at_any_moment_the_script_resumes_from_its_archive(machine: Path, wheels: Path, tmp_path: Path) -> None:
     """All cells, tests and techniques: calls of a tenth of the real clock, some of them killed, and one to the end.
 
     Each call begins in an empty folder with nothing but the archive that the one before it left.

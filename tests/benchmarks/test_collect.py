@@ -115,7 +115,7 @@ def test_lists_of_packages_in_all_their_forms(tmp_path: Path) -> None:
         ("two words", "line 1"),
     ],
 )
-def test_what_is_no_list_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_files_that_are_not_lists_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_list(tmp_path / "list.txt")
@@ -140,7 +140,7 @@ def test_the_set_is_fetched_once_and_brought_up_to_date(tmp_path: Path, fetched:
     assert len(fetched) == 2  # nothing is needed then, and nothing is fetched
 
 
-def test_what_a_list_names_is_not_fetched(
+def test_packages_in_the_list_are_not_fetched(
     tmp_path: Path, fetched: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "list.txt").write_text("here 1.0\nMiddle 1.5\nnew 0.1\ntop 1.9\n")
@@ -254,7 +254,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path: Path, fetched: list[li
         (["--python", "3.12", "--out", "wheels", "--extra", "no.whl"], "no.whl"),
     ],
 )
-def test_mistakes_are_said_without_a_traceback(
+def test_mistakes_are_reported_without_a_traceback(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -93,7 +93,7 @@ def the(pattern: str, folder: Path) -> Path:
     return found
 
 
-def test_the_script_stops_in_time_and_goes_on_from_its_archive_alone(
+def test_the_script_stops_in_time_and_resumes_from_its_archive_alone(
     script: Callable[..., int], tmp_path: Path
 ) -> None:
     statuses, names = [], []

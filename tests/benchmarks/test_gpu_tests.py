@@ -137,7 +137,7 @@ def test_e(): pass
 """
 
 
-def test_another_process_goes_on_after_a_crash_and_on_a_broken_device(tmp_path: Path) -> None:
+def test_another_process_resumes_after_a_crash_and_on_a_broken_device(tmp_path: Path) -> None:
     path = tmp_path / "test_crashes.py"
     path.write_text(CRASHES)
     found = run_group("others", [path], tmp_path)

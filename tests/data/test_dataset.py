@@ -104,7 +104,7 @@ def test_one_row_by_hand(tmp_path: Path, ending: str) -> None:
         (('["a\\u0000b"]', '["\\u2028"]', '["\\r\\n"]'), (["a\0b"], ["\u2028"], ["\r\n"]), False),
     ],
 )  # fmt: skip
-def test_oddities_are_kept(
+def test_unusual_texts_are_read_unchanged(
     tmp_path: Path,
     ending: str,
     cells: tuple[str, str, str],

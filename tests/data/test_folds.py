@@ -129,7 +129,7 @@ def test_a_row_without_a_label_is_an_error() -> None:
 # Kept folds
 
 
-def test_folds_are_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folds_are_cached_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = random_rows(100, 80)
     folds = load_or_assign_folds(rows, 4, 0, tmp_path)
     assert np.array_equal(folds, assign_folds(rows, 4, 0))
@@ -153,7 +153,7 @@ def test_folds_are_kept_and_read_back(tmp_path: Path, monkeypatch: pytest.Monkey
             load_or_assign_folds(*changed, tmp_path)
 
 
-def test_a_kept_file_that_was_changed_is_refused(tmp_path: Path) -> None:
+def test_a_cached_file_that_was_changed_is_refused(tmp_path: Path) -> None:
     rows = dataset(["a", "a", "b", "c", "d"])
     folds = load_or_assign_folds(rows, 2, 0, tmp_path).tolist()
     [stored] = tmp_path.iterdir()

@@ -80,7 +80,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         data_file(tmp_path, "train")
 
 
-def test_nothing_to_judge_in_a_fold_is_said_before_training(gemma2: Path, tmp_path: Path) -> None:
+def test_nothing_to_judge_in_a_fold_is_an_error_before_training(gemma2: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2)
     train = data_file(recipe.data.path, "train")
     pd.read_csv(train, dtype=str).assign(response_a="[null]", response_b='[" "]').to_csv(train, index=False)

@@ -49,7 +49,9 @@ def test_same_ids_as_encoding_anew(tokenizer: Any, tmp_path: Path, monkeypatch: 
             store[index]
 
 
-def test_found_again_by_what_it_was_made_from(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_reused_if_nothing_it_is_made_from_changed(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = conversations(3)
     tokenise(rows, tokenizer, prompt_settings(), tmp_path, orders=1)
     with monkeypatch.context() as patch:
@@ -112,7 +114,7 @@ def test_fingerprint_tells_the_content(tokenizer: Any, tmp_path: Path) -> None:
     assert len({each.fingerprint for each in stores}) == len(stores)
 
 
-def test_memo_holds_what_was_asked_for_last_and_no_more_than_its_limit() -> None:
+def test_the_memo_holds_the_latest_texts_within_its_limit() -> None:
     memo, ids = TextMemo(limit=10), np.arange(4, dtype=np.int32)
     memo[b"a"], memo[b"b"] = ids, ids + 1
     assert memo.get(b"a") is not None and memo.get(b"none") is None

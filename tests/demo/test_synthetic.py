@@ -145,7 +145,7 @@ def test_words_and_neighbouring_pairs_do_not_tell_the_tone() -> None:
     assert (np.where(pair, 1, -1) == tones).all()  # control: mark and negator together tell it always
 
 
-def test_every_oddity_is_there(rows: list[synthetic.Row]) -> None:
+def test_every_irregularity_occurs(rows: list[synthetic.Row]) -> None:
     answers = [answer for row in rows for side in row[1:] for answer in side]
     assert {len(row.prompt) for row in rows} == {1, 2, 3, 4}
     assert any(len(row.response_a) != len(row.response_b) for row in rows)

@@ -94,13 +94,13 @@ def test_a_logit_that_is_not_finite_is_a_failure(gemma2: Path, store: TokenStore
         predict(model, store, np.array([4, 2]), budget=512, orders=[0], dtype="float32")
 
 
-def test_training_mode_is_given_back(gemma2: Path, store: TokenStore) -> None:
+def test_training_mode_is_restored(gemma2: Path, store: TokenStore) -> None:
     model = classifier(exact(gemma2)).train()
     predict(model, store, np.array([0]), budget=512, orders=[0], dtype="float32")
     assert model.training
 
 
-def test_a_row_given_twice_is_judged_once_and_given_twice(gemma2: Path, store: TokenStore) -> None:
+def test_a_row_listed_twice_is_computed_once(gemma2: Path, store: TokenStore) -> None:
     model, seen = classifier(exact(gemma2)).eval(), []
     model.register_forward_hook(lambda module, args, output: seen.extend(args[0].index.tolist()))
     settings: dict[str, Any] = {"budget": 256, "orders": [0, 1], "dtype": "float32"}
@@ -150,7 +150,7 @@ def judging(gemma2: Path, store: TokenStore, tmp_path: Path) -> Bench:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
-def test_cut_anywhere_it_goes_on_to_the_same_bits(judging: Bench, seconds: float) -> None:
+def test_interrupted_anywhere_it_resumes_to_the_same_bits(judging: Bench, seconds: float) -> None:
     """Cut at every micro-batch, whether a shard is written for each or only at the end: nothing is computed twice."""
     rows = np.arange(8)
     whole = judging(logits_cache=None, rows=rows)
@@ -168,7 +168,7 @@ def test_cut_anywhere_it_goes_on_to_the_same_bits(judging: Bench, seconds: float
     assert judging.asked == []  # all of it is kept
 
 
-def test_cut_again_and_again_it_comes_to_the_end(judging: Bench) -> None:
+def test_interrupted_repeatedly_it_still_finishes(judging: Bench) -> None:
     whole, every = judging(logits_cache=None), list(judging.asked)
     for index in range(len(every)):
         with pytest.raises(CutError):
@@ -178,7 +178,7 @@ def test_cut_again_and_again_it_comes_to_the_end(judging: Bench) -> None:
     assert judging.asked == every[-1:]
 
 
-def test_a_shard_that_is_gone_is_computed_again_and_nothing_else(judging: Bench) -> None:
+def test_only_a_missing_part_is_recomputed(judging: Bench) -> None:
     whole = judging()
     every = judging.asked
     for at, shard in enumerate(sorted(next(judging.folder.glob("[!.]*")).iterdir())):
@@ -187,7 +187,7 @@ def test_a_shard_that_is_gone_is_computed_again_and_nothing_else(judging: Bench)
         assert judging.asked == [every[at]]
 
 
-def test_what_was_kept_of_something_else_is_not_used(judging: Bench, gemma2: Path) -> None:
+def test_logits_of_other_work_are_not_used(judging: Bench, gemma2: Path) -> None:
     judging()
     count = len(judging.asked)
     changes: list[tuple[str, Callable[[], Any]]] = [
@@ -225,7 +225,7 @@ def test_rows_without_input_get_the_prior_and_are_not_computed(gemma2: Path, sto
         known.probabilities(model, dtype="float32")
 
 
-def test_numbers_that_are_not_finite_are_not_kept(judging: Bench) -> None:
+def test_logits_that_are_not_finite_are_not_cached(judging: Bench) -> None:
     """The row is named by its id; its micro-batch is recomputed, and no other."""
     whole, every = judging(logits_cache=None), judging.asked
     victim = every[4][0]
@@ -247,7 +247,7 @@ def test_numbers_that_are_not_finite_are_not_kept(judging: Bench) -> None:
         assert judging.asked == [every[4], *every[reached:]]
 
 
-def test_asked_to_stop_it_finishes_the_micro_batch_and_keeps_it(judging: Bench) -> None:
+def test_a_stop_finishes_the_micro_batch_and_saves_it(judging: Bench) -> None:
     whole, every = judging(logits_cache=None), judging.asked
     stop = Stop()
 
@@ -268,7 +268,7 @@ def test_asked_to_stop_it_finishes_the_micro_batch_and_keeps_it(judging: Bench) 
     assert judging.asked == every[3:]
 
 
-def test_a_shard_comes_every_few_seconds(judging: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_written_every_few_seconds(judging: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(inference.time, "monotonic", lambda: clock[0])
     judging.model.register_forward_hook(lambda *_: clock.__setitem__(0, clock[0] + 9.0))

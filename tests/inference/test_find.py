@@ -101,7 +101,7 @@ def test_a_folder_that_holds_no_judge_does_not_hide_a_run() -> None:
     assert found("demo") == DEMO and found("mine") == ["runs/mine/fold1/model"]
 
 
-def test_links_may_be_named() -> None:
+def test_symbolic_links_may_be_named() -> None:
     Path("link").symlink_to("runs/demo/fold2")
     Path("away").mkdir()
     (RUNS / "mine").rename("away/mine")
@@ -110,7 +110,7 @@ def test_links_may_be_named() -> None:
     assert found("mine") == found("runs/mine") == ["runs/mine/fold1/model"]
 
 
-def test_an_unfinished_fold_beside_finished_ones_is_left_out_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_fold_beside_finished_ones_is_skipped_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
     found("demo")
     assert capsys.readouterr().out == "runs/demo/fold3 is not finished and is not used\n"
     found("mine")
@@ -142,18 +142,20 @@ def test_an_unfinished_fold_beside_finished_ones_is_left_out_aloud(capsys: pytes
         ("../mine", [], None, r"no run, recipe or folder"),
     ],
 )  # fmt: skip
-def test_what_means_nothing_is_refused(name: str, overrides: list[str], fold: int | None, message: str) -> None:
+def test_names_that_refer_to_nothing_are_refused(
+    name: str, overrides: list[str], fold: int | None, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         find_models(name, RUNS, overrides, fold)
 
 
-def test_the_fold_of_one_judge_may_be_said() -> None:
+def test_the_fold_of_a_single_judge_may_be_named() -> None:
     assert found("runs/demo/fold2", fold=2) == found("runs/demo/fold2/model", fold=2) == DEMO[1:2]
     assert found("runs/demo/earlier/fold0-2026-01-02", fold=0) == ["runs/demo/earlier/fold0-2026-01-02/model"]
     assert found("demo", fold=10) == DEMO[2:]
 
 
-def test_one_model_of_several_has_to_be_named() -> None:
+def test_the_fold_must_be_named_if_there_are_several() -> None:
     assert str(find_model("mine", RUNS)) == "runs/mine/fold1/model"
     assert str(find_model("demo", RUNS, fold=2)) == DEMO[1]
     with pytest.raises(ValueError, match=r"runs/demo has the finished folds 0, 2, 10: name one with --fold"):

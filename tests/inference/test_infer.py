@@ -142,7 +142,7 @@ def whole(infer: Infer) -> bytes:
 
 
 @pytest.mark.slow  # and in `make torture`
-def test_killed_at_random_moments_it_goes_on_to_the_same_submission(infer: Infer, whole: bytes) -> None:
+def test_killed_at_random_moments_it_resumes_to_the_same_submission(infer: Infer, whole: bytes) -> None:
     rng = np.random.default_rng(0)
     killed = done = went_on = 0
     while killed < 20:
@@ -166,7 +166,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_submission(infer: Infer
     assert went_on >= 5  # control: there was something to go on with
 
 
-def test_shards_are_what_it_goes_on_with(infer: Infer, whole: bytes) -> None:
+def test_it_resumes_from_parts(infer: Infer, whole: bytes) -> None:
     """A damaged shard is named and recomputed; the others are not touched."""
     infer.out.unlink(missing_ok=True)
     pid = infer.start()
@@ -235,7 +235,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> int:
     return 0
 
 
-def test_a_full_disk_leaves_the_old_submission_and_what_was_judged(
+def test_a_full_disk_leaves_the_old_submission_and_earlier_parts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = folder / "full" / "submission.csv"
@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_the_old_submission_and_what_was_judged(
     assert [path.name for path in out.parent.iterdir()] == ["submission.csv"]
 
 
-def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_judged(
+def test_an_unwritable_place_is_an_error_before_anything_is_judged(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "file").write_text("x")
@@ -283,7 +283,7 @@ def test_a_place_that_cannot_be_written_to_is_said_before_anything_is_judged(
     assert run(monkeypatch, folder, "--out", "readonly/submission.csv") == 0  # control
 
 
-def test_a_disk_that_fills_while_judging_keeps_what_there_was_room_for(
+def test_a_disk_that_fills_while_judging_leaves_earlier_parts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(judge, "LogitsCache", functools.partial(LogitsCache, seconds=0))

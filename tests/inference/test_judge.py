@@ -96,7 +96,7 @@ def stretched(base: Path) -> None:
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64, "rope_parameters": rope}))
 
 
-def test_a_judge_whose_rows_would_not_be_their_own_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_judge_on_a_base_that_mixes_rows_is_refused(base: Path, tmp_path: Path) -> None:
     stretched(base)
     for length in (64, 128):
         model = saved(tmp_path / str(length), tiny_recipe(tmp_path, base, f"prompt.max_length={length}"))
@@ -109,7 +109,7 @@ def test_a_judge_whose_rows_would_not_be_their_own_is_refused(base: Path, tmp_pa
             Judge(model)
 
 
-def test_an_exported_judge_is_no_judge_of_ours(base: Path, tmp_path: Path) -> None:
+def test_an_exported_judge_cannot_be_loaded_as_a_judge(base: Path, tmp_path: Path) -> None:
     """Its merged weights would be quantised again, which loses the adapter."""
     model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
     export_judge(model, tmp_path / "plain")

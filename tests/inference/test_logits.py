@@ -58,7 +58,7 @@ def _right(logits: Logits, plan: PackPlan) -> None:
     assert np.isnan(logits.values[~rows]).all()
 
 
-def test_what_was_kept_is_known_again(cache: LogitsCache, plan: PackPlan) -> None:
+def test_saved_logits_are_read_back(cache: LogitsCache, plan: PackPlan) -> None:
     assert plan.n_micro_batches > 9
     assert known(cache, plan) == []
     fill(cache, plan, (0, 3), (5, 6))
@@ -100,7 +100,7 @@ def test_no_damage_is_ever_used(cache: LogitsCache, plan: PackPlan, capsys: pyte
         files[victim].write_bytes(whole[files[victim]])
 
 
-def test_a_name_that_was_changed_is_not_believed(cache: LogitsCache, plan: PackPlan) -> None:
+def test_a_renamed_part_is_not_used(cache: LogitsCache, plan: PackPlan) -> None:
     (path,) = fill(cache, plan, (0, 2))
     for name in ("00000001-00000003" + path.name[17:], "00000000-00000001" + path.name[17:], path.name[:-1], "x"):
         moved = path.rename(path.with_name(name))
@@ -157,7 +157,7 @@ def test_whole_files_of_something_else_are_not_used(
     assert "another part holds the same" in capsys.readouterr().out
 
 
-def test_what_cannot_be_read_is_named_and_removed(
+def test_invalid_parts_are_reported_and_removed(
     cache: LogitsCache, plan: PackPlan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path,) = fill(cache, plan, (0, 2))
@@ -188,7 +188,7 @@ def test_another_judge_other_facts_or_another_plan_find_nothing(cache: LogitsCac
     assert known(cache, plan) == [0, 1, 2, 3]  # control, and none of them has removed it
 
 
-def test_shards_of_another_machine_are_used_and_that_is_said(
+def test_parts_of_another_machine_are_used_and_reported(
     cache: LogitsCache, plan: PackPlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill(cache, plan, (0, 4))
@@ -198,7 +198,7 @@ def test_shards_of_another_machine_are_used_and_that_is_said(
     assert "some results were computed on here; the rest are on there" in capsys.readouterr().out
 
 
-def test_a_full_disk_leaves_what_was_kept(cache: LogitsCache, plan: PackPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_earlier_parts(cache: LogitsCache, plan: PackPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = fill(cache, plan, (0, 2))
 
     def half(self: Path, data: bytes) -> int:

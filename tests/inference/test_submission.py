@@ -59,7 +59,7 @@ def test_columns_are_those_of_the_sample(tmp_path: Path) -> None:
         write_submission(tmp_path / "submission.csv", IDS, GOOD, COLUMNS, path)
 
 
-def test_without_a_sample_the_ids_given_count(tmp_path: Path) -> None:
+def test_without_a_sample_the_ids_of_the_test_file_count(tmp_path: Path) -> None:
     out = tmp_path / "submission.csv"
     write_submission(out, IDS, GOOD, COLUMNS, None)
     with pytest.raises(ValueError, match="lacks 1 ids, such as '5'"):

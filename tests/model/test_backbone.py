@@ -229,7 +229,7 @@ def test_a_shared_batch_without_its_keys_is_refused(gemma2: Path) -> None:
     backbone(model)(**tensors(pack(LENGTHS)))
 
 
-def test_missing_base_says_how_to_get_it(tmp_path: Path) -> None:
+def test_a_missing_base_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:
     for base in ("google/no-such-model", str(tmp_path / "nothing")):
         with pytest.raises(ValueError, match=r"model\.base"):
             load_base(exact(Path(base)), CLASSES)
@@ -278,7 +278,7 @@ def test_loading_a_base_is_quiet(
         (transformers_logging.enable_progress_bar if bar else transformers_logging.disable_progress_bar)()
 
 
-def test_dropout_within_attention_is_switched_off_aloud(
+def test_dropout_in_attention_is_turned_off_and_reported(
     gemma2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = Path(shutil.copytree(gemma2, tmp_path / "base"))

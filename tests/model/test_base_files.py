@@ -124,7 +124,7 @@ def test_a_base_of_a_hub_is_known_by_its_content(
     assert base_digest("some/base") != base_digest("some/base", COMMIT) == base_digest(str(base))
 
 
-def test_a_hub_that_cannot_be_asked_is_named(hub: Path) -> None:
+def test_an_unreachable_hub_is_an_error(hub: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.base: 'some/other' could not be loaded .*hf download some/other"):
         base_digest("some/other")
     (hub / WEIGHTS).unlink()

@@ -57,7 +57,7 @@ def scaled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, limi
 
 
 @pytest.mark.slow
-def test_as_many_variants_as_asked_for_and_no_more(scaled: Any) -> None:
+def test_exceeding_the_limit_of_variants_is_an_error(scaled: Any) -> None:
     function, x = scaled(64), torch.full((2,), 0.9)
     for _ in range(2):
         for n in range(64):

@@ -80,7 +80,7 @@ def test_also_where_both_factors_come_with_other_widths() -> None:
 
 
 @pytest.mark.parametrize(("family", "part", "n"), [("llama", 1.0, 64), ("phi3", 0.25, 12)])
-def test_factors_that_begin_alike_are_told_apart(family: str, part: float, n: int) -> None:
+def test_rope_factors_that_begin_alike_are_distinguished(family: str, part: float, n: int) -> None:
     """As published ones do: the high frequencies are not stretched."""
     long = [1.0] * (n // 2) + [8.0] * (n - n // 2)
     rope = {"rope_type": "longrope", "rope_theta": 5e5, "short_factor": [1.0] * n, "long_factor": long}
@@ -106,7 +106,7 @@ def test_factors_that_begin_alike_are_told_apart(family: str, part: float, n: in
         ("starcoder2", {"attention_dropout": 0.1}),
     ],
 )
-def test_unusual_sizes_are_no_reason_to_refuse(family: str, settings: dict[str, Any]) -> None:
+def test_unusual_sizes_are_exact(family: str, settings: dict[str, Any]) -> None:
     config = CONFIG_MAPPING[family](**{**LAYERS, **settings})
     assert why_not_exact(config, SETTINGS, LONGEST) is None
 
@@ -180,7 +180,7 @@ def test_each_comparison_counts(call: int, reason: str, value: float, monkeypatc
 
 
 @pytest.mark.parametrize(("call", "reason"), [(3, "two rows taken for one"), (4, "a wider window")])
-def test_a_comparison_that_cannot_fail_proves_nothing(call: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_that_cannot_fail_is_refused(call: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([0.0, 0.0, 0.0, *[1.0] * (call - 3), 1e-3])
     monkeypatch.setattr(exactness, "_apart", lambda *_: next(found))
     why = str(why_not_exact(base_config(DEMO), SETTINGS, LONGEST))
@@ -192,7 +192,7 @@ def test_targets_of_lora_are_no_matter_of_the_base(tmp_path: Path) -> None:
     check_exact(ARCHITECTURES["google/gemma-2-9b"], DEMO.model_copy(update={"lora": lora}), 1024, cache=tmp_path)
 
 
-def test_it_is_remembered_and_costs_nothing_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_passed_is_not_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ARCHITECTURES["google/gemma-2-9b"]
     began = time.process_time()
     check_exact(config, DEMO, 4096, cache=tmp_path)

@@ -50,7 +50,7 @@ def test_a_wrong_entry_in_the_table_fails_the_comparison(helium: Path, monkeypat
     assert fused_against_plain(helium) > 1e-3
 
 
-def test_training_says_what_an_unknown_family_does_without(
+def test_training_prints_what_an_unknown_family_does_without(
     helium: Path, gemma2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load_base(exact(helium), CLASSES, announce=True)

@@ -103,7 +103,7 @@ def refusals() -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
 
 
 @pytest.mark.parametrize(("stored", "settings", "message"), refusals())
-def test_what_cannot_be_honoured_is_refused_from_the_config_alone(
+def test_unsuitable_stored_quantisation_is_refused_from_the_config_alone(
     stored: dict[str, Any], settings: dict[str, Any], message: str, gemma2: Path, tmp_path: Path
 ) -> None:
     config = json.loads((gemma2 / "config.json").read_text()) | {"quantization_config": stored}

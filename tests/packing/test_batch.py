@@ -53,7 +53,7 @@ def test_every_token_in_its_place(lengths: list[int]) -> None:
         assert batch.position_ids[0, start:end].tolist() == list(range(lengths[at]))
 
 
-def test_texts_where_asked_for(tmp_path: Path) -> None:
+def test_texts_are_decoded_only_on_request(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path)
     ids = tokenizer("hello world", add_special_tokens=False)["input_ids"]
     assert collate([{"input_ids": ids}], tokenizer)["input_text"] == ["hello world"]
@@ -113,7 +113,7 @@ def test_equal_examples_that_share_one_segment_have_no_cu_seqlens() -> None:
         batch.cu_seqlens  # noqa: B018
 
 
-def test_a_batch_without_labels_says_so() -> None:
+def test_reading_the_label_of_a_batch_without_labels_is_an_error() -> None:
     batch = collate([{"input_ids": [1, 2]}, {"input_ids": [3], "label": None}])  # type: ignore[typeddict-item]
     assert "label" not in batch and "targets" not in batch and "label" not in dict(batch)
     for ask in (lambda: batch["label"], lambda: batch.label):
@@ -121,7 +121,7 @@ def test_a_batch_without_labels_says_so() -> None:
             ask()
 
 
-def test_a_collator_says_at_once_what_it_cannot_use() -> None:
+def test_a_collator_refuses_wrong_arguments_at_once() -> None:
     with pytest.raises(ValueError, match="tokenizer is a str: give a loaded tokenizer"):
         VarlenCollator("demo_base")
     for budget in ("9", 0, None):

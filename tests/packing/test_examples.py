@@ -57,7 +57,7 @@ A = [1.0, 0.0, 0.0]
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(door: Any, example: Any, message: str) -> None:
+def test_invalid_examples_are_refused(door: Any, example: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         door([{"input_ids": [1], "label": A}, example])
 
@@ -92,7 +92,7 @@ def test_labels_of_three_digits_may_miss_1_by_their_rounding(total: float, right
         ([5, 6, 7], "example 0, labels: the first token cannot be predicted; give it -100"),
     ],
 )
-def test_token_targets_that_cannot_be_meant_are_refused(labels: Any, message: str) -> None:
+def test_invalid_token_targets_are_refused(labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate([{"input_ids": [5, 6, 7], "labels": labels}])
 

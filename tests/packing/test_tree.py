@@ -203,7 +203,7 @@ def batches(examples: list[np.ndarray], share: bool) -> list[PackedBatch]:
     return VarlenCollator(budget=BUDGET, share=share)([{"input_ids": each} for each in examples])
 
 
-def test_the_collator_shares_only_where_it_is_asked_to() -> None:
+def test_the_collator_shares_only_on_request() -> None:
     examples = random_family(3, longest=BUDGET // 3)
     plain, shared = batches(examples, False), batches(examples, True)
     assert all(batch.kv_index is None and batch.cu_seqlens_k is batch.cu_seqlens for batch in plain)
@@ -212,7 +212,7 @@ def test_the_collator_shares_only_where_it_is_asked_to() -> None:
     assert sorted(int(at) for batch in shared for at in batch.index) == list(range(len(examples)))
 
 
-def test_prefixes_are_kept_and_follow_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefixes_are_cached_by_the_stores_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict(
         {"prompt": [["which?"]] * 4, "response_a": [[f"answer {at}"] for at in range(4)], "response_b": [["b"]] * 4}
     )

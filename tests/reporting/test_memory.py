@@ -23,7 +23,7 @@ def test_small_cards_degrade_by_rule() -> None:
     assert float(table["80 GB"][3]) < 20
 
 
-def test_what_does_not_fit_says_so() -> None:
+def test_cards_that_are_too_small_are_marked() -> None:
     table = rows("gemma-2-2b", "model.tune=full", "model.quantization=none")
     assert table["40 GB"][2] == "does not fit" and table["80 GB"][2] == "16,384"
     assert rows("demo")["16 GB"][0] == "float32"

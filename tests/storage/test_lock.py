@@ -54,7 +54,7 @@ def test_folders_made_for_it_go_with_it_unless_something_was_put_there(tmp_path:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "precious", "runs"]
 
 
-def test_it_is_given_back_when_the_block_fails(tmp_path: Path) -> None:
+def test_the_lock_is_released_if_the_block_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), locked(tmp_path / "x"):
         raise RuntimeError
     with locked(tmp_path / "x"), pytest.raises(ValueError, match=f"process {os.getpid()} "), locked(tmp_path / "x"):
@@ -109,7 +109,7 @@ def test_its_file_follows_the_umask(tmp_path: Path, umask: int) -> None:
         os.umask(before)
 
 
-def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_place_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written to"), locked(tmp_path / "file" / "x"):
         pass
@@ -123,7 +123,7 @@ def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_a_file_system_without_locks_is_said_and_used(
+def test_a_file_system_without_locks_is_reported_and_used(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*args: object) -> None:

@@ -31,7 +31,7 @@ from tests.storage.faulty import (
 
 
 @pytest.mark.parametrize("url", ["{folder}", "file://{folder}", "memory://runs", URL])
-def test_what_is_sent_comes_back_equal(tmp_path: Path, url: str) -> None:
+def test_what_is_uploaded_is_fetched_unchanged(tmp_path: Path, url: str) -> None:
     run, fresh, url = tmp_path / "run", tmp_path / "fresh", url.format(folder=tmp_path / "away")
     step = checkpoint(run, 50, loss=1.0)
     (run / "log.jsonl").write_text('{"step": 50}\n')
@@ -49,7 +49,7 @@ def test_what_is_sent_comes_back_equal(tmp_path: Path, url: str) -> None:
         fsspec.filesystem("memory").rm("/runs", recursive=True)
 
 
-def test_newest_and_best_come_and_what_is_here_is_not_fetched_again(tmp_path: Path) -> None:
+def test_the_newest_and_the_best_are_fetched_unless_they_are_here(tmp_path: Path) -> None:
     run, fresh = tmp_path / "run", tmp_path / "fresh"
     sender = mirror(tmp_path)
     for number, loss in ((10, 0.9), (20, 0.5), (30, 0.7), (40, None)):
@@ -94,7 +94,7 @@ def test_pushing_never_waits_for_a_slow_store(tmp_path: Path) -> None:
     assert time.perf_counter() - start > 0.5, "the control: without the queue it would have waited"
 
 
-def test_an_older_one_gives_way_but_not_the_best(tmp_path: Path) -> None:
+def test_a_waiting_upload_is_superseded_unless_it_is_the_best(tmp_path: Path) -> None:
     hold = threading.Event()
     sender = mirror(tmp_path)
     Faulty.before = staticmethod(lambda path: (hold.wait(10), None)[1])
@@ -111,7 +111,7 @@ def test_an_older_one_gives_way_but_not_the_best(tmp_path: Path) -> None:
     assert not (tmp_path / "staging").exists()
 
 
-def test_one_that_turns_out_best_after_it_gave_way_is_sent(tmp_path: Path) -> None:
+def test_a_superseded_checkpoint_that_turns_out_best_is_sent(tmp_path: Path) -> None:
     hold = threading.Event()
     sender = mirror(tmp_path)
     Faulty.before = staticmethod(lambda path: (hold.wait(10), None)[1])
@@ -125,7 +125,7 @@ def test_one_that_turns_out_best_after_it_gave_way_is_sent(tmp_path: Path) -> No
     assert complete() == {1, 2, 3}
 
 
-def test_what_failed_is_sent_with_the_next_or_at_the_end_and_said_once(tmp_path: Path) -> None:
+def test_failed_uploads_are_retried_with_the_next_or_at_the_end_and_reported_once(tmp_path: Path) -> None:
     messages = Messages()
     sender = mirror(tmp_path, messages=messages)
     Faulty.before = staticmethod(failing(2))
@@ -143,7 +143,7 @@ def test_what_failed_is_sent_with_the_next_or_at_the_end_and_said_once(tmp_path:
     )
 
 
-def test_what_failed_gives_way_to_the_next(tmp_path: Path) -> None:
+def test_failed_uploads_are_superseded_by_the_next(tmp_path: Path) -> None:
     sender = mirror(tmp_path)
     Faulty.before = staticmethod(gone)
     for number in (1, 2):
@@ -155,7 +155,7 @@ def test_what_failed_gives_way_to_the_next(tmp_path: Path) -> None:
     assert sender.close(10) == [] and complete() == {2}
 
 
-def test_a_store_that_is_down_for_good(tmp_path: Path) -> None:
+def test_an_unreachable_store(tmp_path: Path) -> None:
     messages = Messages()
     Faulty.before = staticmethod(gone)
     sender = mirror(tmp_path, messages=messages)
@@ -170,7 +170,7 @@ def test_a_store_that_is_down_for_good(tmp_path: Path) -> None:
     assert len(messages) == 2 and "did not arrive" in messages[1] and "the store is down" in messages[1]
 
 
-def test_bytes_changed_on_their_way_are_seen_when_they_are_fetched(tmp_path: Path) -> None:
+def test_a_corrupted_upload_is_detected_when_it_is_fetched(tmp_path: Path) -> None:
     store, messages = Store(URL, PLACE), Messages()
     for number in (1, 2):
         store.put(checkpoint(tmp_path / "run", number), f"checkpoints/step-{number:08d}")
@@ -179,7 +179,7 @@ def test_bytes_changed_on_their_way_are_seen_when_they_are_fetched(tmp_path: Pat
     assert messages.about("step-00000002: weights.safetensors is damaged: its SHA-256 differs") == 1
 
 
-def test_bytes_lost_on_their_way_never_make_a_checkpoint(tmp_path: Path) -> None:
+def test_an_incomplete_upload_is_never_a_checkpoint(tmp_path: Path) -> None:
     sender = mirror(tmp_path)
     Faulty.change = staticmethod(lambda data: data[:-1])
     sender.push(checkpoint(tmp_path / "run", 1))
@@ -262,7 +262,7 @@ def test_without_hard_links_removal_does_no_harm_either(tmp_path: Path, monkeypa
     assert steps(mirror(tmp_path).pull(tmp_path / "fresh")) == [1]
 
 
-def test_a_file_damaged_here_is_never_sent_as_whole(tmp_path: Path) -> None:
+def test_a_locally_damaged_file_is_never_uploaded(tmp_path: Path) -> None:
     messages, step = Messages(), checkpoint(tmp_path / "run", 1)
     data = (step / "weights.safetensors").read_bytes()
     (step / "weights.safetensors").write_bytes(b"x" + data[1:])
@@ -272,7 +272,7 @@ def test_a_file_damaged_here_is_never_sent_as_whole(tmp_path: Path) -> None:
     assert messages.about("its SHA-256 differs") == 1 and complete() == set()
 
 
-def test_what_is_kept_no_longer_here_goes_there_too_but_not_the_best(tmp_path: Path) -> None:
+def test_pruned_checkpoints_are_removed_from_the_store_but_not_the_best(tmp_path: Path) -> None:
     run = tmp_path / "run"
     store = Store(URL, PLACE)
     for number, loss in ((10, 0.9), (20, 0.5), (30, 0.7)):
@@ -347,7 +347,7 @@ def test_what_a_killed_run_left_staged_is_removed(tmp_path: Path) -> None:
     assert sender.close(10) == []
 
 
-def test_a_run_s_shelf_takes_what_was_fetched(tmp_path: Path) -> None:
+def test_fetched_checkpoints_are_used_by_the_checkpoint_manager(tmp_path: Path) -> None:
     sender = mirror(tmp_path)
     for number, loss in ((10, 0.4), (20, 0.6)):
         step = checkpoint(tmp_path / "run", number, loss)

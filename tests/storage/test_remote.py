@@ -78,7 +78,7 @@ def test_wrong_settings_are_errors_and_a_store_that_is_down_is_not(
         assert sender.close(10) == [] and messages.about("works again") == 1 and len(messages) == 3
 
 
-def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path) -> None:
+def test_an_unresponsive_store_delays_nothing(tmp_path: Path) -> None:
     messages = Messages()
     Faulty.before = staticmethod(slow(1.0))
     start = time.perf_counter()
@@ -165,7 +165,7 @@ def test_the_control_is_followed(tmp_path: Path) -> None:
     assert steps(mirror(tmp_path).pull(tmp_path / "fresh")) == [2]
 
 
-def test_damaged_and_incomplete_ones_are_named_and_the_one_before_is_taken(tmp_path: Path) -> None:
+def test_damaged_and_incomplete_checkpoints_are_reported_and_passed_over(tmp_path: Path) -> None:
     messages, store = Messages(), Store(URL, PLACE)
     for number in range(1, 6):
         store.put(checkpoint(tmp_path / "run", number), f"checkpoints/step-{number:08d}")

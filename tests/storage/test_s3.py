@@ -46,7 +46,7 @@ def objects() -> dict[str, bytes]:
     return {each["Key"]: client.get_object(Bucket="bucket", Key=each["Key"])["Body"].read() for each in found}
 
 
-def test_sent_tidied_and_fetched(tmp_path: Path, server: ThreadedMotoServer) -> None:
+def test_sent_pruned_and_fetched(tmp_path: Path, server: ThreadedMotoServer) -> None:
     run, fresh, messages = tmp_path / "run", tmp_path / "fresh", Messages()
     old = checkpoint(tmp_path / "elsewhere", 5)
     Store(URL, PLACE).put(old, f"checkpoints/{old.name}")

@@ -174,7 +174,7 @@ def test_empty_conversation_and_lone_surrogates_do_not_stop_it(small: Any) -> No
     ) + len(encoder.suffix)
 
 
-def test_max_length_too_small_says_what_it_takes(small: Any) -> None:
+def test_a_max_length_that_is_too_small_is_an_error_with_the_least(small: Any) -> None:
     least = smallest(small)
     PromptEncoder(small, prompt_settings(max_length=least))
     with pytest.raises(ValueError, match=f"takes at least {least} tokens"):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_little_of_it_is_kept(tmp_path: Path) -> None:
+def test_a_short_run_of_the_torture_passes(tmp_path: Path) -> None:
     """In a process of its own, that has no threads to fork."""
     command = [
         sys.executable,
@@ -69,7 +69,7 @@ def test_every_kind_of_damage_changes_something() -> None:
             assert all(flips.spoilt(whole, kind, draws) != whole for _ in range(50)), kind
 
 
-def test_what_was_not_kept_is_told(tmp_path: Path) -> None:
+def test_broken_promises_are_reported(tmp_path: Path) -> None:
     found = Found("a promise", "2 of 2")
     found.count(None)
     found.count("it broke")

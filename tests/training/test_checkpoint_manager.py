@@ -44,7 +44,7 @@ def load(folder: Path) -> Small:
     return model
 
 
-def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
+def test_a_checkpoint_restores_what_was_saved(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     saved = save(manager, 7)
     assert torch.equal(load(manager.step(7)).weight, saved.weight)
@@ -117,9 +117,7 @@ def test_manifests_of_other_versions_and_other_texts(tmp_path: Path) -> None:
     assert "damaged" in str(damage(tmp_path))
 
 
-def test_a_checkpoint_of_an_earlier_format_is_refused_in_clear_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_of_an_earlier_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = CheckpointManager(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("arena.storage.manifest.FORMAT", 4)

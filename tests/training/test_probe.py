@@ -52,7 +52,7 @@ def test_what_is_chosen_fits_and_no_layer_more_would(limit: float) -> None:
     assert not steps or limit - peak < max(steps)
 
 
-def test_where_later_layers_keep_more_it_steps_back() -> None:
+def test_if_later_layers_save_more_more_is_recomputed() -> None:
     card = MadeUpCard(size=200.0, late=1.15)
     policies, peak = search_policies(card.peak, RECOMPUTED, 10, 200.0)
     assert peak is not None and peak <= 200.0 and set(policies) != {"full"}
@@ -86,7 +86,7 @@ def test_on_a_cpu_the_arithmetic_decides(tmp_path: Path, gemma2: Path) -> None:
     assert "3 none (estimated" in str(plan)
 
 
-def test_a_setting_is_left_as_it_is(tmp_path: Path, gemma2: Path) -> None:
+def test_a_policy_that_the_recipe_names_is_used(tmp_path: Path, gemma2: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=elementwise")
     data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(recipe.model.base))
     model = adapt(load_base(recipe.model, CLASSES), recipe.model)

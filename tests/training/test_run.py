@@ -82,7 +82,7 @@ def test_a_tracker_without_a_key_is_refused_and_what_was_there_stays(
     assert json.loads((tmp_path / "runs/demo/fold0/metrics.json").read_text()) == first
 
 
-def test_whatever_else_fails_the_judge_is_saved(
+def test_the_judge_is_saved_even_if_everything_after_it_fails(
     gemma2: Path, tmp_path: Path, wandb: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -190,7 +190,7 @@ def test_a_path_that_is_not_utf8_is_refused_before_anything_is_done(
     assert np.all([path.suffix == ".csv" for path in odd.iterdir()])
 
 
-def test_a_base_that_mixes_rows_is_refused_before_anything_is_prepared(gemma2: Path, tmp_path: Path) -> None:
+def test_a_base_that_mixes_rows_is_refused_before_preparing(gemma2: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(gemma2, tmp_path / "base"))
     config = json.loads((base / "config.json").read_text())
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}

@@ -25,7 +25,7 @@ def unfinished(folder: Path, recipe: Recipe, data: str = "rows", base: str = "ba
     return folder
 
 
-def test_what_is_left_out_of_an_identity_are_settings() -> None:
+def test_settings_outside_the_identity_do_not_change_it() -> None:
     tree = load_recipe("demo").model_dump(mode="json")
     assert all(name in tree[group] for group, names in OUTSIDE_IDENTITY.items() for name in names)
     for key in ("train.checkpoint_every=7", "data.cache=elsewhere", "model.checkpointing=full"):
@@ -76,7 +76,7 @@ def test_other_rows_another_base_and_a_lost_recipe_are_told_apart(tmp_path: Path
         assert told.startswith("its settings (its recipe.yaml was changed")
 
 
-def test_a_checkpoint_of_another_run_says_why(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     recipe = load_recipe("demo", ["train.lr=0.5"])
     checkpoint = unfinished(tmp_path / "fold0", load_recipe("demo")) / "checkpoints/step-00000002"
     ours = {"recipe": "a", "data": "b", "plan": "c"}

@@ -62,7 +62,7 @@ def test_an_overflow_changes_nothing_but_the_scale(bad: float) -> None:
     assert torch.equal(weight, torch.ones(3)) and scaling.scale == FIRST / 2
 
 
-def test_what_is_not_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_losses_and_norms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is not finite; an overflow without scaling, or with a scale that has come down to its least."""
     scaling = LossScaling("float16", CPU)
     assert not scaling.forgives(math.nan, 1.0) and not scaling.forgives(math.inf, math.inf)

@@ -49,7 +49,7 @@ def run(folder: Path, base: Path, at: int | None) -> tuple[Any, Asked]:
 
 
 @pytest.mark.parametrize("apart", [40, pytest.param(5, marks=pytest.mark.slow)])
-def test_ended_anywhere_it_goes_on_to_the_same_bits(apart: int, gemma2: Path, tmp_path: Path) -> None:
+def test_interrupted_anywhere_it_resumes_to_the_same_bits(apart: int, gemma2: Path, tmp_path: Path) -> None:
     straight, asked = run(tmp_path / "straight", gemma2, None)
     assert straight.plan.n_micro_batches > 2 * straight.plan.n_steps
     points = sorted({1, 2, 5, *range(7, asked.calls, apart), asked.calls - 1})
@@ -80,7 +80,7 @@ def test_another_random_state_would_be_seen(gemma2: Path, tmp_path: Path, monkey
     assert not torch.equal(weights(resumed), weights(straight))
 
 
-def test_a_deadline_ends_a_whole_fold_and_the_same_call_goes_on(gemma2: Path, tmp_path: Path) -> None:
+def test_a_deadline_ends_a_fold_and_the_same_call_resumes(gemma2: Path, tmp_path: Path) -> None:
     whole = run_fold(tiny_recipe(tmp_path, gemma2), 0, tmp_path / "whole")
     times = 0
     while True:
@@ -152,7 +152,7 @@ def test_resume_from_the_best_a_path_or_never(gemma2: Path, tmp_path: Path) -> N
     assert never.done.step == 0
 
 
-def test_a_vanished_folder_and_a_full_disk_are_said(
+def test_a_vanished_folder_and_a_full_disk_are_errors(
     gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(tmp_path / "gone", gemma2)
@@ -215,7 +215,7 @@ def test_resumed_from_a_mirror_equals_resumed_from_disk(
     assert list(store.rglob("model/adapter_model.safetensors")), "the finished judge is there too"
 
 
-def test_from_a_checkpoint_elsewhere_that_was_not_judged(gemma2: Path, tmp_path: Path) -> None:
+def test_resuming_from_a_checkpoint_elsewhere_that_was_not_evaluated(gemma2: Path, tmp_path: Path) -> None:
     straight = make(tmp_path / "straight", gemma2, "train.keep_last=9")
     straight.run()
     elsewhere = make(tmp_path / "new", gemma2, "train.keep_last=9", f"train.resume={straight.checkpoints.step(3)}")

@@ -92,7 +92,7 @@ def make(folder: Path, base: Path, *overrides: str) -> Trainer:
     return trainer_for(recipe, data, model, run)
 
 
-def test_attention_that_cannot_train_here_is_said_before_the_first_step(gemma2: Path, tmp_path: Path) -> None:
+def test_attention_that_cannot_train_here_is_an_error_before_the_first_step(gemma2: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="attention=flex cannot run here: it has no backward on a CPU"):
         make(tmp_path, gemma2, "model.attention=flex")
     assert make(tmp_path, gemma2).attention.name == "blockwise"
@@ -145,7 +145,7 @@ def test_resumed_equals_uninterrupted(
     assert log(straight) == log(again)
 
 
-def test_other_data_is_not_gone_on_with(gemma2: Path, tmp_path: Path) -> None:
+def test_other_data_is_not_resumed(gemma2: Path, tmp_path: Path) -> None:
     first = make(tmp_path, gemma2)
     (first.folder / "recipe.yaml").write_text(save_recipe(first.recipe))
     first.run()
@@ -168,7 +168,7 @@ def test_lines_show_the_latest_held_out_log_loss(
     assert all(" left, loss " in line for line in lines[:-1])
 
 
-def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_weights_are_loaded_at_the_end(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The held-out loss gets worse after the first evaluation: its weights are what the run ends with."""
     losses = iter([0.5, 0.9])
     monkeypatch.setattr(held_out_module, "log_loss", lambda *_: next(losses))
@@ -180,7 +180,7 @@ def test_best_weights_are_kept(gemma2: Path, tmp_path: Path, monkeypatch: pytest
     assert torch.equal(weights(trainer), kept)
     straight = trainer.checkpoints.load_evaluation(3)[1]
     weights_of_best = trainer._weights(3)
-    again = trainer.held_out.straight(trainer.classifier, weights_of_best, None)
+    again = trainer.held_out.in_first_order(trainer.classifier, weights_of_best, None)
     np.testing.assert_allclose(straight, again, atol=1e-5)  # those of the best step, not of the last
     averaged = trainer.held_out.averaged(straight, trainer.classifier, weights_of_best, None)
     np.testing.assert_allclose(trained.probabilities, averaged, atol=1e-5)

@@ -149,13 +149,14 @@ def _run(attend: Callable[..., Tensor], trial: Trial) -> None:
         ValueError: the numbers differ.
     """
     ends = torch.tensor([0, LENGTHS[0], sum(LENGTHS)], dtype=torch.int32, device=trial.device)
+    names = "output", "gradient of q", "of k", "of v"
     for window in (None, WINDOW):
         options = {"scale": trial.head_dim**-0.5, "softcap": SOFTCAP if trial.softcap else None, "window": window}
         states = _states(trial)
-        found = _results(attend, states, ends, options, trial.training)
-        exact = _results(reference, [each.float() for each in states], ends, options, trial.training)
-        for name, ours, right in zip(("output", "gradient of q", "of k", "of v"), found, exact, strict=False):
-            error = float((ours.float() - right).norm() / right.norm())
+        outputs = _results(attend, states, ends, options, trial.training)
+        expected = _results(reference, [each.float() for each in states], ends, options, trial.training)
+        for name, output, right in zip(names, outputs, expected, strict=False):
+            error = float((output.float() - right).norm() / right.norm())
             if not error <= TOLERANCE:  # also for NaN
                 raise ValueError(f"its numbers are wrong: the {name} differs by {error:.0%} from the exact one")
     if trial.device.type == "cuda":

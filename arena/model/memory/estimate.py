@@ -154,11 +154,11 @@ def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
         return recipe
     shape, budget = shape_of(config), recipe.packing.budget
     least = max(recipe.prompt.max_length, LEAST_BUDGET)
-    while (found := need(shape, settings, budget, recipe.train.optimizer)).total > room(card):
+    while (needed := need(shape, settings, budget, recipe.train.optimizer)).total > room(card):
         if budget // 2 < least:
             smaller = "" if settings.quantization == "nf4" else ", or set model.tune=lora model.quantization=nf4"
             raise ValueError(
-                f"{recipe.name} takes about {found.total / GIB:.1f} GiB with micro-batches of {budget:,} tokens, but "
+                f"{recipe.name} takes about {needed.total / GIB:.1f} GiB with micro-batches of {budget:,} tokens, but "
                 f"{card.name} has only {room(card) / GIB:.1f} GiB to use: lower prompt.max_length (now "
                 f"{recipe.prompt.max_length:,}) or choose a smaller base{smaller}"
             )

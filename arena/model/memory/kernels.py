@@ -31,8 +31,8 @@ def _compiled(function: Compiled) -> Compiled:
     made = compiled(function, VARIANTS)
 
     @wraps(function)
-    def run(*given: Any) -> Any:
-        plain = [_open(each) if isinstance(each, Tensor) else each for each in given]
+    def run(*args: Any) -> Any:
+        plain = [_open(each) if isinstance(each, Tensor) else each for each in args]
         kind = plain[0].device.type
         # This is called thousands of times per step, so it avoids what is already off, and sets only autocast's flag.
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():

@@ -55,7 +55,7 @@ def test_auto(card: Card, dtype: torch.dtype, head_dim: int, training: bool, exp
     assert str(choose_backend("auto", card, dtype, head_dim, 50.0, training=training)) == expected
 
 
-def test_auto_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, everything: None) -> None:
+def test_auto_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch, everything: None) -> None:
     monkeypatch.setattr(flash, "flash_attn_missing", lambda _: "flash-attn is not installed")
     assert str(choose_backend("auto", H100, BF16, 256, 50.0)) == "flex (flash: flash-attn is not installed)"
     monkeypatch.setattr(trial, "triton_missing", lambda: "triton cannot be imported (No module named 'triton')")
@@ -142,7 +142,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("setting", ["auto", "reference", "blockwise"])
-def test_a_model_uses_what_it_says(gemma2: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_uses_the_backend_that_it_reports(gemma2: Path, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
     def spy(name: str) -> Any:
@@ -159,7 +159,7 @@ def test_a_model_uses_what_it_says(gemma2: Path, setting: str, monkeypatch: pyte
     assert len(called) == 3
 
 
-def test_a_model_says_early_what_cannot_run(gemma2: Path) -> None:
+def test_a_backend_that_cannot_run_is_an_error_at_loading(gemma2: Path) -> None:
     model = classifier(exact(gemma2, attention="flash"))
     for ask in (lambda: attention_choice(model.model, "float32", training=False), lambda: model(pack([9, 4]))):
         with pytest.raises(ValueError, match=r"model\.attention=flash cannot run here: it needs a CUDA device"):

@@ -123,7 +123,7 @@ def test_values_and_gradients_are_those_of_the_reference(
     assert plain.frame_count == 1
 
 
-def test_the_kernel_is_told_of_the_cards_tiles(
+def test_the_kernel_gets_the_tiles_of_the_card(
     plain: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiles = kernel_options(Card("cuda", "L4", (8, 9), 22 << 30), torch.bfloat16, 256)

@@ -58,7 +58,7 @@ def test_short_heads_and_processors_keep_those_of_torch() -> None:
     assert kernel_options(Card("cpu", "a processor", (0, 0), 1 << 34), FP32, 256) is None
 
 
-def test_where_no_tile_fits_it_is_said() -> None:
+def test_it_is_an_error_if_no_tile_fits() -> None:
     with pytest.raises(ValueError, match="smallest tiles need 69 KiB of shared memory, but there are 64"):
         kernel_options(card(7, 5, shared=64 << 10), FP32, 256)
 

@@ -93,7 +93,7 @@ def test_wrong_numbers_are_noticed(wrong: str, training: bool) -> None:
         assert (why is None) if wrong == "gradient" and not training else "numbers are wrong" in str(why), why
 
 
-def test_what_another_process_found_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_is_ruled_out_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ruled_out", {})
     attend = Attend()
     module.rule_out("flash", "it hung")
@@ -151,7 +151,7 @@ def test_nothing_is_tried_within_a_backward() -> None:
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("CUDA out of memory")]
 )
-def test_used_up_memory_says_nothing_of_a_backend(error: Exception) -> None:
+def test_exhausted_memory_does_not_rule_out_a_backend(error: Exception) -> None:
     attend = Attend(error)
     for calls_made in (1, 2):
         with pytest.raises(type(error), match="out of memory"):
@@ -213,7 +213,7 @@ def test_a_device_that_is_broken_is_not_a_backend_that_lacks_something(made_up_g
     assert made_up_gpu["current"] is None
 
 
-def test_the_first_line_that_says_something() -> None:
+def test_the_first_informative_line_of_an_error() -> None:
     said = "backend='inductor' raised:\nRuntimeError: No valid triton configs.\n\nSet TORCHDYNAMO_VERBOSE=1"
     assert first_line(RuntimeError(said)) == "RuntimeError: No valid triton configs"
     assert first_line(RuntimeError("\n  one\ntwo")) == "one" and first_line(AssertionError()) == "AssertionError"

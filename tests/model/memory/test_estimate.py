@@ -79,7 +79,7 @@ def kept_by_a_layer(base: Path, policy: str, monkeypatch: pytest.MonkeyPatch, le
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "llama", "qwen3"])
-def test_layers_keep_what_the_arithmetic_says(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_save_what_the_estimate_says(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 2}
     base, lengths = make_base(tmp_path, family, **sizes), [150, 90, 60]
     for policy in ("none", "elementwise", "elementwise_and_mlp"):

@@ -47,7 +47,7 @@ def chain(most: int | None) -> tuple[Tensor, int, int]:
     return x.grad, cheap.calls, costly.calls
 
 
-def test_each_result_is_made_once_more_and_the_gradient_is_the_same() -> None:
+def test_each_result_is_recomputed_once_and_the_gradient_is_the_same() -> None:
     plain, *calls = chain(None)
     assert calls == [1, 1]
     light, *calls = chain(ELEMENTWISE)
@@ -67,7 +67,7 @@ def test_a_function_that_gives_other_numbers_is_seen_in_the_gradient() -> None:
     assert not torch.equal(x.grad, torch.full((4,), 2.0))  # type: ignore[arg-type]
 
 
-def test_a_result_changed_in_place_is_kept_as_it_was_changed() -> None:
+def test_a_result_changed_in_place_is_saved_with_the_change() -> None:
     x = torch.linspace(0.1, 1.0, 8, requires_grad=True)
     with recomputing(ELEMENTWISE):
         result = recomputable(torch.sin, x * 1)
@@ -103,7 +103,7 @@ def test_autocast_is_the_forwards() -> None:
 
 
 @pytest.mark.parametrize("most", [None, ELEMENTWISE, PRODUCT])
-def test_what_is_made_again_is_not_held(most: int | None) -> None:
+def test_recomputed_results_are_not_held(most: int | None) -> None:
     """The memory itself, not what hooks are shown of it: a result's storage is gone with the forward."""
     x = torch.ones(1000, requires_grad=True)
     with nullcontext() if most is None else recomputing(most):
@@ -136,7 +136,7 @@ def test_an_error_in_the_forward_leaves_nothing_behind(gemma2: Path) -> None:
     assert len(held) == 2 and all(each.expired() for each in held)
 
 
-def test_a_kept_tensor_that_is_changed_in_place_is_an_error() -> None:
+def test_a_saved_tensor_that_is_changed_in_place_is_an_error() -> None:
     x = torch.ones(8, requires_grad=True)
     with recomputing(ELEMENTWISE):
         doubled = x * 2
@@ -196,7 +196,7 @@ def products_of(model: PackedClassifier, policy: str) -> int:
     return len(calls)
 
 
-def test_wide_products_are_made_again_where_the_policy_says_so(gemma2: Path) -> None:
+def test_wide_products_are_recomputed_under_the_policy(gemma2: Path) -> None:
     model = classifier(exact(gemma2)).train()
     assert [products_of(model, policy) for policy in POLICIES] == [1, 1, 2, 2]
 
