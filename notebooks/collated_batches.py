@@ -14,8 +14,9 @@
 # %% [markdown]
 # # Collated batches
 #
-# Judge prompts laid end to end in one row, no padding, and what they have in common only once. This notebook shows what
-# the model is given: lengths, micro-batches, segments, position ids, what padding would waste, and who attends to whom.
+# Judge prompts are laid end to end in one row, without padding, and what they have in common only once. This notebook
+# shows the model's input: lengths, micro-batches, segments, position ids, what padding would waste, and which tokens
+# attend to which.
 #
 # It runs on the demo data. For your own, change the recipe's `data.path` below, for example
 # `arena.load_recipe("gemma-2-9b", ["data.path=data/lmsys"])`; only the tokenizer of the base model is loaded.
@@ -41,7 +42,7 @@ print(f"{len(store) // store.orders:,} rows, {store.orders} orders of A and B ea
 # %% [markdown]
 # ## Lengths
 #
-# Prompts differ in length by more than ten times: that is what makes padding expensive.
+# The lengths of prompts differ by more than a factor of ten, which makes padding expensive.
 
 # %%
 lengths = store.lengths[:: store.orders]
@@ -55,7 +56,7 @@ plt.show()
 # %% [markdown]
 # ## The loop of a training step
 #
-# The loader gives, for each optimizer step, the list of its micro-batches. A micro-batch is made of segments: the
+# The loader yields, for each optimizer step, the list of its micro-batches. A micro-batch consists of segments: a
 # beginning that examples share, once, and the rest of each example.
 
 # %%
@@ -73,7 +74,7 @@ for batch in dataloader:
     break
 
 # %% [markdown]
-# The first example, as text. It ends in the verdict suffix, after which the head reads the last token's state.
+# The first example, decoded. It ends in the verdict suffix, and the head reads the state of its last token.
 
 # %%
 print(micro_batch["input_text"][0])
@@ -81,8 +82,8 @@ print(micro_batch["input_text"][0])
 # %% [markdown]
 # ## Boundaries and position ids
 #
-# `cu_seqlens_q` says where each segment begins. `position_ids` are places in the example: 0 at its beginning, and in a
-# segment that continues a shared beginning, the length of that beginning. With `packing.share=false` each segment is an
+# `cu_seqlens_q` says where each segment begins. `position_ids` are positions in the example: a segment begins at 0, or
+# if it continues a shared beginning, at the length of that beginning. With `packing.share=false` each segment is an
 # example, all start at 0, and the batch also has `cu_seqlens`, as plain variable-length kernels take it.
 
 # %%
@@ -90,7 +91,7 @@ starts = micro_batch["cu_seqlens_q"][:-1].long()
 print("each segment begins at position", micro_batch["position_ids"][0, starts].tolist())
 plt.figure(figsize=(8, 2.5))
 plt.plot(micro_batch["position_ids"][0])
-plt.xlabel("place in the row")
+plt.xlabel("position in the row")
 plt.ylabel("position id")
 plt.show()
 
@@ -129,7 +130,7 @@ plt.ylabel("tokens (line: budget)")
 plt.show()
 
 # %% [markdown]
-# ## Who attends to whom
+# ## Which tokens attend to which
 #
 # A triangle for each segment's own tokens, and a block for what it shares with others: causal, and nothing across
 # examples. In sliding-window layers only the dark band is seen. The mask is never built; the attention kernel reads the
