@@ -169,8 +169,10 @@ class Memory:
 
     def run(self) -> None:
         from arena.reporting.memory import known_config, print_cards
+        from arena.tasks import task_of
 
         recipe = load_recipe(self.recipe, self.overrides)
+        task_of(recipe)
         print_cards(recipe, known_config(recipe.model))
 
 

@@ -81,7 +81,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 def written(folder: Path) -> set[str]:
     """Everything under a folder that a command may have written: not the cache's complete files, nor locks."""
-    kept = ("rows-", "tokens-", "folds-", "prefixes-")
+    kept = ("conversations-", "tokens-", "folds-", "prefixes-")
     every = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file() or path.name.startswith(".")}
     return {str(path) for path in every if not path.name.startswith(kept) and path.suffix != ".lock"}
 

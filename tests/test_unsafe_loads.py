@@ -138,7 +138,7 @@ def test_planted_in_a_run_and_in_the_cache(
     arena("infer", "--data", "rows")
     assert np.isfinite(pd.read_csv("submission.csv")[list(CLASSES)].to_numpy()).all()
     found = sorted((tmp_path / "data/cache").iterdir())
-    assert {path.name.split("-")[0] for path in found} == {"rows", "tokens", "folds", "prefixes"}
+    assert {path.name.split("-")[0] for path in found} == {"conversations", "tokens", "folds", "prefixes"}
     for path in found:
         whole = path.read_bytes()
         path.unlink()

@@ -72,8 +72,7 @@ def read_probabilities(cells: Mapping[str, Any], columns: Sequence[str]) -> list
     if abs(total - 1) > sum_tolerance(len(values)):
         raise FieldError(
             ", ".join(columns),
-            f"are {values}, which sum to {total:g}; write one 1 and {len(values) - 1} 0, or {len(values)} numbers that "
-            "sum to 1",
+            f"are {values}, which sum to {total:g}; write a 1 and zeros, or numbers that sum to 1",
         )
     return [value / total for value in values]
 

@@ -51,7 +51,7 @@ def _is_whole(path: Path) -> bool:
         return file.read() == END
 
 
-FORMAT = 3  # part of the cached file's name: increase it when the same files would be read differently
+FORMAT = 2  # part of the cached file's name: increase it when the same files would be read differently
 CHARACTERS_AT_ONCE = 2**24  # a chunk has fewer rows once they have this many characters
 PROBLEMS_SHOWN = 20
 
@@ -93,7 +93,7 @@ class Rows:
 
     @cached_property
     def ids(self) -> list[str]:
-        return list(self.table["id"])
+        return list(self.table.select_columns("id").with_format("arrow")[:]["id"].to_pylist())
 
     @cached_property
     def labels(self) -> NDArray[np.float64]:
@@ -104,7 +104,6 @@ class Rows:
             raise ValueError(f"{labels.null_count} rows have no label, the first with id {first}: label them")
         return np.asarray(labels.flatten(), dtype=np.float64).reshape(-1, len(self.task.classes))
 
-    @cached_property
     def groups(self) -> list[str]:
         """`Task.group` of each row; that of a repeated text is computed once."""
         column = self.task.group_by
@@ -146,8 +145,8 @@ def read_dataset(
             CSV and JSONL are counted as in an editor, rows of parquet from 1.
     """
     limits = limits or Limits()
-    made_from = fingerprint(FORMAT, task.name, labels, astuple(limits), _contents(paths))
-    stored = cache_dir / f"rows-{made_from}.arrow"
+    name = f"{task.rows}-{fingerprint(FORMAT, labels, astuple(limits), _contents(paths))}"
+    stored = cache_dir / f"{name}.arrow"
     features = Features({"id": Value("string"), **task.features, "label": List(Value("float32"))})
     if not stored.exists():
         with atomic_write(stored) as draft:
@@ -156,7 +155,7 @@ def read_dataset(
         table = Dataset.from_file(str(stored))
         if table.features != features:
             raise ValueError(f"it has the columns {', '.join(table.column_names)}")
-    return Rows(task, table, made_from)
+    return Rows(task, table, name)
 
 
 def repeated(extra: Rows, against: Rows) -> NDArray[np.bool_]:
@@ -209,7 +208,10 @@ class _Conversion:
         self.bad = BadRowsError()
 
     def write(self, paths: Sequence[Path], draft: Path) -> None:
-        with pa.ipc.new_stream(str(draft), self.schema) as stream, progress("reading rows", None) as advance:
+        with (
+            pa.ipc.new_stream(str(draft), self.schema) as stream,
+            progress(f"reading {self.task.rows}", None) as advance,
+        ):
             for path in paths:
                 for chunk in _chunks(read_rows(path, self._columns, self.limits)):
                     good = self._good_rows(path, chunk)

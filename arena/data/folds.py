@@ -20,11 +20,14 @@ FORMAT = 2  # part of the cached file's name: increase it when keys or folds wou
 Folds = NDArray[np.int8]
 
 
-def assign_folds(rows: Rows, n_folds: int, seed: int) -> Folds:
+def assign_folds(rows: Rows, n_folds: int, seed: int, groups: list[str] | None = None) -> Folds:
     """The fold of each row, int8 (len(rows),), from 0 to n_folds - 1.
 
     Rows of the same group share a fold, and each fold gets its share of every label (the class with the largest
     probability). The fold of a group does not depend on the order of the rows.
+
+    Args:
+        groups: of the rows, if they are already known.
 
     Raises:
         ValueError: a row has no label, or there are too few groups to fill the folds.
@@ -32,7 +35,8 @@ def assign_folds(rows: Rows, n_folds: int, seed: int) -> Folds:
     if not 2 <= n_folds <= np.iinfo(np.int8).max:
         raise ValueError(f"n_folds is {n_folds}; it must be from 2 to {np.iinfo(np.int8).max}")
     # sorted, so that the order of the rows does not matter
-    groups, distinct = pd.factorize(np.array(rows.groups, dtype=object), sort=True)
+    every = rows.groups() if groups is None else groups
+    numbers, distinct = pd.factorize(np.array(every, dtype=object), sort=True)
     if len(distinct) < n_folds:
         raise ValueError(
             f"{len(distinct)} different {rows.task.group_by}s cannot fill {n_folds} folds; use fewer folds or more data"
@@ -42,7 +46,7 @@ def assign_folds(rows: Rows, n_folds: int, seed: int) -> Folds:
         raise ValueError(f"no label has {n_folds} rows, one for each fold; use fewer folds or more data")
     folds = np.full(len(rows), -1, dtype=np.int8)
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    for fold, (_, held_out) in enumerate(splitter.split(classes, classes, groups)):
+    for fold, (_, held_out) in enumerate(splitter.split(classes, classes, numbers)):
         folds[held_out] = fold
     _check_filled(folds, n_folds)
     return folds
@@ -54,10 +58,11 @@ def load_or_assign_folds(rows: Rows, n_folds: int, seed: int, cache_dir: Path) -
     Returns int8 (len(rows),). The cache is a parquet file in `cache_dir` (`id` string, `fold` int8) in the order of the
     rows. Raises `ValueError` as `assign_folds` does, and if the cached file does not fit the rows.
     """
-    content = fingerprint(FORMAT, n_folds, seed, rows.ids, rows.groups, rows.labels.tobytes())
+    groups = rows.groups()
+    content = fingerprint(FORMAT, n_folds, seed, rows.ids, groups, rows.labels.tobytes())
     stored = cache_dir / f"folds-{content}.parquet"
     if not stored.exists():
-        assigned = assign_folds(rows, n_folds, seed)
+        assigned = assign_folds(rows, n_folds, seed, groups)
         with atomic_write(stored) as draft:
             pq.write_table(pa.table({"id": rows.ids, "fold": assigned}), draft)
     with reading_cached(stored):
@@ -66,16 +71,16 @@ def load_or_assign_folds(rows: Rows, n_folds: int, seed: int, cache_dir: Path) -
         raise ValueError(f"{stored} does not have the ids of these rows; delete it to assign the folds again")
     folds: Folds = table["fold"].to_numpy().astype(np.int8)  # a copy, which the caller may change
     _check_filled(folds, n_folds)
-    check_no_leak(rows, folds)
+    check_no_leak(rows, folds, groups)
     return folds
 
 
-def check_no_leak(rows: Rows, folds: Folds) -> None:
+def check_no_leak(rows: Rows, folds: Folds, groups: list[str] | None = None) -> None:
     """Raises `ValueError` if rows of the same group are in different folds; the message names the first."""
     if len(folds) != len(rows):
         raise ValueError(f"{len(folds)} folds were given for {len(rows)} rows; give one for each row")
     fold_of: dict[str, int] = {}
-    for index, (key, fold) in enumerate(zip(rows.groups, folds.tolist(), strict=True)):
+    for index, (key, fold) in enumerate(zip(rows.groups() if groups is None else groups, folds.tolist(), strict=True)):
         if fold_of.setdefault(key, fold) != fold:
             name = rows.task.group_by
             raise ValueError(
@@ -86,8 +91,9 @@ def check_no_leak(rows: Rows, folds: Folds) -> None:
 
 def leaking(extra: Rows, rows: Rows, held_out: np.ndarray) -> NDArray[np.bool_]:
     """bool (len(extra),): rows whose group is that of one of the rows `held_out`, int64 indices into `rows`."""
-    held_out_groups = {rows.groups[index] for index in held_out.tolist()}
-    return np.fromiter((group in held_out_groups for group in extra.groups), dtype=np.bool_, count=len(extra))
+    groups = rows.groups()
+    held_out_groups = {groups[index] for index in held_out.tolist()}
+    return np.fromiter((group in held_out_groups for group in extra.groups()), dtype=np.bool_, count=len(extra))
 
 
 def _check_filled(folds: Folds, n_folds: int) -> None:

@@ -100,6 +100,7 @@ class Task(ABC):
         columns: the columns that hold the probabilities of the classes in files, in the same order.
         texts: the columns of a row's texts, which every file must have besides `id`.
         features: the types of these columns in a checked row.
+        rows: what its rows are called; no two tasks that read the same files differently may share it.
         group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
         orders: in how many orders a row can be shown.
         missing: in words, what a row lacks if `has_input` is false.
@@ -112,6 +113,7 @@ class Task(ABC):
     columns: tuple[str, ...]
     texts: tuple[str, ...]
     features: Features
+    rows: str
     group_by: str
     orders: int = 1
     missing: str

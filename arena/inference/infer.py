@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,11 @@ def check_target(path: Path, ids: Sequence[str], columns: Sequence[str], sample:
         raise ValueError(
             f"{sample} has the columns {_few(table.columns)}, but a submission has {list(columns)}: fetch it again"
         )
-    if repeated := table["id"][table["id"].duplicated()].tolist():
+    if repeated := table[columns[0]][table[columns[0]].duplicated()].tolist():
         raise ValueError(
             f"{sample} has {len(repeated)} ids more than once, such as {excerpt(repeated[0])}: fetch it again"
         )
-    if odd := set(table["id"]) ^ set(ids):
+    if odd := set(table[columns[0]]) ^ set(ids):
         raise ValueError(
             f"{sample} and the test file differ in {len(odd)} ids, such as {excerpt(min(odd))}: use files that belong "
             "together"
@@ -77,10 +78,10 @@ def check_submission(path: Path, ids: Sequence[str], columns: Sequence[str], sam
     expected = list(_read(sample).columns) if sample else list(columns)
     if list(table.columns) != expected:
         raise ValueError(f"the submission has the columns {list(table.columns)}, but it must have {expected}")
-    if repeated := table["id"][table["id"].duplicated()].tolist():
+    if repeated := table[columns[0]][table[columns[0]].duplicated()].tolist():
         raise ValueError(f"the submission has {len(repeated)} ids more than once, such as {repeated[0]!r}")
-    wanted = set(map(str, _read(sample)["id"])) if sample else set(map(str, ids))
-    for name, odd in (("lacks", wanted - set(table["id"])), ("should not have", set(table["id"]) - wanted)):
+    wanted = set(map(str, _read(sample)[columns[0]])) if sample else set(map(str, ids))
+    for name, odd in (("lacks", wanted - set(table[columns[0]])), ("should not have", set(table[columns[0]]) - wanted)):
         if odd:
             raise ValueError(
                 f"the submission {name} {len(odd)} ids, such as {min(odd)!r}; check that the sample and the test file "
@@ -168,7 +169,9 @@ def average(judges: Sequence[SavedJudge], rows: Rows, parts: Path | None = None)
     """
     total = np.zeros((len(rows), len(rows.task.classes)))
     judge: Judge | None = None
+    first = judges[0].recipe.data  # its cache serves all
     for saved in judges:
+        saved = replace(saved, recipe=saved.recipe.model_copy(update={"data": first}))
         if judge is None or not judge.switch(saved):
             judge = None  # two large models may not fit at once
             _free_memory()

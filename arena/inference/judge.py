@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arena import __version__
-from arena.config import Recipe
+from arena.config import Recipe, change
 from arena.data.dataset import Rows
 from arena.data.prepare import read_files
 from arena.data.tokens import tokenise
@@ -35,7 +36,7 @@ class Judge:
     """A trained model's probabilities: for preference, that A is preferred, that B is, and of a tie.
 
     Args:
-        folder: the `model` folder of a fold, or the saved in it (`read_judge`).
+        folder: the `model` folder of a fold, or what `read_judge` read of it.
         overrides: settings to change, as in `load_recipe`, such as `packing.budget=8192` on a smaller GPU.
         device: where to run; by default the GPU if there is one.
 
@@ -46,17 +47,21 @@ class Judge:
     """
 
     def __init__(
-        self, folder: Path | SavedJudge, overrides: Sequence[str] = (), device: torch.device | str | None = None
+        self, folder: str | Path | SavedJudge, overrides: Sequence[str] = (), device: torch.device | str | None = None
     ) -> None:
-        saved = folder if isinstance(folder, SavedJudge) else read_judge(folder, overrides)
+        if isinstance(folder, SavedJudge):
+            saved = replace(folder, recipe=change(folder.recipe, overrides))
+        else:
+            saved = read_judge(Path(folder), overrides)
         let_segments_grow()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._planned: tuple[Any, Evaluation] | None = None
+        self._switched = 0
         recipe = with_dtype(saved.recipe, card_of(self.device))
         saved.check_base(recipe.model)
         own = {"base": str(saved.folder), "revision": None} if is_whole(saved.folder) else {}
-        config = base_config(recipe.model.model_copy(update=own))
-        check_exact(config, recipe.model, recipe.prompt.max_length, trained=True)
+        self._config = base_config(recipe.model.model_copy(update=own))
+        check_exact(self._config, recipe.model, recipe.prompt.max_length, trained=True)
         self._become(saved, recipe, load_trained(saved.folder, recipe.model, saved.task.classes))
         attention_choice(self.classifier.model, recipe.model.dtype, training=False)
 
@@ -69,23 +74,28 @@ class Judge:
         """Turns this into another judge on the same base, which stays loaded; adapters and head are replaced.
 
         Returns:
-            False if that judge needs another base, or this one is damaged; this judge is then unchanged.
+            False if that judge needs another base; this judge is then unchanged.
+
+        Raises:
+            ValueError: its weights are damaged, or do not fit the base; this judge can then no longer be used.
         """
         recipe, model = with_dtype(saved.recipe, card_of(self.device)), self.classifier.model
         if is_whole(saved.folder) or is_whole(self.folder) or saved.base != self.saved.base:
             return False
         if saved.task is not self.task or other_base(recipe.model, self.recipe.model) is not None:
             return False
-        check_exact(underlying(model).config, recipe.model, recipe.prompt.max_length, trained=True)
-        former, name = active_judge(model), f"judge{fingerprint(str(saved.folder.resolve()))}"
+        check_exact(self._config, recipe.model, recipe.prompt.max_length, trained=True)
+        former, name = active_judge(model), f"judge{self._switched}"
+        self._switched += 1
         model = add_trained(model, saved.folder, recipe.model, name)
         activate(model, name)
         self._become(saved, recipe, unload(model, former))
         return True
 
-    def read(self, paths: Sequence[str | Path]) -> Rows:
-        """The rows of CSV, parquet or JSONL files, of which labels are ignored; errors as in `read_dataset`."""
-        return read_files(paths, self.task, self.recipe.data, "ignored")
+    def read(self, paths: str | Path | Sequence[str | Path]) -> Rows:
+        """The rows of CSV, parquet or JSONL files, whose labels are ignored; errors are as in `read_dataset`."""
+        several = [paths] if isinstance(paths, str | Path) else paths
+        return read_files(several, self.task, self.recipe.data, "ignored")
 
     def probabilities(self, rows: Rows, *, parts: Path | None = None) -> np.ndarray:
         """Judges rows.
@@ -104,6 +114,8 @@ class Judge:
             ValueError: a token of the rows is not in the base's embedding.
             Stopped: a signal arrived; the logits computed so far are in `parts`.
         """
+        if not isinstance(rows, Rows) or rows.task is not self.task:
+            raise ValueError(f"rows is a {type(rows).__name__}: give what this judge's `read` returns for your files")
         evaluation = self.evaluation(rows)
         known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.saved.prior}
         if parts is None:

@@ -100,7 +100,6 @@ def read_judge(folder: Path, overrides: Sequence[str] = ()) -> SavedJudge:
             recipe = Recipe.model_validate(facts["recipe"])
             prior = np.asarray(facts["prior"], dtype=np.float64)
             saved = SavedJudge(folder, recipe, prior, facts["trained_on"], facts["base"])
-            _check_prior(prior, len(saved.task.classes))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): train the fold again") from None
     if saved is None:
@@ -108,6 +107,11 @@ def read_judge(folder: Path, overrides: Sequence[str] = ()) -> SavedJudge:
             f"{path} was written by another version of arena (format {version}, this one reads {FORMAT}): "
             "train the fold again, or judge with that version"
         )
+    try:
+        classes = len(saved.task.classes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}, or use the version of arena that wrote it") from None
+    _check_prior(path, saved.prior, classes)
     if facts.get("exported"):
         raise ValueError(
             f"{folder} was written by `arena export` for transformers: load it with "
@@ -141,11 +145,11 @@ def _rename_policy(model: dict[str, Any]) -> None:
         model["checkpointing"] = FORMER_POLICIES[policy]
 
 
-def _check_prior(prior: np.ndarray, classes: int) -> None:
+def _check_prior(path: Path, prior: np.ndarray, classes: int) -> None:
     """Raises `ValueError` unless the prior is a probability for each class."""
     good = prior.shape == (classes,) and np.isfinite(prior).all() and (prior >= 0).all()
     if not good or abs(prior.sum() - 1) > 1e-6:
-        raise ValueError(f"the prior is {str(prior)[:100]}")
+        raise ValueError(f"{path} is damaged (the prior is {str(prior)[:100]}): train the fold again")
 
 
 def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: Sequence[str] = ()) -> None:

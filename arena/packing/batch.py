@@ -104,8 +104,9 @@ class PackedBatch:
         return iter(self.keys())
 
     def keys(self) -> list[str]:
-        held = [field.name for field in fields(self) if self.targets is not None or field.name != "targets"]
         labelled = self.targets is not None and self.targets.ndim > 1
+        hidden = {"reads_last"} | ({"targets"} if self.targets is None else set())
+        held = [field.name for field in fields(self) if field.name not in hidden]
         return held + ["cu_seqlens"] * self._one_segment_each + ["label"] * labelled
 
     def to(self, device: torch.device | str) -> PackedBatch:

@@ -163,14 +163,12 @@ def _places(given: Any, ids: np.ndarray, at: int) -> np.ndarray:
             f"example {at}, labels: give one whole number for each of the {len(ids)} input_ids; probabilities of "
             "classes are called label"
         )
-    targets = np.flatnonzero(labels != IGNORED)
+    targets = np.flatnonzero(labels[1:] != IGNORED) + 1  # nothing comes before the first token
     if (labels[targets] != ids[targets]).any():
         raise ValueError(
             f"example {at}, labels: each must be {IGNORED} or the id of its own token; a model's output is compared "
             "with the next token here, so do not shift them"
         )
-    if len(targets) and targets[0] == 0:
-        raise ValueError(f"example {at}, labels: the first token cannot be predicted; give it {IGNORED}")
     return targets - 1
 
 

@@ -49,7 +49,10 @@ class PackedLoader:
             raise ValueError(
                 f"there are {len(targets):,} targets, but the store has {len(store):,} examples: pass data.targets"
             )
-        self.store, self.targets, self.plan = store, targets, plan
+        if targets is not None and targets.ndim != 2:
+            raise ValueError(f"targets have the shape {targets.shape}: give a row of probabilities for each example")
+        self.store, self.plan = store, plan
+        self.targets = None if targets is None else targets.astype(np.float32, copy=False)
         self.tokenizer, self.rank, self.start, self.pin = tokenizer, rank, start, pin
 
     def __len__(self) -> int:

@@ -44,6 +44,9 @@ REFERENCES = (
 )
 
 
+SCORES = (("accuracy", "accuracy"), ("ece", "calibration error"))  # of those tasks that have them
+
+
 def print_report(metrics: dict[str, Any]) -> None:
     """Prints the log-loss along with its references, then the other metrics and the run's size and time."""
     table = Table(
@@ -61,8 +64,9 @@ def print_report(metrics: dict[str, Any]) -> None:
     console.print(table)
     if (note := remark(metrics)) is not None:
         console.print(note)
+    scores = [f"{words} {metrics[key]:.3f}, " for key, words in SCORES if key in metrics]
     console.print(
-        f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f}; {metrics['tokens']:,} tokens "
+        f"{''.join(scores)}{metrics['tokens']:,} tokens "
         f"({metrics['unique_tokens'] / metrics['tokens']:.1%} computed, the rest shared) in "
         f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} per second), fill rate "
         f"{metrics['fill_rate']:.1%}, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB"

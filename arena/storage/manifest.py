@@ -10,7 +10,7 @@ from typing import Any
 from arena.storage.files import file_digest
 
 NAME = "manifest.json"
-FORMAT = 5  # 5: evaluations have all held-out rows
+FORMAT = 4  # 4: `resume_fingerprint`, and evaluations in folders called `evaluation-<n>`
 OWN = "sha256"  # the key of the digest of the manifest without this entry
 LARGEST = 2**24  # bytes; a larger manifest is refused
 

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from arena.storage.manifest import NAME, damage, write_manifest
 from arena.storage.remote import PermanentError, Store
 
 CHECKPOINTS, STEP, EVALUATION, FILES = "checkpoints", "step-", "evaluation-", "files-"
+PAUSES = (1.0, 4.0)  # seconds before the store is read again at the start of a run
 SMALL = 2**24  # bytes; smaller files are copied, because a log grows; larger files are never changed in place
 
 
@@ -221,29 +223,36 @@ class Mirror:
     def pull(self, run: Path) -> list[Path]:
         """Fetches the newest complete checkpoint, the best one, and the small files that `run` lacks.
 
-        Each is fetched to a scratch folder, verified and renamed. One that is incomplete or damaged is reported, and
-        the one before it is fetched instead. Complete local copies are not fetched again. An unreachable store is
-        reported as a warning.
+        Each is fetched to a scratch folder, verified and renamed; if one is incomplete or damaged, the one before it is
+        fetched instead. Complete local copies are not fetched again. An unreachable store is reported as a warning.
 
         Returns:
             Those of these checkpoints, `run/checkpoints/step-<n>`, that are now on this machine, the newest first.
         """
         fetched: dict[Path, None] = {}
-        try:
-            for numbers in (sorted(self._numbers(STEP), reverse=True), self._by_loss()):
-                for number in numbers:
-                    if self._fetch(_name(STEP, number), run / _name(STEP, number)):
-                        fetched[run / _name(STEP, number)] = None
-                        if number in self._numbers(EVALUATION):
-                            self._fetch(_name(EVALUATION, number), run / _name(EVALUATION, number))
-                        break
-            if fetched:
-                self._pull_files(run)
-        except Exception as error:  # whatever the store raises
-            self.report(
-                f"mirror: {self.store.url} cannot be read ({format_error(error)}); this run continues with local files"
-            )
+        for pause in (*PAUSES, None):
+            try:
+                self._pull(run, fetched)
+                break
+            except Exception as error:  # whatever the store raises
+                if pause is not None:  # a new machine must not start anew because of one failed request
+                    time.sleep(pause)
+                    continue
+                reason = format_error(error)
+                self.report(f"mirror: {self.store.url} cannot be read ({reason}); this run continues with local files")
         return list(fetched)
+
+    def _pull(self, run: Path, fetched: dict[Path, None]) -> None:
+        """`pull`, once; adds to `fetched`."""
+        for numbers in (sorted(self._numbers(STEP), reverse=True), self._by_loss()):
+            for number in numbers:
+                if self._fetch(_name(STEP, number), run / _name(STEP, number)):
+                    fetched[run / _name(STEP, number)] = None
+                    if number in self._numbers(EVALUATION):
+                        self._fetch(_name(EVALUATION, number), run / _name(EVALUATION, number))
+                    break
+        if fetched:
+            self._pull_files(run)
 
     def _fetch(self, name: str, target: Path) -> bool:
         """Fetches a folder, unless there is a complete copy here; False, and a message, if that is not possible."""

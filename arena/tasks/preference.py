@@ -65,6 +65,7 @@ class Preference(Task):
     columns = COLUMNS
     texts = TEXTS
     features = Features({name: List(Value("string")) for name in TEXTS})
+    rows = "conversations"
     group_by = "prompt"
     orders = 2
     missing = "response to judge"

@@ -24,6 +24,8 @@ from arena.storage.files import atomic_write
 class HeldOut:
     """The evaluation of a fold's held-out rows: in their first order during training, in all orders at the end.
 
+    Rows without input are not scored during training, and get the prior at the end.
+
     Args:
         identity: what identifies the run, for the cache of logits; None: logits are not cached.
         cache: the folder of that cache.
@@ -36,20 +38,15 @@ class HeldOut:
         self.recipe, self.data, self.device, self.cache, self.identity = recipe, data, device, cache, identity
         self.prefixes = prefixes
         self.has_input = data.has_input[data.eval_rows]
+        self.scored = data.eval_rows[self.has_input]
         self._in_first_order = self._evaluation(range(1))
 
-    @property
-    def n_scored(self) -> int:
-        """The number of held-out rows that have input."""
-        return int(self.has_input.sum())
-
     def log_loss(self, probabilities: np.ndarray) -> float:
-        """The log-loss of (n, C) probabilities of the held-out rows, over those that have input."""
-        labels = self.data.labels[self.data.eval_rows]
-        return log_loss(labels[self.has_input], probabilities[self.has_input])
+        """The log-loss of probabilities of the rows `scored`."""
+        return log_loss(self.data.labels[self.scored], probabilities)
 
     def in_first_order(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
-        """The probabilities of all held-out rows, float64 (n, C), from their first order.
+        """The probabilities of the rows `scored`, float64 (n, C), from their first order.
 
         Args:
             weights: the digest of the checkpoint's weights, from whose cached logits this resumes.
@@ -59,18 +56,20 @@ class HeldOut:
     def averaged(
         self, in_first_order: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None
     ) -> np.ndarray:
-        """The mean over the orders that inference uses, of which the first is known."""
-        orders = self.data.task.orders if self.recipe.judge.swap else 1
-        if orders == 1:
-            return in_first_order
-        others = self._predict(self._evaluation(range(1, orders)), classifier, "judging", weights, stop)
-        return np.asarray((in_first_order + (orders - 1) * others) / orders)
+        """The probabilities of all held-out rows, the mean over the orders that inference uses; the first is known."""
+        orders, mean = (self.data.task.orders if self.recipe.judge.swap else 1), in_first_order
+        if orders > 1:
+            others = self._predict(self._evaluation(range(1, orders)), classifier, "judging", weights, stop)
+            mean = (in_first_order + (orders - 1) * others) / orders
+        every = np.tile(self.data.prior, (len(self.has_input), 1))
+        every[self.has_input] = mean
+        return every
 
     def _evaluation(self, orders: range) -> Evaluation:
         data = self.data
         return Evaluation(
-            data.task, data.store, data.eval_rows, orders=orders, packing=self.recipe.packing, prefixes=self.prefixes,
-            has_input=data.has_input, ids=data.ids,
+            data.task, data.store, self.scored, orders=orders, packing=self.recipe.packing, prefixes=self.prefixes,
+            ids=data.ids,
         )  # fmt: skip
 
     def _predict(
@@ -80,9 +79,8 @@ class HeldOut:
         if self.identity is not None:
             logits_cache = LogitsCache(self.cache, {**self.identity, "weights": weights}, device_name(self.device))
         return evaluation.probabilities(
-            classifier, dtype=self.recipe.model.dtype, prior=self.data.prior, title=title, logits_cache=logits_cache,
-            stop=stop,
-        )  # fmt: skip
+            classifier, dtype=self.recipe.model.dtype, title=title, logits_cache=logits_cache, stop=stop
+        )
 
 
 # what a judge's log-loss is compared with, besides the prior's

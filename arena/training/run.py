@@ -61,6 +61,7 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     resume = recipe.train.resume
     if resume not in ("auto", "best", "never") and not Path(resume).is_dir():
         raise ValueError(f"train.resume={resume}: write auto, best, never, or the path of a checkpoint folder")
+    task_of(recipe)  # reports an unknown task before anything is loaded
     accelerator = start(recipe.seed, recipe.train.track, str(folder))
     console.quiet = not accelerator.is_main_process
     with locked(folder) if accelerator.is_main_process else nullcontext():

@@ -86,7 +86,11 @@ def changed_settings(saved: Path, recipe: Recipe) -> list[str]:
 
 
 def _identity_settings(tree: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings without those outside a run's identity, such as paths and how often to save."""
+    """A recipe's settings without those outside a run's identity, such as paths and how often to save.
+
+    The first task is left out, so that runs from before there were others keep their identity.
+    """
+    tree = {name: value for name, value in tree.items() if (name, value) != ("task", "preference")}
     return {
         group: {name: value for name, value in below.items() if name not in OUTSIDE_IDENTITY.get(group, ())}
         if isinstance(below, dict)

@@ -231,7 +231,7 @@ class Trainer:
         probabilities = self.held_out.in_first_order(self.classifier, self._weights(step), self._own_stop)
         loss = first_rank(self.accelerator, self.held_out.log_loss(probabilities))
         is_best = best is None or loss < self.checkpoints.losses[best]
-        line = dict(zip(LINE, (step, loss, self.held_out.n_scored, is_best), strict=True))
+        line = dict(zip(LINE, (step, loss, len(self.held_out.scored), is_best), strict=True))
         self._on_main(lambda: self.checkpoints.save_evaluation(step, {"log_loss": loss, "line": line}, probabilities))
         self.checkpoints.losses[step] = loss
         self._log(line)

@@ -135,7 +135,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
     assert peak(*bombs) < plain + 700  # of 300 GB
 
 
-@pytest.mark.parametrize("found", ["tokens", "rows", "prefixes"])
+@pytest.mark.parametrize("found", ["tokens", "conversations", "prefixes"])
 def test_a_damaged_cache_is_named(found: str, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = bad_files.file(bad_files.CSV)(tmp_path), tmp_path / "cache"
     monkeypatch.setattr(judge, "recipe", change(judge.recipe, [f"data.cache={cache}"]))

@@ -22,7 +22,7 @@ def prepare(folder: Path, base: Path, fold: int = 0, *overrides: str) -> FoldDat
 
 
 def keys(data: FoldData, rows: np.ndarray) -> set[str]:
-    return {data.rows.groups[row] for row in rows}
+    return {data.rows.groups()[row] for row in rows}
 
 
 def test_every_row_is_held_out_once_and_never_trained_on_then(gemma2: Path, tmp_path: Path) -> None:

@@ -107,9 +107,9 @@ def test_other_targets_than_those_that_were_trained_are_refused(
     wrong = settings.model_copy(update={"lora": settings.lora.model_copy(update={"targets": TARGETS[other]})})
     with pytest.raises(ValueError, match=r"its weights and model\.lora\.targets differ in \d+ places"):
         if alone:
-            load_trained(judge, wrong)
+            load_trained(judge, wrong, CLASSES)
         else:
-            add_trained(load_trained(*trained(tmp_path, gemma2, "dora")), judge, wrong, "fold1")
+            add_trained(load_trained(*trained(tmp_path, gemma2, "dora"), CLASSES), judge, wrong, "fold1")
 
 
 def test_what_cannot_share_a_base_is_refused(gemma2: Path, tmp_path: Path) -> None:

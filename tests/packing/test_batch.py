@@ -151,12 +151,10 @@ def test_each_token_target_is_predicted_from_the_token_before_it(share: bool) ->
         ids = random_family(seed)
         rng = np.random.default_rng(seed)
         labels = [np.where(rng.random(len(each)) < 0.5, each, -100) for each in ids]
-        for each in labels:
-            each[0] = -100
         items: Any = [{"input_ids": each, "labels": own} for each, own in zip(ids, labels, strict=True)]
         for batch in VarlenCollator(share=share, budget=sum(map(len, ids)))(items):
             assert not batch.reads_last and "label" not in batch and batch.targets is not None
-            wanted = [(index, at) for index in batch.index for at in np.flatnonzero(labels[index] != -100)]
+            wanted = [(index, at) for index in batch.index for at in np.flatnonzero(labels[index][1:] != -100) + 1]
             assert batch.targets.tolist() == [int(ids[index][at]) for index, at in wanted]
             before = [int(ids[index][at - 1]) for index, at in wanted]
             assert batch.input_ids[0, batch.positions].tolist() == before

@@ -89,12 +89,17 @@ def test_labels_of_three_digits_may_miss_1_by_their_rounding(total: float, right
         ([5, 6], "example 0, labels: give one whole number for each of the 3 input_ids; probabilities .* label"),
         ([0.5, 0.2, 0.3], "example 0, labels: give one whole number"),
         ([-100, 7, -100], "example 0, labels: each must be -100 or the id of its own token.*do not shift"),
-        ([5, 6, 7], "example 0, labels: the first token cannot be predicted; give it -100"),
     ],
 )
 def test_invalid_token_targets_are_refused(labels: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate([{"input_ids": [5, 6, 7], "labels": labels}])
+
+
+def test_the_first_token_is_never_a_target() -> None:
+    """As in transformers, where labels are often a copy of the input."""
+    batch = collate([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}])
+    assert batch.targets is not None and batch.targets.tolist() == [6, 7] and batch.positions.tolist() == [0, 1]
 
 
 def test_one_kind_of_target() -> None:

@@ -10,7 +10,8 @@ from tests.storage.faulty import Faulty
 
 
 @pytest.fixture(autouse=True)
-def working_store() -> Iterator[None]:
+def working_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("arena.storage.mirror.PAUSES", (0.0, 0.0))
     Faulty.reset()
     yield
     Faulty.reset()

@@ -371,3 +371,15 @@ def complete() -> set[int]:
     """The checkpoints in the store that have their manifest."""
     paths = [path.split("/") for path in list(Faulty.store) if path.endswith(f"/{NAME}")]
     return {int(path[-2][5:]) for path in paths if path[-2].startswith("step-")}
+
+
+@pytest.mark.parametrize(("failures", "steps_here"), [(1, [40]), (2, [40]), (3, [])])
+def test_a_new_machine_does_not_start_again_because_of_a_hiccup(
+    tmp_path: Path, failures: int, steps_here: list[int]
+) -> None:
+    sender = mirror(tmp_path)
+    sender.push(checkpoint(tmp_path / "run", 40))
+    assert sender.close(10) == []
+    receiver = mirror(tmp_path)
+    Faulty.before = staticmethod(failing(failures))
+    assert steps(receiver.pull(tmp_path / "fresh")) == steps_here  # the third is the control

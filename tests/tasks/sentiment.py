@@ -26,6 +26,7 @@ class Sentiment(Task):
     columns = ("p_negative", "p_positive")
     texts = ("sentence",)
     features = Features({"sentence": Value("string")})
+    rows = "sentences"
     group_by = "sentence"
     missing = "sentence"
     metrics = MappingProxyType({"log_loss": log_loss, "accuracy": accuracy})

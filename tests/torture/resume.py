@@ -19,7 +19,7 @@ from arena.training.trainer import Trainer
 from tests.torture.ground import Found, Ground, checkpoints_of, command, fold_of, log
 from tests.torture.processes import Child
 
-WHERE = {"accumulate": "in a step", "_after_step": "after a step", "_judge": "in an evaluation"}
+WHERE = {"accumulate": "in a step", "_after_step": "after a step", "_compute": "in an evaluation"}
 
 
 class Asked(Stop):
@@ -65,7 +65,7 @@ def points(calls: list[str]) -> dict[int, str]:
     """Five moments of a run, by the number of the question, from all parts of it."""
     steps = [at for at, name in enumerate(calls, 1) if name == "accumulate"]
     after = [at for at, name in enumerate(calls, 1) if name == "_after_step"]
-    judged = [at for at, name in enumerate(calls, 1) if name == "_judge"]
+    judged = [at for at, name in enumerate(calls, 1) if name == "_compute"]
     first = [at for at in judged if at < after[-1] and at < steps[-1]]
     chosen = (steps[len(steps) // 4], after[1], first[len(first) // 2], steps[-1], judged[-2])
     return {at: WHERE[calls[at - 1]] for at in chosen}

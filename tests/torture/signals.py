@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import arena.inference.judge
+import arena.inference.evaluate
 import arena.training.run
 import arena.training.trainer
 from arena.storage.manifest import damage
@@ -35,8 +35,8 @@ SOON = 5.0  # the same for a second one
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "training": (arena.training.trainer, "accumulate", 5),
     "saving": (arena.training.trainer, "save_checkpoint", 5),
-    "evaluating": (arena.training.trainer, "predict", 2),
-    "inferring": (arena.inference.judge, "predict_or_prior", 1),
+    "evaluating": (arena.inference.evaluate.Evaluation, "probabilities", 2),
+    "inferring": (arena.inference.evaluate.Evaluation, "probabilities", 1),
     "finishing": (arena.training.run, "save_judge", 1),
 }
 WORKS = ("training", "saving", "evaluating", "inferring")

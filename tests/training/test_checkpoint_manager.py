@@ -120,11 +120,11 @@ def test_manifests_of_other_versions_and_other_texts(tmp_path: Path) -> None:
 def test_a_checkpoint_of_an_earlier_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = CheckpointManager(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("arena.storage.manifest.FORMAT", 4)
+        patch.setattr("arena.storage.manifest.FORMAT", 3)
         save(manager, 1)
         assert manager.choose("auto") == manager.step(1)  # control: that version reads it
     with pytest.raises(
-        ValueError, match=r"can be resumed \(.*another version of arena \(format 4, this one reads 5\).*--fresh"
+        ValueError, match=r"can be resumed \(.*another version of arena \(format 3, this one reads 4\).*--fresh"
     ):
         manager.choose("auto")
     with pytest.raises(ValueError, match="another version of arena"):
