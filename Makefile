@@ -86,11 +86,11 @@ check: .venv/dev  ## ruff, mypy and the tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-format: .venv/dev  ## mend what ruff can mend
+format: .venv/dev  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo-base: .venv/ready  ## make the demo's tiny Gemma-2 again (20 minutes)
+demo-base: .venv/ready  ## train the demo's tiny Gemma-2 anew (20 minutes)
 	$(BIN)/python -m benchmarks demo-base --out arena/recipes/demo_base $(ARGS)
 
 clean:  ## remove what the commands above made, but not .venv and not runs

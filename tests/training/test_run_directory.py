@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from arena.config import Recipe, load_recipe, save_recipe
-from arena.storage.files import write_json, write_text
+from arena.storage.files import fingerprint, write_json, write_text
 from arena.training.run_directory import (
     OUTSIDE_IDENTITY,
+    _identity_settings,
     create_run_directory,
     differences,
+    recipe_fingerprint,
     require_same_run,
     run_identity,
 )
@@ -88,3 +90,10 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path: Path) 
     named = load_recipe("demo", ["train.lr=0.5", f"train.resume={checkpoint}"])
     with pytest.raises(ValueError, match=r"train.lr is.*leave train.resume out"):
         require_same_run(checkpoint, {**ours, "recipe": "x"}, ours, named)
+
+
+def test_the_first_task_has_the_identity_of_runs_from_before_there_were_tasks() -> None:
+    recipe = load_recipe("demo")
+    tree = recipe.model_dump(mode="json")
+    before = fingerprint(_identity_settings({name: tree[name] for name in tree if name != "task"}))
+    assert recipe_fingerprint(recipe) == before != recipe_fingerprint(load_recipe("demo", ["task=other"]))
