@@ -89,7 +89,7 @@ def infers_on(ground: Ground) -> Found:
             if status != -signal.SIGKILL:
                 break
             killed += 1
-            kept += bool(list(place.rglob("*.safetensors")))
+            kept += bool(list(place.rglob("*.part")))
         if status or not out.exists():
             why = f"ended with {status}: {child.text()[-1500:]}"
         for _ in range(killed):

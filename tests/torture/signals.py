@@ -146,7 +146,7 @@ def _ended(ground: Ground, place: Path, child: Child, doing: str, status: int, s
     if seconds > LIMIT:
         return f"gone after {seconds:.1f} s"
     if doing == "inferring":
-        if not list(place.rglob("*.safetensors")):
+        if not list(place.rglob("*.part")):
             return "nothing was kept"
     elif steps_logged(place / "runs") != steps_saved(place / "runs"):
         return f"step {steps_saved(place / 'runs')} of {steps_logged(place / 'runs')} is saved"
