@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -12,6 +13,7 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +27,14 @@ from arena.data.task import Task
 from arena.progress import progress
 from arena.storage.files import atomic_write, file_digest, fingerprint
 
+# what the readers of damaged Arrow, parquet and npz files raise
+DAMAGED = (
+    ValueError, KeyError, OSError, TypeError, EOFError, NotImplementedError, pa.ArrowException, BadZipFile, zlib.error
+)  # fmt: skip
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream; a stream cut between two batches lacks only this
+FORMAT = 2  # part of the cached file's name: increase it when the same files would be read differently
+CHARACTERS_AT_ONCE = 2**24  # a chunk has fewer rows once they have this many characters
+PROBLEMS_SHOWN = 20
 
 
 @contextmanager
@@ -39,7 +48,7 @@ def reading_cached(path: Path) -> Iterator[None]:
         if path.suffix == ".arrow" and not _is_whole(path):
             raise ValueError("its end is missing")
         yield
-    except (ValueError, KeyError, OSError, TypeError, pa.ArrowException) as error:
+    except DAMAGED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged ({reason}): delete it, and it is created again") from error
 
@@ -49,11 +58,6 @@ def _is_whole(path: Path) -> bool:
         size = file.seek(0, 2)
         file.seek(max(0, size - len(END)))
         return file.read() == END
-
-
-FORMAT = 2  # part of the cached file's name: increase it when the same files would be read differently
-CHARACTERS_AT_ONCE = 2**24  # a chunk has fewer rows once they have this many characters
-PROBLEMS_SHOWN = 20
 
 
 class BadRowsError(ValueError):

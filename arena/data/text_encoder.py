@@ -15,6 +15,18 @@ import numpy as np
 from arena.data.cells import excerpt
 from arena.data.truncation import vocabulary_size
 
+# Chat markers by model family: the beginning and end of the user's turn, and the beginning of the model's.
+CHAT_MARKERS = {
+    "gemma": ("<start_of_turn>user\n", "<end_of_turn>\n", "<start_of_turn>model\n"),
+    "chatml": ("<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n"),
+    "llama3": (
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "plain": ("", "\n", ""),
+}
+
 # Added tokens that are ordinary text: white space, and markup that some vocabularies have as single tokens.
 _TEXT_TOKEN = re.compile(
     r"[\s\u2581]*|</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code|p|br|li|ul|ol|pre)>"
@@ -50,19 +62,6 @@ def _is_text(content: str) -> bool:
 def _is_of_words(character: str) -> bool:
     """Whether a character is a letter (or a mark on one), a digit, or white space."""
     return unicodedata.category(character)[0] in "LMN" or character.isspace() or character == "\u2581"
-
-
-# Chat markers by model family: the beginning and end of the user's turn, and the beginning of the model's.
-CHAT_MARKERS = {
-    "gemma": ("<start_of_turn>user\n", "<end_of_turn>\n", "<start_of_turn>model\n"),
-    "chatml": ("<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n"),
-    "llama3": (
-        "<|start_header_id|>user<|end_header_id|>\n\n",
-        "<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    ),
-    "plain": ("", "\n", ""),
-}
 
 
 class TextEncoder:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from arena.background import ahead
-from arena.config import PackingSettings
 from arena.data.task import Task
 from arena.data.tokens import TokenStore
 from arena.distributed import compute_in
@@ -35,14 +34,14 @@ class Evaluation:
         store: the tokens of rows; it must hold the orders.
         rows: which rows; the result is in this order. A row that is listed twice is computed once.
         orders: the orders of each row; 0 is as given.
-        packing: the budget is used; whether examples share depends on `prefixes`.
+        budget: the most tokens in a micro-batch.
         prefixes: what the store's examples share, which is then computed once; None shares nothing.
         has_input: bool, for each row of the store; rows without input get a prior. None: all have input.
         ids: the ids of the store's rows, for messages.
     """
 
     def __init__(
-        self, task: Task, store: TokenStore, rows: np.ndarray, *, orders: Sequence[int], packing: PackingSettings,
+        self, task: Task, store: TokenStore, rows: np.ndarray, *, orders: Sequence[int], budget: int,
         prefixes: Prefixes | None = None, has_input: np.ndarray | None = None, ids: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         assert max(orders) < store.orders, "the store does not hold these orders"
@@ -50,7 +49,7 @@ class Evaluation:
         self.has_input = np.ones(len(rows), dtype=bool) if has_input is None else has_input[rows]
         self._distinct, self._which = np.unique(np.asarray(rows)[self.has_input], return_inverse=True)
         self._examples = (self._distinct[:, None] * store.orders + np.asarray(orders)).reshape(-1)
-        self.plan = plan_evaluation(store.lengths, self._examples, budget=packing.budget, prefixes=prefixes)
+        self.plan = plan_evaluation(store.lengths, self._examples, budget=budget, prefixes=prefixes)
 
     @torch.inference_mode()
     def probabilities(
@@ -134,7 +133,7 @@ class Evaluation:
 
 
 class _Collector:
-    """Collects logits on the device, which so never waits for a copy, and stores them, checked, every few seconds."""
+    """Checks and stores logits every few seconds; until then they stay on the device, which waits for no copy."""
 
     def __init__(self, evaluation: Evaluation, logits: Logits, seconds: float) -> None:
         self.evaluation, self.logits, self.seconds = evaluation, logits, seconds

@@ -33,14 +33,13 @@ def write_submission(
 
     Args:
         probabilities: (n, C).
-        columns: their names: that of the ids, then one for each class.
+        columns: the names of the C columns; that of the ids is `id`.
         sample: the competition's sample submission, with the required columns and ids; None if there is none.
 
     Raises:
         ValueError: the submission would not be accepted; nothing is written.
     """
-    names = columns[1:]
-    table = pd.DataFrame({columns[0]: list(ids), **{name: probabilities[:, at] for at, name in enumerate(names)}})
+    table = pd.DataFrame({"id": list(ids), **{name: probabilities[:, at] for at, name in enumerate(columns)}})
     with atomic_write(path) as draft:
         table.to_csv(draft, index=False, float_format="%.9f", lineterminator="\n")
         check_submission(draft, ids, columns, sample)
@@ -53,15 +52,15 @@ def check_target(path: Path, ids: Sequence[str], columns: Sequence[str], sample:
     if sample is None:
         return
     table = _read(sample)
-    if list(table.columns) != list(columns):
+    if list(table.columns) != (expected := ["id", *columns]):
         raise ValueError(
-            f"{sample} has the columns {_few(table.columns)}, but a submission has {list(columns)}: fetch it again"
+            f"{sample} has the columns {_few(table.columns)}, but a submission has {expected}: fetch it again"
         )
-    if repeated := table[columns[0]][table[columns[0]].duplicated()].tolist():
+    if repeated := table["id"][table["id"].duplicated()].tolist():
         raise ValueError(
             f"{sample} has {len(repeated)} ids more than once, such as {excerpt(repeated[0])}: fetch it again"
         )
-    if odd := set(table[columns[0]]) ^ set(ids):
+    if odd := set(table["id"]) ^ set(ids):
         raise ValueError(
             f"{sample} and the test file differ in {len(odd)} ids, such as {excerpt(min(odd))}: use files that belong "
             "together"
@@ -75,19 +74,19 @@ def check_submission(path: Path, ids: Sequence[str], columns: Sequence[str], sam
         ValueError: a column, an id or a number is invalid.
     """
     table = _read(path)
-    expected = list(_read(sample).columns) if sample else list(columns)
+    expected = list(_read(sample).columns) if sample else ["id", *columns]
     if list(table.columns) != expected:
         raise ValueError(f"the submission has the columns {list(table.columns)}, but it must have {expected}")
-    if repeated := table[columns[0]][table[columns[0]].duplicated()].tolist():
+    if repeated := table["id"][table["id"].duplicated()].tolist():
         raise ValueError(f"the submission has {len(repeated)} ids more than once, such as {repeated[0]!r}")
-    wanted = set(map(str, _read(sample)[columns[0]])) if sample else set(map(str, ids))
-    for name, odd in (("lacks", wanted - set(table[columns[0]])), ("should not have", set(table[columns[0]]) - wanted)):
+    wanted = set(map(str, _read(sample)["id"])) if sample else set(map(str, ids))
+    for name, odd in (("lacks", wanted - set(table["id"])), ("should not have", set(table["id"]) - wanted)):
         if odd:
             raise ValueError(
                 f"the submission {name} {len(odd)} ids, such as {min(odd)!r}; check that the sample and the test file "
                 "belong together"
             )
-    values = table[list(columns[1:])].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
+    values = table[list(columns)].apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float)
     bad = ~np.isfinite(values).all(axis=1) | (values < 0).any(axis=1) | (values > 1).any(axis=1)
     bad |= np.abs(values.sum(axis=1) - 1) > TOLERANCE
     if bad.any():
@@ -147,9 +146,8 @@ def _infer(judges: list[SavedJudge], data: str | None, out: Path, parts: Path) -
     rows = read_files([test], task, trained, "ignored")
     sample = test.parent / "sample_submission.csv"
     known = sample if os.path.lexists(sample) else None
-    columns = ["id", *task.columns]
-    check_target(out, rows.ids, columns, known)
-    write_submission(out, rows.ids, average(judges, rows, parts), columns, known)
+    check_target(out, rows.ids, task.columns, known)
+    write_submission(out, rows.ids, average(judges, rows, parts), task.columns, known)
     shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     console.print(
         f"written: {out}, {len(rows):,} rows from {len(judges)} fold{'s' if len(judges) > 1 else ''}; "

@@ -136,7 +136,7 @@ class Judge:
         key = store.fingerprint, self.recipe.packing
         if self._planned is None or self._planned[0] != key:
             evaluation = Evaluation(
-                self.task, store, np.arange(len(rows)), orders=range(orders), packing=self.recipe.packing,
+                self.task, store, np.arange(len(rows)), orders=range(orders), budget=self.recipe.packing.budget,
                 prefixes=prefixes_for(store, self.recipe.packing, cache), has_input=rows.has_input, ids=rows.ids,
             )  # fmt: skip
             self._planned = key, evaluation

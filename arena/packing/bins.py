@@ -13,6 +13,11 @@ import numpy as np
 
 from arena.packing.tree import Tree, grow_tree
 
+# The cost of an example of n tokens, in units of one token's linear layers, is n + n^2 / QUADRATIC. On Gemma-2-9B
+# attention costs as much as the linear layers at about n = 50,000: 4 * 42 layers * 4,096 wide * n / 2 FLOP per token
+# compared with 2 * 8.3e9.
+QUADRATIC = 50_000.0
+
 Bins = list[list[int]]
 
 
@@ -54,12 +59,6 @@ def best_fit(sizes: Sequence[int], capacity: int) -> Bins:
         if left > size:
             bisect.insort(room, (left - size, place))
     return bins
-
-
-# The cost of an example of n tokens, in units of one token's linear layers, is n + n^2 / QUADRATIC. On Gemma-2-9B
-# attention costs as much as the linear layers at about n = 50,000: 4 * 42 layers * 4,096 wide * n / 2 FLOP per token
-# compared with 2 * 8.3e9.
-QUADRATIC = 50_000.0
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ beginnings of a data set.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from arena.config import PackingSettings
+from arena.data.dataset import reading_cached
 from arena.data.tokens import TokenStore
 from arena.progress import progress
 from arena.storage.files import atomic_write
@@ -164,13 +163,10 @@ def prefixes_for(store: TokenStore, settings: PackingSettings, cache: Path) -> P
             prefixes = find_prefixes(store, advance)
         with atomic_write(path) as draft, draft.open("wb") as file:
             np.savez(file, rank=prefixes.rank, shared=prefixes.shared[0])
-    try:
-        with np.load(path) as arrays:
-            rank, shared = arrays["rank"], arrays["shared"]
+    with reading_cached(path), np.load(path) as arrays:
+        rank, shared = arrays["rank"], arrays["shared"]
         if len(rank) != len(store) or len(shared) != len(store):
             raise ValueError(f"it has {len(rank):,} examples, not {len(store):,}")
-    except (ValueError, KeyError, EOFError, OSError, BadZipFile, zlib.error, NotImplementedError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it is created again") from error
     return Prefixes(rank, _minima(shared))
 
 

@@ -16,6 +16,13 @@ from rich.text import Text
 
 from arena.progress import console
 
+REFERENCES = (
+    ("bayes_log_loss", "best possible (the probabilities from which labels were drawn)"),
+    ("baseline_log_loss", "simple baseline (logistic regression on TF-IDF and lengths)"),
+    ("prior_log_loss", "predicting the training prior"),
+)
+SCORES = (("accuracy", "accuracy"), ("ece", "calibration error"))  # of those tasks that have them
+
 
 def new_figure(rows: int = 1, columns: int = 1, *, sharey: bool = False, **settings: Any) -> tuple[Any, Any]:
     """A matplotlib figure without pyplot, and its axes: one, or an array (rows, columns) of a grid.
@@ -35,16 +42,6 @@ def new_figure(rows: int = 1, columns: int = 1, *, sharey: bool = False, **setti
             matplotlib.rcParams["backend"] = backend  # for other figures of this process
     figure = matplotlib.figure.Figure(layout="constrained", **settings)
     return figure, figure.subplots(rows, columns, sharey=sharey, squeeze=rows == columns == 1)
-
-
-REFERENCES = (
-    ("bayes_log_loss", "best possible (the probabilities from which labels were drawn)"),
-    ("baseline_log_loss", "simple baseline (logistic regression on TF-IDF and lengths)"),
-    ("prior_log_loss", "predicting the training prior"),
-)
-
-
-SCORES = (("accuracy", "accuracy"), ("ece", "calibration error"))  # of those tasks that have them
 
 
 def print_report(metrics: dict[str, Any]) -> None:

@@ -20,6 +20,9 @@ from arena.progress import optional
 from arena.stopping import Stop
 from arena.storage.files import atomic_write
 
+# what a judge's log-loss is compared with, besides the prior's
+REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
+
 
 class HeldOut:
     """The evaluation of a fold's held-out rows: in their first order during training, in all orders at the end.
@@ -68,8 +71,8 @@ class HeldOut:
     def _evaluation(self, orders: range) -> Evaluation:
         data = self.data
         return Evaluation(
-            data.task, data.store, self.scored, orders=orders, packing=self.recipe.packing, prefixes=self.prefixes,
-            ids=data.ids,
+            data.task, data.store, self.scored, orders=orders, budget=self.recipe.packing.budget,
+            prefixes=self.prefixes, ids=data.ids,
         )  # fmt: skip
 
     def _predict(
@@ -81,10 +84,6 @@ class HeldOut:
         return evaluation.probabilities(
             classifier, dtype=self.recipe.model.dtype, title=title, logits_cache=logits_cache, stop=stop
         )
-
-
-# what a judge's log-loss is compared with, besides the prior's
-REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
 
 
 def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:

@@ -18,6 +18,10 @@ from transformers import get_scheduler
 from arena.config import TrainSettings
 from arena.model.backbone import HEAD
 
+FIRST_SCALE = 2.0**16
+LEAST_SCALE = 1.0  # the gradients of a loss that is not scaled up must not overflow
+GROW_AFTER = 2000  # steps without an overflow
+
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name, in a fixed order."""
@@ -50,11 +54,6 @@ def _is_head(name: str) -> bool:
     return HEAD in name.split(".")
 
 
-FIRST = 2.0**16
-LEAST = 1.0  # the gradients of a loss that is not scaled up must not overflow
-GROW_AFTER = 2000  # steps without an overflow
-
-
 class LossScaling:
     """The scale of one run's loss; it has no effect for dtypes other than float16.
 
@@ -68,7 +67,7 @@ class LossScaling:
     def __init__(self, dtype: str, device: torch.device) -> None:
         self.on = dtype == "float16"
         self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=FIRST, growth_interval=GROW_AFTER, enabled=self.on
+            device.type, init_scale=FIRST_SCALE, growth_interval=GROW_AFTER, enabled=self.on
         )  # fmt: skip
         if self.on:
             self._scaler.scale(torch.zeros((), device=device))  # a rank without a micro-batch needs a scale too
@@ -90,7 +89,7 @@ class LossScaling:
 
     def forgives(self, loss: float, norm: float) -> bool:
         """Whether a step can be taken, or be skipped because a lower scale may still help."""
-        return math.isfinite(loss) and (math.isfinite(norm) or (self.on and self.scale > LEAST))
+        return math.isfinite(loss) and (math.isfinite(norm) or (self.on and self.scale > LEAST_SCALE))
 
     def step(self, optimizer: torch.optim.Optimizer, norm: float) -> dict[str, Any]:
         """Takes the optimizer's step, or skips it if a gradient is not finite; then sets the next scale.

@@ -13,7 +13,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from arena.config import PackingSettings
 from arena.data.tokens import TokenStore, tokenise
 from arena.inference import evaluate as inference
 from arena.inference.evaluate import Evaluation
@@ -38,8 +37,7 @@ def predict(
     model: torch.nn.Module, store: TokenStore, rows: np.ndarray, *, budget: int, orders: list[int], dtype: str,
     prefixes: Any = None, ids: Any = None, **options: Any,
 ) -> np.ndarray:  # fmt: skip
-    packing = PackingSettings(budget=budget)
-    evaluation = Evaluation(PREFERENCE, store, rows, orders=orders, packing=packing, prefixes=prefixes, ids=ids)
+    evaluation = Evaluation(PREFERENCE, store, rows, orders=orders, budget=budget, prefixes=prefixes, ids=ids)
     return evaluation.probabilities(model, dtype=dtype, **options)
 
 
@@ -213,7 +211,7 @@ def test_rows_without_input_get_the_prior_and_are_not_computed(gemma2: Path, sto
     model, prior, seen = classifier(exact(gemma2)).eval(), np.array([0.5, 0.3, 0.2]), []
     model.register_forward_hook(lambda module, args, output: seen.extend(args[0].index.tolist()))
     rows, has_input = np.array([5, 4, 2]), np.arange(17) != 4
-    options: dict[str, Any] = {"orders": [0], "packing": PackingSettings(budget=512)}
+    options: dict[str, Any] = {"orders": [0], "budget": 512}
     known = Evaluation(PREFERENCE, store, rows, **options, has_input=has_input)
     found = known.probabilities(model, dtype="float32", prior=prior)
     assert sorted(seen) == [4, 10] and found[1].tolist() == prior.tolist()

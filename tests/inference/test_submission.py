@@ -10,7 +10,7 @@ import pytest
 
 from arena.inference.infer import check_submission, write_submission
 
-COLUMNS = ["id", "winner_model_a", "winner_model_b", "winner_tie"]
+COLUMNS = ["winner_model_a", "winner_model_b", "winner_tie"]
 IDS = ["7", "007", "3"]
 GOOD = np.array([[0.2, 0.3, 0.5], [1 / 3, 1 / 3, 1 / 3], [1e-12, 1.0, 0.0]])
 

@@ -21,7 +21,7 @@ from arena.storage.manifest import read_manifest
 from arena.training import optimizer as scaling_module
 from arena.training import step as step_module
 from arena.training import trainer as trainer_module
-from arena.training.optimizer import FIRST, LossScaling, trainable
+from arena.training.optimizer import FIRST_SCALE, LossScaling, trainable
 from arena.training.run import run_fold
 from tests.helpers import tiny_recipe
 from tests.training.test_trainer import CPU, StopError, free_port, log, log_lines, make, weights
@@ -44,11 +44,11 @@ def one_weight(gradient: float, scaling: LossScaling) -> tuple[nn.Parameter, tor
 def test_a_step_is_that_of_the_unscaled_gradient() -> None:
     scaling = LossScaling("float16", CPU)
     weight, optimizer = one_weight(0.25, scaling)
-    assert float(scaling.scaled(torch.tensor(0.5))) == 0.5 * FIRST
+    assert float(scaling.scaled(torch.tensor(0.5))) == 0.5 * FIRST_SCALE
     scaling.unscale(optimizer)
     assert torch.equal(weight.grad, torch.full((3,), 0.25))
-    assert scaling.step(optimizer, 0.4) == {"loss_scale": FIRST, "skipped": False}
-    assert torch.equal(weight, torch.full((3,), 0.75)) and scaling.scale == FIRST
+    assert scaling.step(optimizer, 0.4) == {"loss_scale": FIRST_SCALE, "skipped": False}
+    assert torch.equal(weight, torch.full((3,), 0.75)) and scaling.scale == FIRST_SCALE
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -58,8 +58,8 @@ def test_an_overflow_changes_nothing_but_the_scale(bad: float) -> None:
     weight.grad[1] = bad
     scaling.unscale(optimizer)
     assert scaling.forgives(0.5, math.inf)
-    assert scaling.step(optimizer, math.inf) == {"loss_scale": FIRST, "skipped": True, "grad_norm": None}
-    assert torch.equal(weight, torch.ones(3)) and scaling.scale == FIRST / 2
+    assert scaling.step(optimizer, math.inf) == {"loss_scale": FIRST_SCALE, "skipped": True, "grad_norm": None}
+    assert torch.equal(weight, torch.ones(3)) and scaling.scale == FIRST_SCALE / 2
 
 
 def test_which_losses_and_norms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_which_losses_and_norms_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     for dtype in ("float32", "bfloat16"):
         assert not LossScaling(dtype, CPU).forgives(0.5, math.inf)
         assert LossScaling(dtype, CPU).forgives(0.5, 1.0)
-    monkeypatch.setattr(scaling_module, "FIRST", 1.0)
+    monkeypatch.setattr(scaling_module, "FIRST_SCALE", 1.0)
     assert not LossScaling("float16", CPU).forgives(0.5, math.inf)
 
 
@@ -93,7 +93,7 @@ def test_float16_learns_as_float32_does(gemma2: Path, tmp_path: Path) -> None:
     full, half = (steps_of(run.folder) for run in runs)
     assert [step["loss"] for step in half[:8]] == pytest.approx([step["loss"] for step in full[:8]], rel=0.02)
     assert [step["grad_norm"] for step in half[:4]] == pytest.approx([step["grad_norm"] for step in full[:4]], rel=0.02)
-    assert {(step["skipped"], step["loss_scale"]) for step in half} == {(False, FIRST)}
+    assert {(step["skipped"], step["loss_scale"]) for step in half} == {(False, FIRST_SCALE)}
     assert not any("skipped" in step or "loss_scale" in step for step in full)
     assert best[0] is not None and best[1] is not None and max(best) < 1.0
     assert {each.dtype for each in trainable(runs[1].model).values()} == {torch.float32}
@@ -101,7 +101,7 @@ def test_float16_learns_as_float32_does(gemma2: Path, tmp_path: Path) -> None:
 
 def test_overflows_are_skipped_and_got_over(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a scale that is too high: each skipped step halves it, counts, and leaves the schedule as it is."""
-    monkeypatch.setattr(scaling_module, "FIRST", TOO_HIGH)
+    monkeypatch.setattr(scaling_module, "FIRST_SCALE", TOO_HIGH)
     runs = [make(tmp_path / dtype, gemma2, *LEARNING, f"model.dtype={dtype}") for dtype in ("float32", "float16")]
     runs[1].run()
     best = min(runs[1].checkpoints.losses.values())
@@ -123,7 +123,7 @@ def test_without_scaling_small_gradients_vanish(gemma2: Path, tmp_path: Path, mo
     loss_sum = step_module.loss_sum
     monkeypatch.setattr(step_module, "loss_sum", lambda logits, label: 1e-6 * loss_sum(logits, label))
     for name, dtype, first in (("float32", "float32", 1.0), ("scaled", "float16", 2.0**16), ("bare", "float16", 1.0)):
-        monkeypatch.setattr(scaling_module, "FIRST", first)
+        monkeypatch.setattr(scaling_module, "FIRST_SCALE", first)
         trainer = make(tmp_path / name, gemma2, "model.quantization=none", "train.head_lr=1e-3", f"model.dtype={dtype}")
         with torch.no_grad():
             for key, each in trainable(trainer.model).items():
@@ -142,7 +142,7 @@ def test_resumed_equals_uninterrupted(
     gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
     """Cut amid the skipped steps; the scale and its count of good steps come back from the checkpoint."""
-    monkeypatch.setattr(scaling_module, "FIRST", TOO_HIGH)
+    monkeypatch.setattr(scaling_module, "FIRST_SCALE", TOO_HIGH)
     monkeypatch.setattr(scaling_module, "GROW_AFTER", 2)
     options = HALF, "train.epochs=2"
     straight = make(tmp_path / "a", gemma2, *options)
@@ -172,7 +172,7 @@ def test_resumed_equals_uninterrupted(
 def test_an_overflow_that_no_scale_helps_ends_the_run(
     gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scaling_module, "FIRST", 4.0)
+    monkeypatch.setattr(scaling_module, "FIRST_SCALE", 4.0)
     trainer = make(tmp_path, gemma2, HALF)
     before = weights(trainer).clone()
 
@@ -211,7 +211,7 @@ def test_ranks_skip_alike(gemma2: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(save_recipe(recipe), encoding="utf-8")
     code = (
         "import sys; from pathlib import Path; from arena.training import optimizer, run; from arena.config import "
-        "load_recipe; optimizer.FIRST = 2.0**24; run.run_fold(load_recipe(sys.argv[1]), 0, Path(sys.argv[2]))"
+        "load_recipe; optimizer.FIRST_SCALE = 2.0**24; run.run_fold(load_recipe(sys.argv[1]), 0, Path(sys.argv[2]))"
     )
     (tmp_path / "train.py").write_text(code, encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path.cwd())}
