@@ -61,7 +61,7 @@ bench: .venv/ready  ## time our batches beside transformers' own, write docs/ben
 gpu: .venv/ready  ## tests, benchmark and techniques on a GPU, 9 minutes a call: call it until it is done
 	$(BIN)/python -m benchmarks gpu --recipe $(call quoted,$(or $(CHOSEN),gemma-2-9b)) $(ARGS)
 
-gpu-wheels: .venv/dev  ## collect what a bare GPU machine lacks, ARGS="--python 3.12 --out wheels/cp312", for start.py there
+gpu-wheels: .venv/dev  ## fetch the wheels that an offline GPU machine lacks, ARGS="--python 3.12 --out wheels/cp312"
 	$(BIN)/python -m benchmarks collect $(ARGS)
 
 test: .venv/dev  ## run the tests
@@ -93,7 +93,7 @@ format: .venv/dev  ## fix what ruff can fix
 demo-base: .venv/ready  ## train the demo's tiny Gemma-2 anew (20 minutes)
 	$(BIN)/python -m benchmarks demo-base --out arena/recipes/demo_base $(ARGS)
 
-clean:  ## remove what the commands above made, but not .venv and not runs
+clean:  ## remove caches and build files
 	rm -rf data/cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build
 
 # torch comes first and by itself: a plain `pip install torch==2.13.0` takes the build that pip is set up for.

@@ -47,7 +47,7 @@ INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.atte
 
 @dataclass
 class Train:
-    """Train one fold, evaluate it on its held-out rows, and write runs/RECIPE/foldK."""
+    """Train with one fold held out, evaluate on that fold, and write runs/RECIPE/foldK."""
 
     overrides: Overrides = ()
     fold: Annotated[int, arg(help="The fold to hold out.")] = 0
@@ -162,7 +162,7 @@ class Export:
 
 @dataclass
 class Memory:
-    """Estimate how a recipe runs on common cards: dtype, budget, memory, and what the backward recomputes."""
+    """Estimate the memory that a recipe needs on common GPUs, and the dtype, token budget and recomputation it uses."""
 
     overrides: Overrides = ()
     recipe: Name = "gemma-2-9b"
@@ -183,7 +183,11 @@ class Settings:
     words: Positional[
         Annotated[
             tuple[str, ...],
-            arg(metavar="[WORD ...]", help="Only settings whose key or meaning has these.", help_behavior_hint=""),
+            arg(
+                metavar="[WORD ...]",
+                help="Only settings whose text contains all of these words.",
+                help_behavior_hint="",
+            ),
         ]
     ] = ()
 

@@ -112,8 +112,8 @@ class ModelSettings(Settings):
     )
     checkpointing: Literal["auto", "full", "elementwise_and_mlp", "elementwise", "none"] = Field(
         "auto",
-        description="recomputed in the backward: whole layers, elementwise operations with or without the wide MLP "
-        "products, or nothing; auto: as little as the memory allows",
+        description="recomputed in the backward pass: whole layers, elementwise operations with or without the wide "
+        "MLP products, or nothing; auto: as little as the memory allows",
     )
     fuse: Literal["auto", "none"] | tuple[Part, ...] = Field(
         "auto", description="parts computed by fused kernels; auto: those that are faster on the device"
@@ -145,8 +145,10 @@ class PackingSettings(Settings):
 class TrainSettings(Settings):
     batch_size: int = Field(80, ge=1, description="examples in an optimizer step")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows; fractions are allowed")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate of the adapters")
-    head_lr: float = Field(1e-4, gt=0, description="peak learning rate of `score`")
+    lr: float = Field(
+        1e-4, gt=0, description="peak learning rate of the adapters, or of all weights if model.tune=full"
+    )
+    head_lr: float = Field(1e-4, gt=0, description="peak learning rate of the head")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
         "cosine", description="schedule of the learning rate after the warmup"
     )

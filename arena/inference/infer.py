@@ -45,7 +45,7 @@ def write_submission(
         check_submission(draft, ids, columns, sample)
 
 
-def check_target(path: Path, ids: Sequence[str], columns: Sequence[str], sample: Path | None) -> None:
+def check_output(path: Path, ids: Sequence[str], columns: Sequence[str], sample: Path | None) -> None:
     """Raises `ValueError` for errors that can be found before anything is judged: in the path or the sample's rows."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write")
@@ -146,7 +146,7 @@ def _infer(judges: list[SavedJudge], data: str | None, out: Path, parts: Path) -
     rows = read_files([test], task, trained, "ignored")
     sample = test.parent / "sample_submission.csv"
     known = sample if os.path.lexists(sample) else None
-    check_target(out, rows.ids, task.columns, known)
+    check_output(out, rows.ids, task.columns, known)
     write_submission(out, rows.ids, average(judges, rows, parts), task.columns, known)
     shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     console.print(

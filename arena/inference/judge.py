@@ -20,7 +20,7 @@ from arena.distributed import device_name, let_segments_grow
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
 from arena.inference.saved import SavedJudge, read_judge
-from arena.model.adapters import activate, active_judge, add_trained, other_base, unload
+from arena.model.adapters import activate, active_judge, add_trained, incompatible_setting, unload
 from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
 from arena.model.base_files import check_ids
 from arena.model.card import card_of, with_dtype
@@ -82,7 +82,7 @@ class Judge:
         recipe, model = with_dtype(saved.recipe, card_of(self.device)), self.classifier.model
         if is_whole(saved.folder) or is_whole(self.folder) or saved.base != self.saved.base:
             return False
-        if saved.task is not self.task or other_base(recipe.model, self.recipe.model) is not None:
+        if saved.task is not self.task or incompatible_setting(recipe.model, self.recipe.model) is not None:
             return False
         check_exact(self._config, recipe.model, recipe.prompt.max_length, trained=True)
         former, name = active_judge(model), f"judge{self._switched}"

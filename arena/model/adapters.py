@@ -54,7 +54,7 @@ def add_trained(model: PreTrainedModel, folder: Path, settings: ModelSettings, n
     if is_whole(folder):
         raise ValueError(f"{folder} contains all weights of a model and shares no base: load it on its own")
     loaded: ModelSettings = getattr(underlying(model), LOADED_WITH)
-    if (key := other_base(settings, loaded)) is not None:
+    if (key := incompatible_setting(settings, loaded)) is not None:
         raise ValueError(
             f"{folder} needs model.{key}={getattr(settings, key)}, but the base was loaded with "
             f"{getattr(loaded, key)}: load this judge on its own"
@@ -72,7 +72,7 @@ def add_trained(model: PreTrainedModel, folder: Path, settings: ModelSettings, n
     return model.eval()
 
 
-def other_base(settings: ModelSettings, loaded: ModelSettings) -> str | None:
+def incompatible_setting(settings: ModelSettings, loaded: ModelSettings) -> str | None:
     """The first setting because of which a judge cannot use a base that was loaded with `loaded`; None if it can."""
     return next((key for key in SHARED if getattr(settings, key) != getattr(loaded, key)), None)
 

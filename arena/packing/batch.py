@@ -25,8 +25,8 @@ class PackedBatch:
     those of the preceding segments of the same example: of the row's keys in the order of `kv_index`, those from
     `cu_seqlens_k[i]` to `cu_seqlens_k[i + 1]`.
 
-    Attributes can also be read by key (`batch["input_ids"]`). A batch without a correct `cu_seqlens` or `label` does
-    not list it among its keys, and reading it raises a `ValueError`.
+    The names in `keys()` can also be read by key (`batch["input_ids"]`). A batch without a correct `cu_seqlens` or
+    `label` does not list it among its keys, and reading it raises a `ValueError`.
 
     Attributes:
         batch_size: n.
@@ -83,7 +83,9 @@ class PackedBatch:
 
     @property
     def label(self) -> Tensor:
-        if self.targets is None or self.targets.ndim == 1:
+        if self.targets is not None and self.targets.ndim == 1:
+            raise ValueError("this batch has token targets (`labels`), not probabilities of classes: read its targets")
+        if self.targets is None:
             raise ValueError(
                 "this batch has no labels: pass PackedLoader the targets of its examples, such as data.targets, or "
                 "give each example a label"

@@ -25,7 +25,7 @@ REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
 
 
 class HeldOut:
-    """The evaluation of a fold's held-out rows: in their first order during training, in all orders at the end.
+    """The evaluation of a fold's held-out rows: as given during training, in all orders at the end.
 
     Rows without input are not scored during training, and get the prior at the end.
 
@@ -42,28 +42,28 @@ class HeldOut:
         self.prefixes = prefixes
         self.has_input = data.has_input[data.eval_rows]
         self.scored = data.eval_rows[self.has_input]
-        self._in_first_order = self._evaluation(range(1))
+        self._as_given = self._evaluation(range(1))
 
     def log_loss(self, probabilities: np.ndarray) -> float:
         """The log-loss of probabilities of the rows `scored`."""
         return log_loss(self.data.labels[self.scored], probabilities)
 
-    def in_first_order(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
-        """The probabilities of the rows `scored`, float64 (n, C), from their first order.
+    def predict_as_given(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
+        """The probabilities of the rows `scored`, float64 (n, C), as given.
 
         Args:
             weights: the digest of the checkpoint's weights, from whose cached logits this resumes.
         """
-        return self._predict(self._in_first_order, classifier, "evaluating", weights, stop)
+        return self._predict(self._as_given, classifier, "evaluating", weights, stop)
 
-    def averaged(
-        self, in_first_order: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None
+    def predict_averaged(
+        self, as_given: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None
     ) -> np.ndarray:
         """The probabilities of all held-out rows, the mean over the orders that inference uses; the first is known."""
-        orders, mean = (self.data.task.orders if self.recipe.judge.swap else 1), in_first_order
+        orders, mean = (self.data.task.orders if self.recipe.judge.swap else 1), as_given
         if orders > 1:
             others = self._predict(self._evaluation(range(1, orders)), classifier, "judging", weights, stop)
-            mean = (in_first_order + (orders - 1) * others) / orders
+            mean = (as_given + (orders - 1) * others) / orders
         every = np.tile(self.data.prior, (len(self.has_input), 1))
         every[self.has_input] = mean
         return every

@@ -174,8 +174,8 @@ class Trainer:
         if why is not None:
             raise ValueError(f"the best checkpoint is damaged ({why}): run the same command again to evaluate anew")
         load_weights(self.checkpoints.step(best), self.model)
-        in_first_order = self.checkpoints.load_evaluation(best)[1]
-        averaged = self.held_out.averaged(in_first_order, self.classifier, self._weights(best), self._own_stop)
+        as_given = self.checkpoints.load_evaluation(best)[1]
+        averaged = self.held_out.predict_averaged(as_given, self.classifier, self._weights(best), self._own_stop)
         return Trained(self.done, best, averaged)
 
     def _loader(self) -> PackedLoader:
@@ -226,9 +226,9 @@ class Trainer:
         self._save()
 
     def _evaluate(self) -> None:
-        """Evaluates the held-out rows in their first order and saves the result beside the checkpoint."""
+        """Evaluates the held-out rows as given and saves the result beside the checkpoint."""
         step, best = self.done.step, self.checkpoints.best
-        probabilities = self.held_out.in_first_order(self.classifier, self._weights(step), self._own_stop)
+        probabilities = self.held_out.predict_as_given(self.classifier, self._weights(step), self._own_stop)
         loss = first_rank(self.accelerator, self.held_out.log_loss(probabilities))
         is_best = best is None or loss < self.checkpoints.losses[best]
         line = dict(zip(LINE, (step, loss, len(self.held_out.scored), is_best), strict=True))

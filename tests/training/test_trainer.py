@@ -180,9 +180,9 @@ def test_the_best_weights_are_loaded_at_the_end(gemma2: Path, tmp_path: Path, mo
     assert torch.equal(weights(trainer), kept)
     straight = trainer.checkpoints.load_evaluation(3)[1]
     weights_of_best = trainer._weights(3)
-    again = trainer.held_out.in_first_order(trainer.classifier, weights_of_best, None)
+    again = trainer.held_out.predict_as_given(trainer.classifier, weights_of_best, None)
     np.testing.assert_allclose(straight, again, atol=1e-5)  # those of the best step, not of the last
-    averaged = trainer.held_out.averaged(straight, trainer.classifier, weights_of_best, None)
+    averaged = trainer.held_out.predict_averaged(straight, trainer.classifier, weights_of_best, None)
     np.testing.assert_allclose(trained.probabilities, averaged, atol=1e-5)
     assert trainer.checkpoints.steps() == [3, 4, 5], "the best stays beside the last two"
 
