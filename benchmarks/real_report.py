@@ -36,9 +36,11 @@ def write_real(result: dict[str, Any], tables: list[Table], folder: Path, *, pic
     paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
     write_json(paths[0], result)
     write_text(paths[1], as_page(result, tables, paths[2].name))
-    if picture:
+    panels = [bars(table, result["cells"]) for table in tables if len(table.cells) > 1]
+    panels = [panel for panel in panels if panel.names]
+    if picture and panels:
         draw(
-            [bars(table, result["cells"]) for table in tables if len(table.cells) > 1], 2, paths[2],
+            panels, 2, paths[2],
             title=f"{result['recipe']['name']}, {result['device']}, {result['date'][:10]}",
             below="logical tokens a second",
         )  # fmt: skip
@@ -46,15 +48,15 @@ def write_real(result: dict[str, Any], tables: list[Table], folder: Path, *, pic
 
 
 def bars(table: Table, cells: Results) -> Bars:
-    """Logical tokens a second, peak memory written beside them; missing cells stay empty."""
-    rates, texts = [], []
-    for each in rows_of(table, cells).values():
-        done = _done(each) or {"logical_per_second": 0.0, "peak_allocated": None}
-        rates.append(done["logical_per_second"])
+    """Logical tokens a second of the cells that were measured, with the peak memory written beside them."""
+    rows = rows_of(table, cells)
+    measured = {name: done for name in table.cells if (done := _done(rows[name]))}
+    texts = []
+    for done in measured.values():
         peak = "" if done["peak_allocated"] is None else f", {done['peak_allocated'] / 2**30:.1f} GiB"
-        texts.append(f"{rates[-1]:,.0f}{peak}" if _done(each) else "no figure")
-    colours = ["0.6" if cell.way == "padded" else "C0" for cell in table.cells.values()]
-    return Bars(table.title, list(table.cells), rates, texts, colours)
+        texts.append(f"{done['logical_per_second']:,.0f}{peak}")
+    colours = ["0.6" if table.cells[name].way == "padded" else "C0" for name in measured]
+    return Bars(table.title, list(measured), [done["logical_per_second"] for done in measured.values()], texts, colours)
 
 
 def with_shares(cell: Result, ceiling: Result | None) -> Result:

@@ -78,7 +78,7 @@ def draw(panels: Sequence[Bars], columns: int, path: Path, *, title: str, below:
         for at, (value, text, (_, above)) in enumerate(zip(panel.values, panel.texts, errors, strict=True)):
             axis.text(value + above + 0.01 * most, at, text, va="center", fontsize="small")
         axis.set_title(panel.title, fontsize="medium")
-        axis.set_xlim(0, 1.4 * most)
+        axis.set_xlim(0, 1.5 * most)
         axis.locator_params(axis="x", nbins=5)
         if not sharey:
             axis.invert_yaxis()
