@@ -124,12 +124,7 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             write_oof(folder / "oof.csv", data, trained.best.probabilities)
             if trained.best_step != trained.done.step:
                 write_oof(folder / "oof-last.csv", data, trained.last.probabilities)
-            metrics |= {
-                **_effort(data, trainer.plan, trained, model, trainer.device),
-                **scores(data, trained.best.probabilities),
-            }
-            with optional("computing intervals and slices"):
-                metrics |= score_tables(data, trained.best, trained.last)
+            metrics |= _effort(data, trainer.plan, trained, model, trainer.device) | _scores(data, trained)
             metrics |= dict.fromkeys(REFERENCES)
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, mirror)
@@ -149,6 +144,14 @@ def _finish(
             mirror.push_files("model", [folder / "model"])
             mirror.push_files("files", [folder / name for name in FILES])
     return reference_losses
+
+
+def _scores(data: FoldData, trained: Trained) -> dict[str, Any]:
+    """The metrics of the best checkpoint, and the tables with intervals and slices."""
+    metrics: dict[str, Any] = dict(scores(data, trained.best.probabilities))
+    with optional("computing intervals and slices", "metrics.json has the plain metrics"):
+        metrics |= score_tables(data, trained.best, trained.last)
+    return metrics
 
 
 @contextmanager
