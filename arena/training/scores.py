@@ -68,7 +68,8 @@ def estimate(terms: Mapping[Any, Terms], groups: Sequence[str]) -> dict[Any, Sco
         terms: `Metric.terms` by name, 0 for rows that do not count, and the weights of rows.
         groups: the group of each row.
     """
-    numbers, distinct = pd.factorize(np.array(groups, dtype=object))
+    # sorted, so that the order of the rows does not matter
+    numbers, distinct = pd.factorize(np.array(groups, dtype=object), sort=True)
     members = csr_matrix((np.ones(len(numbers)), (numbers, np.arange(len(numbers)))))
     counted = {name: each for name, each in terms.items() if each[1].any()}
     if not counted:
