@@ -1,41 +1,96 @@
-"""Metrics of probabilities: log-loss, accuracy and calibration error."""
+"""Metrics of probabilities: log-loss, accuracy, agreement, Brier score and calibration errors."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
 
 import numpy as np
 from scipy import special
 
 SMALLEST = 1e-15  # probabilities are clipped to at least this, as the competition's scorer does
+BINS = 15  # of calibration errors
 
 
-def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean cross entropy in nats.
+class Metric:
+    """A metric of labels and probabilities, both (n, C): rows that sum to 1; labels may be soft.
+
+    Its value comes from sums over rows alone, so that it can be computed for many resamples of the rows at once: the
+    absolute sums of its terms, added up, over the number of rows.
 
     Args:
-        labels: (n, C), one-hot or probabilities.
-        probabilities: (n, C), rows that sum to 1.
-
-    Raises:
-        ValueError: there are no rows, the shapes differ, or a number is not finite.
+        terms: the terms of each row, (n,) or (n, k), from labels and probabilities.
     """
-    _check(labels, probabilities)
-    return float(-(labels * np.log(np.clip(probabilities, SMALLEST, 1.0))).sum(axis=1).mean())
+
+    def __init__(self, terms: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+        self.terms = terms
+        update_wrapper(self, terms)
+
+    def __call__(self, labels: np.ndarray, probabilities: np.ndarray) -> float:
+        """The metric's value.
+
+        Raises:
+            ValueError: there are no rows, the shapes differ, or a number is not finite.
+        """
+        _check(labels, probabilities)
+        sums = self.terms(labels, probabilities).sum(axis=0)
+        return float(np.abs(sums).sum() / len(labels))
 
 
-def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
+@Metric
+def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Mean cross entropy in nats."""
+    return np.asarray(-(labels * np.log(np.clip(probabilities, SMALLEST, 1.0))).sum(axis=1))
+
+
+@Metric
+def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """The share of rows whose most probable class is the label's most probable class."""
-    _check(labels, probabilities)
-    return float((labels.argmax(axis=1) == probabilities.argmax(axis=1)).mean())
+    return np.asarray(labels.argmax(axis=1) == probabilities.argmax(axis=1))
 
 
-def calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
+@Metric
+def agreement(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """How often the most probable class is one drawn from the label; with one-hot labels, the accuracy."""
+    return np.asarray(labels[np.arange(len(labels)), probabilities.argmax(axis=1)])
+
+
+@Metric
+def brier(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Brier score, the mean squared distance to the label: from 0 to 2, or to 1 with two classes, as scikit-learn."""
+    squares = ((probabilities - labels) ** 2).sum(axis=1)
+    return np.asarray(squares / 2 if labels.shape[1] == 2 else squares)
+
+
+@Metric
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Expected calibration error of the top class, in equal-width bins (Guo et al., 2017, arXiv:1706.04599)."""
-    _check(labels, probabilities)
     confidence = probabilities.max(axis=1)
     right = labels[np.arange(len(labels)), probabilities.argmax(axis=1)]
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(place, weights=right - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
+    return _by_bin(right - confidence, np.minimum((confidence * BINS).astype(int), BINS - 1))
+
+
+@Metric
+def classwise_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Calibration error of each class in bins of equally many rows, the mean over classes.
+
+    It is the adaptive calibration error of Nixon et al. (2019, arXiv:1904.01685). Equal probabilities share a bin.
+    """
+    gaps = labels - probabilities
+    columns = [_by_bin(gap, _equal_mass(p)) for gap, p in zip(gaps.T, probabilities.T, strict=True)]
+    return np.asarray(np.hstack(columns) / labels.shape[1])
+
+
+def _equal_mass(values: np.ndarray) -> np.ndarray:
+    """The bin of each value, from 0 to BINS - 1."""
+    return np.asarray(np.searchsorted(np.quantile(values, np.arange(1, BINS) / BINS), values, side="right"))
+
+
+def _by_bin(gaps: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """(n, BINS): each row's gap in the column of its bin, and 0 in the others."""
+    terms = np.zeros((len(gaps), BINS))
+    terms[np.arange(len(gaps)), place] = gaps
+    return terms
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

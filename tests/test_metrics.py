@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, brier_score_loss
 from sklearn.metrics import log_loss as sklearn_log_loss
 
-from arena.metrics import accuracy, calibration_error, log_loss, softmax
+from arena.metrics import (
+    BINS,
+    accuracy,
+    agreement,
+    brier,
+    calibration_error,
+    classwise_calibration_error,
+    log_loss,
+    softmax,
+)
 
 
 def test_against_scikit_learn() -> None:
@@ -17,6 +27,45 @@ def test_against_scikit_learn() -> None:
     labels = np.eye(3)[classes]
     assert log_loss(labels, probabilities) == pytest.approx(sklearn_log_loss(classes, probabilities), rel=1e-12)
     assert accuracy(labels, probabilities) == accuracy_score(classes, probabilities.argmax(1))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_brier_score_and_calibration_of_classes_against_scikit_learn(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet([1] * classes, 40 * BINS)
+    drawn = rng.integers(0, classes, len(probabilities))
+    labels = np.eye(classes)[drawn]
+    assert brier(labels, probabilities) == pytest.approx(brier_score_loss(drawn, probabilities), rel=1e-12)
+    gaps = []
+    for column in range(classes):  # without equal probabilities, all bins have the same number of rows
+        curve = calibration_curve(labels[:, column], probabilities[:, column], n_bins=BINS, strategy="quantile")
+        gaps.append(np.abs(curve[0] - curve[1]).mean())
+    assert classwise_calibration_error(labels, probabilities) == pytest.approx(np.mean(gaps), rel=1e-9)
+    shifted = np.roll(labels, 1, axis=1)  # the control: another label is another error
+    assert classwise_calibration_error(shifted, probabilities) != pytest.approx(np.mean(gaps), rel=1e-3)
+
+
+def test_soft_labels_of_agreement_and_brier_score() -> None:
+    labels, probabilities = np.array([[0.7, 0.3, 0], [0, 0, 1.0]]), np.array([[0.5, 0.4, 0.1], [0.6, 0.2, 0.2]])
+    assert agreement(labels, probabilities) == pytest.approx((0.7 + 0) / 2)
+    assert accuracy(labels, probabilities) == 0.5
+    assert brier(labels, probabilities) == pytest.approx(((0.04 + 0.01 + 0.01) + (0.36 + 0.04 + 0.64)) / 2)
+    hard = np.eye(3)[[0, 2]]
+    assert agreement(hard, probabilities) == accuracy(hard, probabilities)
+
+
+def test_equal_probabilities_share_a_bin_and_a_class_may_be_missing() -> None:
+    """The prior of all rows is calibrated on them, in whatever order they come; one bin each would say otherwise."""
+    rng = np.random.default_rng(0)
+    labels = np.eye(3)[rng.integers(0, 2, 200)]  # no ties
+    prior = np.tile(labels.mean(axis=0), (200, 1))
+    assert classwise_calibration_error(labels, prior) == pytest.approx(0, abs=1e-12)
+    assert classwise_calibration_error(labels[:20], prior[:20]) > 0.01
+    for metric in (log_loss, brier, calibration_error, classwise_calibration_error, agreement):
+        probabilities, order = rng.dirichlet([1, 1, 1], 200), rng.permutation(200)
+        value = metric(labels, probabilities)
+        assert metric(labels[order], probabilities[order]) == pytest.approx(value, rel=1e-12)
+        assert np.isfinite(value)
 
 
 def test_soft_labels_and_zeros() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,8 +20,9 @@ from arena.config import PromptSettings
 from arena.data.cells import Labels
 from arena.data.limits import Limits
 from arena.data.rows import Cells
+from arena.metrics import Metric
 
-Metric = Callable[[np.ndarray, np.ndarray], float]  # of targets and probabilities, (n, C) each
+Masks = Mapping[str, np.ndarray]  # by a value that rows may have, which of them have it: bool (n,)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Task(ABC):
         missing: in words, what a row lacks if `has_input` is false.
         metrics: by name, computed on the held-out rows for `metrics.json`. `log_loss` must be one of them: the best
             checkpoint is the one with the least.
+        tie: the class of a tie, if there is one: agreement is also given without ties.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Task(ABC):
     orders: int = 1
     missing: str
     metrics: Mapping[str, Metric]
+    tie: str | None = None
 
     @abstractmethod
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
@@ -168,6 +171,10 @@ class Task(ABC):
         """Probabilities (..., C) of rows as they are for the same rows in another order, or back."""
         assert order == 0, f"{self.name} has one order"
         return values
+
+    def slices(self, rows: Dataset) -> Mapping[str, Masks]:
+        """By property of a row, such as its language, the rows with each of its values, which are scored separately."""
+        return {}
 
     def baseline(
         self, rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int

@@ -21,7 +21,16 @@ REFERENCES = (
     ("baseline_log_loss", "simple baseline (logistic regression on TF-IDF and lengths)"),
     ("prior_log_loss", "predicting the training prior"),
 )
-SCORES = (("accuracy", "accuracy"), ("ece", "calibration error"))  # of those tasks that have them
+NAMES = {
+    "log_loss": "log-loss",
+    "brier": "Brier score",
+    "ece": "calibration error",
+    "classwise_ece": "class-wise calibration error",
+    "agreement_base_rate": "  of the most frequent class",
+    "agreement_without_ties": "agreement without ties",
+    "agreement_without_ties_base_rate": "  of the more frequent class",
+    "flip_rate": "flip rate",
+}  # of metrics, where they are not their keys
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, sharey: bool = False, **settings: Any) -> tuple[Any, Any]:
@@ -55,19 +64,70 @@ def print_report(metrics: dict[str, Any]) -> None:
     table.add_column("")
     loss = metrics["log_loss"]
     table.add_row(f"{loss:.4f}", "", Text("this judge", style="bold"))
+    if _is_chosen(metrics):
+        last = metrics["last_step_scores"]["log_loss"]["value"]
+        table.add_row(f"{last:.4f}", f"{loss - last:+.4f}", "its last step; its best one was chosen on these rows")
     for key, words in REFERENCES:
         if metrics.get(key) is not None:
             table.add_row(f"{metrics[key]:.4f}", f"{loss - metrics[key]:+.4f}", words)
     console.print(table)
     if (note := remark(metrics)) is not None:
         console.print(note)
-    scores = [f"{words} {metrics[key]:.3f}, " for key, words in SCORES if key in metrics]
+    if "scores" in metrics:
+        console.print(score_table(metrics))
+        console.print(slice_table(metrics["slices"]))
+    else:  # a run of an earlier version
+        known = [key for key in ("accuracy", "ece") if key in metrics]
+        console.print(", ".join(f"{NAMES.get(key, key)} {metrics[key]:.3f}" for key in known))
     console.print(
-        f"{''.join(scores)}{metrics['tokens']:,} tokens "
+        f"{metrics['tokens']:,} tokens "
         f"({metrics['unique_tokens'] / metrics['tokens']:.1%} computed, the rest shared) in "
         f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} per second), fill rate "
         f"{metrics['fill_rate']:.1%}, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB"
     )
+
+
+def _is_chosen(metrics: dict[str, Any]) -> bool:
+    """Whether the judge is not that of the last step, so that its figures are of the rows that chose it."""
+    return "last_step_scores" in metrics and metrics["best_step"] != metrics["steps"]
+
+
+def score_table(metrics: dict[str, Any]) -> Table:
+    """The metrics with their intervals; beside them those of the last step, unless it is the best."""
+    table = Table("", title="scores, with 95% intervals", title_justify="left")
+    columns = {"best step" if _is_chosen(metrics) else "value": metrics["scores"]}
+    if _is_chosen(metrics):
+        columns["last step"] = metrics["last_step_scores"]
+    for name in columns:
+        table.add_column(name, justify="right")
+        table.add_column("interval", justify="right")
+    table.add_column("rows", justify="right")
+    for key, score in metrics["scores"].items():
+        cells = [cell for scores in columns.values() for cell in _cells(scores.get(key))]
+        table.add_row(NAMES.get(key, key), *cells, f"{score['rows']:,}")
+    return table
+
+
+def slice_table(slices: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Log-loss and accuracy on each slice, with their intervals, and the prior's."""
+    table = Table("", "", title="slices, with 95% intervals", title_justify="left")
+    for name in ("rows", "log-loss", "interval", "prior's", "accuracy", "interval", "prior's"):
+        table.add_column(name, justify="right")
+    for kind, values in slices.items():
+        for at, (value, scores) in enumerate(values.items()):
+            cells = [f"{scores['log_loss']['rows']:,}"]
+            for key in ("log_loss", "accuracy"):
+                cells += [*_cells(scores[key]), _cells(scores[f"prior_{key}"])[0]]
+            table.add_row(kind if at == 0 else "", value, *cells, end_section=at == len(values) - 1)
+    return table
+
+
+def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
+    """A score and its interval as text; nothing where there is none."""
+    if score is None:
+        return "", ""
+    interval = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
+    return f"{score['value']:.3f}", interval
 
 
 def remark(metrics: dict[str, Any]) -> str | None:

@@ -37,11 +37,12 @@ from arena.config import PromptSettings
 from arena.data.cells import FieldError, Labels, excerpt, is_blank, read_probabilities, read_turns
 from arena.data.limits import Limits
 from arena.data.rows import Cells
-from arena.data.task import Encoded, Encoder, Task
+from arena.data.task import Encoded, Encoder, Masks, Task
 from arena.data.text_encoder import TextEncoder
 from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
-from arena.metrics import accuracy, calibration_error, log_loss
+from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
 from arena.tasks.baseline import SWAPPED, baseline_probabilities
+from arena.tasks.slices import conversation_slices
 
 CLASSES = ("A", "B", "tie")
 COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")  # of the classes, as the competition names them
@@ -69,7 +70,13 @@ class Preference(Task):
     group_by = "prompt"
     orders = 2
     missing = "response to judge"
-    metrics = MappingProxyType({"log_loss": log_loss, "accuracy": accuracy, "ece": calibration_error})
+    metrics = MappingProxyType(
+        {
+            "log_loss": log_loss, "accuracy": accuracy, "brier": brier, "ece": calibration_error,
+            "classwise_ece": classwise_calibration_error,
+        }
+    )  # fmt: skip
+    tie = "tie"
 
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """Three numbers, one word, or none; both forms at once are an error, as are only some of the numbers."""
@@ -112,6 +119,9 @@ class Preference(Task):
 
     def reorder(self, values: np.ndarray, order: int) -> np.ndarray:
         return values[..., SWAPPED] if order == 1 else values
+
+    def slices(self, rows: Dataset) -> dict[str, Masks]:
+        return conversation_slices(rows)
 
     def baseline(
         self, rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,19 @@ from arena.storage.files import atomic_write
 
 # what a judge's log-loss is compared with, besides the prior's
 REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the weights of a checkpoint predict for all held-out rows.
+
+    Attributes:
+        probabilities: float64 (n, C), the mean over the orders that inference uses; the prior for rows without input.
+        flipped: bool (n,), where the most probable class is another one in the other orders; None: there are none.
+    """
+
+    probabilities: np.ndarray
+    flipped: np.ndarray | None
 
 
 class HeldOut:
@@ -58,15 +72,17 @@ class HeldOut:
 
     def predict_averaged(
         self, as_given: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None
-    ) -> np.ndarray:
-        """The probabilities of all held-out rows, the mean over the orders that inference uses; the first is known."""
-        orders, mean = (self.data.task.orders if self.recipe.judge.swap else 1), as_given
+    ) -> Predictions:
+        """The predictions in the orders that inference uses; those as given are known."""
+        orders, mean, flipped = (self.data.task.orders if self.recipe.judge.swap else 1), as_given, None
         if orders > 1:
             others = self._predict(self._evaluation(range(1, orders)), classifier, "judging", weights, stop)
             mean = (as_given + (orders - 1) * others) / orders
+            flipped = np.zeros(len(self.has_input), dtype=bool)
+            flipped[self.has_input] = as_given.argmax(axis=1) != others.argmax(axis=1)
         every = np.tile(self.data.prior, (len(self.has_input), 1))
         every[self.has_input] = mean
-        return every
+        return Predictions(every, flipped)
 
     def _evaluation(self, orders: range) -> Evaluation:
         data = self.data

@@ -35,9 +35,11 @@ from arena.training.held_out import REFERENCES, references, scores, write_oof
 from arena.training.log import start_tracking, tracking
 from arena.training.optimizer import trainable
 from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
+from arena.training.scores import score_tables
 from arena.training.trainer import Trained, Trainer
 
-FILES = ("recipe.yaml", "log.jsonl", "oof.csv", "metrics.json")  # of a finished run, besides its model
+# of a finished run, besides its model
+FILES = ("recipe.yaml", "log.jsonl", "oof.csv", "oof-last.csv", "metrics.json")
 PATIENT, HURRIED = 600.0, 15.0  # seconds that a run waits for its mirror when it finishes, and when it is interrupted
 
 
@@ -119,11 +121,10 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
         metrics = {"recipe": recipe.name, "fold": fold}
         if main:
             save_judge(model, tokenizer, SavedJudge(folder / "model", saved, data.prior, data.trained_on, run["base"]))
-            write_oof(folder / "oof.csv", data, trained.probabilities)
-            metrics |= {
-                **_effort(data, trainer.plan, trained, model, trainer.device),
-                **scores(data, trained.probabilities),
-            }
+            write_oof(folder / "oof.csv", data, trained.best.probabilities)
+            if trained.best_step != trained.done.step:
+                write_oof(folder / "oof-last.csv", data, trained.last.probabilities)
+            metrics |= _effort(data, trainer.plan, trained, model, trainer.device) | _scores(data, trained)
             metrics |= dict.fromkeys(REFERENCES)
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, mirror)
@@ -143,6 +144,14 @@ def _finish(
             mirror.push_files("model", [folder / "model"])
             mirror.push_files("files", [folder / name for name in FILES])
     return reference_losses
+
+
+def _scores(data: FoldData, trained: Trained) -> dict[str, Any]:
+    """The metrics of the best checkpoint, and the tables with intervals and slices."""
+    metrics: dict[str, Any] = dict(scores(data, trained.best.probabilities))
+    with optional("computing intervals and slices", "metrics.json has the plain metrics"):
+        metrics |= score_tables(data, trained.best, trained.last)
+    return metrics
 
 
 @contextmanager

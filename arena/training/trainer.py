@@ -37,7 +37,7 @@ from arena.training.checkpoint import (
     set_random_states,
 )
 from arena.training.checkpoint_manager import CheckpointManager
-from arena.training.held_out import HeldOut
+from arena.training.held_out import HeldOut, Predictions
 from arena.training.log import LINE, RunLog, track
 from arena.training.optimizer import LossScaling, make_optimizer, make_schedule, trainable
 from arena.training.probe import choose_policies
@@ -52,12 +52,19 @@ class Trained:
     Attributes:
         done: the size and time of the run.
         best_step: the step whose weights are the best.
-        probabilities: float64 (n, C), by these weights, of the held-out rows in all orders that inference uses.
+        best: what these weights predict.
+        last: what those of the last step predict, which were not chosen by their log-loss on the same rows.
     """
 
     done: Done
     best_step: int
-    probabilities: np.ndarray
+    best: Predictions
+    last: Predictions
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float64 (n, C), of all held-out rows by the best weights."""
+        return self.best.probabilities
 
 
 class Trainer:
@@ -167,16 +174,21 @@ class Trainer:
             raise self.stop.stopped()
 
     def _finish(self) -> Trained:
-        """Loads the best weights into the model, and predicts the held-out rows in the orders that are left."""
-        best = self.checkpoints.best
+        """Predicts the held-out rows in the orders that are left, and leaves the best weights in the model."""
+        best, last = self.checkpoints.best, self.done.step
         assert best is not None, "the last step is always evaluated"
         why = damage(self.checkpoints.step(best))
         if why is not None:
             raise ValueError(f"the best checkpoint is damaged ({why}): run the same command again to evaluate anew")
+        of_last = self._predictions(last) if best != last else None
         load_weights(self.checkpoints.step(best), self.model)
-        as_given = self.checkpoints.load_evaluation(best)[1]
-        averaged = self.held_out.predict_averaged(as_given, self.classifier, self._weights(best), self._own_stop)
-        return Trained(self.done, best, averaged)
+        of_best = self._predictions(best)
+        return Trained(self.done, best, of_best, of_last or of_best)
+
+    def _predictions(self, step: int) -> Predictions:
+        """The predictions of an evaluated step, whose weights are in the model."""
+        as_given = self.checkpoints.load_evaluation(step)[1]
+        return self.held_out.predict_averaged(as_given, self.classifier, self._weights(step), self._own_stop)
 
     def _loader(self) -> PackedLoader:
         rank = self.accelerator.process_index

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from arena.progress import console
 from arena.reporting.report import print_report, remark
 
 METRICS = {
@@ -32,3 +33,30 @@ def test_a_judge_that_is_no_better_gets_a_remark(
     assert found is None if named is None else named in (found or "")
     print_report(METRICS | changes)
     assert ("usually help" in capsys.readouterr().out) == (named is not None)
+
+
+def score(value: float, low: float | None = 0.25, high: float | None = 0.75) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "rows": 1234}
+
+
+@pytest.mark.parametrize("best_step", [3, 5])
+def test_scores_and_slices_are_shown_and_the_last_step_beside_another_best(
+    best_step: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_width", 160)
+    parts = {"log_loss": score(0.9), "prior_log_loss": score(1.08), "accuracy": score(0.6), "prior_accuracy": score(0)}
+    tables = {
+        "scores": {"log_loss": score(1.0), "flip_rate": score(0.125, None, None), "new_metric": score(0.5)},
+        "last_step_scores": {"log_loss": score(1.0875)},
+        "slices": {"turns": {"1": parts, "3 or more": parts}},
+    }
+    print_report(METRICS | {"best_step": best_step, "steps": 5} | tables)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert ("its last step" in "".join(shown)) == (best_step == 3)
+    (loss,) = [line for line in shown if line.strip("│ ").startswith("log-loss") and "1,234" in line]
+    assert "0.250 to 0.750" in loss and ("1.087" in loss) == (best_step == 3)
+    (flips,) = [line for line in shown if "flip rate" in line]
+    assert "0.125" in flips and " to " not in flips
+    (part,) = [line for line in shown if "3 or more" in line]
+    assert "turns" not in part and part.count("0.250 to 0.750") == 2 and "1.080" in part
+    assert any("new_metric" in line for line in shown)
