@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,10 @@ class FoldData:
         orders = range(self.store.orders)
         by_order = np.stack([self.task.reorder(self.labels, order) for order in orders], axis=1)
         return by_order.reshape(len(self.store), -1).astype(np.float32)
+
+    def held_out(self) -> Rows:
+        """The held-out rows, in the order of `eval_rows`."""
+        return replace(self.rows, table=self.rows.table.select(self.eval_rows))
 
 
 def data_file(path: str | Path, kind: str) -> Path:

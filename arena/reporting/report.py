@@ -19,6 +19,7 @@ from arena.progress import console
 REFERENCES = (
     ("bayes_log_loss", "best possible (the probabilities from which labels were drawn)"),
     ("baseline_log_loss", "simple baseline (logistic regression on TF-IDF and lengths)"),
+    ("blend_log_loss", "this judge blended with the baseline, weights of other held-out rows"),
     ("prior_log_loss", "predicting the training prior"),
 )
 NAMES = {
@@ -155,7 +156,7 @@ def draw_report(folder: Path) -> Path:
     )
     axes.plot([s["step"] for s in scores], [s["eval_log_loss"] for s in scores], "o-", label="held out, one order")
     axes.axhline(metrics["log_loss"], color="C0", label=f"held out, final: {metrics['log_loss']:.4f}")
-    for colour, (key, words) in zip(("C2", "C1", "C3"), REFERENCES, strict=True):
+    for colour, (key, words) in zip(("C2", "C1", "C4", "C3"), REFERENCES, strict=True):
         if metrics.get(key) is not None:
             axes.axhline(
                 metrics[key], color=colour, linestyle="--", label=f"{words.split(' (')[0]}: {metrics[key]:.4f}"

@@ -1,4 +1,4 @@
-"""The held-out rows of a fold: how weights predict them, their scores, and the files and references beside these."""
+"""The held-out rows of a fold: how weights predict them, their scores, and the file of predictions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,8 @@ from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
 from arena.metrics import log_loss
 from arena.packing.tree import Prefixes
-from arena.progress import optional
 from arena.stopping import Stop
 from arena.storage.files import atomic_write
-
-# what a judge's log-loss is compared with, besides the prior's
-REFERENCES = ("baseline_log_loss", "bayes_log_loss", "bayes_log_loss_expected")
 
 
 @dataclass(frozen=True)
@@ -122,32 +118,3 @@ def scores(data: FoldData, probabilities: np.ndarray) -> dict[str, float]:
     labels = data.labels[data.eval_rows]
     values = {name: metric(labels, probabilities) for name, metric in data.task.metrics.items()}
     return {**values, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}
-
-
-def references(recipe: Recipe, data: FoldData) -> dict[str, float | None]:
-    """A simple baseline's log-loss, and the best possible one if it is known; None for what cannot be computed."""
-    losses: dict[str, float | None] = dict.fromkeys(REFERENCES)
-    labels, rows = data.labels[data.eval_rows], data.rows
-    with optional("fitting the plain baseline"):
-        train_rows = data.train_rows[data.train_rows < len(rows)]  # without those of extra files
-        baseline = data.task.baseline(rows.table, rows.labels, train_rows, data.eval_rows, recipe.seed)
-        losses["baseline_log_loss"] = None if baseline is None else log_loss(labels, baseline)
-    path = Path(recipe.data.path) / "truth.csv"
-    with optional(f"reading {path}", "the report does not show the best possible log-loss"):
-        truth = _truth(path, [data.ids[row] for row in data.eval_rows], data.task.columns)
-        if truth is not None:
-            losses |= {"bayes_log_loss": log_loss(labels, truth), "bayes_log_loss_expected": log_loss(truth, truth)}
-    return losses
-
-
-def _truth(path: Path, ids: list[str], columns: tuple[str, ...]) -> np.ndarray | None:
-    """The probabilities from which synthetic labels were drawn; None for other rows."""
-    if not path.is_file():
-        return None
-    table = pd.read_csv(path, dtype={"id": str})
-    if "id" not in table:
-        return None
-    table = table.set_index("id")
-    if not set(ids) <= set(table.index) or not set(columns) <= set(table.columns):
-        return None
-    return table.loc[ids, list(columns)].to_numpy(dtype=np.float64)

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -31,9 +32,10 @@ from arena.storage.files import fingerprint, remove_scratch, write_json
 from arena.storage.lock import locked
 from arena.storage.mirror import Mirror
 from arena.tasks import task_of
-from arena.training.held_out import REFERENCES, references, scores, write_oof
+from arena.training.held_out import scores, write_oof
 from arena.training.log import start_tracking, tracking
 from arena.training.optimizer import trainable
+from arena.training.references import REFERENCES, references
 from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
 from arena.training.scores import score_tables
 from arena.training.trainer import Trained, Trainer
@@ -127,23 +129,24 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             metrics |= _effort(data, trainer.plan, trained, model, trainer.device) | _scores(data, trained)
             metrics |= dict.fromkeys(REFERENCES)
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
-            metrics |= _finish(recipe, data, folder, metrics, mirror)
+            metrics |= _finish(recipe, data, folder, metrics, trained.best.probabilities, mirror)
     return metrics
 
 
 def _finish(
-    recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], mirror: Mirror | None
-) -> dict[str, float | None]:
+    recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], probabilities: np.ndarray,
+    mirror: Mirror | None,
+) -> dict[str, Any]:  # fmt: skip
     """Adds reference scores and mirrors the results; whatever fails here is only a warning."""
-    reference_losses = references(recipe, data)
+    reference_scores = references(recipe, data, probabilities)
     with optional(f"adding reference scores to {folder / 'metrics.json'}"):
-        write_json(folder / "metrics.json", metrics | reference_losses)
+        write_json(folder / "metrics.json", metrics | reference_scores)
     shutil.rmtree(folder / "logits", ignore_errors=True)
     if mirror is not None:
         with optional(f"sending the finished run to {recipe.train.mirror}", f"copy {folder} there yourself"):
             mirror.push_files("model", [folder / "model"])
             mirror.push_files("files", [folder / name for name in FILES])
-    return reference_losses
+    return reference_scores
 
 
 def _scores(data: FoldData, trained: Trained) -> dict[str, Any]:

@@ -9,7 +9,7 @@ basic interval, which takes that off.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def score_tables(data: FoldData, best: Predictions, last: Predictions) -> dict[s
     `scores` has the metrics of the best checkpoint, which was chosen on the same rows, and `last_step_scores` those of
     the last one, which was not. `slices` has the log-loss and accuracy of the best one on each slice, with the prior's.
     """
-    held_out = replace(data.rows, table=data.rows.table.select(data.eval_rows))
+    held_out = data.held_out()
     groups, slices = held_out.groups(), {**_token_slices(data), **data.task.slices(held_out.table)}
     of_best = estimate(_terms(data, best), groups)
     of_last = of_best if last is best else estimate(_terms(data, last), groups)

@@ -26,7 +26,7 @@ from arena.tasks import preference
 from arena.tasks.preference import COLUMNS
 from arena.tasks.preference import COLUMNS as CLASSES
 from arena.training import run as run_module
-from arena.training.held_out import _truth
+from arena.training.references import _truth
 from arena.training.run import run_fold
 from tests.helpers import make_base, tiny_recipe, write_rows
 
