@@ -157,8 +157,14 @@ class RealBench:
         """Floating-point operations of a unique token, recomputation counted apart."""
         shapes = shapes_of(cell.base) if cell.base else self.shapes
         per_layer = [flops_recomputed(shapes, each, cell.tune) for each in policies or []]
+        task, depth = (
+            "infer" if cell.task == "infer" else "train",
+            architecture(cell.base or self.base).num_hidden_layers,
+        )
+        lora = self.settings.recipe.model.lora
+        frozen = lora.adapted_layers(depth)[0] / depth if cell.tune == "lora" else 0.0
         return {
-            "flops_a_token": flops_a_token(weights(shapes), "infer" if cell.task == "infer" else "train", cell.tune),
+            "flops_a_token": flops_a_token(weights(shapes), task, cell.tune, frozen),
             "flops_recomputed_a_token": sum(per_layer) / len(per_layer) if per_layer else 0.0,
         }
 

@@ -78,6 +78,7 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
     tokenizer = load_tokenizer(requested.model.base, requested.model.revision)
     config = base_config(requested.model)
     check_length(config, requested.prompt.max_length, requested.model.base)
+    requested.model.first_trained_layer(config.num_hidden_layers)  # reports a layer that the base lacks
     recipe = fit(with_dtype(requested, card), config, card)
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         check_exact(config, recipe.model, recipe.prompt.max_length)

@@ -117,7 +117,7 @@ def test_the_probe_leaves_no_trace(tmp_path: Path, gemma2: Path, made_up_gpu: di
     trainer = trainer_of(tmp_path, gemma2)
     before = {name: each.clone() for name, each in trainer.model.state_dict().items()}
     trainer.classifier.eval()
-    plan = probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))
+    plan = probe._measured(trainer.classifier, trainer._loader(), trainer.recipe)
     assert made_up_gpu["runs"] >= 4 and plan.peak is not None and set(plan.policies) <= set(POLICIES)
     assert "measured" in str(plan)
     assert not trainer.classifier.training
@@ -129,7 +129,7 @@ def test_a_card_that_is_too_small_is_refused(tmp_path: Path, gemma2: Path, made_
     trainer = trainer_of(tmp_path, gemma2)
     made_up_gpu["size"] = 50.0
     with pytest.raises(ValueError, match=r"lower packing\.budget \(now 512\)"):
-        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))
+        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe)
 
 
 def test_the_fullest_micro_batch_is_found(tmp_path: Path, gemma2: Path) -> None:
@@ -175,4 +175,4 @@ def test_a_kernel_that_cannot_run_is_no_lack_of_memory(
 
     monkeypatch.setattr(probe, "loss_sum", too_large)
     with pytest.raises(torch.OutOfMemoryError, match="Hardware limit"):
-        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))
+        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from arena.config import load_recipe
+from arena.config import LoraSettings, load_recipe
 from arena.model.backbone import backbone
 from arena.model.card import Card
 from arena.model.families import ARCHITECTURES
@@ -30,7 +30,7 @@ def test_gemma_2_9b_by_hand() -> None:
     shape = shape_of(NINE)
     per_layer = 3584 * (4096 + 2048 + 2048 + 4096) + 3 * 3584 * 14336
     assert shape.linear_weights == 42 * per_layer == 8_323_596_288
-    assert shape.lora_weights(16) == 54_018_048
+    assert shape.lora_weights(LoraSettings(r=16)) == 54_018_048
     assert shape.saved_per_token("none") == 6 * 3584 + 2 * 4096 + 2 * 2048 + 3 * 14336
     assert shape.saved_per_token("elementwise") - shape.saved_per_token("elementwise_and_mlp") == 2 * 14336
     found = need(shape, load_recipe("gemma-2-9b").model, 16384)
