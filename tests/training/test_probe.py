@@ -86,6 +86,17 @@ def test_on_a_cpu_the_arithmetic_decides(tmp_path: Path, gemma2: Path) -> None:
     assert "3 none (estimated" in str(plan)
 
 
+def test_layers_below_the_first_with_adapters_are_left_out(
+    tmp_path: Path, gemma2: Path, made_up_gpu: dict[str, float]
+) -> None:
+    trainer = trainer_of(tmp_path, gemma2, "model.lora.first_layer=2")
+    assert trainer.recompute_plan is not None
+    assert trainer.recompute_plan.policies == policies_of(trainer) == ["frozen", "frozen", "none"]
+    assert "2 frozen, 1 none (estimated" in str(trainer.recompute_plan)
+    plan = probe._measured(trainer.classifier, trainer._loader(), trainer.recipe)
+    assert plan.policies[:2] == ["frozen", "frozen"] and plan.policies[2] in POLICIES
+
+
 def test_a_policy_that_the_recipe_names_is_used(tmp_path: Path, gemma2: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=elementwise")
     data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(recipe.model.base))
