@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from arena.overrides import apply_override, explain, read_yaml_file
 from arena.storage.files import local_path, require_utf8
@@ -103,7 +94,7 @@ class LoraSettings(Settings):
     first_layer: int = Field(
         0, ge=0, description="the first layer that gets adapters, counted from 0; those below have no backward"
     )
-    layers: tuple[NonNegativeInt, ...] | None = Field(
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, min_length=1, description="the layers that get adapters, in place of first_layer; null: all from it on"
     )
 
@@ -112,23 +103,6 @@ class LoraSettings(Settings):
         if self.layers is not None and self.first_layer > 0:
             raise ValueError("first_layer and layers both choose the layers that get adapters: give one of them")
         return self
-
-    def adapted_layers(self, depth: int) -> list[int]:
-        """The layers that get adapters.
-
-        Args:
-            depth: the number of the base's layers.
-
-        Raises:
-            ValueError: the base has no such layer.
-        """
-        key, named = ("first_layer", [self.first_layer]) if self.layers is None else ("layers", sorted({*self.layers}))
-        if named[-1] >= depth:
-            raise ValueError(
-                f"model.lora.{key} names layer {named[-1]}, but the base has {depth} layers, 0 to {depth - 1}: name "
-                "one of these"
-            )
-        return named if self.layers is not None else list(range(self.first_layer, depth))
 
 
 class ModelSettings(Settings):
@@ -156,15 +130,6 @@ class ModelSettings(Settings):
     fuse: Literal["auto", "none"] | tuple[Part, ...] = Field(
         "auto", description="parts computed by fused kernels; auto: those that are faster on the device"
     )
-
-    def first_trained_layer(self, depth: int) -> int:
-        """The layer from which on there is a backward, of `depth`; errors are those of `LoraSettings.adapted_layers`.
-
-        If only the head is trained, it is `depth`.
-        """
-        if self.tune == "lora":
-            return self.lora.adapted_layers(depth)[0]
-        return depth if self.tune == "head" else 0
 
     @field_validator("checkpointing", mode="before")
     @classmethod

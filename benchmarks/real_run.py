@@ -18,6 +18,7 @@ import torch
 from arena.distributed import device_name, is_out_of_memory
 from arena.model.attention.varlen import used_backends
 from arena.model.card import Kind, card_of, with_dtype
+from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.training.optimizer import trainable
 from benchmarks import plan
@@ -161,8 +162,7 @@ class RealBench:
             "infer" if cell.task == "infer" else "train",
             architecture(cell.base or self.base).num_hidden_layers,
         )
-        lora = self.settings.recipe.model.lora
-        frozen = lora.adapted_layers(depth)[0] / depth if cell.tune == "lora" else 0.0
+        frozen = first_trained_layer(cell.settings(self.settings.recipe), depth) / depth
         return {
             "flops_a_token": flops_a_token(weights(shapes), task, cell.tune, frozen),
             "flops_recomputed_a_token": sum(per_layer) / len(per_layer) if per_layer else 0.0,

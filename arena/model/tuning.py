@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from arena.config import LoraSettings, ModelSettings, PackingSettings
 from arena.model.backbone import HEAD, backbone, load_base, underlying
 from arena.model.card import card_of
+from arena.model.layers import adapted_layers
 from arena.model.lora import install_dora
 from arena.model.memory.estimate import estimate_policies, shape_of
 from arena.model.memory.fused import install, set_policies
@@ -135,9 +136,9 @@ def load_head(head: nn.Module, file: Path) -> None:
 
 
 def lora_config(settings: LoraSettings, decoder: PreTrainedModel) -> LoraConfig:
-    """peft's config of the adapters for a decoder. Raises the errors of `LoraSettings.adapted_layers`."""
+    """peft's config of the adapters for a decoder. Raises the errors of `adapted_layers`."""
     layers: Any = decoder.layers
-    adapted = settings.adapted_layers(len(layers))
+    adapted = adapted_layers(settings, len(layers))
     # peft's own layers_to_transform does not go with all-linear
     outside = rf"(?!(.*\.)?layers\.({'|'.join(map(str, adapted))})\.).*" if len(adapted) < len(layers) else None
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)

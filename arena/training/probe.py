@@ -20,6 +20,7 @@ from arena.config import Recipe
 from arena.distributed import compute_in, is_out_of_memory
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier, loss_sum
+from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import (
     FROZEN,
     GIB,
@@ -92,7 +93,7 @@ def _measured(classifier: PackedClassifier, loader: PackedLoader, recipe: Recipe
     moments = STATE[recipe.train.optimizer] * sum(each.numel() for each in trainable(classifier.model).values())
     limit = USABLE_SHARE * _held_at_most(device) - moments
     shape = shape_of(classifier.model.config)
-    frozen = [FROZEN] * recipe.model.first_trained_layer(shape.layers)
+    frozen = [FROZEN] * first_trained_layer(recipe.model, shape.layers)
     layers = shape.layers - len(frozen)
 
     def peak(policies: list[str]) -> float | None:

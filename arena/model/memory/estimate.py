@@ -19,6 +19,7 @@ import psutil
 from arena.config import LoraSettings, ModelSettings, Recipe
 from arena.model.card import Card
 from arena.model.families import family_of
+from arena.model.layers import adapted_layers, first_trained_layer
 
 GIB = 2**30
 RESERVED = 0.9 * GIB  # the driver's context and the workspace of matrix products
@@ -76,7 +77,7 @@ class Shape:
         """Weights of the adapters; targets with names of another family count as all products."""
         targets = () if isinstance(lora.targets, str) else lora.targets
         names = {each.rpartition(".")[2] for each in targets} & self.products.keys() or self.products.keys()
-        return lora.r * len(lora.adapted_layers(self.layers)) * sum(sum(self.products[name]) for name in names)
+        return lora.r * len(adapted_layers(lora, self.layers)) * sum(sum(self.products[name]) for name in names)
 
     def saved_per_token(self, policy: str) -> int:
         """Numbers that a layer saves for the backward, for each token, under a policy."""
@@ -147,7 +148,7 @@ def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "a
     per_token = shape.saved_per_token("none") + 4 * shape.intermediate + 4 * shape.hidden
     dequantised = 2 * width * shape.hidden * shape.intermediate
     stream = 4 if settings.tune == "full" else width
-    with_backward = shape.layers - settings.first_trained_layer(shape.layers)
+    with_backward = shape.layers - first_trained_layer(settings, shape.layers)
     layer_inputs = stream * with_backward * shape.saved_per_token("full") * tokens
     return Need(weights, trained, layer_inputs, width * per_token * tokens + dequantised)
 
@@ -195,7 +196,7 @@ def estimate_policies(
     fixed = needed.layer_inputs + needed.working if card.kind == "cpu" else needed.total
     saved = {policy: float(width * tokens * shape.saved_per_token(policy)) for policy in allowed}
     fractions = {policy: shape.recompute_fraction(policy) for policy in allowed}
-    frozen = settings.first_trained_layer(shape.layers)
+    frozen = first_trained_layer(settings, shape.layers)
     return [FROZEN] * frozen + mix_policies(saved, fractions, shape.layers - frozen, room(card) - fixed)
 
 
