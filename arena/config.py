@@ -91,6 +91,18 @@ class LoraSettings(Settings):
         "all-linear", description="names of the layers that get adapters, such as [q_proj, v_proj]; or all-linear"
     )
     dora: bool = Field(False, description="learn the magnitude of weights separately from their direction (DoRA)")
+    first_layer: int = Field(
+        0, ge=0, description="the first layer that gets adapters, counted from 0; those below have no backward"
+    )
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="the layers that get adapters, in place of first_layer; null: all from it on"
+    )
+
+    @model_validator(mode="after")
+    def _one_choice_of_layers(self) -> LoraSettings:
+        if self.layers is not None and self.first_layer > 0:
+            raise ValueError("first_layer and layers both choose the layers that get adapters: give one of them")
+        return self
 
 
 class ModelSettings(Settings):

@@ -34,7 +34,7 @@ def weights(shapes: Shapes) -> int:
     return sum(inputs * outputs * count for (inputs, outputs), count in shapes.items())
 
 
-def flops_a_token(n: int, task: str, tune: str = "lora") -> int:
+def flops_a_token(n: int, task: str, tune: str = "lora", frozen: float = 0.0) -> int:
     """Operations that a unique token needs, nothing computed twice.
 
     Args:
@@ -42,9 +42,11 @@ def flops_a_token(n: int, task: str, tune: str = "lora") -> int:
         task: `train` or `infer`.
         tune: what is trained: `lora` leaves the base's weights frozen, `full` trains them, and `head` needs no
             backward through the base at all.
+        frozen: the share of the layers that are below the first one with adapters, and so have no backward.
     """
     assert task in ("train", "infer") and tune in ("lora", "full", "head"), (task, tune)
-    return {"lora": 4, "full": 6, "head": 2}[tune] * n if task == "train" else 2 * n
+    backward = {"lora": 2, "full": 4, "head": 0}[tune] * n if task == "train" else 0
+    return 2 * n + round((1 - frozen) * backward)
 
 
 def flops_recomputed(shapes: Shapes, policy: str, tune: str = "lora") -> int:
@@ -52,9 +54,9 @@ def flops_recomputed(shapes: Shapes, policy: str, tune: str = "lora") -> int:
 
     Args:
         policy: `full` recomputes whole layers, `elementwise_and_mlp` the products gate and up, and `elementwise`
-            and `none` no product.
+            and `none` no product; `frozen` layers have no backward.
     """
-    if tune == "head" or policy in ("elementwise", "none"):
+    if tune == "head" or policy in ("elementwise", "none", "frozen"):
         return 0
     if policy == "full":
         return 2 * weights(shapes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
@@ -22,7 +22,7 @@ from arena.model.classifier import PackedClassifier
 from arena.model.families import ARCHITECTURES
 from arena.model.memory.fused import policies_of, set_policies
 from arena.model.safety import SAFE, SAFE_WEIGHTS
-from arena.model.tuning import adapt
+from arena.model.tuning import adapt, lora_config
 from arena.packing.loader import PackedLoader
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
@@ -147,13 +147,7 @@ def _stock(settings: ModelSettings, attention: str, device: torch.device, seed: 
         plain = _as_transformers_has_it(
             create_base(architecture(settings.base), unfused, CLASSES, device, seed), attention
         )
-    lora = settings.lora
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=lora.r, lora_alpha=lora.alpha, target_modules=targets, modules_to_save=[HEAD],
-        use_dora=lora.dora,
-    )  # fmt: skip
-    model: Any = get_peft_model(plain, config)
+    model: Any = get_peft_model(plain, lora_config(settings.lora, backbone(plain)))
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
     fill(model, seed)

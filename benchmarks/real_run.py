@@ -18,6 +18,7 @@ import torch
 from arena.distributed import device_name, is_out_of_memory
 from arena.model.attention.varlen import used_backends
 from arena.model.card import Kind, card_of, with_dtype
+from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.training.optimizer import trainable
 from benchmarks import plan
@@ -157,8 +158,13 @@ class RealBench:
         """Floating-point operations of a unique token, recomputation counted apart."""
         shapes = shapes_of(cell.base) if cell.base else self.shapes
         per_layer = [flops_recomputed(shapes, each, cell.tune) for each in policies or []]
+        task, depth = (
+            "infer" if cell.task == "infer" else "train",
+            architecture(cell.base or self.base).num_hidden_layers,
+        )
+        frozen = first_trained_layer(cell.settings(self.settings.recipe), depth) / depth
         return {
-            "flops_a_token": flops_a_token(weights(shapes), "infer" if cell.task == "infer" else "train", cell.tune),
+            "flops_a_token": flops_a_token(weights(shapes), task, cell.tune, frozen),
             "flops_recomputed_a_token": sum(per_layer) / len(per_layer) if per_layer else 0.0,
         }
 

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from arena.config import ModelSettings, PromptSettings, Recipe, load_recipe
+from arena.config import ModelSettings, PromptSettings, Recipe, change, load_recipe
 from arena.data.dataset import Rows
 from arena.data.prepare import FoldData
 from arena.model.backbone import load_base
@@ -113,6 +113,12 @@ def exact(base: Path, **changes: Any) -> ModelSettings:
     return ModelSettings(
         **{"base": str(base), "dtype": "float32", "quantization": "none", "checkpointing": "none", **changes}
     )
+
+
+def recipe_on(base: Path, name: str) -> Recipe:
+    """A shipped recipe on a base of `make_base`, of whose 3 layers the last one at least gets adapters."""
+    recipe = load_recipe(name, [f"model.base={base}"])
+    return change(recipe, [f"model.lora.first_layer={min(recipe.model.lora.first_layer, 2)}"])
 
 
 def classifier(settings: ModelSettings, seed: int = 0) -> PackedClassifier:

@@ -10,7 +10,7 @@ from arena.config import load_recipe, recipe_names, run_place, save_recipe
 
 
 def test_shipped_recipes_are_valid() -> None:
-    assert recipe_names() == ["demo", "gemma-2-2b", "gemma-2-9b"]
+    assert recipe_names() == ["demo", "gemma-2-2b", "gemma-2-9b", "gemma-2-9b-notebook"]
     for name in recipe_names():
         assert load_recipe(name).name == name
     large = load_recipe("gemma-2-9b")
@@ -52,6 +52,9 @@ def test_overrides() -> None:
         ("model.tune=full", "quantised weights cannot be trained"),
         ("train.mirror=sftp://me:secret@host/x", "train.mirror: give a folder or a URL without a password"),
         ("train.mirror=''", "train.mirror: give a folder"),
+        ("model.lora={first_layer: 1, layers: [2]}", "model.lora: first_layer and layers both choose the layers"),
+        ("model.lora.layers=[]", "model.lora.layers: Tuple should have at least 1 item"),
+        ("model.lora.layers=[-1]", r"model.lora.layers.0: Input should be greater than or equal to 0"),
         ("prompt.template=nope", "no template 'nope': name one of compact, judge"),
         ("model.checkpointing=light", "model.checkpointing: light was renamed: set it to elementwise$"),
         ("model.checkpointing=mlp", "model.checkpointing: mlp was renamed: set it to elementwise_and_mlp$"),

@@ -275,9 +275,9 @@ def test_a_wrong_line_of_a_walk_is_noticed(number: int, wrong: str) -> None:
 
 def test_all_python_is_run() -> None:
     assert {page: len(python(page)) for page in PAGES if python(page)} == {
-        "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 2,
+        "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 2, "docs/models.md": 1,
     }  # fmt: skip
-    assert sum(text.count("```python") for text in EVERY_PAGE.values()) == 5
+    assert sum(text.count("```python") for text in EVERY_PAGE.values()) == 6
 
 
 def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +291,11 @@ def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_examples_of_your_own() -> None:
     (micro_batch,) = run_block("docs/packing.md", 1)["batch"]
     assert micro_batch["cu_seqlens"].tolist() == [0, 4, 7]
+
+
+def test_a_model_by_hand() -> None:
+    model = run_block("docs/models.md")["model"]
+    assert 0 < sum(each.requires_grad for each in model.parameters()) < len(list(model.parameters()))
 
 
 def test_a_judge_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

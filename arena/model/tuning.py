@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from arena.config import LoraSettings, ModelSettings
+from arena.config import LoraSettings, ModelSettings, PackingSettings
 from arena.model.backbone import HEAD, backbone, load_base, underlying
+from arena.model.card import card_of
+from arena.model.layers import adapted_layers
 from arena.model.lora import install_dora
+from arena.model.memory.estimate import estimate_policies, shape_of
 from arena.model.memory.fused import install, set_policies
 from arena.model.safety import check_adapter, undamaged
 
@@ -24,19 +29,26 @@ HEAD_WEIGHT = f"{HEAD}.weight"
 LOADED_WITH = "arena_settings"  # the attribute of a loaded model that holds its settings
 
 
-def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
+def adapt(model: PreTrainedModel, settings: ModelSettings, budget: int = PackingSettings().budget) -> PreTrainedModel:
     """Makes the weights that `model.tune` selects trainable, in float32: new LoRA or DoRA adapters, all, or none.
 
     The head is always trained. A trainable float32 parameter takes 16 bytes with its gradient and AdamW's two moments.
     That is little for adapters, and four times the weights for `full` (42 GB for 2.6 billion), where autocast adds
     another 2 bytes in half precision. Frozen weights stay as they were loaded.
 
+    With `model.checkpointing=auto`, as little is recomputed in the backward as the estimated memory of the GPU allows,
+    or without one that of this machine. The trainer measures on a GPU and chooses again.
+
+    Args:
+        budget: the most tokens of a micro-batch (`packing.budget`), for that estimate.
+
     Raises:
-        ValueError: the base has no modules with the names in `model.lora.targets`.
+        ValueError: the base has no modules with the names in `model.lora.targets`, or not the layers of `model.lora`.
     """
     if settings.tune == "lora":
+        config = lora_config(settings.lora, backbone(model))
         try:
-            model = get_peft_model(model, _lora(settings.lora))
+            model = get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"model.lora.targets {settings.lora.targets} do not fit this base: {error}") from None
         install_dora(model, fresh=True)
@@ -47,10 +59,11 @@ def adapt(model: PreTrainedModel, settings: ModelSettings) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    policy = "full" if settings.checkpointing == "auto" else settings.checkpointing
-    if settings.tune == "head":
-        policy = "none"  # nothing below the head has a backward
-    set_policies(model, [policy] * len(backbone(model).layers))
+    if settings.checkpointing == "auto":
+        card = card_of("cuda" if torch.cuda.is_available() else "cpu")
+        set_policies(model, estimate_policies(shape_of(backbone(model).config), settings, budget, card))
+    else:
+        set_policies(model, [settings.checkpointing] * len(backbone(model).layers))
     return model
 
 
@@ -97,7 +110,7 @@ def with_adapter(
 ) -> PreTrainedModel:
     """The model with the adapter in a folder, configured by the settings and not by the adapter's own config."""
     check_adapter(folder)
-    config = _lora(settings.lora)
+    config = lora_config(settings.lora, backbone(model))
     config.inference_mode = True
     with undamaged(folder):
         if isinstance(model, PeftModel):
@@ -122,7 +135,12 @@ def load_head(head: nn.Module, file: Path) -> None:
         head.load_state_dict({"weight": tensors.get_tensor(HEAD_WEIGHT)})
 
 
-def _lora(settings: LoraSettings) -> LoraConfig:
+def lora_config(settings: LoraSettings, decoder: PreTrainedModel) -> LoraConfig:
+    """peft's config of the adapters for a decoder. Raises the errors of `adapted_layers`."""
+    layers: Any = decoder.layers
+    adapted = adapted_layers(settings, len(layers))
+    # peft's own layers_to_transform does not go with all-linear
+    outside = rf"(?!(.*\.)?layers\.({'|'.join(map(str, adapted))})\.).*" if len(adapted) < len(layers) else None
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,  # without it the head stays frozen
@@ -130,6 +148,7 @@ def _lora(settings: LoraSettings) -> LoraConfig:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        exclude_modules=outside,
         modules_to_save=[HEAD],
         use_dora=settings.dora,
     )

@@ -11,7 +11,7 @@ from arena.config import ModelSettings, Recipe
 from arena.model.backbone import base_config
 from arena.model.card import Card, resolve_dtype
 from arena.model.families import ARCHITECTURES
-from arena.model.memory.estimate import GIB, POLICIES, WIDTH, describe, fit, mix_policies, need, room, shape_of
+from arena.model.memory.estimate import GIB, POLICIES, describe, estimate_policies, fit, need, shape_of
 from arena.progress import console
 
 # memory as CUDA reports it, which is less than the nominal size
@@ -45,10 +45,8 @@ def _row(recipe: Recipe, config: Any, card: Card) -> list[str]:
     except ValueError:
         return [dtype, attention, "does not fit", "", "", ""]
     shape, least = shape_of(config), need(shape_of(config), recipe.model, budget, recipe.train.optimizer).total
-    saved = {policy: float(WIDTH[dtype] * budget * shape.saved_per_token(policy)) for policy in POLICIES}
-    fractions = {policy: shape.recompute_fraction(policy) for policy in POLICIES}
-    policies = mix_policies(saved, fractions, shape.layers, room(card) - least)
-    share = sum(fractions[policy] for policy in policies) / shape.layers
+    policies = estimate_policies(shape, recipe.model, budget, card, recipe.train.optimizer)
+    share = sum(map(shape.recompute_fraction, policies)) / shape.layers
     return [dtype, attention, f"{budget:,}", f"{least / GIB:.1f}", describe(policies), f"{share:.0%}"]
 
 

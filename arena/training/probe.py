@@ -13,23 +13,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import nn
 
 from arena.config import Recipe
 from arena.distributed import compute_in, is_out_of_memory
-from arena.model.backbone import backbone
+from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier, loss_sum
+from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import (
+    FROZEN,
     GIB,
-    POLICIES,
     USABLE_SHARE,
-    WIDTH,
     Shape,
+    allowed_policies,
     describe,
+    estimate_policies,
     mix_policies,
-    need,
+    room,
     shape_of,
 )
 from arena.model.memory.fused import set_policies
@@ -76,37 +77,27 @@ def choose_policies(classifier: PackedClassifier, loader: PackedLoader, recipe: 
     if recipe.model.checkpointing != "auto" or recipe.model.tune == "head":
         return None
     model, device = classifier.model, next(classifier.parameters()).device
-    layers = len(backbone(model).layers)
-    allowed = [each for each in POLICIES if each != "elementwise_and_mlp" or recipe.model.lora.dropout == 0]
     if device.type == "cpu":
-        plan = _estimated(shape_of(model.config), recipe, layers, allowed)
+        card, shape = card_of(device), shape_of(model.config)
+        policies = estimate_policies(shape, recipe.model, recipe.packing.budget, card, recipe.train.optimizer)
+        plan = RecomputePlan(policies, None, room(card))
     else:
-        plan = _measured(classifier, loader, recipe, layers, allowed)
+        plan = _measured(classifier, loader, recipe)
     set_policies(model, plan.policies)
     return plan
 
 
-def _estimated(shape: Shape, recipe: Recipe, layers: int, allowed: list[str]) -> RecomputePlan:
-    tokens, limit = recipe.packing.budget, USABLE_SHARE * psutil.virtual_memory().available
-    width = WIDTH[recipe.model.dtype]
-    wanted = need(shape, recipe.model, tokens, recipe.train.optimizer)
-    saved = {policy: float(width * tokens * shape.saved_per_token(policy)) for policy in allowed}
-    fractions = {policy: shape.recompute_fraction(policy) for policy in allowed}
-    free = limit - wanted.layer_inputs - wanted.working
-    return RecomputePlan(mix_policies(saved, fractions, layers, free), None, limit)
-
-
-def _measured(
-    classifier: PackedClassifier, loader: PackedLoader, recipe: Recipe, layers: int, allowed: list[str]
-) -> RecomputePlan:
+def _measured(classifier: PackedClassifier, loader: PackedLoader, recipe: Recipe) -> RecomputePlan:
     device = next(classifier.parameters()).device
     batch = fullest(loader, shape_of(classifier.model.config)).to(device)
     moments = STATE[recipe.train.optimizer] * sum(each.numel() for each in trainable(classifier.model).values())
     limit = USABLE_SHARE * _held_at_most(device) - moments
     shape = shape_of(classifier.model.config)
+    frozen = [FROZEN] * first_trained_layer(recipe.model, shape.layers)
+    layers = shape.layers - len(frozen)
 
     def peak(policies: list[str]) -> float | None:
-        set_policies(classifier.model, policies)
+        set_policies(classifier.model, frozen + policies)
         return _peak(classifier, batch, recipe.model.dtype)
 
     with _untouched(classifier, device):
@@ -114,14 +105,14 @@ def _measured(
         for parameter in trainable(classifier.model).values():  # as from a step's second micro-batch on
             parameter.grad = torch.zeros_like(parameter)
         peak(["full"] * layers)  # compiles and tunes kernels, which takes memory once
-        fractions = {policy: shape.recompute_fraction(policy) for policy in reversed(allowed)}
+        fractions = {policy: shape.recompute_fraction(policy) for policy in reversed(allowed_policies(recipe.model))}
         policies, measured = search_policies(peak, fractions, layers, limit)
     if measured is None:
         raise ValueError(
             f"a micro-batch of {batch.tokens:,} tokens does not fit into {limit / GIB:.1f} GiB even with every layer "
             f"recomputed: lower packing.budget (now {recipe.packing.budget:,}) or prompt.max_length"
         )
-    return RecomputePlan(policies, measured + moments, limit + moments)
+    return RecomputePlan(frozen + policies, measured + moments, limit + moments)
 
 
 def search_policies(

@@ -22,6 +22,7 @@ from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest, check_ids, check_length
 from arena.model.card import card_of, with_dtype
 from arena.model.exactness import check_exact
+from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.model.tuning import adapt
 from arena.packing.plan import PackPlan
@@ -82,6 +83,7 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
     tokenizer = load_tokenizer(requested.model.base, requested.model.revision)
     config = base_config(requested.model)
     check_length(config, requested.prompt.max_length, requested.model.base)
+    first_trained_layer(requested.model, config.num_hidden_layers)  # reports a layer that the base lacks
     recipe = fit(with_dtype(requested, card), config, card)
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         check_exact(config, recipe.model, recipe.prompt.max_length)

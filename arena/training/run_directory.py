@@ -21,7 +21,8 @@ OUTSIDE_IDENTITY = {
     "data": ("cache", "path", "synthetic_rows", "max_row_characters", "max_turns"),
     "model": ("base", "checkpointing"),
 }
-
+# settings that did not always exist: with these values, runs from before them keep their identity
+LATER = {"task": "preference", "model.lora.first_layer": 0, "model.lora.layers": None}
 
 ALTERNATIVES = (
     'To keep both, give this run another name: name=mine (with make, ARGS="name=mine"). To set the unfinished run '
@@ -86,16 +87,21 @@ def changed_settings(saved: Path, recipe: Recipe) -> list[str]:
 
 
 def _identity_settings(tree: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings without those outside a run's identity, such as paths and how often to save.
-
-    The first task is left out, so that runs from before there were others keep their identity.
-    """
-    tree = {name: value for name, value in tree.items() if (name, value) != ("task", "preference")}
+    """A recipe's settings without those outside a run's identity, such as paths and how often to save."""
     return {
         group: {name: value for name, value in below.items() if name not in OUTSIDE_IDENTITY.get(group, ())}
         if isinstance(below, dict)
         else below
-        for group, below in tree.items()
+        for group, below in _without_later(tree).items()
+    }
+
+
+def _without_later(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """A tree of settings without those of `LATER` that have the value of earlier runs."""
+    return {
+        name: _without_later(value, f"{above}{name}.") if isinstance(value, dict) else value
+        for name, value in tree.items()
+        if (f"{above}{name}", value) not in LATER.items()
     }
 
 

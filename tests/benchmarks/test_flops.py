@@ -26,9 +26,10 @@ def test_gemma_2_9b_by_hand() -> None:
 
 def test_what_learns_decides_the_backward() -> None:
     assert [flops_a_token(10, "train", tune) for tune in ("head", "lora", "full")] == [20, 40, 60]
+    assert [flops_a_token(10, "train", tune, frozen=0.5) for tune in ("lora", "full")] == [30, 40]
     assert {flops_a_token(10, "infer", tune) for tune in ("head", "lora", "full")} == {20}
     shapes = linear_shapes(ARCHITECTURES["google/gemma-2-2b-it"])
-    assert flops_recomputed(shapes, "full", "head") == 0
+    assert flops_recomputed(shapes, "full", "head") == flops_recomputed(shapes, "frozen") == 0
 
 
 def test_the_ceiling_is_weighed_by_how_often_a_shape_is_there() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from arena.config import ModelSettings, load_recipe, recipe_names
+from arena.config import ModelSettings, recipe_names
 from arena.model.backbone import backbone, load_base, underlying
 from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier, loss_sum
@@ -21,7 +21,7 @@ from arena.model.tuning import adapt
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
 from benchmarks.random_base import create_base
-from tests.helpers import CONFIGS, exact, make_base, pack
+from tests.helpers import CONFIGS, exact, make_base, pack, recipe_on
 
 QUANTISED = {"nf4": bnb.nn.Linear4bit, "int8": bnb.nn.Linear8bitLt, "none": nn.Linear}
 FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method", "name_or_path", "training")
@@ -86,8 +86,7 @@ def loaded(settings: ModelSettings) -> PreTrainedModel:
 @pytest.mark.parametrize("make", [loaded, created])
 @pytest.mark.parametrize("name", recipe_names())
 def test_precision_in_every_recipe(gemma2: Path, name: str, make: Callable[[ModelSettings], PreTrainedModel]) -> None:
-    recipe = with_dtype(load_recipe(name, [f"model.base={gemma2}"]), card_of("cpu"))
-    settings = recipe.model
+    settings = with_dtype(recipe_on(gemma2, name), card_of("cpu")).model
     model = adapt(make(settings), settings)
     decoder, score = backbone(model), underlying(model).score
     assert decoder.embed_tokens.weight.dtype == decoder.norm.weight.dtype == getattr(torch, settings.dtype)

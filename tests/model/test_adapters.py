@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "narrow": {"lora": {"r": 2, "alpha": 3, "targets": ("q_proj", "down_proj")}},
     "dora": {"lora": {"r": 4, "dora": True}},
+    "upper": {"lora": {"r": 3, "first_layer": 1}},
     "head": {"tune": "head"},
     "other head": {"tune": "head"},
 }

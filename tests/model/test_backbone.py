@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from arena.config import ModelSettings, load_recipe, recipe_names
+from arena.config import ModelSettings, recipe_names
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier, loss_sum
@@ -24,13 +24,13 @@ from arena.model.tuning import load_trained, save_model
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
-from tests.helpers import classifier, exact, known_head, make_base, pack
+from tests.helpers import classifier, exact, known_head, make_base, pack, recipe_on
 
 LENGTHS = [20, 3, 11]
 
 
 def recipe_model(name: str, base: Path) -> ModelSettings:
-    return with_dtype(load_recipe(name, [f"model.base={base}"]), card_of("cpu")).model
+    return with_dtype(recipe_on(base, name), card_of("cpu")).model
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -44,9 +44,11 @@ def test_precision_of_every_recipe(name: str, gemma2: Path) -> None:
     assert all("score" in key or "lora_" in key for key in named)
     score = underlying(model).score
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in score.modules())
-    linear = backbone(model).layers[0].mlp.up_proj.base_layer
-    assert isinstance(linear, bnb.nn.Linear4bit)
-    assert linear.weight.quant_state.nested and linear.weight.quant_type == "nf4"
+    layers = backbone(model).layers
+    mlp = layers[0].mlp.up_proj
+    for linear in (layers[-1].self_attn.q_proj.base_layer, getattr(mlp, "base_layer", mlp)):
+        assert isinstance(linear, bnb.nn.Linear4bit)
+        assert linear.weight.quant_state.nested and linear.weight.quant_type == "nf4"
     frozen = backbone(model).embed_tokens.weight
     assert frozen.dtype == getattr(torch, settings.dtype) and not frozen.requires_grad
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from arena.config import LoraSettings
 from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
-from arena.model.tuning import _lora
+from arena.model.tuning import lora_config
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
 from arena.training.optimizer import trainable
@@ -31,7 +31,7 @@ def plain_model(base: Path, packed: PackedClassifier, lora: bool) -> nn.Module:
     """The untouched transformers classifier with eager attention and the packed model's weights."""
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, attn_implementation="eager")
     if lora:
-        model = get_peft_model(model, _lora(LoraSettings()))
+        model = get_peft_model(model, lora_config(LoraSettings(), backbone(model)))
     model.load_state_dict(packed.model.state_dict())
     return model
 

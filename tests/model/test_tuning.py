@@ -36,6 +36,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "lora": {},
     "nf4": {"quantization": "nf4"},
     "int8": {"quantization": "int8"},
+    "upper": {"lora": {"first_layer": 1}},
+    "two over nf4": {"lora": {"layers": (0, 2)}, "quantization": "nf4"},
     "dora": DORA,
     "dora over nf4": {**DORA, "quantization": "nf4"},
     "dora over int8": {**DORA, "quantization": "int8"},
@@ -96,7 +98,7 @@ def test_a_head_is_saved_alone(gemma2: Path, tmp_path: Path) -> None:
     assert (tmp_path / "head.safetensors").stat().st_size < 3 * 64 * 4 + 200
 
 
-@pytest.mark.parametrize("name", ["head", "head over nf4", "dora", "dora over nf4", "int8"])
+@pytest.mark.parametrize("name", ["head", "head over nf4", "dora", "dora over nf4", "int8", "two over nf4"])
 def test_exported_gives_the_same_logits(gemma2: Path, tmp_path: Path, name: str) -> None:
     """To 1e-4; 8-bit layers, which also round their inputs, to that rounding, and a base alone is far from both."""
     recipe = tiny_recipe(tmp_path, gemma2)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from arena.config import load_recipe
+from arena.model.memory.estimate import GIB
 from arena.reporting.memory import CARDS, HEADER, card_rows, known_config
 
 
@@ -21,6 +24,17 @@ def test_small_cards_degrade_by_rule() -> None:
     recomputed = [int(table[card][5].rstrip("%")) for card in ("24 GB", "40 GB", "80 GB", "141 GB")]
     assert recomputed == sorted(recomputed, reverse=True) and recomputed[0] > 90 and recomputed[-1] == 0
     assert float(table["80 GB"][3]) < 20
+
+
+def test_layers_below_the_first_with_adapters_are_frozen() -> None:
+    notebook, all_layers = (rows("gemma-2-9b-notebook", f"model.lora.first_layer={first}") for first in (16, 0))
+    assert all(row[4].startswith("16 frozen, ") for row in notebook.values())
+    assert notebook["80 GB"][4] == "16 frozen, 26 none"
+    # their input, and the state of adapters that are not there
+    saved = 16 * (2 * 3584 * 8192 + (4 + 4 + 2) * 16 * (3 * 3584 + 4096 + 2 * 2048))
+    assert float(all_layers["80 GB"][3]) - float(notebook["80 GB"][3]) == pytest.approx(saved / GIB, abs=0.11)
+    assert int(notebook["12 GB"][5].rstrip("%")) <= 100 * 26 // 42 < int(all_layers["12 GB"][5].rstrip("%"))
+    assert {row[4] for row in rows("gemma-2-9b", "model.tune=head").values()} == {"42 frozen"}
 
 
 def test_cards_that_are_too_small_are_marked() -> None:

@@ -86,6 +86,17 @@ def test_on_a_cpu_the_arithmetic_decides(tmp_path: Path, gemma2: Path) -> None:
     assert "3 none (estimated" in str(plan)
 
 
+def test_layers_below_the_first_with_adapters_are_left_out(
+    tmp_path: Path, gemma2: Path, made_up_gpu: dict[str, float]
+) -> None:
+    trainer = trainer_of(tmp_path, gemma2, "model.lora.first_layer=2")
+    assert trainer.recompute_plan is not None
+    assert trainer.recompute_plan.policies == policies_of(trainer) == ["frozen", "frozen", "none"]
+    assert "2 frozen, 1 none (estimated" in str(trainer.recompute_plan)
+    plan = probe._measured(trainer.classifier, trainer._loader(), trainer.recipe)
+    assert plan.policies[:2] == ["frozen", "frozen"] and plan.policies[2] in POLICIES
+
+
 def test_a_policy_that_the_recipe_names_is_used(tmp_path: Path, gemma2: Path) -> None:
     recipe = tiny_recipe(tmp_path, gemma2, "model.checkpointing=elementwise")
     data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(recipe.model.base))
@@ -117,7 +128,7 @@ def test_the_probe_leaves_no_trace(tmp_path: Path, gemma2: Path, made_up_gpu: di
     trainer = trainer_of(tmp_path, gemma2)
     before = {name: each.clone() for name, each in trainer.model.state_dict().items()}
     trainer.classifier.eval()
-    plan = probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))
+    plan = probe._measured(trainer.classifier, trainer._loader(), trainer.recipe)
     assert made_up_gpu["runs"] >= 4 and plan.peak is not None and set(plan.policies) <= set(POLICIES)
     assert "measured" in str(plan)
     assert not trainer.classifier.training
@@ -129,7 +140,7 @@ def test_a_card_that_is_too_small_is_refused(tmp_path: Path, gemma2: Path, made_
     trainer = trainer_of(tmp_path, gemma2)
     made_up_gpu["size"] = 50.0
     with pytest.raises(ValueError, match=r"lower packing\.budget \(now 512\)"):
-        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))
+        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe)
 
 
 def test_the_fullest_micro_batch_is_found(tmp_path: Path, gemma2: Path) -> None:
@@ -175,4 +186,4 @@ def test_a_kernel_that_cannot_run_is_no_lack_of_memory(
 
     monkeypatch.setattr(probe, "loss_sum", too_large)
     with pytest.raises(torch.OutOfMemoryError, match="Hardware limit"):
-        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe, 3, list(POLICIES))
+        probe._measured(trainer.classifier, trainer._loader(), trainer.recipe)

@@ -201,6 +201,13 @@ def test_a_base_that_mixes_rows_is_refused_before_preparing(gemma2: Path, tmp_pa
     run_fold(tiny_recipe(tmp_path, base, SHORT, "prompt.max_length=127"), 0, tmp_path / "runs")
 
 
+def test_a_layer_that_the_base_lacks_is_refused_before_preparing(gemma2: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, gemma2, "model.lora.first_layer=3")
+    with pytest.raises(ValueError, match=r"model\.lora\.first_layer names layer 3, but the base has 3 layers"):
+        run_fold(recipe, 0, tmp_path / "runs")
+    assert not list(Path(recipe.data.cache).glob("*"))
+
+
 def test_a_checkpoint_goes_with_its_base_and_its_place_is_not_saved(gemma2: Path, tmp_path: Path) -> None:
     """One of another base of the same shape is refused; a judge does not depend on where its run resumed."""
     run_fold(tiny_recipe(tmp_path, gemma2, SHORT), 0, tmp_path / "runs")

@@ -97,3 +97,20 @@ def test_the_first_task_has_the_identity_of_runs_from_before_there_were_tasks() 
     tree = recipe.model_dump(mode="json")
     before = fingerprint(_identity_settings({name: tree[name] for name in tree if name != "task"}))
     assert recipe_fingerprint(recipe) == before != recipe_fingerprint(load_recipe("demo", ["task=other"]))
+
+
+def test_settings_that_came_later_change_the_identity_only_where_they_are_used(tmp_path: Path) -> None:
+    recipe = load_recipe("demo")
+    tree = recipe.model_dump(mode="json")
+    del tree["task"], tree["model"]["lora"]["first_layer"], tree["model"]["lora"]["layers"]
+    groups = {
+        name: {key: each for key, each in tree[name].items() if key not in keys}
+        for name, keys in OUTSIDE_IDENTITY.items()
+    }
+    assert recipe_fingerprint(recipe) == fingerprint({**tree, **groups})
+    upper = load_recipe("demo", ["model.lora.first_layer=1"])
+    listed = load_recipe("demo", ["model.lora.layers=[1, 3]"])
+    assert len({recipe_fingerprint(each) for each in (recipe, upper, listed)}) == 3
+    ours = run_identity(recipe, "rows", "base")
+    (told,) = differences(unfinished(tmp_path / "fold0", upper), run_identity(upper, "rows", "base"), ours, recipe)
+    assert told == "model.lora.first_layer is 1 there, not set here"

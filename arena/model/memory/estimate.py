@@ -5,7 +5,7 @@ layer saves, in the compute dtype: its input and the input of the MLP's norm (2 
 MLP if norms follow them (2 H); queries, keys, values and the attention output (2 Q + 2 K); the inputs of the norms of
 queries and keys if there are any (Q + K); and the MLP's wide products (2 I). Policy `none` also saves the results of
 the norms (2 H) and of the activation (I). `elementwise_and_mlp` does not save the 2 I, and `full` saves the layer's
-input only.
+input only. That is with adapters on all products; layers below the first trained one save nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from arena.config import ModelSettings, Recipe
+import psutil
+
+from arena.config import LoraSettings, ModelSettings, Recipe
 from arena.model.card import Card
 from arena.model.families import family_of
+from arena.model.layers import adapted_layers, first_trained_layer
 
 GIB = 2**30
 RESERVED = 0.9 * GIB  # the driver's context and the workspace of matrix products
@@ -30,6 +33,7 @@ POLICIES = (
     "elementwise_and_mlp",
     "full",
 )  # each saves less than the one before, recomputes more
+FROZEN = "frozen"  # the policy of layers below the first trained one, which have no backward
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ class Shape:
     query_key_norms: bool
 
     @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """The inputs and outputs of one layer's products, by the names that most families give them."""
+        hidden, query, key = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = {"q_proj": (hidden, query), "k_proj": (hidden, key), "v_proj": (hidden, key)}
+        mlp = {"gate_proj": (hidden, self.intermediate), "up_proj": (hidden, self.intermediate)}
+        return {**attention, "o_proj": (query, hidden), **mlp, "down_proj": (self.intermediate, hidden)}
+
+    @property
     def attention_weights(self) -> int:
         """Weights of one layer's four attention products."""
         return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
@@ -61,13 +73,16 @@ class Shape:
         """Weights of all layers' products: the N of the 2 N operations that a token's forward takes."""
         return self.layers * (self.attention_weights + self.mlp_weights)
 
-    def lora_weights(self, r: int) -> int:
-        """Weights of adapters of rank r on all products."""
-        attention = 4 * self.hidden + 2 * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * r * (attention + 3 * (self.hidden + self.intermediate))
+    def lora_weights(self, lora: LoraSettings) -> int:
+        """Weights of the adapters; targets with names of another family count as all products."""
+        targets = () if isinstance(lora.targets, str) else lora.targets
+        names = {each.rpartition(".")[2] for each in targets} & self.products.keys() or self.products.keys()
+        return lora.r * len(adapted_layers(lora, self.layers)) * sum(sum(self.products[name]) for name in names)
 
     def saved_per_token(self, policy: str) -> int:
         """Numbers that a layer saves for the backward, for each token, under a policy."""
+        if policy == FROZEN:
+            return 0
         if policy == "full":
             return self.hidden
         streams = self.hidden * (4 if self.closing_norms else 2)
@@ -84,7 +99,8 @@ class Shape:
         forward's time at the bandwidth and matrix rate of current cards.
         """
         wide = 2 / 3 * self.mlp_weights / (self.attention_weights + self.mlp_weights)
-        return {"full": 1.0, "elementwise_and_mlp": 0.05 + 0.95 * wide, "elementwise": 0.05, "none": 0.0}[policy]
+        shares = {"full": 1.0, "elementwise_and_mlp": 0.05 + 0.95 * wide, "elementwise": 0.05, "none": 0.0, FROZEN: 0.0}
+        return shares[policy]
 
 
 def shape_of(config: Any) -> Shape:
@@ -95,7 +111,7 @@ def shape_of(config: Any) -> Shape:
         intermediate=config.intermediate_size,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
         closing_norms=family.closing_norms,
@@ -119,7 +135,7 @@ class Need:
 
 def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "adamw") -> Need:
     """The memory that training takes with full recomputation and micro-batches of `tokens` tokens."""
-    width = WIDTH["bfloat16" if settings.dtype == "auto" else settings.dtype]
+    width = _width(settings)
     embeddings = shape.vocabulary * shape.hidden
     state = 4 + 4 + (2 if optimizer == "adamw8bit" else 8)
     if settings.tune == "full":  # float32 weights and streams; autocast holds the products' weights once more
@@ -127,17 +143,20 @@ def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "a
     else:
         bytes_of = {"nf4": NF4, "int8": 1.0, "none": float(width)}[settings.quantization]
         weights = bytes_of * shape.linear_weights + width * embeddings
-        trained = float(state * shape.lora_weights(settings.lora.r)) if settings.tune == "lora" else 0.0
+        trained = float(state * shape.lora_weights(settings.lora)) if settings.tune == "lora" else 0.0
     # at most all of one layer's activations, gradients of its wide tensors and streams, and two dequantised weights
     per_token = shape.saved_per_token("none") + 4 * shape.intermediate + 4 * shape.hidden
     dequantised = 2 * width * shape.hidden * shape.intermediate
     stream = 4 if settings.tune == "full" else width
-    layer_inputs = 0 if settings.tune == "head" else stream * shape.layers * shape.saved_per_token("full") * tokens
+    with_backward = shape.layers - first_trained_layer(settings, shape.layers)
+    layer_inputs = stream * with_backward * shape.saved_per_token("full") * tokens
     return Need(weights, trained, layer_inputs, width * per_token * tokens + dequantised)
 
 
 def room(card: Card) -> float:
-    """Bytes of a card's memory that a run may use."""
+    """Bytes of a card's memory that a run may use; of a CPU's, which other processes share, what is available now."""
+    if card.kind == "cpu":
+        return float(USABLE_SHARE * psutil.virtual_memory().available)
     return (card.memory - RESERVED) * USABLE_SHARE
 
 
@@ -166,6 +185,31 @@ def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
     return recipe.model_copy(update={"packing": recipe.packing.model_copy(update={"budget": budget})})
 
 
+def estimate_policies(
+    shape: Shape, settings: ModelSettings, tokens: int, card: Card, optimizer: str = "adamw"
+) -> list[str]:
+    """A policy for each layer that recomputes as little as the estimated memory of a card allows.
+
+    On a CPU, the weights are taken to be loaded already. If nothing fits, every layer is recomputed.
+    """
+    needed, width, allowed = need(shape, settings, tokens, optimizer), _width(settings), allowed_policies(settings)
+    fixed = needed.layer_inputs + needed.working if card.kind == "cpu" else needed.total
+    saved = {policy: float(width * tokens * shape.saved_per_token(policy)) for policy in allowed}
+    fractions = {policy: shape.recompute_fraction(policy) for policy in allowed}
+    frozen = first_trained_layer(settings, shape.layers)
+    return [FROZEN] * frozen + mix_policies(saved, fractions, shape.layers - frozen, room(card) - fixed)
+
+
+def allowed_policies(settings: ModelSettings) -> list[str]:
+    """The policies among which to choose: with dropout not the one that recomputes products, as these keep theirs."""
+    return [each for each in POLICIES if each != "elementwise_and_mlp" or settings.lora.dropout == 0]
+
+
+def _width(settings: ModelSettings) -> int:
+    """Bytes of a number in the compute dtype."""
+    return WIDTH["bfloat16" if settings.dtype == "auto" else settings.dtype]
+
+
 def mix_policies(saved: Mapping[str, float], recompute: Mapping[str, float], layers: int, free: float) -> list[str]:
     """A policy for each of several equal layers that recomputes as little as `free` bytes allow.
 
@@ -192,6 +236,6 @@ def mix_policies(saved: Mapping[str, float], recompute: Mapping[str, float], lay
 
 
 def describe(policies: list[str]) -> str:
-    """How many layers have each policy, such as `36 elementwise, 6 elementwise_and_mlp`."""
-    counts = {policy: policies.count(policy) for policy in POLICIES if policy in policies}
+    """How many layers have each policy, such as `16 frozen, 20 elementwise, 6 elementwise_and_mlp`."""
+    counts = {policy: policies.count(policy) for policy in (FROZEN, *POLICIES) if policy in policies}
     return ", ".join(f"{count} {policy}" for policy, count in counts.items())

@@ -24,7 +24,7 @@ from arena.model.backbone import backbone, underlying
 from arena.model.families import family_of
 from arena.model.last_layer import MARK
 from arena.model.lora import fuse_lora
-from arena.model.memory.estimate import POLICIES
+from arena.model.memory.estimate import FROZEN, POLICIES
 from arena.model.memory.kernels import gated, rms_norm, rotary
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 
@@ -77,12 +77,17 @@ def set_policies(model: PreTrainedModel, policies: Sequence[str]) -> None:
     `none` saves everything. `elementwise` recomputes norms, the MLP's activation and gathered keys, which takes no
     matrix product. `elementwise_and_mlp` also recomputes the two wide products of the MLP, and `full` the whole layer
     from its input. A last layer that is computed for last tokens only saves little and is never recomputed as a whole.
+    Layers below the first one with trained weights have no backward, and get `FROZEN`.
     """
     layers = backbone(model).layers
     assert len(policies) == len(layers), f"{len(policies)} policies for {len(layers)} layers"
     underlying(model).gradient_checkpointing_enable({"use_reentrant": False})
+    underlying(model).disable_input_require_grads()  # only reentrant checkpointing needs a gradient of the embeddings
+    has_backward = False
     for layer, policy in zip(layers, policies, strict=True):
-        assert policy in POLICIES, policy
+        has_backward = has_backward or any(each.requires_grad for each in layer.parameters())
+        policy = policy if has_backward else FROZEN
+        assert policy in POLICIES or not has_backward, policy
         if policy == "full" and getattr(layer, MARK, False):
             policy = "elementwise"
         layer.gradient_checkpointing = policy == "full"

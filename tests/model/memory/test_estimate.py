@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from arena.config import load_recipe
+from arena.config import LoraSettings, load_recipe
 from arena.model.backbone import backbone
 from arena.model.card import Card
 from arena.model.families import ARCHITECTURES
-from arena.model.memory.estimate import GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
+from arena.model.memory.estimate import FROZEN, GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
 from arena.model.memory.fused import PARTS, set_policies
 from arena.model.memory.recompute import _SavedTensor, _Scope
 from tests.helpers import classifier, exact, make_base, pack
@@ -30,7 +30,7 @@ def test_gemma_2_9b_by_hand() -> None:
     shape = shape_of(NINE)
     per_layer = 3584 * (4096 + 2048 + 2048 + 4096) + 3 * 3584 * 14336
     assert shape.linear_weights == 42 * per_layer == 8_323_596_288
-    assert shape.lora_weights(16) == 54_018_048
+    assert shape.lora_weights(LoraSettings(r=16)) == 54_018_048
     assert shape.saved_per_token("none") == 6 * 3584 + 2 * 4096 + 2 * 2048 + 3 * 14336
     assert shape.saved_per_token("elementwise") - shape.saved_per_token("elementwise_and_mlp") == 2 * 14336
     found = need(shape, load_recipe("gemma-2-9b").model, 16384)
@@ -40,9 +40,19 @@ def test_gemma_2_9b_by_hand() -> None:
     assert found.total < 20 * GIB
 
 
-def kept_by_a_layer(base: Path, policy: str, monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> int:
+def test_the_adapters_of_the_public_notebook_by_hand() -> None:
+    """On q, k and v of layers 16 to 41; with the head it prints 7,891,456 trainable parameters."""
+    lora = load_recipe("gemma-2-9b-notebook").model.lora
+    assert shape_of(NINE).lora_weights(lora) == 26 * 16 * (3 * 3584 + 4096 + 2 * 2048) == 7_891_456 - 3 * 3584
+    unknown = lora.model_copy(update={"targets": ("query_key_value",)})
+    assert shape_of(NINE).lora_weights(unknown) == 54_018_048 * 26 // 42
+
+
+def kept_by_a_layer(
+    base: Path, policy: str, monkeypatch: pytest.MonkeyPatch, lengths: list[int], first_layer: int = 0
+) -> int:
     """Bytes that autograd holds of the middle layer's forward, each memory once, parameters and positions aside."""
-    model = classifier(exact(base, fuse=PARTS, lora={"r": 1})).train()
+    model = classifier(exact(base, fuse=PARTS, lora={"r": 1, "first_layer": first_layer})).train()
     layer: Any = backbone(model.model).layers[1]
     set_policies(model.model, ["full", policy, "none"])
     found: dict[int, int] = {}
@@ -87,6 +97,13 @@ def test_layers_save_what_the_estimate_says(family: str, tmp_path: Path, monkeyp
             bytes_ = kept_by_a_layer(base, policy, patch, lengths)
         shape = shape_of(classifier(exact(base)).model.config)
         assert bytes_ / (4 * sum(lengths)) == shape.saved_per_token(policy), policy
+
+
+@pytest.mark.parametrize("policy", ["none", "elementwise", "elementwise_and_mlp"])
+def test_a_frozen_layer_saves_nothing(policy: str, gemma2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shape_of(NINE).saved_per_token(FROZEN) == 0
+    kept = [kept_by_a_layer(gemma2, policy, monkeypatch, [150, 90, 60], first) for first in (2, 1, 0)]
+    assert kept[0] == 0 < kept[1] <= kept[2]  # the first with adapters needs no gradient of its input
 
 
 def test_more_memory_means_less_recomputed() -> None:
