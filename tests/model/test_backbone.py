@@ -45,8 +45,9 @@ def test_precision_of_every_recipe(name: str, gemma2: Path) -> None:
     score = underlying(model).score
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in score.modules())
     linear = backbone(model).layers[0].mlp.up_proj.base_layer
-    assert isinstance(linear, bnb.nn.Linear4bit)
-    assert linear.weight.quant_state.nested and linear.weight.quant_type == "nf4"
+    assert isinstance(linear, bnb.nn.Linear4bit) == (name != "gemma-3-270m")
+    if name != "gemma-3-270m":  # its base was rounded to 4 bits before
+        assert linear.weight.quant_state.nested and linear.weight.quant_type == "nf4"
     frozen = backbone(model).embed_tokens.weight
     assert frozen.dtype == getattr(torch, settings.dtype) and not frozen.requires_grad
 
