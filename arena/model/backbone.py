@@ -24,7 +24,7 @@ from transformers import (
 from arena.config import ModelSettings
 from arena.model.attention.backends import Choice, choose_backend
 from arena.model.attention.varlen import NAME
-from arena.model.base_files import base_folder, base_load_errors, base_path
+from arena.model.base_files import base_folder, base_load_errors, base_path, config_place
 from arena.model.card import card_of
 from arena.model.families import family_of, unknown_family_note
 from arena.model.last_layer import only_last_tokens
@@ -50,8 +50,9 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
     Raises:
         ValueError: it cannot be loaded; the message says how to get it.
     """
+    place = config_place(base)
     with base_load_errors(base):
-        return AutoTokenizer.from_pretrained(base_path(base), revision=revision, **SAFE)
+        return AutoTokenizer.from_pretrained(place, revision=revision, **SAFE)
 
 
 def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool = False) -> PreTrainedModel:
@@ -67,7 +68,7 @@ def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool
         ValueError: the base is missing or gated, is stored with another quantisation than the settings ask for, or is
             not a decoder with replaceable attention; the message says what to do.
     """
-    folder = base_folder(settings.base, settings.revision)
+    folder = base_folder(settings.base, settings.revision, settings.dtype)
     config = base_config(settings, folder)
     if announce and (dropout := getattr(config, "attention_dropout", None)):
         console.print(
@@ -103,8 +104,8 @@ def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
     Args:
         folder: the folder of the base, if known; the hub is then not contacted.
     """
+    place = folder or config_place(settings.base)
     with base_load_errors(settings.base):
-        place = folder or base_path(settings.base)
         config = AutoConfig.from_pretrained(place, revision=settings.revision, **SAFE)
     check_stored(config, settings)
     return config

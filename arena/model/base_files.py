@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from huggingface_hub import constants, snapshot_download
 from arena.command_line import command
 from arena.config import RECIPES
 from arena.data.tokens import TokenStore
+from arena.model.gguf_base import gguf_digest, is_gguf, tokenizer_folder, weights_folder
 from arena.model.safety import INDEX, WEIGHTS, check_base, weight_files
-from arena.storage.files import file_digest, fingerprint
+from arena.storage.files import fingerprint, remembered_digest
 
 CONFIG = "config.json"
 DEMO_BASE = "demo_base"
@@ -29,15 +29,26 @@ def base_path(base: str) -> str:
     return str(RECIPES / DEMO_BASE) if base == DEMO_BASE else base
 
 
-def base_folder(base: str, revision: str | None = None) -> Path:
-    """The folder with a base's config and weights, which are downloaded from the hub unless they are cached.
+def config_place(base: str) -> str:
+    """The folder or hub name with a base's config and tokenizer. Raises `ValueError` as `base_folder`."""
+    return str(tokenizer_folder(base)) if is_gguf(base) else base_path(base)
+
+
+def base_folder(base: str, revision: str | None = None, dtype: str = "float32") -> Path:
+    """The folder with a base's config and weights.
+
+    They are downloaded from the hub, or made from a GGUF file, unless they are cached.
 
     Args:
         revision: a branch, tag or commit on the hub.
+        dtype: in which a GGUF file's weights are cached; a folder has a dtype of its own.
 
     Raises:
-        ValueError: it cannot be found, or its weights are not safetensors files; the message says what to do.
+        ValueError: it cannot be found, or its weights are neither safetensors nor a GGUF file that can be used; the
+            message says what to do.
     """
+    if is_gguf(base):
+        return weights_folder(base, dtype)
     place = Path(base_path(base))
     on_hub = not place.is_dir()
     if on_hub:
@@ -58,13 +69,16 @@ def _download(base: str, revision: str | None, names: list[str]) -> Path:
 def base_digest(base: str, revision: str | None = None) -> str:
     """Fingerprint of a base's config and of every byte of its weights, regardless of its place.
 
-    A folder downloaded from a hub has the same digest as the base on the hub. The tokenizer is not included, because a
+    A folder downloaded from a hub has the same digest as the base on the hub, and a GGUF file has one whatever its
+    weights are dequantised to. The tokenizer is not included, because a
     judge has its own. Files are read in parallel, and only once per process unless their size or modification time
     changes.
 
     Raises:
         ValueError: as `base_folder`, and if the base lacks a file.
     """
+    if is_gguf(base):
+        return gguf_digest(base)
     folder = base_folder(base, revision)
     config = folder / CONFIG
     files = weight_files(folder)
@@ -75,25 +89,17 @@ def base_digest(base: str, revision: str | None = None) -> str:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{config} is not JSON ({error}): fetch the base again") from None
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the global interpreter lock
-        return fingerprint(parsed, *pool.map(_digest, files))
-
-
-def _digest(path: Path) -> str:
-    state = path.stat()
-    return _remembered(path.resolve(), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=1024)
-def _remembered(path: Path, size: int, mtime_ns: int) -> str:
-    return file_digest(path)
+        return fingerprint(parsed, *pool.map(remembered_digest, files))
 
 
 @contextmanager
 def base_load_errors(base: str) -> Iterator[None]:
     """Turns the various errors of a missing or gated base into one message that says how to get it."""
-    if base.count("/") != 1 and base != DEMO_BASE and not Path(base).is_dir():
+    local = base == DEMO_BASE or is_gguf(base) or Path(base).is_dir()
+    if base.count("/") != 1 and not local:
         raise ValueError(
-            f"model.base: there is no folder {base}; give a folder or a hub name such as google/gemma-2-9b-it"
+            f"model.base: there is no folder {base}; give a folder, a GGUF file, or a hub name such as "
+            "google/gemma-2-9b-it"
         )
     try:
         yield
@@ -106,7 +112,7 @@ def base_load_errors(base: str) -> Iterator[None]:
                 f"model.base: {base!r} needs code of its own, which is never run: use a base of a family that "
                 "transformers supports itself"
             ) from error
-        if Path(base_path(base)).is_dir():
+        if local:
             raise ValueError(
                 f"model.base: {base!r} could not be loaded ({reason}): config.json, tokenizer.json and *.safetensors "
                 "must belong to one model; fetch them again"

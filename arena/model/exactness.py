@@ -9,7 +9,6 @@ random weights: packed, with shared beginnings, alone, and one row at a time thr
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +37,7 @@ from arena.model.miniature import BEYOND, FIRST_TOKEN, LONGEST, ORIGINAL, WINDOW
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
-from arena.storage.files import fingerprint, write_json
+from arena.storage.files import fingerprint, user_cache, write_json
 
 FIXED_ROPE = {"default", "linear", "yarn", "llama3"}  # rotary embeddings that do not depend on the length of a row
 TOLERANCE = 1e-5  # relative to the largest logit, in float32
@@ -77,7 +76,7 @@ def check_exact(
     longest = longest_row(config, max_length)
     described = config.to_dict(), settings.model_dump(mode="json", exclude={"base", "revision"}), longest
     versions = transformers.__version__, torch.__version__, _code()
-    note = (cache or _user_cache()) / f"exact-{fingerprint(*described, *versions)}.json"
+    note = (cache or user_cache()) / f"exact-{fingerprint(*described, *versions)}.json"
     if note.is_file():
         return
     if why := why_not_exact(config, settings, longest):
@@ -233,11 +232,6 @@ def _in_pairs(batch: PackedBatch) -> PackedBatch:
         segment=segment,
         positions=ends[1:].long() - 1,
     )
-
-
-def _user_cache() -> Path:
-    """This package's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "arena"
 
 
 @cached

@@ -74,7 +74,9 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({HEAD_WEIGHT: trained[HEAD_WEIGHT].detach().contiguous()}, folder / HEAD_FILE)
         return
-    model.save_pretrained(str(folder))
+    # peft would look for the base's config, perhaps on the hub, to see if its vocabulary was changed: it never is
+    options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
+    model.save_pretrained(str(folder), **options)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 

@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,19 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def remembered_digest(path: Path) -> str:
+    """`file_digest`, computed once per process unless the file's size or modification time changes."""
+    state = path.stat()
+    return _digest_of(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _digest_of(path: Path, size: int, mtime_ns: int) -> str:
+    return file_digest(path)
+
+
+def user_cache() -> Path:
+    """This package's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "arena"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def damage(folder: Path) -> str | None:
-    """How a folder differs from its manifest; None if all of its files, and no others, are there and unchanged."""
+def damage(folder: Path, digest: Callable[[Path], str] = file_digest) -> str | None:
+    """How a folder differs from its manifest; None if all of its files, and no others, are there and unchanged.
+
+    Args:
+        digest: the SHA-256 of a file; `remembered_digest` reads it once per process.
+    """
     try:
         files = read_manifest(folder)["files"]
         present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {NAME}
@@ -70,7 +75,7 @@ def damage(folder: Path) -> str | None:
             path = folder / name
             if path.stat().st_size != facts["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes, not {facts['bytes']:,}"
-            if file_digest(path) != facts["sha256"]:
+            if digest(path) != facts["sha256"]:
                 return f"{name} is damaged: its SHA-256 differs"
     except (OSError, ValueError) as error:
         return str(error)

@@ -44,11 +44,11 @@ def test_precision_of_every_recipe(name: str, gemma2: Path) -> None:
     assert all("score" in key or "lora_" in key for key in named)
     score = underlying(model).score
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in score.modules())
-    layers = backbone(model).layers
+    layers, quantised = backbone(model).layers, name != "gemma-3-270m"  # whose base was rounded to 4 bits before
     mlp = layers[0].mlp.up_proj
     for linear in (layers[-1].self_attn.q_proj.base_layer, getattr(mlp, "base_layer", mlp)):
-        assert isinstance(linear, bnb.nn.Linear4bit)
-        assert linear.weight.quant_state.nested and linear.weight.quant_type == "nf4"
+        assert isinstance(linear, bnb.nn.Linear4bit) == quantised
+        assert not quantised or (linear.weight.quant_state.nested and linear.weight.quant_type == "nf4")
     frozen = backbone(model).embed_tokens.weight
     assert frozen.dtype == getattr(torch, settings.dtype) and not frozen.requires_grad
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arena.model import base_files
 from arena.model.backbone import load_base
 from arena.model.base_files import base_digest, base_folder
 from arena.model.safety import INDEX, WEIGHTS
+from arena.storage import files
 from arena.tasks.preference import CLASSES
 from tests.helpers import exact
 
@@ -94,8 +94,8 @@ def test_it_depends_on_every_shard(base: Path) -> None:
 
 def test_a_file_is_read_once_until_it_changes(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    real = base_files.file_digest
-    monkeypatch.setattr(base_files, "file_digest", lambda path: read.append(path) or real(path))
+    real = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: read.append(path) or real(path))
     first = base_digest(str(base))
     assert base_digest(str(base)) == first and len(read) == 1
     os.utime(base / WEIGHTS, ns=(1, 1))

@@ -44,6 +44,15 @@ def test_the_process_that_holds_it_is_named_and_one_that_was_killed_holds_nothin
     assert list(target.parent.iterdir()) == []
 
 
+def test_waiting_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
+    with holder(tmp_path / "x") as process:
+        threading.Timer(0.5, process.kill).start()
+        with pytest.raises(ValueError, match="is using"), locked(tmp_path / "x"):  # control: it is held
+            pass
+        with locked(tmp_path / "x", wait=True):
+            assert process.wait() != 0
+
+
 def test_folders_made_for_it_go_with_it_unless_something_was_put_there(tmp_path: Path) -> None:
     with locked(tmp_path / "runs" / "demo" / "fold0"):
         assert (tmp_path / "runs" / "demo").is_dir()
