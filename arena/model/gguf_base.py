@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arena.command_line import command
@@ -30,6 +31,7 @@ from arena.storage.manifest import NAME as MANIFEST
 from arena.storage.manifest import damage, write_manifest
 
 FORMAT = 1  # increase it when the folders' content changes
+OLDEST = "5.18"  # of transformers: those before merge the pieces of Gemma's tokenizers in another order
 SUFFIX = ".gguf"
 SPLIT = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -129,6 +131,11 @@ def _write_weights(file: Path, described: Path, dtype: str, draft: Path) -> None
 
 def _checked(file: Path) -> Any:
     """gguf's reader of a file that is whole, by what its header says. Raises as `tokenizer_folder`."""
+    if Version(transformers.__version__) < Version(OLDEST):
+        raise ValueError(
+            f"model.base: transformers {transformers.__version__} makes wrong tokenizers of GGUF files such as {file}: "
+            f"run `{command('pip', 'install', f'transformers>={OLDEST}')}`"
+        )
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError:

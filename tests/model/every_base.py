@@ -60,7 +60,7 @@ Refused, with the reason:
 is exact here. On the first call it is turned into a folder in the recipe's dtype, with its tokenizer, in the user's
 cache (`$XDG_CACHE_HOME/arena/gguf`, or `~/.cache/arena/gguf`); later calls verify that folder by SHA-256 and use it.
 The weights are those that transformers dequantises; `model.quantization` quantises them again as it does other bases. A
-judge recognises its base by the content of the file. It needs the package `gguf`:
+judge recognises its base by the content of the file. It needs transformers 5.18 or newer, and the package `gguf`:
 
 ```sh
 .venv/bin/pip install --constraint constraints.txt 'arena-judge[gguf]'

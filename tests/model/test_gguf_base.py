@@ -16,6 +16,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +33,9 @@ from arena.tasks.preference import CLASSES
 from tests.gguf_files import QUANTISED, Tensors, write_gguf
 from tests.helpers import classifier, exact, make_base, pack, tiny_recipe
 
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version(gguf_base.OLDEST), reason="this transformers is refused"
+)
 TEXT = "hello world, which is  not\n\nvery clear é"
 
 
@@ -235,6 +240,12 @@ def test_a_changed_header_gives_a_model_or_a_message(at: int, file: Path) -> Non
         return
     assert len(model.model.layers) == len({tensor.name.split(".")[1] for tensor in gguf.GGUFReader(file).tensors if
                                            tensor.name.startswith("blk.")})  # fmt: skip
+
+
+def test_a_transformers_that_makes_wrong_tokenizers_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(ValueError, match=r"transformers 5\.17\.0 makes wrong tokenizers .*'transformers>=5\.18'`"):
+        tokenizer_folder(str(file))
 
 
 def test_without_the_package_the_command_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
