@@ -14,11 +14,13 @@ from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
 from benchmarks.small import Small
 from benchmarks.technique_report import Techniques
+from benchmarks.votes import Votes
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "small": Small,
     "gpu": Gpu,
     "techniques": Techniques,
+    "votes": Votes,
     "collect": Collect,
     "demo-base": DemoBase,
 }
