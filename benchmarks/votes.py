@@ -1,4 +1,4 @@
-"""Judges of people's votes on a small pre-trained base, beside simple references: `python -m benchmarks votes FILE ...`.
+"""Judges of people's votes on a small pre-trained base, beside references: `python -m benchmarks votes FILE ...`.
 
 Each file is a set of votes. Settings were chosen on fold 0; what is reported is fold 1. Every run is resumed where it
 was stopped, and a finished one is read.
