@@ -54,7 +54,13 @@ class Votes:
     settings: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...", help="Settings to change in all runs.")] = ()
 
     def run(self) -> list[Path]:
-        """Trains what is not trained yet, writes the three files and gives their paths."""
+        """Trains what is not trained yet, writes the three files and gives their paths.
+
+        Raises:
+            ValueError: no file is named, or one cannot be used.
+        """
+        if not self.files:
+            raise ValueError("name at least one file of labelled votes, such as data/votes.csv")
         local_path(self.out, "--out")
         base = load_recipe(self.recipe, self.settings)
         found = {}
