@@ -32,7 +32,8 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
 COLUMNS = {
     "votes": "{votes}", "rows trained": "{n_train:,}", "held out": "{n_eval:,}", "steps": "{steps}",
     "minutes": "{minutes:.0f}", "prior": "{prior_log_loss:.3f}", "baseline": "{baseline_log_loss:.3f}",
-    "judge": "{log_loss:.3f}", "interval": "{low:.3f} to {high:.3f}", "both blended": "{blend_log_loss:.3f}",
+    "judge": "{log_loss:.3f}", "interval": "{low:.3f} to {high:.3f}",
+    "recalibrated": "{recalibrated_log_loss:.3f}", "both blended": "{blend_log_loss:.3f}",
     "accuracy": "{accuracy:.3f}", "flips": "{flip_rate:.3f}",
 }  # fmt: skip
 LINES = {

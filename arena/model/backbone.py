@@ -68,6 +68,7 @@ def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool
         ValueError: the base is missing or gated, is stored with another quantisation than the settings ask for, or is
             not a decoder with replaceable attention; the message says what to do.
     """
+    options = loader_options(settings)
     folder = base_folder(settings.base, settings.revision, settings.dtype)
     config = base_config(settings, folder)
     if announce and (dropout := getattr(config, "attention_dropout", None)):
@@ -78,7 +79,7 @@ def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool
         console.print(note)
     as_classifier(config, classes)
     keep_head(config, HEAD)
-    options, stored = loader_options(settings), stored_quantization(config) is not None
+    stored = stored_quantization(config) is not None
     if stored:
         del options["quantization_config"]  # the checkpoint's own config applies
     with base_load_errors(settings.base), loading_quietly():

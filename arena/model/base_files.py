@@ -48,6 +48,8 @@ def base_folder(base: str, revision: str | None = None, dtype: str = "float32") 
             message says what to do.
     """
     if is_gguf(base):
+        if revision is not None:
+            raise ValueError(f"model.revision={revision}, but {base} is a file and not on the hub: leave it out")
         return weights_folder(base, dtype)
     place = Path(base_path(base))
     on_hub = not place.is_dir()

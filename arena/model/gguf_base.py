@@ -66,9 +66,14 @@ def weights_folder(base: str, dtype: str) -> Path:
 
 
 def _file(base: str) -> Path:
+    if base in PACKAGED and Path(base).exists():
+        raise ValueError(
+            f"model.base={base} is a base from packages, and there is also {Path(base).resolve()}: write ./{base} for "
+            "what is there, or call from another folder"
+        )
     path = packaged_file(base) if base in PACKAGED else Path(base)
     if not path.is_file():
-        raise ValueError(f"model.base: there is no file {path}")
+        raise ValueError(f"model.base: there is no file {path}: give the path of a GGUF file, a folder or a hub name")
     return path
 
 
@@ -83,7 +88,7 @@ def _cached(file: Path, kind: str, write: Callable[[Path], None]) -> Path:
         if how is None:  # another process has written it meanwhile
             return folder
         again = f" again ({how})" if folder.exists() else ""
-        console.print(f"turning {file} into {folder}{again}: once, in a minute or more")
+        console.print(f"writing the {kind} of {file} into {folder}{again}, once")
         remove_scratch(home)
         with atomic_write(folder) as draft:
             draft.mkdir()
@@ -139,7 +144,7 @@ def _checked(file: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError:
-        hint = command("pip", "install", "arena-judge[gguf]")
+        hint = command("pip", "install", "gguf")
         raise ValueError(f"model.base: {file} needs the package gguf: run `{hint}`") from None
     with file.open("rb") as handle:
         if handle.read(4) != b"GGUF":

@@ -14,15 +14,14 @@ def adapted_layers(settings: LoraSettings, depth: int) -> list[int]:
     Raises:
         ValueError: the base has no such layer.
     """
-    key, named = "first_layer", [settings.first_layer]
-    if settings.layers is not None:
-        key, named = "layers", sorted(set(settings.layers))
-    if named[-1] >= depth:
+    chosen = sorted(set(settings.layers or ())) or range(settings.first_layer, max(depth, settings.first_layer + 1))
+    if chosen[-1] >= depth:
+        key = "layers" if settings.layers else "first_layer"
         raise ValueError(
-            f"model.lora.{key} names layer {named[-1]}, but the base has {depth} layers, 0 to {depth - 1}: name one of "
-            "these"
+            f"model.lora.{key} names layer {chosen[-1]}, but the base has {depth} layers, 0 to {depth - 1}: name "
+            "one of these"
         )
-    return named if settings.layers is not None else list(range(settings.first_layer, depth))
+    return list(chosen)
 
 
 def first_trained_layer(settings: ModelSettings, depth: int) -> int:

