@@ -12,12 +12,14 @@ from arena.stopping import MORE_TO_DO
 from benchmarks.collect import Collect
 from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
+from benchmarks.real_base import RealBase
 from benchmarks.small import Small
 from benchmarks.technique_report import Techniques
 from benchmarks.votes import Votes
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "small": Small,
+    "real-base": RealBase,
     "gpu": Gpu,
     "techniques": Techniques,
     "votes": Votes,

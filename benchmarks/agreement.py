@@ -68,12 +68,12 @@ def check_agreement(keys: str, workload: Workload, settings: Settings, device: t
 
         one = of({"one": ONE_BY_ONE}, precise, "none")["one"]
         exact = {key: differences(each, one) for key, each in of(variants, precise, "none").items()}
-        _refuse(exact, dict.fromkeys(one, EXACT), "unquantised, float32")
+        refuse(exact, dict.fromkeys(one, EXACT), "unquantised, float32")
         one = of({"one": ONE_BY_ONE}, precise, "nf4")["one"]
         found = of(with_c, settings, "nf4")
         quantised = {key: differences(each, one) for key, each in found.items()}
         limits = {name: max(EXACT, NOISE * value) for name, value in quantised["c"].items()}
-        _refuse(quantised, limits, f"4-bit weights, {settings.recipe.model.dtype}")
+        refuse(quantised, limits, f"4-bit weights, {settings.recipe.model.dtype}")
         judged = {"probabilities": probabilities(padded, _model(padded, settings, device), workload, settings, device)}
     before = {"probabilities": found["c"]["probabilities"]}
     return Agreement(exact, quantised, differences(judged, before)["probabilities"])
@@ -127,7 +127,7 @@ def differences(found: Numbers, expected: Numbers) -> dict[str, float]:
     return {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in found}
 
 
-def _refuse(found: Differences, limits: dict[str, float], where: str) -> None:
+def refuse(found: Differences, limits: dict[str, float], where: str) -> None:
     """Raises where a difference is over its limit, or no number."""
     wrong = [
         f"{key} ({VARIANTS[key][0]}): {name} differ by {value:.2e}, allowed {limits[name]:.2e}"

@@ -48,6 +48,18 @@ def measure_ceiling(
     }  # fmt: skip
 
 
+def product_speed(dtype: torch.dtype, device: torch.device) -> float:
+    """10**9 operations a second of one small product: enough to tell a dtype that the machine emulates from others."""
+    a, b = (torch.randn(256, 512, device=device).to(dtype) for _ in range(2))
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, b.t())
+        finish(device)
+        taken.append(time.perf_counter() - start)
+    return 2.0 * a.numel() * len(b) / min(taken) / 1e9
+
+
 def _sustained(layers: Sequence[Callable[[], Tensor]], seconds: float, device: torch.device) -> tuple[int, float]:
     """How often all layers ran in at least so many seconds, and in how many; the device always has work."""
     finish(device)

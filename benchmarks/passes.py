@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from arena.background import ahead
 from arena.distributed import compute_in
+from arena.model.classifier import PackedClassifier
+from arena.model.memory.reuse import reusing_memory
 from arena.packing.batch import collate
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation, plan_training
@@ -166,7 +169,7 @@ def train(classifier: nn.Module, work: Work, settings: Settings, count: int, dev
         optimizer.zero_grad(set_to_none=True)
 
     try:
-        yield from _timed(work.steps(count), step, device)
+        yield from _timed(work.steps(count), step, classifier, device)
     finally:
         model.zero_grad(set_to_none=True)  # after an error too: gradients would stay with the model
 
@@ -175,7 +178,7 @@ def infer(classifier: nn.Module, work: Work, settings: Settings, count: int, dev
     """Passes over the rows, as they are asked for."""
     classifier.eval()
     once = partial(judge, classifier, dtype=settings.recipe.model.dtype, device=device)
-    return _timed(work.steps(count), once, device)
+    return _timed(work.steps(count), once, classifier, device)
 
 
 @torch.inference_mode()
@@ -188,8 +191,11 @@ def judge(classifier: nn.Module, step: Step, dtype: str, device: torch.device) -
     return torch.cat(found).float().cpu()
 
 
-def _timed(steps: Iterable[Step], once: Callable[[Step], object], device: torch.device) -> Iterator[Taken]:
-    """Times steps whose data are made in the background, as in training."""
+def _timed(
+    steps: Iterable[Step], once: Callable[[Step], object], classifier: nn.Module, device: torch.device
+) -> Iterator[Taken]:
+    """Times steps whose data are made in the background, as in training; ours reuse memory, as training does."""
+    ours = isinstance(classifier, PackedClassifier)
     batches = ahead(steps)
     while True:
         finish(device)
@@ -198,6 +204,7 @@ def _timed(steps: Iterable[Step], once: Callable[[Step], object], device: torch.
         if batch is None:
             return
         waited = time.perf_counter() - start
-        once(batch)
-        finish(device)
+        with reusing_memory(device) if ours else nullcontext():
+            once(batch)
+            finish(device)
         yield Taken(time.perf_counter() - start, waited)

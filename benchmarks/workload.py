@@ -69,7 +69,12 @@ def make_workload(name: str, fields: np.ndarray, folder: Path, *, vocabulary: in
         for first, second in ((a, b), (b, a)):
             parts = zip(headings, (prompt, first, second), strict=True)
             examples.append(np.concatenate([instruction, *(part for pair in parts for part in pair), suffix]))
-    labels = rng.dirichlet([1.0, 1.0, 1.0], len(examples)).astype(np.float32)
+    return workload_of(name, examples, folder, rng)
+
+
+def workload_of(name: str, examples: list[np.ndarray], folder: Path, seed: int | np.random.Generator) -> Workload:
+    """Writes examples, both orders of each row in turn, to a file in `folder` and opens it; labels are random."""
+    labels = np.random.default_rng(seed).dirichlet([1.0, 1.0, 1.0], len(examples)).astype(np.float32)
     return Workload(name, _store(examples, folder / f"{name}.arrow"), labels)
 
 

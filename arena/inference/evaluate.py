@@ -19,6 +19,7 @@ from arena.data.tokens import TokenStore
 from arena.distributed import compute_in
 from arena.inference.logits import SECONDS, Logits, LogitsCache
 from arena.metrics import softmax
+from arena.model.memory.reuse import reusing_memory
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation
 from arena.packing.tree import Prefixes
@@ -115,7 +116,7 @@ class Evaluation:
         was_training = classifier.training
         classifier.eval()
         try:
-            with progress(title, len(self._examples), "examples", known) as advance:
+            with reusing_memory(device), progress(title, len(self._examples), "examples", known) as advance:
                 for index, micro_batch in zip(todo, ahead(map(loader.micro_batch, todo)), strict=True):
                     with compute_in(device, dtype):
                         collector.add(index, classifier(micro_batch.to(device)))

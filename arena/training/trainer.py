@@ -19,6 +19,7 @@ from arena.data.prepare import FoldData
 from arena.distributed import first_rank, sum_gradients, total
 from arena.model.backbone import attention_choice
 from arena.model.classifier import PackedClassifier
+from arena.model.memory.reuse import reusing_memory
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.packing.tree import Prefixes
@@ -113,7 +114,10 @@ class Trainer:
         """
         self.resume()
         self.classifier.train()
-        with progress("training", self.plan.n_steps, "steps", self.done.step) as advance:
+        with (
+            reusing_memory(self.device),
+            progress("training", self.plan.n_steps, "steps", self.done.step) as advance,
+        ):
             if self._evaluates() and self.done.step not in self.checkpoints.losses:  # stopped before or within it
                 self._save()  # in case the checkpoint it resumes from is in another folder
                 self._evaluate()

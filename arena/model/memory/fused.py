@@ -25,7 +25,8 @@ from arena.model.families import family_of
 from arena.model.last_layer import MARK
 from arena.model.lora import fuse_lora
 from arena.model.memory.estimate import FROZEN, POLICIES
-from arena.model.memory.kernels import gated, rms_norm, rotary
+from arena.model.memory.in_place import IN_PLACE, Kernels
+from arena.model.memory.kernels import COMPILED, gated, rms_norm, rotary
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -42,7 +43,7 @@ def install(decoder: nn.Module, fuse: Setting) -> None:
 
     Args:
         decoder: of any family of transformers; of a family that is not known, only LoRA is fused.
-        fuse: the parts to fuse; `auto`: LoRA, and on a GPU all parts; or `none`.
+        fuse: the parts to fuse; `auto`: all, which are compiled on a GPU only; or `none`.
     """
     fuse = () if fuse == "none" else fuse
     layers: Any = decoder.layers
@@ -94,18 +95,26 @@ def set_policies(model: PreTrainedModel, policies: Sequence[str]) -> None:
         setattr(layer, POLICY, policy)
 
 
-def _wanted(part: Part, fuse: Setting, x: Tensor) -> bool:
-    """Whether a part is fused; `auto` compiles for a GPU only, because on a CPU compiling small models does not pay."""
-    return x.is_cuda and cannot_compile() is None if fuse == "auto" else part in fuse
+def _kernels(part: Part, fuse: Setting, x: Tensor) -> Kernels | None:
+    """The kernels for a part; None: transformers' own code.
+
+    `auto` compiles for a GPU only, because on a CPU compiling small models does not pay.
+    """
+    if fuse != "auto":
+        return COMPILED if part in fuse else None
+    if not x.is_cuda:
+        return IN_PLACE if x.device.type == "cpu" and x.dtype != torch.float64 else None
+    return COMPILED if cannot_compile() is None else None
 
 
 def _norm(fuse: Setting, offset: float, module: Any, x: Tensor) -> Tensor:
-    if not _wanted("norm", fuse, x):
+    kernels = _kernels("norm", fuse, x)
+    if kernels is None:
         return torch.as_tensor(type(module).forward(module, x))
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     if x.ndim == 4 and not x.is_contiguous():  # heads before tokens, as in Gemma 3: in the order of memory, not copied
-        return rms_norm(x.transpose(1, 2), module.weight, eps, offset).transpose(1, 2)
-    return rms_norm(x, module.weight, eps, offset)
+        return rms_norm(x.transpose(1, 2), module.weight, eps, offset, kernels).transpose(1, 2)
+    return rms_norm(x, module.weight, eps, offset, kernels)
 
 
 def _mlp(fuse: Setting, module: Any, x: Tensor) -> Tensor:
@@ -116,9 +125,10 @@ def _mlp(fuse: Setting, module: Any, x: Tensor) -> Tensor:
 
 def _gated(fuse: Setting, activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     name = ACTIVATIONS.get(type(activation).__name__)
-    if name is None or not _wanted("mlp", fuse, gate):
+    kernels = None if name is None else _kernels("mlp", fuse, gate)
+    if name is None or kernels is None:
         return torch.as_tensor(activation(gate) * up)
-    return gated(gate, up, name)
+    return gated(gate, up, name, kernels)
 
 
 def _product(layer: Any, x: Tensor) -> Tensor:
@@ -147,6 +157,7 @@ def _replace_rotary(fuse: Setting, attention: Any) -> None:
 def _rotary(fuse: Setting, plain: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
     """(1, heads, T, head_dim) rotated by cos and sin (1, T, head_dim), by transformers' function if it is not fused."""
     fits = len(q) == 1 and cos.shape[-1] == q.shape[-1]
-    if not (fits and _wanted("rotary", fuse, q)):
+    kernels = _kernels("rotary", fuse, q)
+    if kernels is None or not fits:
         return plain(q, k, cos, sin)
-    return tuple(rotary(x[0].transpose(0, 1), cos[0], sin[0]).transpose(0, 1)[None] for x in (q, k))
+    return tuple(rotary(x[0].transpose(0, 1), cos[0], sin[0], kernels).transpose(0, 1)[None] for x in (q, k))

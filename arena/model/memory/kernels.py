@@ -2,12 +2,11 @@
 
 These are plain formulas that torch compiles (to Triton on a GPU, C++ on a CPU) into one loop each, instead of separate
 operations that each read and write the whole tensor. They compute in float32 and round once, when writing. For the
-backward they save only their inputs.
+backward they save only their inputs. Where nothing is compiled, `in_place.py` has the same for a CPU.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from arena.model.compiler import compiled, leave_rows_open
+from arena.model.memory.in_place import CUBIC, SQRT_2_PI, Kernels
 
 Compiled = Callable[..., Any]
 VARIANTS = 64  # of one function: for dtypes, widths, a single row, tensors of inference mode
@@ -82,36 +82,34 @@ def _norm_backward_weight(grad: Tensor, x: Tensor, eps: float) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.offset = eps, offset
-        out: Tensor = _norm(x, weight, eps, offset)
-        return out
+        ctx.eps, ctx.offset, ctx.kernels = eps, offset, kernels
+        return kernels.norm(x, weight, eps, offset)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_x = _norm_backward(grad, x, weight, ctx.eps, ctx.offset) if ctx.needs_input_grad[0] else None
-        grad_weight = _norm_backward_weight(grad, x, ctx.eps).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None, None
+        grad, kernels = grad.contiguous(), ctx.kernels
+        grad_x = kernels.norm_backward(grad, x, weight, ctx.eps, ctx.offset) if ctx.needs_input_grad[0] else None
+        of_weight = kernels.norm_backward_weight(grad, x, ctx.eps) if ctx.needs_input_grad[1] else None
+        return grad_x, None if of_weight is None else of_weight.to(weight.dtype), None, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, kernels: Kernels | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight), over the last dimension, in the dtype of x.
 
     Args:
         x: (..., width).
         weight: (width,).
         offset: 1 for Gemma, whose weights are added to one.
+        kernels: `COMPILED` or `IN_PLACE`.
     """
-    out: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, offset)
+    out: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps, offset, kernels or COMPILED)
     return out.view(x.shape)
 
 
 # --- gated activation (Shazeer, 2020, arXiv:2002.05202) ---
-
-SQRT_2_PI, CUBIC = math.sqrt(2 / math.pi), 0.044715  # of the tanh form of GELU (Hendrycks and Gimpel, arXiv:1606.08415)
 
 
 @_compiled
@@ -142,33 +140,29 @@ def _silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
     return (wide * up.float() * slope).to(gate.dtype), (wide * x * open_).to(up.dtype)
 
 
-GATES = {"gelu": (_gelu_gate, _gelu_gate_backward), "silu": (_silu_gate, _silu_gate_backward)}
-
-
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, name: str, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.name = name
-        out: Tensor = GATES[name][0](gate, up)
-        return out
+        forward, ctx.to_grads = kernels.gates[name]
+        return forward(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        grads = GATES[ctx.name][1](grad.contiguous(), gate, up)
-        return *grads, None
+        return *ctx.to_grads(grad.contiguous(), gate, up), None, None
 
 
-def gated(gate: Tensor, up: Tensor, name: str) -> Tensor:
+def gated(gate: Tensor, up: Tensor, name: str, kernels: Kernels | None = None) -> Tensor:
     """activation(gate) * up, in their dtype.
 
     Args:
         gate, up: (..., width).
-        name: one of `GATES`; `gelu` is the tanh form.
+        name: `gelu`, which is the tanh form, or `silu`.
+        kernels: `COMPILED` or `IN_PLACE`.
     """
     width = gate.shape[-1]
-    out: Tensor = _Gate.apply(gate.reshape(-1, width), up.reshape(-1, width), name)
+    out: Tensor = _Gate.apply(gate.reshape(-1, width), up.reshape(-1, width), name, kernels or COMPILED)
     return out.view(gate.shape)
 
 
@@ -186,23 +180,30 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        out: Tensor = _rotate(x, cos, sin, 1.0)
-        return out
+        ctx.kernels = kernels
+        return kernels.rotate(x, cos, sin, 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grad.contiguous(), cos, sin, -1.0), None, None
+        return ctx.kernels.rotate(grad.contiguous(), cos, sin, -1.0), None, None, None
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+COMPILED = Kernels(
+    _norm, _norm_backward, _norm_backward_weight,
+    {"gelu": (_gelu_gate, _gelu_gate_backward), "silu": (_silu_gate, _silu_gate_backward)}, _rotate,
+)  # fmt: skip
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, kernels: Kernels | None = None) -> Tensor:
     """Rotates each pair (x[i], x[i + head_dim / 2]) by its position's angle, and the gradient back by the same angle.
 
     Args:
         x: (T, heads, head_dim).
         cos, sin: (T, head_dim), of the angles; the second half repeats the first.
+        kernels: `COMPILED` or `IN_PLACE`.
     """
-    out: Tensor = _Rotary.apply(x, cos, sin)
+    out: Tensor = _Rotary.apply(x, cos, sin, kernels or COMPILED)
     return out

@@ -15,9 +15,10 @@ from torch._dynamo.utils import counters
 
 from arena.model.backbone import backbone, load_base
 from arena.model.classifier import PackedClassifier
-from arena.model.memory import kernels
+from arena.model.memory import in_place, kernels
 from arena.model.memory.fused import PARTS
-from arena.model.memory.kernels import gated, rms_norm, rotary
+from arena.model.memory.in_place import IN_PLACE, Kernels
+from arena.model.memory.kernels import COMPILED, gated, rms_norm, rotary
 from arena.tasks.preference import CLASSES
 from tests.helpers import CONFIGS, classifier, exact, make_base, pack
 from tests.model.test_classifier import logits_and_gradients, relative
@@ -40,19 +41,23 @@ def tables(tokens: int, width: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def parts(rows: int) -> dict[str, tuple[Formula, Formula, list[Tensor]]]:
+def parts(rows: int, kernels: Kernels = COMPILED) -> dict[str, tuple[Formula, Formula, list[Tensor]]]:
     """Name to ours, the plain formula, and inputs; those that take a gradient come first."""
     torch.manual_seed(rows)
     x, weight = torch.randn(rows, 48) * 3, torch.randn(48)
     gate, up = torch.randn(rows, 40) * 2, torch.randn(rows, 40)
     cos, sin = tables(rows, 16)
     return {
-        "gemma norm": (lambda a, b: rms_norm(a, b, 1e-6, 1.0), lambda a, b: plain_norm(a, b, 1.0), [x, weight]),
-        "norm": (lambda a, b: rms_norm(a, b, 1e-6), lambda a, b: plain_norm(a, b, 0.0), [x, weight]),
-        "gelu": (lambda a, b: gated(a, b, "gelu"), lambda a, b: F.gelu(a, approximate="tanh") * b, [gate, up]),
-        "silu": (lambda a, b: gated(a, b, "silu"), lambda a, b: F.silu(a) * b, [gate, up]),
-        "rotary": (lambda a: rotary(a, cos, sin), lambda a: plain_rotary(a, cos, sin), [torch.randn(rows, 3, 16)]),
-    }
+        "gemma norm": (
+            lambda a, b: rms_norm(a, b, 1e-6, 1.0, kernels), lambda a, b: plain_norm(a, b, 1.0), [x, weight]
+        ),
+        "norm": (lambda a, b: rms_norm(a, b, 1e-6, 0.0, kernels), lambda a, b: plain_norm(a, b, 0.0), [x, weight]),
+        "gelu": (lambda a, b: gated(a, b, "gelu", kernels), lambda a, b: F.gelu(a, approximate="tanh") * b, [gate, up]),
+        "silu": (lambda a, b: gated(a, b, "silu", kernels), lambda a, b: F.silu(a) * b, [gate, up]),
+        "rotary": (
+            lambda a: rotary(a, cos, sin, kernels), lambda a: plain_rotary(a, cos, sin), [torch.randn(rows, 3, 16)]
+        ),
+    }  # fmt: skip
 
 
 def value_and_gradients(function: Formula, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -62,10 +67,12 @@ def value_and_gradients(function: Formula, inputs: list[Tensor], dtype: torch.dt
     return [out.detach().float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)]
 
 
+@pytest.mark.parametrize("kernels", [COMPILED, IN_PLACE], ids=["compiled", "in place"])
 @pytest.mark.parametrize("name", parts(2))
-def test_formulas_and_their_gradients(name: str) -> None:
+def test_formulas_and_their_gradients(name: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_place, "CHUNK", 1000)  # so that there are several chunks, and the last has fewer rows
     for rows in (57, 130, 1):
-        ours, plain, inputs = parts(rows)[name]
+        ours, plain, inputs = parts(rows, kernels)[name]
         mine, right = (value_and_gradients(each, inputs, torch.float32) for each in (ours, plain))
         assert len(mine) == len(right)
         assert max(relative(a, b) for a, b in zip(mine, right, strict=True)) <= 1e-5
@@ -78,7 +85,7 @@ def test_formulas_and_their_gradients(name: str) -> None:
 
 def test_controls_fail() -> None:
     """Another offset, another activation and positions turned the other way are no rounding."""
-    every = parts(57)
+    every = parts(57, IN_PLACE)
     pairs = [("gemma norm", "norm"), ("gelu", "silu")]
     for one, other in pairs:
         inputs = every[one][2]
@@ -91,10 +98,11 @@ def test_controls_fail() -> None:
 def test_a_fused_decoder_gives_the_same_logits_and_gradients(tmp_path: Path, family: str) -> None:
     base, batch = make_base(tmp_path, family), pack(LENGTHS)
     results = []
-    for fuse in ("none", PARTS):
+    for fuse in ("none", PARTS, "auto"):
         model = classifier(exact(base, fuse=fuse)).train()
         results.append(logits_and_gradients(model.model, model(batch), batch))
-    assert max(relative(a, b) for a, b in zip(*results, strict=True)) <= 1e-5
+    for fused in results[1:]:
+        assert max(relative(a, b) for a, b in zip(fused, results[0], strict=True)) <= 1e-5
 
 
 @pytest.mark.parametrize("part", PARTS)
