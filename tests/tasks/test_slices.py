@@ -38,6 +38,8 @@ def test_turns_and_length_gap_at_their_edges() -> None:
         ("```\nx\n```", True), ("so:\n  def f(x):", True), ("#include <stdio.h>", True), ("<b>x</b>", True),
         ("SELECT a FROM b", True), ("from a import b", True), ("private int x;", True),
         ("Please select one from these.", False), ("I import goods from abroad", False), ("a class of its own", False),
+        ("public transport is great", False), ("import duties rose", False), ("static electricity", False),
+        ("import os.path as p", True), ("public static void main", True), ("\n" * 100_000, False),
         ("", False),
     ],
 )  # fmt: skip

@@ -107,6 +107,19 @@ def test_the_judge_is_saved_even_if_everything_after_it_fails(
     assert wandb.run.ended == 0
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_finished_run_is_mirrored_with_all_its_files(gemma2: Path, tmp_path: Path, every: int) -> None:
+    """Also without predictions of a last step that was not the best."""
+    recipe = tiny_recipe(tmp_path, gemma2, SHORT, f"train.mirror={tmp_path / 'away'}", f"train.evaluate_every={every}")
+    run_fold(recipe, 0, tmp_path / "runs")
+    folder = tmp_path / "runs/demo/fold0"
+    (away,) = (tmp_path / "away/demo/fold0").iterdir()
+    for name in ("metrics.json", "oof.csv", "recipe.yaml", "log.jsonl"):
+        assert (away / "files" / name).read_bytes() == (folder / name).read_bytes()
+    assert (away / "files/oof-last.csv").is_file() == (folder / "oof-last.csv").is_file()
+    assert "scores" in json.loads((away / "files/metrics.json").read_text())
+
+
 def test_the_result_stands_before_what_it_is_compared_with(
     gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
