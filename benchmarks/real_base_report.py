@@ -35,10 +35,11 @@ def as_markdown(result: dict[str, Any]) -> str:
         made_by(result["device"], result),
         f"Settings: {others}. NF4 with LoRA on all linear layers; nothing is recomputed in the backward; transformers "
         "attends with `sdpa`.",
-        "`seconds` is the least of all rounds, `to` the most, and `times` compares the least with ours. `tokens/s` "
-        "counts the examples' tokens, `computed` those the model was given. `products alone` are the seconds that the "
-        "products of the linear layers take for the computed tokens at the speed that this machine reaches with "
-        "nothing else to do, and `share` is their share of the time; attention, adapters and all else are the rest.",
+        "`seconds` is the least of all rounds (of ours the second pass in each, since a run reuses memory from its "
+        "second step on), `to` the most, and `times` compares the least with ours. `tokens/s` counts the examples' "
+        "tokens, `computed` those the model was given. `products alone` are the seconds that the products of the "
+        "linear layers take for the computed tokens at the speed that this machine reaches with nothing else to do, "
+        "and `share` is their share of the time; attention, adapters and all else are the rest.",
         f"A small product runs at {speeds['float32']:.0f} GFLOP/s in float32 and at {speeds['bfloat16']:.1f} in "
         f"bfloat16. Relative difference of probabilities and gradients from transformers one by one in float32, on the "
         f"same 4-bit weights: ours at most {ours:.1e}, padded batches {padded:.1e}.",
