@@ -68,6 +68,7 @@ class FoldData:
         by_order = np.stack([self.task.reorder(self.labels, order) for order in orders], axis=1)
         return by_order.reshape(len(self.store), -1).astype(np.float32)
 
+    @cached_property
     def held_out(self) -> Rows:
         """The held-out rows, in the order of `eval_rows`."""
         return replace(self.rows, table=self.rows.table.select(self.eval_rows))

@@ -72,9 +72,8 @@ def base_digest(base: str, revision: str | None = None) -> str:
     """Fingerprint of a base's config and of every byte of its weights, regardless of its place.
 
     A folder downloaded from a hub has the same digest as the base on the hub, and a GGUF file has one whatever its
-    weights are dequantised to. The tokenizer is not included, because a
-    judge has its own. Files are read in parallel, and only once per process unless their size or modification time
-    changes.
+    weights are dequantised to. The tokenizer is not included, because a judge has its own. Files are read in parallel,
+    and only once per process unless their size or modification time changes.
 
     Raises:
         ValueError: as `base_folder`, and if the base lacks a file.

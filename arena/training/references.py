@@ -32,7 +32,7 @@ def references(recipe: Recipe, data: FoldData, probabilities: np.ndarray) -> dic
     """
     found: dict[str, float | list[float] | None] = dict.fromkeys(REFERENCES)
     labels, rows = data.labels[data.eval_rows], data.rows
-    groups, baseline = data.held_out().groups(), None
+    groups, baseline = data.held_out.groups(), None
     with optional("fitting the plain baseline"):
         train_rows = data.train_rows[data.train_rows < len(rows)]  # without those of extra files
         baseline = data.task.baseline(rows.table, rows.labels, train_rows, data.eval_rows, recipe.seed)

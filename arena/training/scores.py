@@ -50,8 +50,7 @@ def score_tables(data: FoldData, best: Predictions, last: Predictions) -> dict[s
     `scores` has the metrics of the best checkpoint, which was chosen on the same rows, and `last_step_scores` those of
     the last one, which was not. `slices` has the log-loss and accuracy of the best one on each slice, with the prior's.
     """
-    held_out = data.held_out()
-    groups, slices = held_out.groups(), {**_token_slices(data), **data.task.slices(held_out.table)}
+    groups, slices = data.held_out.groups(), {**_token_slices(data), **data.task.slices(data.held_out.table)}
     of_best = estimate(_terms(data, best), groups)
     of_last = of_best if last is best else estimate(_terms(data, last), groups)
     return {

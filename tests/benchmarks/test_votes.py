@@ -26,7 +26,7 @@ def test_sets_are_trained_once_and_written_to_a_page(
     result, page = json.loads(paths[0].read_text()), paths[1].read_text()
     assert result["votes"]["hh_helpful"]["n_train"] == result["votes"]["mine"]["n_train"]
     assert result["votes"]["hh_helpful"]["steps"] < result["votes"]["mine"]["steps"]  # of a share of the rows
-    assert "- `hh_helpful`: `train.epochs=0.33`" in page and "- `mine`" not in page
+    assert "- `hh_helpful`: `train.epochs=0.24`" in page and "- `mine`" not in page
     for name, metrics in result["votes"].items():
         assert f"| {name} | {metrics['n_train']:,} |" in page
         assert f"| {metrics['last_step_scores']['log_loss']['value']:.3f} |" in page
