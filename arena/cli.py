@@ -15,9 +15,10 @@ from tyro.conf import Positional, arg
 
 from arena import __version__
 from arena.command_line import settings_first
-from arena.config import Recipe, load_recipe, recipe_names, run_place
+from arena.config import load_recipe, recipe_names, run_place
 from arena.overrides import judge_settings, refuse_both
 from arena.progress import console, escape_unprintable, guard_output, optional, quiet
+from arena.settings import Recipe
 from arena.stopping import Stopped, ending_at_once
 from arena.storage.files import local_path, require_utf8
 

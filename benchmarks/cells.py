@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from arena.config import LoraSettings, ModelSettings, Recipe
+from arena.settings import LoraSettings, ModelSettings, Recipe
 
 Fuse = Literal["auto", "none", "norm", "mlp", "rotary", "lora"]
 

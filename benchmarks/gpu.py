@@ -17,10 +17,11 @@ from typing import Annotated, Any
 import torch
 from tyro.conf import Positional, arg
 
-from arena.config import Recipe, load_recipe
+from arena.config import load_recipe
 from arena.distributed import device_name, fix_threads, let_segments_grow
 from arena.model.attention.trial import rule_out
 from arena.progress import console
+from arena.settings import Recipe
 from arena.stopping import MORE_TO_DO, ending_at_once
 from arena.storage.files import local_path, remove_scratch
 from benchmarks import STARTED, plan, techniques

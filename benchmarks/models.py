@@ -13,7 +13,6 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
-from arena.config import ModelSettings, Recipe
 from arena.model.attention.backends import choose_backend
 from arena.model.backbone import HEAD, attention_choice, backbone, load_base, underlying
 from arena.model.base_files import base_path
@@ -24,6 +23,7 @@ from arena.model.memory.fused import policies_of, set_policies
 from arena.model.safety import SAFE, SAFE_WEIGHTS
 from arena.model.tuning import adapt, lora_config
 from arena.packing.loader import PackedLoader
+from arena.settings import ModelSettings, Recipe
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
 from arena.training.probe import choose_policies

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from arena.config import ModelSettings
 from arena.model.backbone import HEAD, as_classifier, loader_options, take_over
 from arena.model.base_files import base_path
+from arena.settings import ModelSettings
 from arena.storage.files import fingerprint
 
 PIECE = 2**22  # normals drawn at once in float32, before they are rounded to the weights' dtype

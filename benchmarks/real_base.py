@@ -20,12 +20,13 @@ import pandas as pd
 import torch
 from tyro.conf import arg
 
-from arena.config import Recipe, change, load_recipe
+from arena.config import change, load_recipe
 from arena.data.prepare import read_files
 from arena.distributed import device_name, fix_threads
 from arena.model.backbone import load_tokenizer
 from arena.model.memory.reuse import reusing_memory
 from arena.progress import console, progress
+from arena.settings import Recipe
 from arena.storage.files import local_path
 from arena.tasks import task_of
 from benchmarks.agreement import EXACT, NOISE, ONE_BY_ONE, differences, numbers, refuse

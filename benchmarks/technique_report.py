@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from arena.config import Recipe, load_recipe
+from arena.config import load_recipe
 from arena.progress import console
+from arena.settings import Recipe
 from arena.storage.files import local_path, write_json, write_text
 from benchmarks.machine import made_by, provenance
 from benchmarks.parts import Result

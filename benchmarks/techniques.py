@@ -17,11 +17,12 @@ from typing import Literal
 
 import torch
 
-from arena.config import Recipe, change
+from arena.config import change
 from arena.data.prepare import prepare_fold
 from arena.demo.synthetic import ensure_demo
 from arena.model.backbone import load_tokenizer
 from arena.packing.tree import prefixes_for
+from arena.settings import Recipe
 from arena.storage.files import fingerprint, write_json
 from arena.tasks import task_of
 from arena.training.batches import plan_fold

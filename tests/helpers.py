@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from arena.config import ModelSettings, PromptSettings, Recipe, change, load_recipe
+from arena.config import change, load_recipe
 from arena.data.dataset import Rows
 from arena.data.prepare import FoldData
 from arena.model.backbone import load_base
@@ -35,6 +35,7 @@ from arena.model.classifier import PackedClassifier
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import prefixes_for
+from arena.settings import ModelSettings, PromptSettings, Recipe
 from arena.tasks import TASKS
 from arena.tasks.preference import CLASSES
 from arena.training.run_directory import run_identity
@@ -43,7 +44,7 @@ from arena.training.trainer import Trainer
 SHARED = Path(__file__).parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real data and tokenizer are not at {SHARED}")
 
-PREFERENCE = TASKS["preference"]
+PREFERENCE = TASKS["preference"]()
 WINDOW = 8
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 CONFIGS: dict[str, type[PretrainedConfig]] = {

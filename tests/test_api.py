@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import arena
-from arena.config import Recipe
 from arena.data.prepare import prepare_fold
 from arena.model.backbone import load_tokenizer
 from arena.packing.loader import PackedLoader
+from arena.settings import Recipe
 from arena.tasks import task_of
 from arena.training.batches import plan_fold
 from tests.helpers import tiny_recipe

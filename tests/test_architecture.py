@@ -21,6 +21,7 @@ ROOMS = [
     "stopping",
     "storage",
     "overrides",
+    "settings",
     "config",
     "metrics",
     "distributed",

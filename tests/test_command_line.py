@@ -18,9 +18,10 @@ import tyro
 
 from arena.cli import COMMANDS
 from arena.command_line import command
-from arena.config import RECIPES, Recipe, load_recipe
+from arena.config import load_recipe
 from arena.inference.find import find_models
 from arena.overrides import _group
+from arena.settings import RECIPES, Recipe
 from benchmarks.__main__ import COMMANDS as MEASURING
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from arena.config import Recipe, load_recipe
+from arena.config import load_recipe
 from arena.overrides import read_yaml, read_yaml_file
+from arena.settings import Recipe
 
 PIECES = [
     "a", "7", ":", "- ", "\n", "  ", "[", "]", "{", "}", ", ", "&a ", "*a", "!!int ", "!!python/name:os.system ",

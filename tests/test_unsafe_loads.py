@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from arena import cli
-from arena.config import ModelSettings
 from arena.model.backbone import load_base
 from arena.model.tuning import adapt, load_trained, save_model
+from arena.settings import ModelSettings
 from arena.tasks.preference import COLUMNS as CLASSES
 from tests.helpers import exact, write_rows
 

@@ -149,7 +149,7 @@ def read_dataset(
             CSV and JSONL are counted as in an editor, rows of parquet from 1.
     """
     limits = limits or Limits()
-    name = f"{task.rows}-{fingerprint(FORMAT, labels, astuple(limits), _contents(paths))}"
+    name = f"{task.rows}-{fingerprint(FORMAT, labels, astuple(limits), *task.reading, _contents(paths))}"
     stored = cache_dir / f"{name}.arrow"
     features = Features({"id": Value("string"), **task.features, "label": List(Value("float32"))})
     if not stored.exists():

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from arena.config import MAX_ROW_CHARACTERS, MAX_TURNS
 from arena.data.cells import FieldError
+from arena.settings import MAX_ROW_CHARACTERS, MAX_TURNS
 
 FEWEST_AT_ONCE = 16  # rows of parquet decoded at once, however large their column is
 DECODED_BYTES = 2**28  # the rows decoded at once may take this much, as far as column sizes tell

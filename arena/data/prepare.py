@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from arena.config import DataSettings, Recipe, Template
 from arena.data.cells import Labels
 from arena.data.dataset import Rows, read_dataset, repeated
 from arena.data.folds import leaking, load_or_assign_folds
@@ -19,6 +18,7 @@ from arena.data.limits import Limits
 from arena.data.rows import READERS
 from arena.data.task import Task
 from arena.data.tokens import TokenStore, join, tokenise
+from arena.settings import DataSettings, Recipe, Template
 from arena.storage.files import fingerprint
 
 # placeholders that other programs use in templates; other braces are ordinary text

@@ -11,16 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from datasets import Dataset, Features
 
-from arena.config import PromptSettings
 from arena.data.cells import Labels
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.metrics import Metric
+from arena.settings import PromptSettings, Recipe
 
 Masks = Mapping[str, np.ndarray]  # by a value that rows may have, which of them have it: bool (n,)
 
@@ -93,7 +93,7 @@ class Encoder(ABC):
 
 
 class Task(ABC):
-    """What a row means.
+    """What a row means. A task is a frozen dataclass, whose fields are the settings on which its rows depend.
 
     Attributes:
         name: its key in `arena.tasks.TASKS`, which a recipe names as `task`.
@@ -102,6 +102,7 @@ class Task(ABC):
         texts: the columns of a row's texts, which every file must have besides `id`.
         features: the types of these columns in a checked row.
         rows: what its rows are called; no two tasks that read the same files differently may share it.
+        reading: settings by which the same files are read differently, for the names of cached rows.
         group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
         orders: in how many orders a row can be shown.
         missing: in words, what a row lacks if `has_input` is false.
@@ -116,11 +117,17 @@ class Task(ABC):
     texts: tuple[str, ...]
     features: Features
     rows: str
+    reading: tuple[Any, ...] = ()
     group_by: str
     orders: int = 1
     missing: str
     metrics: Mapping[str, Metric]
     tie: str | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """The task as a recipe sets it. Raises `ValueError` for settings that do not fit it."""
+        return cls()
 
     @abstractmethod
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from arena.config import Recipe
 from arena.demo import synthetic_text as text
+from arena.settings import Recipe
 from arena.storage.files import atomic_write
 from arena.tasks.preference import COLUMNS
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arena import __version__
-from arena.config import Recipe, change
+from arena.config import change
 from arena.data.dataset import Rows
 from arena.data.prepare import read_files
 from arena.data.tokens import tokenise
@@ -28,6 +28,7 @@ from arena.model.classifier import PackedClassifier
 from arena.model.exactness import check_exact
 from arena.model.tuning import is_whole, load_trained
 from arena.packing.tree import prefixes_for
+from arena.settings import Recipe
 from arena.stopping import stopping
 from arena.storage.files import file_digest, fingerprint
 
@@ -82,7 +83,7 @@ class Judge:
         recipe, model = with_dtype(saved.recipe, card_of(self.device)), self.classifier.model
         if is_whole(saved.folder) or is_whole(self.folder) or saved.base != self.saved.base:
             return False
-        if saved.task is not self.task or incompatible_setting(recipe.model, self.recipe.model) is not None:
+        if saved.task != self.task or incompatible_setting(recipe.model, self.recipe.model) is not None:
             return False
         check_exact(self._config, recipe.model, recipe.prompt.max_length, trained=True)
         former, name = active_judge(model), f"judge{self._switched}"
@@ -114,7 +115,7 @@ class Judge:
             ValueError: a token of the rows is not in the base's embedding.
             Stopped: a signal arrived; the logits computed so far are in `parts`.
         """
-        if not isinstance(rows, Rows) or rows.task is not self.task:
+        if not isinstance(rows, Rows) or rows.task != self.task:
             raise ValueError(f"rows is a {type(rows).__name__}: give what this judge's `read` returns for your files")
         evaluation = self.evaluation(rows)
         known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.saved.prior}

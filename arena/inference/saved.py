@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from arena.config import FORMER_POLICIES, ModelSettings, Recipe, change
+from arena.config import change
 from arena.data.task import Task
 from arena.inference.find import JUDGE_FILE
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import HEAD_FILE, is_whole, load_trained, save_model, with_adapter, with_head
 from arena.progress import console
+from arena.settings import FORMER_POLICIES, ModelSettings, Recipe
 from arena.storage.files import atomic_write, write_json
 from arena.tasks import task_of
 

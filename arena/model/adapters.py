@@ -16,11 +16,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from arena.config import ModelSettings
 from arena.model.backbone import backbone, underlying
 from arena.model.lora import fuse_lora, install_dora
 from arena.model.memory.fused import fuses_lora
 from arena.model.tuning import HEAD_FILE, LOADED_WITH, is_whole, load_head, with_adapter
+from arena.settings import ModelSettings
 
 FIRST = "default"  # peft's name for a model's first adapter
 SHARED = ("base", "revision", "quantization", "dtype", "attention", "fuse")  # settings that the loaded base fixes

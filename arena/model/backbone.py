@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from arena.config import ModelSettings
 from arena.model.attention.backends import Choice, choose_backend
 from arena.model.attention.varlen import NAME
 from arena.model.base_files import base_folder, base_load_errors, base_path, config_place
@@ -39,6 +38,7 @@ from arena.model.safety import (
     stored_quantization,
 )
 from arena.progress import console, loading_quietly
+from arena.settings import ModelSettings
 
 REPACKS = "support_avx512bf16_for_cpu"  # the attribute of bitsandbytes' 4-bit layers that permits repacking
 HEAD = "score"  # the name in transformers' sequence classifiers, so that a merged model loads as one of them

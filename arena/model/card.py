@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from arena.config import Recipe
+from arena.settings import Recipe
 
 Kind = Literal["cuda", "cpu"]
 

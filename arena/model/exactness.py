@@ -29,7 +29,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from arena.config import LoraSettings, ModelSettings
 from arena.model.attention.varlen import NAME
 from arena.model.backbone import HEAD, as_classifier, take_over
 from arena.model.classifier import PackedClassifier
@@ -37,6 +36,7 @@ from arena.model.miniature import BEYOND, FIRST_TOKEN, LONGEST, ORIGINAL, WINDOW
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
+from arena.settings import LoraSettings, ModelSettings
 from arena.storage.files import fingerprint, user_cache, write_json
 
 FIXED_ROPE = {"default", "linear", "yarn", "llama3"}  # rotary embeddings that do not depend on the length of a row

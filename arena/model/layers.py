@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from arena.config import LoraSettings, ModelSettings
+from arena.settings import LoraSettings, ModelSettings
 
 
 def adapted_layers(settings: LoraSettings, depth: int) -> list[int]:

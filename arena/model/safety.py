@@ -17,7 +17,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from safetensors import SafetensorError
 from torch import OutOfMemoryError, nn
 
-from arena.config import ModelSettings
+from arena.settings import ModelSettings
 
 SAFE: dict[str, Any] = {"trust_remote_code": False}  # for configs and tokenizers
 SAFE_WEIGHTS: dict[str, Any] = {**SAFE, "use_safetensors": True, "weights_only": True}

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from arena.config import LoraSettings, ModelSettings, PackingSettings
 from arena.model.backbone import HEAD, backbone, load_base, underlying
 from arena.model.card import card_of
 from arena.model.layers import adapted_layers
@@ -22,6 +21,7 @@ from arena.model.lora import install_dora
 from arena.model.memory.estimate import estimate_policies, shape_of
 from arena.model.memory.fused import install, set_policies
 from arena.model.safety import check_adapter, undamaged
+from arena.settings import LoraSettings, ModelSettings, PackingSettings
 
 HEAD_FILE = "head.safetensors"  # of a judge with only the head trained
 WHOLE_FILE = "model.safetensors"

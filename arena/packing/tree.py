@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from arena.config import PackingSettings
 from arena.data.dataset import reading_cached
 from arena.data.tokens import TokenStore
 from arena.progress import progress
+from arena.settings import PackingSettings
 from arena.storage.files import atomic_write
 
 # The least number of additional shared tokens that is worth a segment: every segment adds a partly filled block of

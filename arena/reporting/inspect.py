@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from arena.config import Recipe
 from arena.data.prepare import prepare_fold
 from arena.data.tokens import TokenStore
 from arena.distributed import peak_memory
@@ -20,6 +19,7 @@ from arena.packing.plan import PackPlan, plan_evaluation
 from arena.packing.tree import prefixes_for
 from arena.progress import console
 from arena.reporting.report import new_figure
+from arena.settings import Recipe
 from arena.tasks import task_of
 from arena.training.batches import plan_fold
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from arena.config import Recipe
 from arena.data.task import Task
+from arena.settings import Recipe
 from arena.tasks.preference import Preference
 
-TASKS: dict[str, Task] = {"preference": Preference()}
+TASKS: dict[str, type[Task]] = {"preference": Preference}
 
 
 def task_of(recipe: Recipe) -> Task:
@@ -17,4 +17,4 @@ def task_of(recipe: Recipe) -> Task:
     """
     if recipe.task not in TASKS:
         raise ValueError(f"task is {recipe.task!r}: name one of {', '.join(TASKS)}")
-    return TASKS[recipe.task]
+    return TASKS[recipe.task].of(recipe)

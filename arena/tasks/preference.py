@@ -27,13 +27,13 @@ boundaries.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from arena.config import PromptSettings
 from arena.data.cells import FieldError, Labels, excerpt, is_blank, read_probabilities, read_turns
 from arena.data.limits import Limits
 from arena.data.rows import Cells
@@ -41,6 +41,7 @@ from arena.data.task import Encoded, Encoder, Masks, Task
 from arena.data.text_encoder import TextEncoder
 from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
 from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
+from arena.settings import PromptSettings
 from arena.tasks.baseline import SWAPPED, baseline_probabilities
 from arena.tasks.slices import conversation_slices
 
@@ -58,6 +59,7 @@ WORDS = {
 Fields = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 token ids of a turn's prompt, answer A, answer B
 
 
+@dataclass(frozen=True)
 class Preference(Task):
     """The probabilities that A is preferred, that B is, and of a tie; the second order of a row exchanges A and B."""
 

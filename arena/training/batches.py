@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from arena.config import Recipe
 from arena.data.prepare import FoldData, prepare_fold
 from arena.demo.synthetic import ensure_demo
 from arena.model.backbone import load_tokenizer
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import PackPlan, epoch_order, plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, prefixes_for
+from arena.settings import Recipe
 from arena.tasks import task_of
 
 SWAP_STREAM = 1  # separates the random numbers of swaps from those of shuffles

@@ -10,13 +10,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from arena.config import Recipe
 from arena.data.prepare import FoldData
 from arena.distributed import device_name
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
 from arena.metrics import log_loss
 from arena.packing.tree import Prefixes
+from arena.settings import Recipe
 from arena.stopping import Stop
 from arena.storage.files import atomic_write
 

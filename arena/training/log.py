@@ -15,8 +15,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from arena.config import Recipe, save_recipe
+from arena.config import save_recipe
 from arena.progress import console, format_error, optional
+from arena.settings import Recipe
 from arena.storage.files import write_text
 
 EVALUATION = "eval_log_loss"  # the key that distinguishes an evaluation's line from a step's

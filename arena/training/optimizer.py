@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from arena.config import TrainSettings
 from arena.model.backbone import HEAD
+from arena.settings import TrainSettings
 
 FIRST_SCALE = 2.0**16
 LEAST_SCALE = 1.0  # the gradients of a loss that is not scaled up must not overflow

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from arena.config import Recipe
 from arena.distributed import compute_in, is_out_of_memory
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier, loss_sum
@@ -36,6 +35,7 @@ from arena.model.memory.estimate import (
 from arena.model.memory.fused import set_policies
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
+from arena.settings import Recipe
 from arena.training.optimizer import trainable
 
 CANDIDATES = 2000  # micro-batches with the most tokens, among which the largest is sought

@@ -11,10 +11,10 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from sklearn.model_selection import GroupKFold
 
-from arena.config import Recipe
 from arena.data.prepare import FoldData
 from arena.metrics import SMALLEST, log_loss
 from arena.progress import optional
+from arena.settings import Recipe
 
 REFERENCES = (
     "recalibrated_log_loss", "baseline_log_loss", "blend_log_loss", "blend_weights", "bayes_log_loss",

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from arena.config import Recipe, run_place
+from arena.config import run_place
 from arena.data.prepare import FoldData, data_file, prepare_fold
 from arena.distributed import device_name, peak_memory, start
 from arena.inference.saved import SavedJudge, save_judge
@@ -27,6 +27,7 @@ from arena.model.tuning import adapt
 from arena.packing.plan import PackPlan
 from arena.packing.tree import prefixes_for
 from arena.progress import console, optional
+from arena.settings import Recipe
 from arena.stopping import stopping
 from arena.storage.files import fingerprint, remove_scratch, write_json
 from arena.storage.lock import locked

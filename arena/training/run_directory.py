@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arena.config import Recipe, save_recipe
+from arena.config import save_recipe
 from arena.overrides import read_yaml_file
 from arena.progress import console, escape_unprintable
+from arena.settings import Recipe
 from arena.storage.files import fingerprint, write_json, write_text
 from arena.training.checkpoint_manager import CheckpointManager
 

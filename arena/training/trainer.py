@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from arena.background import ahead
-from arena.config import Recipe
 from arena.data.prepare import FoldData
 from arena.distributed import first_rank, sum_gradients, total
 from arena.model.backbone import attention_choice
@@ -24,6 +23,7 @@ from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.packing.tree import Prefixes
 from arena.progress import console, progress
+from arena.settings import Recipe
 from arena.stopping import Stop, Stopped
 from arena.storage.manifest import damage, read_manifest
 from arena.storage.mirror import Mirror

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from arena.config import RECIPES, load_recipe
+from arena.config import load_recipe
+from arena.settings import RECIPES
 from arena.tasks.preference import PromptEncoder
 from benchmarks.demo_base.train import make_demo_base
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from arena.config import ModelSettings, recipe_names
+from arena.config import recipe_names
 from arena.model.backbone import backbone, load_base, underlying
 from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.families import ARCHITECTURES
 from arena.model.last_layer import takes_last_token
 from arena.model.tuning import adapt
+from arena.settings import ModelSettings
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
 from benchmarks.random_base import create_base

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import Gemma2Config
 
-from arena.config import Recipe, change, load_recipe
+from arena.config import change, load_recipe
 from arena.distributed import compute_in
 from arena.model.classifier import PackedClassifier
 from arena.packing.batch import collate
+from arena.settings import Recipe
 from benchmarks import models, real_run
 from benchmarks.cells import Cell, Settings
 from benchmarks.clock import Clock

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from arena.config import Recipe, change
+from arena.config import change
+from arena.settings import Recipe
 from benchmarks import techniques as module
 from benchmarks.technique_report import COLUMNS, as_page, as_result, technique_table, write_techniques
 from benchmarks.techniques import SWEEP, TECHNIQUES, Technique, in_steps, measure_technique, run_techniques

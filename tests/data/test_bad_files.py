@@ -112,7 +112,7 @@ from arena.data.dataset import read_dataset
 from arena.tasks import TASKS
 for name in sys.argv[2:]:
     try:
-        read_dataset([Path(name)], Path(sys.argv[1]), TASKS["preference"], labels="required")
+        read_dataset([Path(name)], Path(sys.argv[1]), TASKS["preference"](), labels="required")
     except ValueError as error:
         assert "max_row_characters" in str(error), error
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

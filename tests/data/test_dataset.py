@@ -570,7 +570,7 @@ import re, sys
 from pathlib import Path
 from arena.data.dataset import read_dataset
 from arena.tasks import TASKS
-rows = read_dataset([Path(sys.argv[1])], Path(sys.argv[2]), TASKS["preference"], labels="required")
+rows = read_dataset([Path(sys.argv[1])], Path(sys.argv[2]), TASKS["preference"](), labels="required")
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
 print(len(rows), int(peak) // 1024, "torch" in sys.modules)
 """

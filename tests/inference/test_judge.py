@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from arena import cli
-from arena.config import FORMER_POLICIES, Recipe
 from arena.inference import evaluate
 from arena.inference.infer import average
 from arena.inference.judge import Judge
@@ -23,6 +22,7 @@ from arena.model import tuning
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.safety import WEIGHTS
+from arena.settings import FORMER_POLICIES, Recipe
 from arena.storage.files import write_json
 from arena.tasks.preference import COLUMNS as CLASSES
 from tests.helpers import classifier, tiny_recipe

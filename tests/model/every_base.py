@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 from transformers.utils import logging
 
-from arena.config import ModelSettings
 from arena.model.exactness import SIMPLEST, longest_row, why_not_exact
+from arena.settings import ModelSettings
 
 PAGE = Path(__file__).parents[2] / "docs/bases.md"
 MAX_LENGTH = 2048  # tokens of a row

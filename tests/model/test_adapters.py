@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from arena.config import ModelSettings
 from arena.model.adapters import activate, add_trained, judge_names, unload
 from arena.model.classifier import PackedClassifier
 from arena.model.tuning import load_trained, save_model
+from arena.settings import ModelSettings
 from arena.tasks.preference import CLASSES
 from tests.helpers import classifier, exact, make_base, pack
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from arena.config import ModelSettings, recipe_names
+from arena.config import recipe_names
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.card import card_of, with_dtype
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.safety import WEIGHTS
 from arena.model.tuning import load_trained, save_model
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
+from arena.settings import ModelSettings
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
 from tests.helpers import classifier, exact, known_head, make_base, pack, recipe_on

@@ -15,12 +15,12 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from arena.config import LoraSettings
 from arena.model.backbone import backbone
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.tuning import lora_config
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import find_prefixes, grow_tree
+from arena.settings import LoraSettings
 from arena.training.optimizer import trainable
 from tests.helpers import CONFIGS, WINDOW, classifier, exact, examples_of, make_base, pack, random_family
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig
 
-from arena.config import ModelSettings
 from arena.model import exactness
 from arena.model.attention import reference
 from arena.model.backbone import base_config
 from arena.model.exactness import SIMPLEST, check_exact, longest_row, why_not_exact
 from arena.model.families import ARCHITECTURES
 from arena.model.miniature import BEYOND, LONGEST, ORIGINAL, WINDOW, miniature
+from arena.settings import ModelSettings
 from tests.model.every_base import PAGE, page, verdicts
 
 DEMO = ModelSettings(base="demo_base")

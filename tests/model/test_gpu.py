@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from arena.config import ModelSettings
 from arena.data.prepare import prepare_fold
 from arena.distributed import compute_in
 from arena.model.attention import trial
@@ -26,6 +25,7 @@ from arena.model.card import card_of
 from arena.model.classifier import loss_sum
 from arena.model.memory.fused import PARTS, POLICIES, set_policies
 from arena.model.tuning import adapt
+from arena.settings import ModelSettings
 from arena.tasks import task_of
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from arena.config import LoraSettings, ModelSettings
 from arena.distributed import compute_in
 from arena.model.backbone import backbone, load_base
 from arena.model.classifier import PackedClassifier, loss_sum
@@ -20,6 +19,7 @@ from arena.model.memory.estimate import FROZEN, POLICIES
 from arena.model.memory.fused import PARTS, policies_of
 from arena.model.tuning import adapt, load_trained, save_model
 from arena.packing.batch import PackedBatch
+from arena.settings import LoraSettings, ModelSettings
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
 from tests.helpers import CONFIGS, WINDOW, classifier, exact, make_base, pack

@@ -17,11 +17,11 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from arena.config import ModelSettings
 from arena.inference.saved import SavedJudge, export_judge, save_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.safety import WEIGHTS
+from arena.settings import ModelSettings
 from arena.tasks.preference import CLASSES
 from arena.training.run import run_fold
 from benchmarks.random_base import create_base

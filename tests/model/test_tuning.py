@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForSequenceClassification
 
-from arena.config import ModelSettings
 from arena.distributed import compute_in
 from arena.inference.judge import Judge
 from arena.inference.saved import SavedJudge, export_judge, save_judge
@@ -23,6 +22,7 @@ from arena.model.base_files import base_digest
 from arena.model.card import Card
 from arena.model.classifier import PackedClassifier, loss_sum
 from arena.model.tuning import adapt, load_trained, save_model
+from arena.settings import ModelSettings
 from arena.tasks.preference import CLASSES
 from arena.training.optimizer import trainable
 from tests.helpers import classifier, exact, pack, tiny_recipe

@@ -10,11 +10,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena.config import PackingSettings
 from arena.data.tokens import tokenise
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
 from arena.packing.plan import PackPlan, _tree_within, plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, Tree, find_prefixes, grow_tree, prefixes_for
+from arena.settings import PackingSettings
 from tests.helpers import examples_of, make_tokenizer, prompt_settings, random_family, rows_of
 
 BUDGET = 390

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from datasets import Features, Value
 
-from arena.config import PromptSettings
 from arena.data.cells import FieldError, Labels, excerpt, is_blank
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.data.task import Encoded, Encoder, Task
 from arena.data.text_encoder import TextEncoder
 from arena.metrics import accuracy, log_loss
+from arena.settings import PromptSettings
 
 
+@dataclass(frozen=True)
 class Sentiment(Task):
     """Whether a sentence is negative or positive."""
 

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import arena
-from arena.config import Recipe, load_recipe
+from arena.config import load_recipe
 from arena.inference.infer import infer
 from arena.inference.saved import export_judge, read_judge
+from arena.settings import Recipe
 from arena.tasks import TASKS, task_of
 from arena.training.run import run_fold
 from tests.tasks.sentiment import Sentiment
@@ -41,7 +42,7 @@ def write(folder: Path, n: int = 90) -> Path:
 
 @pytest.fixture
 def recipe(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setitem(TASKS, "sentiment", Sentiment())
+    monkeypatch.setitem(TASKS, "sentiment", Sentiment)
     places = [f"data.path={write(tmp_path / 'rows')}", f"data.cache={tmp_path / 'cache'}"]
     return load_recipe(str(HERE / "sentiment.yaml"), [f"model.base={gemma2}", *places])
 

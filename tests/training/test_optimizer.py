@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arena.config import TrainSettings
+from arena.settings import TrainSettings
 from arena.training.optimizer import make_optimizer, make_schedule, trainable
 from tests.helpers import classifier, exact
 

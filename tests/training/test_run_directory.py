@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from arena.config import Recipe, load_recipe, save_recipe
+from arena.config import load_recipe, save_recipe
+from arena.settings import Recipe
 from arena.storage.files import fingerprint, write_json, write_text
 from arena.training.run_directory import (
     OUTSIDE_IDENTITY,

@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 
-from arena.config import LoraSettings, ModelSettings, Recipe
 from arena.model.card import Card
 from arena.model.families import family_of
 from arena.model.layers import adapted_layers, first_trained_layer
+from arena.settings import LoraSettings, ModelSettings, Recipe
 
 GIB = 2**30
 RESERVED = 0.9 * GIB  # the driver's context and the workspace of matrix products

