@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 
 from arena.model.attention.backends import choose_backend
 from arena.model.backbone import HEAD, attention_choice, backbone, load_base, underlying
-from arena.model.base_files import base_path
+from arena.model.base_files import base_folder, base_path
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
 from arena.model.families import ARCHITECTURES
@@ -161,8 +161,9 @@ def _as_transformers_loads_it(settings: ModelSettings, attention: str) -> PreTra
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    folder = base_folder(settings.base, settings.revision, settings.dtype)
     plain: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        settings.base, num_labels=len(CLASSES), dtype=dtype, attn_implementation=attention, **SAFE_WEIGHTS, **options
+        folder, num_labels=len(CLASSES), dtype=dtype, attn_implementation=attention, **SAFE_WEIGHTS, **options
     )
     return plain
 

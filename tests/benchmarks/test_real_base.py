@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,21 @@ from benchmarks.ceiling import product_speed
 from benchmarks.models import PaddedClassifier
 from benchmarks.real_base import CPU, RealBase, run_real_base
 from benchmarks.real_base_report import as_text, write_real_base
+from tests.gguf_files import write_gguf
 from tests.helpers import make_base, write_rows
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> RealBase:
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealBase]:
     folder = tmp_path_factory.mktemp("real")
-    base = make_base(folder, "gemma3_text", max_position_embeddings=4096)
+    base = folder / "base.gguf"  # as the real one is
+    write_gguf(make_base(folder, "gemma3_text", max_position_embeddings=4096), base)
     file = write_rows(folder / "rows") / "train.csv"
-    return RealBase(file, base=str(base), rows=9, repeats=2, dtype="float32", longest=3000, budget=6000, out=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "user"))
+        yield RealBase(
+            file, base=str(base), rows=9, repeats=2, dtype="float32", longest=3000, budget=6000, out=folder
+        )
 
 
 @pytest.fixture(scope="module")
