@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 from tyro.conf import Positional, arg
 
 from arena.config import change, load_recipe
@@ -43,6 +44,9 @@ LINES = {
 }
 
 
+SMOOTHED = 16  # steps over which the training loss is averaged: a step of 8 examples says little
+
+
 @dataclass
 class Votes:
     """Train a judge on each file of votes, and write a table and learning curves."""
@@ -69,10 +73,12 @@ class Votes:
             recipe = change(base, [f"name={file.stem}", f"data.path={file}", *SETTINGS.get(file.stem, ())])
             metrics = run_fold(recipe, self.fold, self.runs)
             folder = self.runs / recipe.name / f"fold{self.fold}"
-            log = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-            curve = [each for each in map(json.loads, log) if "eval_log_loss" in each]
-            points = [(each["step"], each["eval_log_loss"]) for each in curve]
-            found[file.stem] = {**metrics, "settings": SETTINGS.get(file.stem, ()), "curve": points}
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            points = {
+                key: [(each["step"], each[key]) for each in log if key in each] for key in ("eval_log_loss", "loss")
+            }
+            curves = {"curve": points["eval_log_loss"], "train_curve": points["loss"]}
+            found[file.stem] = {**metrics, "settings": SETTINGS.get(file.stem, ()), **curves}
         paths = write_votes({**provenance(), "recipe": base.model_dump(mode="json"), "votes": found}, self.out)
         console.print(f"written: {', '.join(map(str, paths))}")
         return paths
@@ -126,9 +132,11 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
     figure, axes = new_figure(-(-len(every) // 2), min(2, len(every)), figsize=(11, 3.6 * -(-len(every) // 2)))
     flat = axes.flat if len(every) > 1 else [axes]
     for axis, (name, metrics) in zip(flat, every.items(), strict=False):
+        shown = pd.DataFrame(metrics["train_curve"], columns=["step", "loss"]).rolling(SMOOTHED, on="step").mean()
+        axis.plot(shown["step"], shown["loss"], color="0.75", label=f"judge, training, mean of {SMOOTHED} steps")
         steps, losses = zip(*metrics["curve"], strict=True)
-        axis.plot(steps, losses, "o-", label="judge, one order")
-        axis.plot([metrics["steps"]], [row_of(name, metrics)["log_loss"]], "C0*", label="judge, both orders")
+        axis.plot(steps, losses, "o-", label="judge, held out, one order")
+        axis.plot([metrics["steps"]], [row_of(name, metrics)["log_loss"]], "C0*", label="judge, held out, both orders")
         for key, (words, colour) in LINES.items():
             if metrics[key] is not None:
                 axis.axhline(metrics[key], color=colour, linestyle="--", label=words)

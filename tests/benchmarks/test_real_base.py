@@ -29,9 +29,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealBase]:
     file = write_rows(folder / "rows") / "train.csv"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "user"))
-        yield RealBase(
-            file, base=str(base), rows=9, repeats=2, dtype="float32", longest=3000, budget=6000, out=folder
-        )
+        yield RealBase(file, base=str(base), rows=9, repeats=2, dtype="float32", longest=3000, budget=6000, out=folder)
 
 
 @pytest.fixture(scope="module")
