@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAnd
 
 from arena.model.attention.backends import choose_backend
 from arena.model.backbone import HEAD, attention_choice, backbone, load_base, underlying
-from arena.model.base_files import base_folder, base_path
+from arena.model.base_files import base_folder, base_path, config_place
 from arena.model.card import card_of
 from arena.model.classifier import PackedClassifier
 from arena.model.families import ARCHITECTURES
@@ -69,12 +69,12 @@ CLASSIFIERS = {
 
 
 def architecture(base: str) -> Any:
-    """transformers' config of a base: of a folder, or of a known hub name, without the network.
+    """transformers' config of a base: of a folder, a GGUF file or a known hub name, without the network.
 
     Raises:
         ValueError: neither.
     """
-    place = base_path(base)
+    place = config_place(base) if Path(base).is_file() else base_path(base)
     if (Path(place) / "config.json").is_file():
         return AutoConfig.from_pretrained(place, **SAFE)
     if base not in ARCHITECTURES:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tyro.conf import arg
 
 from arena.config import change, load_recipe
@@ -46,6 +47,9 @@ TASKS: tuple[Timed, ...] = get_args(Timed)
 PRODUCT_TOKENS = 2048  # rows of the products whose speed is measured
 FEW_ROWS = 2  # on which the variants must agree and are warmed up
 WAYS = {True: "a", False: "c"}  # by whether the model is ours; sorted batches take the model of those in given order
+KINDS = (
+    "products of weights", "products of attention", "products of adapters", "unpacking 4-bit weights", "all else"
+)  # fmt: skip
 _CELLS = {key: replace(VARIANTS[key][1], checkpointing="none") for key in "acd"}
 CELLS = {key: cell if cell.way == "ours" else replace(cell, attention="sdpa") for key, cell in _CELLS.items()}
 
@@ -193,11 +197,37 @@ def time_task(task: Timed, workload: Workload, few: Workload, settings: Settings
                 seconds[key].append(last.seconds)
                 advance(1, note=f"{key} {seconds[key][-1]:.1f} s")
     needed = flops_a_token(weights(shapes), task)
+    kinds = {"a": kinds_of_time(begin("a", works["a"], 2), settings.recipe.model.lora.r)}
     return [
         {
             "task": task, "variant": key, "title": VARIANTS[key][0], "seconds": seconds[key], "gflops": gflops,
             "batches": work.micro_batches, "logical_tokens": work.logical, "computed_tokens": work.computed,
-            "products": needed * work.computed / gflops / 1e9,
+            "products": needed * work.computed / gflops / 1e9, "kinds": kinds.get(key),
         }
         for key, work in works.items()
     ]  # fmt: skip
+
+
+def kinds_of_time(run: Iterator[Taken], rank: int) -> dict[str, float]:
+    """The shares of the time of a run's second pass by kinds of operation, from torch's profiler.
+
+    Args:
+        rank: of the adapters, by which their products are told from those of the weights.
+    """
+    with reusing_memory(CPU):
+        next(run)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as taken:
+            next(run)
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for event in taken.key_averages(group_by_input_shape=True):
+        seconds[_kind(event.key, event.input_shapes, rank)] += event.self_cpu_time_total / 1e6
+    return {kind: each / sum(seconds.values()) for kind, each in seconds.items()}
+
+
+def _kind(name: str, shapes: list[Any], rank: int) -> str:
+    """The kind of an operation, by its name and the shapes of its inputs."""
+    if name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+        return "products of adapters" if any(rank in shape for shape in shapes) else "products of weights"
+    if name in ("aten::bmm", "aten::baddbmm", "aten::baddbmm_"):
+        return "products of attention"
+    return "unpacking 4-bit weights" if name.startswith("bitsandbytes::") else "all else"

@@ -24,8 +24,8 @@ from tests.helpers import make_base, write_rows
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealBase]:
     folder = tmp_path_factory.mktemp("real")
-    base = folder / "base.gguf"  # as the real one is
-    write_gguf(make_base(folder, "gemma3_text", max_position_embeddings=4096), base)
+    base = folder / "base.gguf"  # as the real one is; its sixth layer sees beyond the window, to where rows differ
+    write_gguf(make_base(folder, "gemma3_text", max_position_embeddings=4096, num_hidden_layers=6), base)
     file = write_rows(folder / "rows") / "train.csv"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "user"))
@@ -43,6 +43,14 @@ def test_every_variant_is_timed_on_the_same_rows(result: dict[str, Any]) -> None
     ]
     assert len({each["logical_tokens"] for each in result["measured"]}) == 1
     assert all(len(each["seconds"]) == 2 and min(each["seconds"]) > 0 for each in result["measured"])
+
+
+def test_a_profile_says_where_the_time_goes(result: dict[str, Any]) -> None:
+    """At a tiny size nearly nothing is products; each kind occurs, and they are all of the time."""
+    for task in ("train", "infer"):
+        (kinds,) = [each["kinds"] for each in result["measured"] if each["task"] == task and each["kinds"]]
+        assert tuple(kinds) == real_base.KINDS
+        assert min(kinds.values()) > 0 and sum(kinds.values()) == pytest.approx(1)
 
 
 def test_products_are_those_of_the_computed_tokens(result: dict[str, Any]) -> None:

@@ -97,9 +97,35 @@ def shared_batch(examples: list[np.ndarray], least: int) -> PackedBatch:
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), least=st.sampled_from([1, 5]))
 def test_shared_equals_one_by_one(gemma2: Path, seed: int, least: int) -> None:
-    """Over random trees: common beginnings shorter and longer than the window, pairs, equal and nested examples."""
+    """Over random trees: common beginnings shorter and longer than the window, pairs, equal and nested examples.
+
+    Of some of them, such as one short example, float32 itself knows the result less exactly.
+    """
     batch = shared_batch(random_family(seed), least)
-    assert max(compare(gemma2, [], True, shared=batch)) <= 1e-5
+    found = compare(gemma2, [], True, shared=batch)
+    if max(found) > 1e-5:
+        unknown = unknown_in_float32(gemma2, batch)
+        assert all(mine <= 4 * noise for mine, noise in zip(found, unknown, strict=True)), (found, unknown)
+
+
+def unknown_in_float32(base: Path, batch: PackedBatch) -> list[float]:
+    """Relative changes of logits and of gradients, one by one in transformers, if each weight is rounded otherwise."""
+    expected = plain_model(base, classifier(exact(base)), True)
+    right = logits_and_gradients(expected, one_by_one(expected, batch), batch)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            steps = torch.randint(-1, 2, parameter.shape, generator=generator)
+            parameter.mul_(1 + torch.finfo(torch.float32).eps * steps)
+    other = logits_and_gradients(expected, one_by_one(expected, batch), batch)
+    return [relative(mine, was) for mine, was in zip(other, right, strict=True)]
+
+
+def test_what_float32_does_not_know_is_no_excuse_for_a_wrong_layout(gemma2: Path) -> None:
+    """The limit of badly conditioned examples stays far below what a wrong layout changes."""
+    for seed in (17, 248):  # one short example each, whose logits and whose gradient nearly cancel
+        unknown = unknown_in_float32(gemma2, shared_batch(random_family(seed), 1))
+        assert 1e-6 < max(unknown) < 1e-5
 
 
 @pytest.mark.parametrize("family", CONFIGS)
