@@ -1,4 +1,4 @@
-"""The log of a run, `log.jsonl`, and experiment trackers, which get the same lines.
+"""The log of a run, `log.jsonl`, and experiment trackers, which get its lines and what `train.tracking` asks for.
 
 The log has one line for each step and each evaluation, and is cut back to the checkpoint from which a run resumes. A
 tracker that cannot start is an error; one that fails later is only a warning.

@@ -84,7 +84,7 @@ class Trainer:
         self.classifier = PackedClassifier(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
         self.plan = plan_fold(recipe, data, accelerator.num_processes, prefixes)
-        self.evaluations, self.saves = (
+        self.evaluate_after, self.save_after = (
             due_after(every, self.plan, epoch_size(recipe, data))
             for every in (recipe.train.evaluate_every, recipe.train.checkpoint_every)
         )
@@ -152,13 +152,13 @@ class Trainer:
 
     def _evaluates(self) -> bool:
         """Whether the held-out rows are evaluated after the last completed step."""
-        return self.done.step == self.plan.n_steps or self.done.step in self.evaluations
+        return self.done.step == self.plan.n_steps or self.done.step in self.evaluate_after
 
     def _after_step(self) -> None:
         if self._evaluates():
             self.saving.save(self.done)  # before, so that a run that ends within an evaluation loses no step
             self._evaluate()
-        elif self.done.step in self.saves:
+        elif self.done.step in self.save_after:
             self.saving.save(self.done)
         requested = float(self.stop())
         if total(self.accelerator, requested) > 0 and self.done.step < self.plan.n_steps:
