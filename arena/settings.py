@@ -230,7 +230,7 @@ class TrainSettings(Settings):
         return "auto" if mode == "last" else mode
 
     @model_validator(mode="after")
-    def _has_place(self) -> TrainSettings:
+    def _fits_the_tracker(self) -> TrainSettings:
         defaults = TrackingSettings()
         changed = {name for name, value in self.tracking if value != getattr(defaults, name)}
         odd = changed - TRACKED.get(self.track, changed)
