@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from arena.overrides import apply_override, explain, read_yaml_file
-from arena.settings import RECIPES, Recipe, find_file
+from arena.overrides import apply_override, explain, find_file, read_yaml_file
+from arena.settings import RECIPES, Recipe
 from arena.storage.files import local_path, require_utf8
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,8 +17,9 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_
 from torch import Tensor
 
 from arena.command_line import command
-from arena.progress import console
+from arena.progress import console, format_error
 
+CUBLAS, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # with which cuBLAS is deterministic
 # The name that torch 2.8 reads, and the new name, without which newer versions print a warning.
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -67,6 +69,36 @@ def let_segments_grow() -> None:
         os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
 
 
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Makes torch, cuBLAS and flash-attn use deterministic algorithms in the block, if `on`; a CPU's are anyway.
+
+    It must begin before cuBLAS is used. The kernels of FlexAttention and bitsandbytes are always deterministic.
+
+    Raises:
+        ValueError: an operation has no deterministic algorithm, or cuBLAS is configured otherwise.
+    """
+    if not on:
+        yield
+        return
+    filling: Any = torch.utils.deterministic  # of memory that nothing has written yet, which costs time
+    before = torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory
+    if os.environ.setdefault(CUBLAS, WORKSPACES[0]) not in WORKSPACES:
+        allowed = " or ".join(WORKSPACES)
+        raise ValueError(f"train.deterministic=true needs {CUBLAS}={allowed}, but it is {os.environ[CUBLAS]}: unset it")
+    try:
+        torch.use_deterministic_algorithms(True)
+        filling.fill_uninitialized_memory = False
+        yield
+    except RuntimeError as error:
+        if "deterministic" in str(error):
+            raise ValueError(f"train.deterministic=true is not possible here: {format_error(error)}") from error
+        raise
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        filling.fill_uninitialized_memory = before[1]
+
+
 def sum_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
     """Sums the gradients of all ranks, which may have had different numbers of micro-batches, or none."""
     if accelerator.num_processes == 1:
@@ -91,6 +123,13 @@ def first_rank(accelerator: Accelerator, value: float) -> float:
     if accelerator.num_processes > 1:
         broadcast_object_list(values)
     return values[0]
+
+
+def on_first_rank(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Does some work on the first rank, while the others wait."""
+    if accelerator.is_main_process:
+        work()
+    accelerator.wait_for_everyone()
 
 
 def compute_in(device: torch.device, dtype: str) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 
 import numpy as np
 from scipy import special
@@ -20,10 +20,13 @@ class Metric:
 
     Args:
         terms: the terms of each row, (n,) or (n, k), from labels and probabilities.
+        higher_is_better: whether a larger value is a better one.
     """
 
-    def __init__(self, terms: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
-        self.terms = terms
+    def __init__(
+        self, terms: Callable[[np.ndarray, np.ndarray], np.ndarray], *, higher_is_better: bool = False
+    ) -> None:  # fmt: skip
+        self.terms, self.higher_is_better = terms, higher_is_better
         update_wrapper(self, terms)
 
     def __call__(self, labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -43,13 +46,13 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return np.asarray(-(labels * np.log(np.clip(probabilities, SMALLEST, 1.0))).sum(axis=1))
 
 
-@Metric
+@partial(Metric, higher_is_better=True)
 def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """The share of rows whose most probable class is the label's most probable class."""
     return np.asarray(labels.argmax(axis=1) == probabilities.argmax(axis=1))
 
 
-@Metric
+@partial(Metric, higher_is_better=True)
 def agreement(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """How often the most probable class is one drawn from the label; with one-hot labels, the accuracy."""
     return np.asarray(labels[np.arange(len(labels)), probabilities.argmax(axis=1)])

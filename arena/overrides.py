@@ -73,6 +73,17 @@ def read_yaml_file(path: Path) -> dict[str, Any]:
     return tree
 
 
+def find_file(name: str, folder: Path, kind: str) -> Path:
+    """A built-in file by its name, or any file by its path."""
+    built_in = folder / f"{name}.yaml"
+    if built_in.is_file():
+        return built_in
+    if Path(name).is_file():
+        return Path(name)
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise ValueError(f"there is no {kind} {name!r}: name one of {names}, or give the path of a YAML file")
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Sets one dotted key of a nested dictionary, and creates missing groups.
 
@@ -110,7 +121,8 @@ def explain(error: Any, settings: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"]]
     where = ".".join(path) or "the recipe"
     if error["type"] != "extra_forbidden":
-        return f"{where}: {error['msg'].removeprefix('Value error, ')}"
+        where = ".".join(part for part in path if part.replace("_", "").isalnum())  # not which type of several it is
+        return f"{where or 'the recipe'}: {error['msg'].removeprefix('Value error, ')}"
     known = list(_group(settings, path[:-1]).model_fields)
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
     below = [f"{name}.{path[-1]}" for name in known if path[-1] in _group(settings, [*path[:-1], name]).model_fields]

@@ -104,8 +104,35 @@ for _name in ("COLUMNS", "LINES"):
     if not re.fullmatch("[1-9][0-9]*", os.environ.get(_name, "80"), re.ASCII):
         del os.environ[_name]  # a size of 0 would hide all output
 
+LEVELS = ("info", "warning", "error")  # of messages
+STYLES = {"yellow": "warning", "red": "error"}  # in which those after `info` are shown
+
+
+class Messages(Console):
+    """A console that shows messages from a level on."""
+
+    _level = "info"
+
+    @contextmanager
+    def showing(self, level: str) -> Iterator[None]:
+        """Shows only messages of a level and of those after it in the block."""
+        before, self._level = self._level, level
+        try:
+            yield
+        finally:
+            self._level = before
+
+    def shows(self, style: Any = None) -> bool:
+        """Whether messages of a style are shown."""
+        return LEVELS.index(STYLES.get(style, "info")) >= LEVELS.index(self._level)
+
+    def print(self, *objects: Any, style: Any = None, **options: Any) -> None:
+        if self.shows(style):
+            super().print(*objects, style=style, **options)
+
+
 # paths and texts may hold [brackets]
-console = Console(file=cast(TextIO, Output(_stdout)), highlight=False, soft_wrap=True, markup=False)
+console = Messages(file=cast(TextIO, Output(_stdout)), highlight=False, soft_wrap=True, markup=False)
 
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 
@@ -123,6 +150,11 @@ def format_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
 
 
+def warn(text: str) -> None:
+    """Shows a warning."""
+    console.print(text, style="yellow")
+
+
 @contextmanager
 def optional(what: str, advice: str = "") -> Iterator[None]:
     """Turns any error in the block into a warning: for extras whose failure must not lose a result.
@@ -134,10 +166,7 @@ def optional(what: str, advice: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        console.print(
-            escape_unprintable(f"warning: {what} failed ({format_error(error)}){advice and f'; {advice}'}"),
-            style="yellow",
-        )
+        warn(escape_unprintable(f"warning: {what} failed ({format_error(error)}){advice and f'; {advice}'}"))
 
 
 def quiet() -> None:
@@ -195,7 +224,7 @@ def _bar(title: str, total: int | None, done: int) -> Iterator[Advance]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=not console.shows()) as bar:
         task = bar.add_task(title, total=total, completed=done, note="")
 
         def advance(count: int = 1, note: str = "") -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from arena.overrides import read_yaml_file
+from arena.overrides import find_file, read_yaml_file
 from arena.storage.files import require_utf8
 
 Place = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$")]  # a path, or a name on a hub
 Part = Literal["norm", "mlp", "rotary", "lora"]  # parts of a decoder that can be fused
 FORMER_POLICIES = {"light": "elementwise", "mlp": "elementwise_and_mlp"}  # `model.checkpointing` in earlier versions
+
+# of `train.tracking`, what a tracker besides wandb, which has all, has a place for
+TRACKED = {"trackio": {"every", "project", "name"}, "tensorboard": {"every", "project"}}
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -158,9 +161,21 @@ class PackingSettings(Settings):
     share: bool = Field(True, description="compute the common beginnings of a micro-batch's prompts once")
 
 
+class TrackingSettings(Settings):
+    every: int = Field(1, ge=1, description="steps between two that the tracker gets; it gets every evaluation")
+    project: str = Field("arena", pattern=r"^\w[\w .-]*$", description="project of the tracker that the run belongs to")
+    name: str | None = Field(None, description="name of the run in wandb or trackio; null: one that the tracker makes")
+    tags: tuple[str, ...] = Field((), description="tags of the run in wandb")
+    watch: Literal["none", "gradients", "parameters", "all"] = Field(
+        "none", description="histograms that wandb gets with a step: of the trained weights, their gradients, or both"
+    )
+    upload_model: bool = Field(False, description="upload the finished judge to wandb, as an artifact")
+
+
 class TrainSettings(Settings):
     batch_size: int = Field(80, ge=1, description="examples in an optimizer step")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows; fractions are allowed")
+    max_steps: int | None = Field(None, ge=1, description="steps of the run, in place of epochs; null: epochs decide")
     lr: float = Field(
         1e-4, gt=0, description="peak learning rate of the adapters, or of all weights if model.tune=full"
     )
@@ -177,14 +192,20 @@ class TrainSettings(Settings):
     swap: Literal["never", "random", "both"] = Field(
         "random", description="exchange of A and B: never; random, drawn anew each epoch; or both orders of each row"
     )
-    evaluate_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
-    keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
-    keep_best: int = Field(
-        1, ge=1, description="number of checkpoints with the least held-out log-loss to keep besides"
+    evaluate_every: NonNegativeInt | Literal["epoch"] = Field(
+        0, description="steps between evaluations, or epoch: after each; one at the end always, with 0 no other"
     )
+    checkpoint_every: PositiveInt | Literal["epoch"] = Field(
+        100, description="steps between checkpoints, or epoch: after each; evaluated steps have one always"
+    )
+    save_optimizer: bool = Field(
+        True, description="checkpoints hold the optimizer's state; false: smaller, but a resumed run starts it anew"
+    )
+    best_metric: str = Field("log_loss", description="metric of the held-out rows that chooses the best checkpoint")
+    keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
+    keep_best: int = Field(1, ge=1, description="number of best checkpoints to keep besides, by best_metric")
     resume: str = Field(
-        "auto", description="auto: resume from the latest checkpoint; best; the path of one; or never: start again"
+        "auto", description="auto or last: resume from the latest checkpoint; best; the path of one; or never"
     )
     max_seconds: float | None = Field(
         None, gt=0, description="save and stop after this many seconds; the same command resumes"
@@ -192,9 +213,30 @@ class TrainSettings(Settings):
     mirror: str | None = Field(
         None, description="folder, or URL that fsspec can write to, that checkpoints are also copied to"
     )
+    log_level: Literal["info", "warning", "error"] = Field(
+        "info", description="messages that training shows; progress is info"
+    )
     track: Literal["none", "trackio", "wandb", "tensorboard"] = Field(
         "none", description="experiment tracker that also receives steps and evaluations"
     )
+    tracking: TrackingSettings = TrackingSettings()
+    deterministic: bool = Field(
+        False, description="use only deterministic algorithms on a GPU, which are slower; on a CPU all are"
+    )
+
+    @field_validator("resume")
+    @classmethod
+    def _last(cls, mode: str) -> str:
+        return "auto" if mode == "last" else mode
+
+    @model_validator(mode="after")
+    def _fits_the_tracker(self) -> TrainSettings:
+        defaults = TrackingSettings()
+        changed = {name for name, value in self.tracking if value != getattr(defaults, name)}
+        odd = changed - TRACKED.get(self.track, changed)
+        if odd:
+            raise ValueError(f"track={self.track} has no place for tracking.{min(odd)}: leave it out, or use wandb")
+        return self
 
     @field_validator("mirror")
     @classmethod
@@ -236,14 +278,3 @@ class Recipe(Settings):
         if self.model.tune == "full" and self.model.quantization != "none":
             raise ValueError("model.tune=full, but quantised weights cannot be trained: set model.quantization=none")
         return self
-
-
-def find_file(name: str, folder: Path, kind: str) -> Path:
-    """A built-in file by its name, or any file by its path."""
-    built_in = folder / f"{name}.yaml"
-    if built_in.is_file():
-        return built_in
-    if Path(name).is_file():
-        return Path(name)
-    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-    raise ValueError(f"there is no {kind} {name!r}: name one of {names}, or give the path of a YAML file")

@@ -50,6 +50,12 @@ def test_overrides() -> None:
         ("train.lr={", "not YAML"),
         ("packing.budget=512", "max_length .* is larger than packing.budget"),
         ("model.tune=full", "quantised weights cannot be trained"),
+        (
+            "train.checkpoint_every=0",
+            "train.checkpoint_every: Input should be greater than 0; train.checkpoint_every",
+        ),
+        ("train.evaluate_every=epochs", "train.evaluate_every: Input should be 'epoch'"),
+        ("train.tracking.project=../up", "train.tracking.project: String should match pattern"),
         ("train.mirror=sftp://me:secret@host/x", "train.mirror: give a folder or a URL without a password"),
         ("train.mirror=''", "train.mirror: give a folder"),
         ("model.lora={first_layer: 1, layers: [2]}", "model.lora: first_layer and layers both choose the layers"),

@@ -213,6 +213,21 @@ def test_settings_and_paths_in_the_text_exist(page: str) -> None:
             assert any(place.exists() for place in places), f"{page}: there is no {each}"
 
 
+def test_each_parameter_of_the_published_experiment_has_a_setting() -> None:
+    """With its default; what has no setting says why."""
+    lines = [line.split(" | ") for line in PAGES["docs/sst2-experiment.md"].splitlines() if line.startswith("| `")]
+    known = {setting.key for setting in settings()} | {"--runs"}
+    assert len(lines) == len({line[0] for line in lines}) == 42 and all(len(line) == 3 for line in lines)
+    without = []
+    for parameter, _, here in lines:
+        named = [each.partition("=")[0] for each in QUOTED.findall(here)]
+        if here.startswith("none: "):
+            without.append(parameter)
+        else:
+            assert named[0] in known, parameter
+    assert without == ["| `framework`", "| `use_tt`"]
+
+
 def test_the_readme_is_short() -> None:
     assert len(PAGES["README.md"].split()) <= 1000
 

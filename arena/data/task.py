@@ -106,8 +106,8 @@ class Task(ABC):
         group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
         orders: in how many orders a row can be shown.
         missing: in words, what a row lacks if `has_input` is false.
-        metrics: by name, computed on the held-out rows for `metrics.json`. `log_loss` must be one of them: the best
-            checkpoint is the one with the least.
+        metrics: by name, computed on the held-out rows for `metrics.json`; `train.best_metric` names the one that
+            chooses the best checkpoint. `log_loss` must be one of them.
         tie: the class of a tie, if there is one: agreement is also given without ties.
     """
 

@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-from arena.progress import console, format_error
+from arena.progress import format_error, warn
 from arena.storage.manifest import NAME, damage, write_manifest
 from arena.storage.remote import PermanentError, Store
 
@@ -50,6 +52,7 @@ class Mirror:
         staging: folder for uploads that are waiting, on the same disk as the checkpoints; it is emptied first.
         fresh: this run does not resume from what is at the place, which is removed once its first checkpoint arrives.
         patience: seconds that the store is given to answer the first check.
+        cost: of the manifest of an evaluation, by which its checkpoint is the best: less is better.
         report: is called with each message.
 
     Raises:
@@ -58,9 +61,9 @@ class Mirror:
 
     def __init__(
         self, url: str, place: str, staging: Path, *, fresh: bool = False, patience: float = 10.0,
-        report: Callable[[str], None] = console.print,
+        cost: Callable[[dict[str, Any]], float] = itemgetter("log_loss"), report: Callable[[str], None] = warn,
     ) -> None:  # fmt: skip
-        self.store, self.staging, self.fresh, self.report = Store(url, place), staging, fresh, report
+        self.store, self.staging, self.fresh, self.cost, self.report = Store(url, place), staging, fresh, cost, report
         self.numbers = count()
         self.checkpoints = Path()  # the run's, as last pushed
         self.best = -1  # the step whose uploads are never dropped for later ones
@@ -118,7 +121,7 @@ class Mirror:
 
     def _queue(self, name: str, paths: Sequence[Path], number: float) -> None:
         assert not self.closing, "nothing may be pushed after close()"
-        upload = Upload(name, number, self._new_staging_folder())
+        upload = Upload(name, number, self.staging / str(next(self.numbers)))
         try:
             upload.staged.mkdir(parents=True)
             alone = len(paths) == 1 and paths[0].is_dir()
@@ -138,9 +141,6 @@ class Mirror:
 
     def _is_superseded(self, upload: Upload, by: Upload) -> bool:
         return upload.name == by.name or (upload.number < by.number < math.inf and upload.number != self.best)
-
-    def _new_staging_folder(self) -> Path:
-        return self.staging / str(next(self.numbers))
 
     def _run(self) -> None:
         """Tries all that is waiting, each time that something is pushed, and for the last time at the end."""
@@ -194,7 +194,7 @@ class Mirror:
             old = (self._numbers(STEP) | self._numbers(EVALUATION) | self._numbers(FILES)) - here
             if not self.fresh:
                 old = {each for each in old if each < number}
-                old -= set(self._by_loss()[:1] if old else [])
+                old -= set(self._best_first()[:1] if old else [])
             for each in old:  # the checkpoint first: without it the others are ignored
                 for start in (STEP, EVALUATION, FILES):
                     self.store.remove(_name(start, each))
@@ -208,17 +208,17 @@ class Mirror:
         names = self.store.names("" if start == FILES else CHECKPOINTS)
         return {number for name in names if name.startswith(start) and (number := _number(name)) is not None}
 
-    def _by_loss(self) -> list[int]:
+    def _best_first(self) -> list[int]:
         """The steps in the store that were evaluated, the best first."""
-        losses = {}
+        costs = {}
         for number in self._numbers(STEP) & self._numbers(EVALUATION):
             try:
-                loss = self.store.manifest(_name(EVALUATION, number))["log_loss"]
+                cost = self.cost(self.store.manifest(_name(EVALUATION, number)))
                 self.store.manifest(_name(STEP, number))
-                losses[number] = float(loss)
+                costs[number] = float(cost)
             except (PermanentError, KeyError, TypeError, ValueError):
                 continue  # `pull` reports it
-        return sorted((each for each in losses if math.isfinite(losses[each])), key=lambda each: (losses[each], each))
+        return sorted((each for each in costs if math.isfinite(costs[each])), key=lambda each: (costs[each], each))
 
     def pull(self, run: Path) -> list[Path]:
         """Fetches the newest complete checkpoint, the best one, and the small files that `run` lacks.
@@ -244,7 +244,7 @@ class Mirror:
 
     def _pull(self, run: Path, fetched: dict[Path, None]) -> None:
         """`pull`, once; adds to `fetched`."""
-        for numbers in (sorted(self._numbers(STEP), reverse=True), self._by_loss()):
+        for numbers in (sorted(self._numbers(STEP), reverse=True), self._best_first()):
             for number in numbers:
                 if self._fetch(_name(STEP, number), run / _name(STEP, number)):
                     fetched[run / _name(STEP, number)] = None
@@ -267,7 +267,7 @@ class Mirror:
 
     def _pull_files(self, run: Path) -> None:
         """Fetches the newest complete `files-<n>`; files that exist in `run` are left as they are."""
-        draft = self._new_staging_folder()
+        draft = self.staging / str(next(self.numbers))
         try:
             if any(self._fetch(_name(FILES, each), draft) for each in sorted(self._numbers(FILES), reverse=True)):
                 for path in draft.iterdir():

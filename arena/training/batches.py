@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -50,6 +51,26 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
     return whole[: max(1, round(len(parts[0]) * epochs))]
 
 
+def epoch_size(recipe: Recipe, data: FoldData) -> int:
+    """The number of examples in an epoch."""
+    both = recipe.train.swap == "both" and data.task.orders > 1
+    return len(data.train_rows) * (2 if both else 1)
+
+
+def due_after(every: int | Literal["epoch"], plan: PackPlan, size: int) -> frozenset[int]:
+    """The steps of a plan after which something is due that happens every so often; 0: never.
+
+    Args:
+        every: a number of steps; or `epoch`: the first step at whose end all examples of an epoch were trained on.
+        size: the examples of an epoch.
+    """
+    if every != "epoch":
+        return frozenset(range(every, plan.n_steps + 1, every) if every else ())
+    seen = plan.micro_ends[plan.step_ends - 1]  # examples, after each step
+    ends = np.arange(size, len(plan.examples) + 1, size)
+    return frozenset((np.searchsorted(seen, ends) + 1).tolist())
+
+
 def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes | None = None) -> PackPlan:
     """The plan of a whole training run; the same recipe and data give the same plan.
 
@@ -58,7 +79,10 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes
     """
     settings = recipe.train
     swap = settings.swap if data.task.orders > 1 else "never"
-    order = training_order(data.train_rows, data.store.orders, epochs=settings.epochs, swap=swap, seed=recipe.seed)
+    epochs = settings.epochs
+    if settings.max_steps is not None:
+        epochs = settings.max_steps * settings.batch_size / epoch_size(recipe, data)
+    order = training_order(data.train_rows, data.store.orders, epochs=epochs, swap=swap, seed=recipe.seed)
     return plan_training(
         data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks,
         prefixes=prefixes or prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),

@@ -1,6 +1,7 @@
 """Checkpoints: everything that a run needs to resume exactly, as safetensors and JSON, each complete or absent.
 
-`step-<n>` holds the run after step n: trained weights, optimizer, schedule, random states and the counts of `Done`.
+`step-<n>` holds the run after step n: trained weights, optimizer (unless `train.save_optimizer` is false), schedule,
+random states and the counts of `Done`.
 `evaluation-<n>` holds the predictions of these weights for the held-out rows. Each is written to a scratch folder,
 synced and renamed, with a manifest of the SHA-256 of every file; a checkpoint that differs from its manifest is never
 loaded.
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from arena.progress import console
 from arena.storage.files import atomic_write
 from arena.storage.manifest import damage, read_manifest, write_manifest
 from arena.training.optimizer import trainable
@@ -45,19 +47,23 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     schedule: Any,
     state: dict[str, Any],
+    *,
+    with_optimizer: bool = True,
 ) -> None:
     """Writes a checkpoint to `folder`.
 
     Args:
         state: what else the run needs to resume, as plain JSON values.
+        with_optimizer: whether it holds the optimizer's state, without which a resumed run starts the optimizer anew.
     """
     tensors: dict[str, Tensor] = {}
-    plain = _split(optimizer.state_dict(), "", tensors)
+    plain = _split(optimizer.state_dict(), "", tensors) if with_optimizer else None
     drawn, plain_random = random_states()
     with atomic_write(folder) as draft:
         draft.mkdir()
         save_file(_contiguous(trainable(model)), draft / "weights.safetensors")
-        save_file(_contiguous(tensors), draft / "optimizer.safetensors")
+        if with_optimizer:
+            save_file(_contiguous(tensors), draft / "optimizer.safetensors")
         save_file(drawn, draft / "random.safetensors")
         facts = {"optimizer": plain, "schedule": _plain(schedule.state_dict()), "random": plain_random}
         write_manifest(draft, {**state, **facts})
@@ -68,6 +74,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:  # fmt: skip
     """Restores weights, optimizer, schedule and random states, and returns the saved `state`.
 
+    A checkpoint without the optimizer's state leaves the optimizer as it is, at the schedule's learning rates.
+
     Raises:
         ValueError: the checkpoint is incomplete or damaged; nothing is changed.
     """
@@ -76,9 +84,14 @@ def load_checkpoint(
         raise ValueError(f"{folder} cannot be loaded: {why}")
     state = read_manifest(folder)
     load_weights(folder, model)
-    saved = _join(state["optimizer"], load_file(folder / "optimizer.safetensors"))
-    optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in saved["state"].items()}})
     schedule.load_state_dict({**schedule.state_dict(), **state["schedule"]})
+    if state["optimizer"] is None:
+        console.print(f"{folder} was saved without the optimizer's state: the optimizer starts anew")
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+    else:
+        saved = _join(state["optimizer"], load_file(folder / "optimizer.safetensors"))
+        optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in saved["state"].items()}})
     set_random_states((load_file(folder / "random.safetensors"), state["random"]))
     return state
 

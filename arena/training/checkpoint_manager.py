@@ -4,29 +4,55 @@ from __future__ import annotations
 
 import datetime
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from arena.progress import console
+from arena.metrics import Metric
+from arena.progress import console, warn
 from arena.storage.manifest import damage, read_manifest
 from arena.training.checkpoint import read_evaluation, write_evaluation
 
 STEP, EVALUATION = "step-", "evaluation-"
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What decides which of several evaluations is better: a metric of the held-out rows."""
+
+    metric: str = "log_loss"
+    higher_is_better: bool = False
+
+    def cost(self, facts: Mapping[str, Any]) -> float:
+        """Of the facts of an evaluation: less is better."""
+        score = float(facts[self.metric])
+        return -score if self.higher_is_better else score
+
+
+def ranking_by(name: str, metrics: Mapping[str, Metric]) -> Ranking:
+    """The ranking by one of a task's metrics. Raises `ValueError` if there is none of that name."""
+    if name not in metrics:
+        raise ValueError(f"train.best_metric={name}: the metrics of this task are {', '.join(metrics)}")
+    return Ranking(name, metrics[name].higher_is_better)
+
+
 class CheckpointManager:
     """The folder `checkpoints` of a run.
 
     Args:
-        keep_last, keep_best: how many of the latest checkpoints, and of those with the least log-loss, `prune` keeps.
+        keep_last, keep_best: how many of the latest checkpoints, and of the best by `ranking`, `prune` keeps.
             The limits are independent: the best is kept, however many follow it.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_best: int = 1) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int = 2, keep_best: int = 1, ranking: Ranking | None = None
+    ) -> None:  # fmt: skip
         self.folder, self.keep_last, self.keep_best = folder, keep_last, keep_best
+        self.ranking = ranking or Ranking()
 
     def step(self, number: int) -> Path:
         """The folder of a step's checkpoint, whether it exists or not."""
@@ -37,24 +63,24 @@ class CheckpointManager:
         return sorted(number for path in self.folder.glob(f"{STEP}*") if (number := _number(path)) is not None)
 
     @cached_property
-    def losses(self) -> dict[int, float]:
-        """The log-loss of each step that was evaluated and whose checkpoint is complete."""
-        losses = {}
+    def costs(self) -> dict[int, float]:
+        """The cost (`Ranking.cost`) of each step that was evaluated and whose checkpoint is complete."""
+        costs = {}
         for path in self.folder.glob(f"{EVALUATION}*"):
             number = _number(path)
             if number is not None and damage(path) is None and damage(self.step(number)) is None:
-                losses[number] = float(read_manifest(path)["log_loss"])
-        return losses
+                costs[number] = self.ranking.cost(read_manifest(path))
+        return costs
 
     @property
     def best(self) -> int | None:
-        """The step with the least log-loss; of equals, the earliest."""
-        return min(self.losses, key=lambda step: (self.losses[step], step), default=None)
+        """The best step that was evaluated; of equals, the earliest."""
+        return next(iter(self._best_first()), None)
 
     def save_evaluation(self, number: int, facts: dict[str, Any], probabilities: np.ndarray) -> None:
-        """Saves a step's predictions for the held-out rows; `facts` must include the `log_loss`."""
+        """Saves a step's predictions for the held-out rows; `facts` must include the metric of the ranking."""
         write_evaluation(self.evaluation(number), facts, probabilities)
-        self.losses[number] = facts["log_loss"]
+        self.costs[number] = self.ranking.cost(facts)
 
     def evaluation(self, number: int) -> Path:
         """The folder of a step's evaluation, whether it exists or not."""
@@ -67,11 +93,13 @@ class CheckpointManager:
     def prune(self) -> None:
         """Removes the checkpoints that neither limit keeps."""
         steps = self.steps()
-        best = sorted(self.losses, key=lambda step: (self.losses[step], step))[: self.keep_best]
-        for number in set(steps[: -self.keep_last]) - set(best):
+        for number in set(steps[: -self.keep_last]) - set(self._best_first()[: self.keep_best]):
             shutil.rmtree(self.step(number))
             shutil.rmtree(self.evaluation(number), ignore_errors=True)
-            self.losses.pop(number, None)
+            self.costs.pop(number, None)
+
+    def _best_first(self) -> list[int]:
+        return sorted(self.costs, key=lambda step: (self.costs[step], step))
 
     def choose(self, mode: str) -> Path | None:
         """The checkpoint to resume from; damaged ones are reported and passed over. None if there is no checkpoint.
@@ -96,7 +124,7 @@ class CheckpointManager:
             if why is None:
                 return self.step(number)
             reasons.append(f"{self.step(number)}: {why}")
-            console.print(f"passed over {reasons[-1]}")
+            warn(f"passed over {reasons[-1]}")
         if reasons:
             raise ValueError(
                 f"no checkpoint in {self.folder} can be resumed ({'; '.join(reasons)}): start again with --fresh, or "
@@ -116,7 +144,7 @@ class CheckpointManager:
             for path in (self.step(each), self.evaluation(each)):
                 if path.is_dir():
                     path.rename(archive / path.name)
-            self.losses.pop(each, None)
+            self.costs.pop(each, None)
         console.print(f"{len(later)} later checkpoints are now in {archive}")
 
 

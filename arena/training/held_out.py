@@ -54,9 +54,11 @@ class HeldOut:
         self.scored = data.eval_rows[self.has_input]
         self._as_given = self._evaluation(range(1))
 
-    def log_loss(self, probabilities: np.ndarray) -> float:
-        """The log-loss of probabilities of the rows `scored`."""
-        return log_loss(self.data.labels[self.scored], probabilities)
+    def scores(self, probabilities: np.ndarray) -> dict[str, float]:
+        """The log-loss of probabilities of the rows `scored`, and the metric that chooses the best checkpoint."""
+        labels, name = self.data.labels[self.scored], self.recipe.train.best_metric
+        others = {} if name == "log_loss" else {name: self.data.task.metrics[name](labels, probabilities)}
+        return {"log_loss": log_loss(labels, probabilities), **others}
 
     def predict_as_given(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
         """The probabilities of the rows `scored`, float64 (n, C), as given.

@@ -1,4 +1,4 @@
-"""The log of a run, `log.jsonl`, and experiment trackers, which get the same lines.
+"""The log of a run, `log.jsonl`, and experiment trackers, which get its lines and what `train.tracking` asks for.
 
 The log has one line for each step and each evaluation, and is cut back to the checkpoint from which a run resumes. A
 tracker that cannot start is an error; one that fails later is only a warning.
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
 from arena.config import save_recipe
-from arena.progress import console, format_error, optional
-from arena.settings import Recipe
+from arena.progress import format_error, optional, warn
+from arena.settings import Recipe, TrackingSettings
 from arena.storage.files import write_text
+from arena.training.optimizer import trainable
 
 EVALUATION = "eval_log_loss"  # the key that distinguishes an evaluation's line from a step's
 LINE = ("step", EVALUATION, "eval_rows", "best")  # the keys of an evaluation's line, in this order
@@ -67,8 +69,13 @@ def start_tracking(accelerator: Accelerator, recipe: Recipe, fold: int) -> None:
     """
     if recipe.train.track == "none":
         return
+    settings = recipe.train.tracking
+    named = {"name": settings.name, "tags": list(settings.tags)}
     try:
-        accelerator.init_trackers("arena", config={"recipe": save_recipe(recipe), "fold": fold})
+        accelerator.init_trackers(
+            settings.project, config={"recipe": save_recipe(recipe), "fold": fold},
+            init_kwargs={recipe.train.track: {key: value for key, value in named.items() if value}},
+        )  # fmt: skip
     except Exception as error:  # whatever the library raises
         accelerator.trackers.clear()
         raise ValueError(
@@ -77,16 +84,46 @@ def start_tracking(accelerator: Accelerator, recipe: Recipe, fold: int) -> None:
         ) from error
 
 
-def track(accelerator: Accelerator, facts: dict[str, Any]) -> None:
-    """Sends a line of the log to the tracker; one that fails is not used again."""
+def track(accelerator: Accelerator, facts: dict[str, Any], settings: TrackingSettings, model: nn.Module) -> None:
+    """Sends a line of the log to the tracker, if it is a line that it gets; a tracker that fails is not used again.
+
+    Args:
+        model: with the gradients of the step, for histograms.
+    """
+    is_step = EVALUATION not in facts
+    if not accelerator.trackers or (is_step and facts["step"] % settings.every):
+        return
     try:
         tracked = {key: value for key, value in facts.items() if key != "step" and value is not None}
+        if is_step and accelerator.is_main_process:
+            tracked |= _histograms(model, settings.watch)
         accelerator.log(tracked, step=facts["step"])
     except Exception as error:
         accelerator.trackers.clear()
-        console.print(
-            f"warning: the tracker failed ({format_error(error)}); training continues without it", style="yellow"
-        )
+        warn(f"warning: the tracker failed ({format_error(error)}); training continues without it")
+
+
+def _histograms(model: nn.Module, watch: str) -> dict[str, Any]:
+    """Histograms for wandb of the trained weights alone: its own `watch` would copy frozen ones from a GPU too."""
+    kinds = {"none": (), "all": ("gradients", "parameters")}.get(watch, (watch,))
+    if not kinds:
+        return {}
+    from wandb import Histogram
+
+    found = {}
+    for name, parameter in trainable(model).items():
+        for kind in kinds:
+            values = parameter.grad if kind == "gradients" else parameter.detach()
+            if values is not None:  # without those that overflowed in float16
+                found[f"{kind}/{name}"] = Histogram(values[values.isfinite()].float().cpu().numpy())
+    return found
+
+
+def upload_model(accelerator: Accelerator, recipe: Recipe, fold: int, folder: Path) -> None:
+    """Uploads a finished judge to wandb as an artifact of type `model`, if the recipe asks for it."""
+    for tracker in accelerator.trackers if recipe.train.tracking.upload_model else ():
+        with optional("uploading the judge to the tracker", f"it is in {folder}"):
+            tracker.tracker.log_artifact(str(folder), name=f"{recipe.name}-fold{fold}", type="model")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 
 from arena.config import run_place
 from arena.data.prepare import FoldData, data_file, prepare_fold
-from arena.distributed import device_name, peak_memory, start
+from arena.distributed import deterministic, device_name, peak_memory, start
 from arena.inference.saved import SavedJudge, save_judge
 from arena.model.attention.varlen import used_backends
 from arena.model.backbone import base_config, load_base, load_tokenizer
@@ -33,8 +33,9 @@ from arena.storage.files import fingerprint, remove_scratch, write_json
 from arena.storage.lock import locked
 from arena.storage.mirror import Mirror
 from arena.tasks import task_of
+from arena.training.checkpoint_manager import ranking_by
 from arena.training.held_out import scores, write_oof
-from arena.training.log import start_tracking, tracking
+from arena.training.log import start_tracking, tracking, upload_model
 from arena.training.optimizer import trainable
 from arena.training.references import REFERENCES, references
 from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
@@ -66,10 +67,11 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
     resume = recipe.train.resume
     if resume not in ("auto", "best", "never") and not Path(resume).is_dir():
         raise ValueError(f"train.resume={resume}: write auto, best, never, or the path of a checkpoint folder")
-    task_of(recipe)  # reports an unknown task before anything is loaded
+    ranking_by(recipe.train.best_metric, task_of(recipe).metrics)  # reports unknown names before anything is loaded
     accelerator = start(recipe.seed, recipe.train.track, str(folder))
     console.quiet = not accelerator.is_main_process
-    with locked(folder) if accelerator.is_main_process else nullcontext():
+    alone = locked(folder) if accelerator.is_main_process else nullcontext()
+    with alone, deterministic(recipe.train.deterministic), console.showing(recipe.train.log_level):
         for place in (folder, folder / "checkpoints") if accelerator.is_main_process else ():
             remove_scratch(place)
         return _run(recipe, fold, folder, accelerator, fresh or resume == "never")
@@ -132,6 +134,7 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             metrics |= {**scores(data, trained.best.probabilities), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
+            upload_model(accelerator, recipe, fold, folder / "model")
     return metrics
 
 
@@ -160,7 +163,8 @@ def _mirror(recipe: Recipe, folder: Path, run: dict[str, str], main: bool, fresh
         return
     place = f"{recipe.name}/{folder.name}/{fingerprint(run)}"
     staging = folder.with_name(f".{folder.name}.mirror")
-    mirror = Mirror(recipe.train.mirror, place, staging, fresh=fresh or recipe.train.resume != "auto")
+    cost = ranking_by(recipe.train.best_metric, task_of(recipe).metrics).cost
+    mirror = Mirror(recipe.train.mirror, place, staging, fresh=fresh or recipe.train.resume != "auto", cost=cost)
     patience = HURRIED
     try:
         yield mirror

@@ -17,13 +17,27 @@ from arena.training.checkpoint_manager import CheckpointManager
 RUN_FILES = ("log.jsonl", "recipe.yaml", "run.json")  # are mirrored with each checkpoint
 # settings that do not change a run's numbers and so do not belong to its identity
 OUTSIDE_IDENTITY = {
-    "train": ("track", "checkpoint_every", "keep_last", "keep_best", "resume", "max_seconds", "mirror"),
+    "train": (
+        "track",
+        "tracking",
+        "log_level",
+        "checkpoint_every",
+        "save_optimizer",
+        "keep_last",
+        "keep_best",
+        "resume",
+        "max_seconds",
+        "mirror",
+    ),
     # the content of files counts, and has its own fingerprints
     "data": ("cache", "path", "synthetic_rows", "max_row_characters", "max_turns"),
     "model": ("base", "checkpointing"),
 }
 # settings that did not always exist: with these values, runs from before them keep their identity
-LATER = {"task": "preference", "model.lora.first_layer": 0, "model.lora.layers": None}
+LATER = {
+    "task": "preference", "model.lora.first_layer": 0, "model.lora.layers": None, "train.max_steps": None,
+    "train.best_metric": "log_loss", "train.deterministic": False,
+}  # fmt: skip
 
 ALTERNATIVES = (
     'To keep both, give this run another name: name=mine (with make, ARGS="name=mine"). To set the unfinished run '

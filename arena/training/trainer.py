@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from arena.background import ahead
 from arena.data.prepare import FoldData
-from arena.distributed import first_rank, sum_gradients, total
+from arena.distributed import first_rank, on_first_rank, sum_gradients, total
 from arena.model.backbone import attention_choice
 from arena.model.classifier import PackedClassifier
 from arena.model.memory.reuse import reusing_memory
@@ -27,22 +26,14 @@ from arena.settings import Recipe
 from arena.stopping import Stop, Stopped
 from arena.storage.manifest import damage, read_manifest
 from arena.storage.mirror import Mirror
-from arena.training.batches import plan_fold
-from arena.training.checkpoint import (
-    Done,
-    Random,
-    load_checkpoint,
-    load_weights,
-    random_states,
-    save_checkpoint,
-    set_random_states,
-)
-from arena.training.checkpoint_manager import CheckpointManager
+from arena.training.batches import due_after, epoch_size, plan_fold
+from arena.training.checkpoint import Done, Random, load_weights, random_states, set_random_states
+from arena.training.checkpoint_manager import ranking_by
 from arena.training.held_out import HeldOut, Predictions
 from arena.training.log import LINE, RunLog, track
 from arena.training.optimizer import LossScaling, make_optimizer, make_schedule, trainable
 from arena.training.probe import choose_policies
-from arena.training.run_directory import RUN_FILES, require_same_run
+from arena.training.saving import Saving
 from arena.training.step import accumulate, count_step, describe_failure, write_failure
 
 
@@ -54,7 +45,7 @@ class Trained:
         done: the size and time of the run.
         best_step: the step whose weights are the best.
         best: what these weights predict.
-        last: what those of the last step predict, which were not chosen by their log-loss on the same rows.
+        last: what those of the last step predict, which were not chosen by their score on the same rows.
     """
 
     done: Done
@@ -93,15 +84,24 @@ class Trainer:
         self.classifier = PackedClassifier(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
         self.plan = plan_fold(recipe, data, accelerator.num_processes, prefixes)
+        self.evaluate_after, self.save_after = (
+            due_after(every, self.plan, epoch_size(recipe, data))
+            for every in (recipe.train.evaluate_every, recipe.train.checkpoint_every)
+        )
         self.optimizer = make_optimizer(model, recipe.train)
         self.schedule = make_schedule(self.optimizer, recipe.train, self.plan.n_steps)
         self.scaling = LossScaling(recipe.model.dtype, accelerator.device)
         self.done = Done()
         self.recompute_plan = choose_policies(self.classifier, self._loader(), recipe)
-        self.resume_fingerprint = identity | {"plan": self.plan.fingerprint}
+        resume_fingerprint = identity | {"plan": self.plan.fingerprint}
         self.stop, self.mirror = stop or Stop(), mirror
-        self.checkpoints = CheckpointManager(folder / "checkpoints", recipe.train.keep_last, recipe.train.keep_best)
-        cached = self.resume_fingerprint if alone else None  # several processes would write the same parts
+        self.saving = Saving(
+            recipe, folder, accelerator, model, self.optimizer, self.schedule, self.scaling,
+            ranking=ranking_by(recipe.train.best_metric, data.task.metrics), resume_fingerprint=resume_fingerprint,
+            mirror=mirror,
+        )  # fmt: skip
+        self.checkpoints = self.saving.checkpoints
+        cached = resume_fingerprint if alone else None  # several processes would write the same parts
         self.held_out = HeldOut(recipe, data, prefixes, self.device, folder / "logits", cached)
         self.log = RunLog(folder / "log.jsonl", writes=accelerator.is_main_process)
 
@@ -118,8 +118,8 @@ class Trainer:
             reusing_memory(self.device),
             progress("training", self.plan.n_steps, "steps", self.done.step) as advance,
         ):
-            if self._evaluates() and self.done.step not in self.checkpoints.losses:  # stopped before or within it
-                self._save()  # in case the checkpoint it resumes from is in another folder
+            if self._evaluates() and self.done.step not in self.checkpoints.costs:  # stopped before or within it
+                self.saving.save(self.done)  # in case the checkpoint it resumes from is in another folder
                 self._evaluate()
             start = time.monotonic()
             for batch in ahead(self._loader()):
@@ -136,25 +136,14 @@ class Trainer:
         Raises:
             ValueError: it belongs to another recipe, other data or another plan, or no checkpoint is complete.
         """
-        self._require_folder()
-        mode = self.recipe.train.resume
-        assert self.checkpoints.losses is not None  # read on all ranks before the first one writes
-        self.accelerator.wait_for_everyone()
-        chosen = None if mode == "never" else self.checkpoints.choose(mode)
+        chosen = self.saving.choose()
         if chosen is not None:
-            require_same_run(chosen, read_manifest(chosen)["resume_fingerprint"], self.resume_fingerprint, self.recipe)
-            state = load_checkpoint(chosen, self.model, self.optimizer, self.schedule)
-            self.scaling.restore(state["scaling"])
-            self.done = Done(**state["done"])
+            self.done = self.saving.load(chosen)
             console.print(f"resuming after step {self.done.step:,} of {self.plan.n_steps:,} ({chosen})")
-            if mode != "auto":
-                self._on_main(lambda: self.checkpoints.archive_after(self.done.step))
-                losses = self.checkpoints.losses.items()
-                self.checkpoints.losses = {step: loss for step, loss in losses if step <= self.done.step}
         self.log.cut(self.done.step)
-        if self.done.step in self.checkpoints.losses and self.done.step not in self.log.evaluations:
+        if self.done.step in self.checkpoints.costs and self.done.step not in self.log.evaluations:
             line = self.checkpoints.load_evaluation(self.done.step)[0]["line"]
-            self._log({key: line[key] for key in LINE})
+            self._log(dict.fromkeys(LINE) | line)  # in the order of an uninterrupted run
 
     def _note(self, loss: float) -> str:
         """The loss of the last step and the latest held-out log-loss."""
@@ -163,18 +152,17 @@ class Trainer:
 
     def _evaluates(self) -> bool:
         """Whether the held-out rows are evaluated after the last completed step."""
-        step, every = self.done.step, self.recipe.train.evaluate_every
-        return step == self.plan.n_steps or (every > 0 and step > 0 and step % every == 0)
+        return self.done.step == self.plan.n_steps or self.done.step in self.evaluate_after
 
     def _after_step(self) -> None:
         if self._evaluates():
-            self._save()  # before, so that a run that ends within an evaluation loses no step
+            self.saving.save(self.done)  # before, so that a run that ends within an evaluation loses no step
             self._evaluate()
-        elif self.done.step % self.recipe.train.checkpoint_every == 0:
-            self._save()
+        elif self.done.step in self.save_after:
+            self.saving.save(self.done)
         requested = float(self.stop())
         if total(self.accelerator, requested) > 0 and self.done.step < self.plan.n_steps:
-            self._save()
+            self.saving.save(self.done)
             raise self.stop.stopped()
 
     def _finish(self) -> Trained:
@@ -225,37 +213,41 @@ class Trainer:
             self._give_up_step(before)
             rows = sorted({int(index) // self.data.store.orders for each in batch for index in each.index})
             failed = self.folder, self.done.step + 1, loss, norm, [self.data.ids[row] for row in rows]
-            self._on_main(lambda: write_failure(*failed))
+            on_first_rank(self.accelerator, lambda: write_failure(*failed))
             raise FloatingPointError(describe_failure(*failed))
         facts = {"loss": loss, "grad_norm": norm, "lr": self.schedule.get_last_lr()[-1]}
         facts |= self.scaling.step(self.optimizer, norm)
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
         facts = count_step(self.done, self.plan, facts, time.monotonic() - start)
-        self._log(facts)
+        self._log(facts)  # with the step's gradients, for the tracker
+        self.optimizer.zero_grad(set_to_none=True)
         return facts
 
     def _give_up_step(self, before: Random) -> None:
         """Saves the run as it was before a step that was started but not taken."""
         self.optimizer.zero_grad(set_to_none=True)
         set_random_states(before)
-        self._save()
+        self.saving.save(self.done)
 
     def _evaluate(self) -> None:
         """Evaluates the held-out rows as given and saves the result beside the checkpoint."""
         step, best = self.done.step, self.checkpoints.best
         probabilities = self.held_out.predict_as_given(self.classifier, self._weights(step), self._own_stop)
-        loss = first_rank(self.accelerator, self.held_out.log_loss(probabilities))
-        is_best = best is None or loss < self.checkpoints.losses[best]
-        line = dict(zip(LINE, (step, loss, len(self.held_out.scored), is_best), strict=True))
-        self._on_main(lambda: self.checkpoints.save_evaluation(step, {"log_loss": loss, "line": line}, probabilities))
-        self.checkpoints.losses[step] = loss
+        found = self.held_out.scores(probabilities)
+        scores = {name: first_rank(self.accelerator, score) for name, score in found.items()}
+        cost = self.checkpoints.ranking.cost(scores)
+        is_best = best is None or cost < self.checkpoints.costs[best]
+        line = dict(zip(LINE, (step, scores["log_loss"], len(self.held_out.scored), is_best), strict=True))
+        line |= {f"eval_{name}": score for name, score in scores.items()}
+        facts = {**scores, "line": line}
+        on_first_rank(self.accelerator, lambda: self.checkpoints.save_evaluation(step, facts, probabilities))
+        self.checkpoints.costs[step] = cost
         self._log(line)
         if self.mirror is not None:
             if is_best:
                 self.mirror.push(self.checkpoints.step(step), best=True)
             self.mirror.push(self.checkpoints.evaluation(step))
-        self._on_main(self.checkpoints.prune)
+        on_first_rank(self.accelerator, self.checkpoints.prune)
 
     @property
     def _own_stop(self) -> Stop | None:
@@ -268,33 +260,6 @@ class Trainer:
             return ""
         return str(read_manifest(self.checkpoints.step(step))["files"]["weights.safetensors"]["sha256"])
 
-    def _save(self) -> None:
-        """Writes the checkpoint of the last completed step, unless it exists."""
-        target = self.checkpoints.step(self.done.step)
-        self._require_folder()
-        state = {"done": asdict(self.done), "scaling": self.scaling.state()}
-        state["resume_fingerprint"] = self.resume_fingerprint
-
-        def write() -> None:  # only the first rank checks, as others might see the checkpoint appear
-            if damage(target) is None:
-                return
-            save_checkpoint(target, self.model, self.optimizer, self.schedule, state)
-            if self.mirror is not None:
-                there = [self.folder / name for name in RUN_FILES if (self.folder / name).is_file()]
-                self.mirror.push(target, files=there)
-            self.checkpoints.prune()
-
-        self._on_main(write)
-
-    def _require_folder(self) -> None:
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} was removed while the run was using it: nothing can be saved there")
-
-    def _on_main(self, work: Callable[[], None]) -> None:
-        if self.accelerator.is_main_process:
-            work()
-        self.accelerator.wait_for_everyone()
-
     def _log(self, facts: dict[str, Any]) -> None:
         self.log.add(facts)
-        track(self.accelerator, facts)
+        track(self.accelerator, facts, self.recipe.train.tracking, self.model)

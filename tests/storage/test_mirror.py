@@ -357,7 +357,7 @@ def test_fetched_checkpoints_are_used_by_the_checkpoint_manager(tmp_path: Path) 
     mirror(tmp_path).pull(tmp_path / "fresh")
     fresh, kept = CheckpointManager(tmp_path / "fresh/checkpoints"), CheckpointManager(tmp_path / "run/checkpoints")
     assert fresh.choose("auto") == fresh.step(20) and fresh.choose("best") == fresh.step(10)
-    assert fresh.losses == kept.losses == {10: 0.4, 20: 0.6}
+    assert fresh.costs == kept.costs == {10: 0.4, 20: 0.6}
 
 
 def wait(done: object, seconds: float = 5.0) -> None:

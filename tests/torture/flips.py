@@ -75,10 +75,10 @@ def _taken(kept: CheckpointManager, path: Path, before: int, last: int, state: t
     """Whether what was damaged was used, in any way in which it could be."""
     again = CheckpointManager(kept.folder)
     if path.parent.name.startswith("evaluation-"):
-        return f"the log-loss {again.losses[last]} was believed" if last in again.losses else None
+        return f"the log-loss {again.costs[last]} was believed" if last in again.costs else None
     if again.choose("auto") != kept.step(before):
         return "it was chosen"
-    if last in again.losses:
+    if last in again.costs:
         return "it was taken for the best"
     for use in (lambda: again.choose(str(kept.step(last))), lambda: load_checkpoint(kept.step(last), *state)):
         weights = _weights(state)

@@ -13,6 +13,7 @@ from typing import Any
 
 import arena.inference.evaluate
 import arena.training.run
+import arena.training.saving
 import arena.training.trainer
 from arena.storage.manifest import damage
 from tests.torture.ground import (
@@ -34,7 +35,7 @@ SOON = 5.0  # the same for a second one
 # what is called when each of these begins, and how often in a whole run
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "training": (arena.training.trainer, "accumulate", 5),
-    "saving": (arena.training.trainer, "save_checkpoint", 5),
+    "saving": (arena.training.saving, "save_checkpoint", 5),
     "evaluating": (arena.inference.evaluate.Evaluation, "probabilities", 2),
     "inferring": (arena.inference.evaluate.Evaluation, "probabilities", 1),
     "finishing": (arena.training.run, "save_judge", 1),

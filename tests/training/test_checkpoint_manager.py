@@ -138,7 +138,7 @@ def test_the_best_is_never_removed_for_the_last(tmp_path: Path) -> None:
         manager.prune()
     assert manager.steps() == [2, 4, 5] and manager.best == 2
     again = CheckpointManager(tmp_path)
-    assert again.losses == {2: 0.5, 4: 0.8, 5: 0.6} and again.choose("best") == again.step(2)
+    assert again.costs == {2: 0.5, 4: 0.8, 5: 0.6} and again.choose("best") == again.step(2)
     more = CheckpointManager(tmp_path, keep_last=1, keep_best=2)
     more.prune()
     assert more.steps() == [2, 5]

@@ -18,6 +18,7 @@ import pytest
 from accelerate.utils import LoggerType
 
 from arena import cli
+from arena.config import load_recipe
 from arena.inference.saved import read_judge
 from arena.reporting import report
 from arena.stopping import Stopped
@@ -42,12 +43,16 @@ def fails(error: BaseException) -> Callable[..., Any]:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A stand-in for the package, that can be made to fail; its `logged` holds what it was given."""
-    run = SimpleNamespace(logged=[], ended=0)
-    run.log = lambda values, step=None: run.logged.append(step)
+    """A stand-in for the package, that can be made to fail; its run holds what it was given."""
+    run = SimpleNamespace(logged=[], ended=0, values=[], started=None, uploaded=None)
+    run.log = lambda values, step=None: (run.logged.append(step), run.values.append(values))
+    run.log_artifact = lambda path, name, type: setattr(run, "uploaded", (sorted(Path(path).iterdir()), name, type))
     run.finish = lambda: setattr(run, "ended", run.ended + 1)
     module = ModuleType("wandb")
-    vars(module).update(run=run, init=lambda project: run, config=SimpleNamespace(update=lambda *_, **__: None))
+    vars(module).update(
+        run=run, init=lambda **options: (setattr(run, "started", options), run)[1], Histogram=np.array,
+        config=SimpleNamespace(update=lambda *_, **__: None),
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType.WANDB])
     return module  # type: ignore[return-value]
@@ -63,6 +68,43 @@ def test_a_tracker_gets_every_line_and_is_ended_once_all_is_saved(
     lines = [json.loads(line) for line in (metrics.parent / "log.jsonl").read_text().splitlines()]
     assert wandb.run.logged == [line["step"] for line in lines] and len(lines) > 1
     assert wandb.run.ended == 1 and saved == [True]
+
+
+def test_a_tracker_gets_what_the_settings_say(gemma2: Path, tmp_path: Path, wandb: SimpleNamespace) -> None:
+    """Its name, tags and project; some steps and all evaluations; histograms of what is trained; and the judge."""
+    settings = ("every=2", "project=sst2", "name=first", "tags=[a, b]", "watch=all", "upload_model=true")
+    options = ["train.track=wandb", "train.max_steps=5", *(f"train.tracking.{each}" for each in settings)]
+    run_fold(tiny_recipe(tmp_path, gemma2, *options), 0, tmp_path / "runs")
+    run, folder = wandb.run, tmp_path / "runs/demo/fold0"
+    assert run.started == {"project": "sst2", "name": "first", "tags": ["a", "b"]}
+    assert run.logged == [2, 3, 4, 5] and ["loss" in each for each in run.values] == [True, False, True, False]
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 7  # the file has every step
+    gradients = {key: each for key, each in run.values[2].items() if key.startswith("gradients/")}
+    parameters = {key: each for key, each in run.values[2].items() if key.startswith("parameters/")}
+    assert len(gradients) == len(parameters) > 10 and all(key.endswith("weight") for key in parameters)
+    assert not any("layers" in key and "lora" not in key for key in parameters)  # no frozen weight
+    norm = np.sqrt(sum(float((each.astype(np.float64) ** 2).sum()) for each in gradients.values()))
+    assert norm == pytest.approx(min(1.0, run.values[2]["grad_norm"]), rel=1e-4)  # of the whole step, as it was taken
+    assert run.uploaded == (sorted((folder / "model").iterdir()), "demo-fold0", "model")
+    assert not any(key.startswith(("gradients/", "parameters/")) for key in run.values[1])
+
+
+def test_a_tracker_gets_nothing_that_was_not_asked_for(gemma2: Path, tmp_path: Path, wandb: SimpleNamespace) -> None:
+    run_fold(tiny_recipe(tmp_path, gemma2, SHORT, "train.track=wandb"), 0, tmp_path / "runs")
+    assert wandb.run.started == {"project": "arena"} and wandb.run.uploaded is None
+    assert not any("/" in key for values in wandb.run.values for key in values)
+
+
+@pytest.mark.parametrize(("track", "taken"), [("trackio", {"name=x"}), ("tensorboard", set()), ("none", None)])
+def test_settings_that_a_tracker_has_no_place_for_are_refused(track: str, taken: set[str] | None) -> None:
+    """Without a tracker they wait for one."""
+    for each in ("name=x", "tags=[a]", "watch=gradients", "upload_model=true"):
+        settings = [f"train.track={track}", f"train.tracking.{each}", "train.tracking.every=9"]
+        if taken is None or each in taken:
+            load_recipe("demo", settings)
+        else:
+            with pytest.raises(ValueError, match=f"track={track} has no place for tracking.{each.split('=')[0]}"):
+                load_recipe("demo", settings)
 
 
 def test_a_run_that_is_stopped_ends_its_tracker(gemma2: Path, tmp_path: Path, wandb: SimpleNamespace) -> None:

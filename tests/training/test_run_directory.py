@@ -19,6 +19,8 @@ from arena.training.run_directory import (
     run_identity,
 )
 
+USED_LATER = ("max_steps=9", "best_metric=accuracy", "deterministic=true")
+
 
 def unfinished(folder: Path, recipe: Recipe, data: str = "rows", base: str = "base") -> Path:
     """A run with a checkpoint and without metrics."""
@@ -31,7 +33,10 @@ def unfinished(folder: Path, recipe: Recipe, data: str = "rows", base: str = "ba
 def test_settings_outside_the_identity_do_not_change_it() -> None:
     tree = load_recipe("demo").model_dump(mode="json")
     assert all(name in tree[group] for group, names in OUTSIDE_IDENTITY.items() for name in names)
-    for key in ("train.checkpoint_every=7", "data.cache=elsewhere", "model.checkpointing=full"):
+    for key in (
+        "train.checkpoint_every=7", "data.cache=elsewhere", "model.checkpointing=full", "train.save_optimizer=false",
+        "train.tracking.name=x", "train.log_level=error", "train.checkpoint_every=epoch",
+    ):  # fmt: skip
         assert run_identity(load_recipe("demo", [key]), "", "") == run_identity(load_recipe("demo"), "", "")
     assert run_identity(load_recipe("demo", ["train.lr=0.1"]), "", "") != run_identity(load_recipe("demo"), "", "")
 
@@ -104,6 +109,7 @@ def test_settings_that_came_later_change_the_identity_only_where_they_are_used(t
     recipe = load_recipe("demo")
     tree = recipe.model_dump(mode="json")
     del tree["task"], tree["model"]["lora"]["first_layer"], tree["model"]["lora"]["layers"]
+    del tree["train"]["max_steps"], tree["train"]["best_metric"], tree["train"]["deterministic"]
     groups = {
         name: {key: each for key, each in tree[name].items() if key not in keys}
         for name, keys in OUTSIDE_IDENTITY.items()
@@ -111,7 +117,8 @@ def test_settings_that_came_later_change_the_identity_only_where_they_are_used(t
     assert recipe_fingerprint(recipe) == fingerprint({**tree, **groups})
     upper = load_recipe("demo", ["model.lora.first_layer=1"])
     listed = load_recipe("demo", ["model.lora.layers=[1, 3]"])
-    assert len({recipe_fingerprint(each) for each in (recipe, upper, listed)}) == 3
+    others = [load_recipe("demo", [f"train.{each}"]) for each in USED_LATER]
+    assert len({recipe_fingerprint(each) for each in (recipe, upper, listed, *others)}) == 3 + len(USED_LATER)
     ours = run_identity(recipe, "rows", "base")
     (told,) = differences(unfinished(tmp_path / "fold0", upper), run_identity(upper, "rows", "base"), ours, recipe)
     assert told == "model.lora.first_layer is 1 there, not set here"

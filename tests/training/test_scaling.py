@@ -89,7 +89,7 @@ def test_float16_learns_as_float32_does(gemma2: Path, tmp_path: Path) -> None:
     runs = [make(tmp_path / dtype, gemma2, *LEARNING, f"model.dtype={dtype}") for dtype in ("float32", "float16")]
     for run in runs:
         run.run()
-    best = [min(run.checkpoints.losses.values()) for run in runs]
+    best = [min(run.checkpoints.costs.values()) for run in runs]
     full, half = (steps_of(run.folder) for run in runs)
     assert [step["loss"] for step in half[:8]] == pytest.approx([step["loss"] for step in full[:8]], rel=0.02)
     assert [step["grad_norm"] for step in half[:4]] == pytest.approx([step["grad_norm"] for step in full[:4]], rel=0.02)
@@ -104,7 +104,7 @@ def test_overflows_are_skipped_and_got_over(gemma2: Path, tmp_path: Path, monkey
     monkeypatch.setattr(scaling_module, "FIRST_SCALE", TOO_HIGH)
     runs = [make(tmp_path / dtype, gemma2, *LEARNING, f"model.dtype={dtype}") for dtype in ("float32", "float16")]
     runs[1].run()
-    best = min(runs[1].checkpoints.losses.values())
+    best = min(runs[1].checkpoints.costs.values())
     runs[0].run()
     full, half = (steps_of(run.folder) for run in runs)
     skipped = [step["skipped"] for step in half]

@@ -221,4 +221,4 @@ def test_resuming_from_a_checkpoint_elsewhere_that_was_not_evaluated(gemma2: Pat
     elsewhere = make(tmp_path / "new", gemma2, "train.keep_last=9", f"train.resume={straight.checkpoints.step(3)}")
     elsewhere.run()
     assert torch.equal(weights(elsewhere), weights(straight))
-    assert elsewhere.checkpoints.losses == straight.checkpoints.losses and elsewhere.checkpoints.steps() == [3, 4, 5]
+    assert elsewhere.checkpoints.costs == straight.checkpoints.costs and elsewhere.checkpoints.steps() == [3, 4, 5]

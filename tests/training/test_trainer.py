@@ -174,7 +174,7 @@ def test_the_best_weights_are_loaded_at_the_end(gemma2: Path, tmp_path: Path, mo
     monkeypatch.setattr(held_out_module, "log_loss", lambda *_: next(losses))
     trainer = make(tmp_path, gemma2)
     trained = trainer.run()
-    assert (trained.best_step, trainer.checkpoints.losses, trained.done.step) == (3, {3: 0.5, 5: 0.9}, 5)
+    assert (trained.best_step, trainer.checkpoints.costs, trained.done.step) == (3, {3: 0.5, 5: 0.9}, 5)
     kept = weights(trainer).clone()
     load_weights(trainer.checkpoints.step(3), trainer.model)
     assert torch.equal(weights(trainer), kept)
@@ -249,7 +249,7 @@ def test_training_learns_what_the_rows_say(gemma2: Path, tmp_path: Path) -> None
     shuffled = make(tmp_path / "b", gemma2, *options)
     np.random.default_rng(0).shuffle(shuffled.data.labels)
     shuffled.run()
-    (found,), (control,) = (list(run.checkpoints.losses.values()) for run in (learned, shuffled))
+    (found,), (control,) = (list(run.checkpoints.costs.values()) for run in (learned, shuffled))
     assert found < 0.6 < control
 
 

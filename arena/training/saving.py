@@ -1,0 +1,96 @@
+"""Saving a run between two steps and resuming it: the first rank writes, and the mirror gets a copy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from arena.distributed import on_first_rank
+from arena.settings import Recipe
+from arena.storage.manifest import damage, read_manifest
+from arena.storage.mirror import Mirror
+from arena.training.checkpoint import Done, load_checkpoint, save_checkpoint
+from arena.training.checkpoint_manager import CheckpointManager, Ranking
+from arena.training.optimizer import LossScaling
+from arena.training.run_directory import RUN_FILES, require_same_run
+
+
+class Saving:
+    """A run's checkpoints, and the parts of the run that they hold.
+
+    Args:
+        folder: the run's folder.
+        ranking: of evaluated checkpoints.
+        resume_fingerprint: what identifies the run and its plan; checkpoints with another one are refused.
+        mirror: where checkpoints are copied to, on the first rank.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, accelerator: Accelerator, model: nn.Module,
+        optimizer: torch.optim.Optimizer, schedule: Any, scaling: LossScaling, *,
+        ranking: Ranking, resume_fingerprint: dict[str, str], mirror: Mirror | None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.folder, self.accelerator = recipe, folder, accelerator
+        self.model, self.optimizer, self.schedule, self.scaling = model, optimizer, schedule, scaling
+        self.resume_fingerprint, self.mirror = resume_fingerprint, mirror
+        keep = recipe.train.keep_last, recipe.train.keep_best
+        self.checkpoints = CheckpointManager(folder / "checkpoints", *keep, ranking)
+
+    def choose(self) -> Path | None:
+        """The checkpoint that `train.resume` selects, if there is one.
+
+        Raises:
+            ValueError: there are checkpoints, but none is complete, or the requested one is not.
+        """
+        self._require_folder()
+        assert self.checkpoints.costs is not None  # read on all ranks before the first one writes
+        self.accelerator.wait_for_everyone()
+        mode = self.recipe.train.resume
+        return None if mode == "never" else self.checkpoints.choose(mode)
+
+    def load(self, checkpoint: Path) -> Done:
+        """Restores the run as a checkpoint holds it; later checkpoints are archived if it was not the latest.
+
+        Raises:
+            ValueError: it belongs to another recipe, other data or another plan, or is damaged.
+        """
+        saved = read_manifest(checkpoint)["resume_fingerprint"]
+        require_same_run(checkpoint, saved, self.resume_fingerprint, self.recipe)
+        state = load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule)
+        self.scaling.restore(state["scaling"])
+        done = Done(**state["done"])
+        if self.recipe.train.resume != "auto":
+            on_first_rank(self.accelerator, lambda: self.checkpoints.archive_after(done.step))
+            costs = self.checkpoints.costs.items()
+            self.checkpoints.costs = {step: cost for step, cost in costs if step <= done.step}
+        return done
+
+    def save(self, done: Done) -> None:
+        """Writes the checkpoint of the last completed step, unless it exists."""
+        target = self.checkpoints.step(done.step)
+        self._require_folder()
+        state = {"done": asdict(done), "scaling": self.scaling.state()}
+        state["resume_fingerprint"] = self.resume_fingerprint
+
+        def write() -> None:  # only the first rank checks, as others might see the checkpoint appear
+            if damage(target) is None:
+                return
+            save_checkpoint(
+                target, self.model, self.optimizer, self.schedule, state,
+                with_optimizer=self.recipe.train.save_optimizer,
+            )  # fmt: skip
+            if self.mirror is not None:
+                there = [self.folder / name for name in RUN_FILES if (self.folder / name).is_file()]
+                self.mirror.push(target, files=there)
+            self.checkpoints.prune()
+
+        on_first_rank(self.accelerator, write)
+
+    def _require_folder(self) -> None:
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} was removed while the run was using it: nothing can be saved there")
