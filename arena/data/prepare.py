@@ -143,7 +143,7 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         eval_rows=held_out,
         has_input=has_input,
         prior=labels[train_rows].mean(axis=0),
-        fingerprint=fingerprint(split, fold, recipe.prompt.model_dump()),
+        fingerprint=fingerprint(split, fold, recipe.prompt.identity()),
         trained_on=fingerprint(split),
         notes=notes,
     )
