@@ -104,6 +104,9 @@ def test_settings_that_came_later_change_the_identity_only_where_they_are_used(t
     recipe = load_recipe("demo")
     tree = recipe.model_dump(mode="json")
     del tree["task"], tree["model"]["lora"]["first_layer"], tree["model"]["lora"]["layers"]
+    del tree["classes"], tree["data"]["columns"], tree["data"]["validation"]
+    for name in ("text", "pair", "classes"):
+        del tree["prompt"]["template"][name]
     groups = {
         name: {key: each for key, each in tree[name].items() if key not in keys}
         for name, keys in OUTSIDE_IDENTITY.items()
