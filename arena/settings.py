@@ -254,6 +254,13 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     judge: JudgeSettings = JudgeSettings()
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if odd := [each for each in value if not isinstance(each, str)] if isinstance(value, list | tuple) else []:
+            raise ValueError(f"{odd[0]!r} is not a text in YAML: quote it, as in ['no', 'yes']")
+        return value
+
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         if self.prompt.max_length > self.packing.budget:

@@ -58,6 +58,8 @@ def test_overrides() -> None:
         ("model.lora={first_layer: 1, layers: [2]}", "model.lora: first_layer and layers both choose the layers"),
         ("model.lora.layers=[]", "model.lora.layers: Tuple should have at least 1 item"),
         ("model.lora.layers=[-1]", r"model.lora.layers.0: Input should be greater than or equal to 0"),
+        ("classes=[no, yes]", "classes: False is not a text in YAML: quote it"),
+        ("classes=good", "classes: Input should be a valid tuple"),
         ("prompt.template=nope", "no template 'nope': name one of classify, compact, judge"),
         ("model.checkpointing=light", "model.checkpointing: light was renamed: set it to elementwise$"),
         ("model.checkpointing=mlp", "model.checkpointing: mlp was renamed: set it to elementwise_and_mlp$"),

@@ -54,8 +54,11 @@ def _csv_rows(path: Path, choose: Choose, limits: Limits, *, tabs: bool = False)
     csv.field_size_limit(CSV_FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         lines = LimitedLines(handle, limits)
-        separated = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-        reader = csv.reader(lines, strict=True, **separated)
+        reader = (
+            csv.reader(lines, strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
+            if tabs
+            else csv.reader(lines, strict=True)
+        )
         start = 1
         try:
             names = next((fields for fields in reader if fields), [])

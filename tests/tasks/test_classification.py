@@ -50,11 +50,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_recipe_sets_the_task() -> None:
-    task = classification("data.columns={text: premise, pair: hypothesis, label: gold}", "classes=[no, yes, maybe]")
+    task = classification("data.columns={text: premise, pair: hypothesis, label: gold}", "classes=['no', 'yes', maybe]")
     assert (task.texts, task.label, task.group_by) == (("premise", "hypothesis"), "gold", "premise")
     assert task.columns == ("p_no", "p_yes", "p_maybe")
     assert task == classification(
-        "data.columns={text: premise, pair: hypothesis, label: gold}", *["classes=[no, yes, maybe]"]
+        "data.columns={text: premise, pair: hypothesis, label: gold}", *["classes=['no', 'yes', maybe]"]
     )
     others = classification(), classification("classes=[positive, negative]"), classification("data.columns.label=gold")
     assert len({repr(each.reading) for each in (task, *others)}) == 4  # or rows would be taken from another's cache
@@ -213,7 +213,7 @@ def test_texts_share_the_room(small: Any) -> None:
     for texts in ((long, short), (short, long)):
         example = one(both, *texts)
         shown = small.decode(example.input_ids)
-        assert len(example.input_ids) == 128 and "bad" in shown and shown.count("good [...] good") == 1
+        assert len(example.input_ids) == 128 and "bad" in shown and shown.count(" [...] ") == 1
     assert small.decode(one(both, long, long).input_ids).count(" [...] ") == 2
 
 
@@ -254,9 +254,9 @@ def test_the_baseline_learns_words_and_nothing_from_noise() -> None:
     found = text_baseline(table, labels, train, others)
     np.testing.assert_allclose(found.sum(axis=1), 1)
     assert found.shape == (49, 4) and (found[:, 3] == 0).all()  # a class that no row has
-    assert log_loss(labels[others], found) < 0.2
+    assert log_loss(labels[others], found) < 0.08
     soft = text_baseline(table, labels * 0.8 + 0.05, train, others)
-    assert 0.4 < log_loss(labels[others], soft) < 0.7
+    assert log_loss(labels[others], soft) == pytest.approx(-np.log(0.85), abs=0.02)
     shuffled = text_baseline(table, rng.permutation(labels), train, others)
     assert log_loss(labels[others], shuffled) > 0.8
 
