@@ -4,7 +4,7 @@ The layout of an example, with Gemma's chat markers and the `classify` template:
 
     <bos><start_of_turn>user
     {instruction}
-    Answer with one of: {names of the classes}
+    The classes are: {names of the classes}
 
     {opening}Text: {text}
     Second text: {second text, if rows are pairs}

@@ -120,7 +120,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_data_set_of_the_hub_is_fetched_once(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = hub(monkeypatch)
     settings = ["data.path=someone/films", f"data.cache={tmp_path / 'cache'}", f"model.base={gemma2}"]
-    recipe = load_recipe("gemma-3-270m-sst2", [*settings, "train.epochs=1", "train.batch_size=8", "packing.budget=512"])
+    recipe = load_recipe(
+        "gemma-3-270m-sst2", [*settings, "train.epochs=1", "train.batch_size=8", "prompt.max_length=192"]
+    )
     metrics = run_fold(recipe, 0, tmp_path / "runs")
     assert (metrics["n_train"], metrics["n_eval"]) == (30, 9) and calls == ["someone/films"]
     infer([tmp_path / "runs/gemma-3-270m-sst2/fold0/model"], None, tmp_path / "out.csv")

@@ -152,7 +152,10 @@ COLUMNS = "data.columns={text: premise, pair: hypothesis}"
 
 
 def test_layout(small: Any) -> None:
-    start = "<bos><start_of_turn>user\nClassify the text.\nAnswer with one of: negative, positive\n\nText: "
+    start = (
+        "<bos><start_of_turn>user\nRead the text, decide which one of the classes fits it best, and answer with the "
+        "name of that class alone.\nThe classes are: negative, positive\n\nText: "
+    )
     end = "\n<end_of_turn>\n<start_of_turn>model\nAnswer: "
     example = one(encoder(small), "not very good")
     assert small.decode(example.input_ids) == f"{start}not very good{end}"
@@ -209,16 +212,16 @@ def test_whatever_is_cut_the_verdict_is_last_and_both_texts_are_visible(
 
 def test_texts_share_the_room(small: Any) -> None:
     long, short = "good " * 60, "bad"
-    both = encoder(small, COLUMNS, max_length=128)
+    both = encoder(small, COLUMNS, max_length=200)
     for texts in ((long, short), (short, long)):
         example = one(both, *texts)
         shown = small.decode(example.input_ids)
-        assert len(example.input_ids) == 128 and "bad" in shown and shown.count(" [...] ") == 1
+        assert len(example.input_ids) == 200 and "bad" in shown and shown.count(" [...] ") == 1
     assert small.decode(one(both, long, long).input_ids).count(" [...] ") == 2
 
 
 def test_a_character_of_bytes_is_not_cut(small: Any) -> None:
-    for length in range(90, 110):
+    for length in range(150, 170):
         shown = small.decode(one(encoder(small, max_length=length), "好" * 40).input_ids)
         assert "[...]" in shown and "\ufffd" not in shown
 
@@ -293,8 +296,9 @@ def recipe(gemma2: Path, tmp_path: Path) -> Recipe:
     return load_recipe(
         "gemma-3-270m-sst2",
         [
-            *places, "data.validation=dev", "packing.budget=512", "train.batch_size=8", "train.epochs=4",
-            "train.lr=3e-3", "train.head_lr=1e-2", "train.evaluate_every=5", "model.checkpointing=none",
+            *places, "data.validation=dev", "prompt.max_length=192", "packing.budget=512", "train.batch_size=8",
+            "train.epochs=4", "train.lr=3e-3", "train.head_lr=1e-2", "train.evaluate_every=5",
+            "model.checkpointing=none",
         ],
     )  # fmt: skip
 
