@@ -80,11 +80,11 @@ def text_baseline(
     words = [_words().fit(column) for column in texts]
     features = _text_features(words, texts)
 
-    def classified(c: float, fitted: np.ndarray, asked: csr_matrix) -> np.ndarray:
-        return _fit_texts(features[fitted], known[fitted], c, asked)
+    def classified(c: float, fitted: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return _fit_texts(features[fitted], known[fitted], c, features[others])
 
-    strength = _strength(TEXT_STRENGTHS, known, lambda c, fitted, rest: classified(c, fitted, features[rest]), seed)
-    return classified(strength, np.ones(len(train), dtype=bool), _text_features(words, _columns(rows, eval_rows)))
+    strength = _strength(TEXT_STRENGTHS, known, classified, seed)
+    return _fit_texts(features, known, strength, _text_features(words, _columns(rows, eval_rows)))
 
 
 def _fit_texts(features: csr_matrix, labels: np.ndarray, c: float, asked: csr_matrix) -> np.ndarray:
