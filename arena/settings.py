@@ -37,17 +37,23 @@ class Settings(BaseModel):
 
 
 class Template(Settings):
-    """The texts of the judge prompt, all taken as plain text. Chat markers come from `PromptSettings.chat`."""
+    """The texts of the prompt, all taken as plain text. Chat markers come from `PromptSettings.chat`.
+
+    A task uses the fields that it has a place for.
+    """
 
     instruction: str = Field(description="instruction at the beginning of the prompt")
     opening: str = Field("", description="text between the instruction and the first turn")
     user: str = Field("### User:\n", description="heading of each user prompt")
     answer_a: str = Field("### Assistant A:\n", description="heading of each answer of A")
     answer_b: str = Field("### Assistant B:\n", description="heading of each answer of B")
-    separator: str = Field("\n\n", description="text after each prompt and answer")
+    separator: str = Field("\n\n", description="text after each prompt, answer or text")
     closing: str = Field("", description="text after the last turn")
     verdict: str = Field("verdict is: [[", min_length=1, description="last tokens of every example")
-    missing: str = Field("[no text]", description="text in place of a null prompt or answer")
+    text: str = Field("", description="classification: heading of the text")
+    pair: str = Field("", description="classification: heading of the second text")
+    classes: str = Field("", description="classification: what introduces the names of the classes; empty: not shown")
+    missing: str = Field("[no text]", description="text in place of a null prompt, answer or text")
     cut: str = Field(" [...] ", min_length=1, description="mark where a text was truncated")
     cut_turns: str = Field("[earlier turns left out]\n\n", min_length=1, description="mark for omitted turns")
 
@@ -71,9 +77,28 @@ class PromptSettings(Settings):
             }
         return values
 
+    def identity(self) -> dict[str, Any]:
+        """What decides a prompt; fields that came later are left out where they are empty, as before they existed."""
+        later = {name for name in ("text", "pair", "classes") if not getattr(self.template, name)}
+        return self.model_dump(exclude={"template": later})
+
+
+class ColumnSettings(Settings):
+    text: str = Field("sentence", description="classification: the column of the text")
+    pair: str | None = Field(None, description="classification: the column of the second text, if rows are pairs")
+    label: str = Field("label", description="classification: the column of the label: a class's name or number, from 0")
+
 
 class DataSettings(Settings):
-    path: Place = Field(description="folder with train and test files, or one training file")
+    path: Place = Field(
+        description="folder with train and test files, one training file, or a data set's name on the Hugging Face hub"
+    )
+    columns: ColumnSettings = ColumnSettings()
+    validation: Place | None = Field(
+        None,
+        description="file of the held-out rows, or its name beside the training file without the ending, such as dev; "
+        "all of the training file is then trained on. null: a fold is held out",
+    )
     extra: tuple[Place, ...] = Field((), description="files of labelled rows that are only trained on, never held out")
     folds: int = Field(5, ge=2, description="number of folds of the labelled rows; a run holds one of them out")
     fold_seed: int = Field(0, description="seed of the split into folds")
@@ -260,6 +285,9 @@ class Recipe(Settings):
         description="name of the run, whose folder is runs/NAME",
     )
     task: str = Field("preference", description="what a row means, and so what the head predicts; such as preference")
+    classes: tuple[str, ...] = Field(
+        (), description="classification: the names of the classes, in the order of their numbers"
+    )
     seed: int = Field(0, description="seed of the adapters, the order of the rows and the exchange of A and B")
     data: DataSettings
     prompt: PromptSettings
@@ -267,6 +295,13 @@ class Recipe(Settings):
     packing: PackingSettings = PackingSettings()
     train: TrainSettings = TrainSettings()
     judge: JudgeSettings = JudgeSettings()
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if odd := [each for each in value if not isinstance(each, str)] if isinstance(value, list | tuple) else []:
+            raise ValueError(f"{odd[0]!r} is not a text in YAML: quote it, as in ['no', 'yes']")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:

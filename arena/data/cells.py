@@ -62,6 +62,26 @@ def is_blank(cell: Any) -> bool:
     return cell is None or (isinstance(cell, str) and not cell.strip())
 
 
+def label_form(names: Sequence[str], numbers: tuple[str, ...], word: str) -> tuple[str, ...]:
+    """The columns of a file that hold the label: the probabilities of all classes, one word, or none.
+
+    Args:
+        names: the file's columns.
+        numbers: the columns of the probabilities.
+        word: the column of the word.
+
+    Raises:
+        FieldError: both forms are there, or only some of the probabilities.
+    """
+    found = tuple(name for name in numbers if name in names)
+    if found and word in names:
+        raise FieldError(word, f"is there along with {', '.join(found)}; keep one of the two forms of the label")
+    if found and found != numbers:
+        missing = [name for name in numbers if name not in names]
+        raise FieldError(missing[0], f"is missing, but {', '.join(found)} is there; give all {len(numbers)} or none")
+    return found or ((word,) if word in names else ())
+
+
 def read_probabilities(cells: Mapping[str, Any], columns: Sequence[str]) -> list[float]:
     """The probabilities in these columns, which may be rounded to three digits, scaled to sum to 1.
 

@@ -209,6 +209,8 @@ class _Conversion:
     def __init__(self, task: Task, labels: Labels, limits: Limits, schema: pa.Schema) -> None:
         self.task, self.labels, self.limits, self.schema = task, labels, limits, schema
         self.first_file: dict[str, Path] = {}  # id -> the file in which it first occurs
+        self.numbered: bool | None = None  # whether this file's rows have their number, over all files, as id
+        self.number = 0
         self.bad = BadRowsError()
 
     def write(self, paths: Sequence[Path], draft: Path) -> None:
@@ -217,6 +219,7 @@ class _Conversion:
             progress(f"reading {self.task.rows}", None) as advance,
         ):
             for path in paths:
+                self.numbered = None
                 for chunk in _chunks(read_rows(path, self._columns, self.limits)):
                     good = self._good_rows(path, chunk)
                     if not self.bad.count:  # otherwise nothing is cached
@@ -226,13 +229,14 @@ class _Conversion:
             raise self.bad
 
     def _columns(self, names: list[str]) -> list[str]:
-        wanted = required(("id", *self.task.texts), names)
-        return [*wanted, *self.task.label_columns(names, self.labels)]
+        ids = ("id",) if "id" in names or not self.task.numbers_rows else ()
+        return [*required((*ids, *self.task.texts), names), *self.task.label_columns(names, self.labels)]
 
     def _good_rows(self, path: Path, chunk: list[Row]) -> list[Cells]:
         """The good rows of `chunk`, checked; the others are added to `bad`."""
         good = []
         for where, cells in chunk:
+            self.number += 1
             try:
                 row = self._checked(cells)
                 if (earlier := self.first_file.get(row["id"])) is not None:
@@ -249,7 +253,16 @@ class _Conversion:
         if isinstance(cells, FieldError):
             raise cells
         texts = self.task.read_texts(cells, self.limits)
-        return {"id": read_id(cells.get("id")), **texts, "label": self.task.read_label(cells, self.labels)}
+        return {"id": self._id(cells), **texts, "label": self.task.read_label(cells, self.labels)}
+
+    def _id(self, cells: Cells) -> str:
+        if self.numbered is None:
+            self.numbered = self.task.numbers_rows and "id" not in cells
+        if not self.numbered:
+            return read_id(cells.get("id"))
+        if "id" in cells:
+            raise FieldError("id", "is there, but the first row has none; give every row of the file an id, or none")
+        return str(self.number)
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:

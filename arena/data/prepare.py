@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import concatenate_datasets
+from numpy.typing import NDArray
 
 from arena.data.cells import Labels
 from arena.data.dataset import Rows, read_dataset, repeated
 from arena.data.folds import leaking, load_or_assign_folds
+from arena.data.hub import hub_folder, is_hub_name
 from arena.data.limits import Limits
 from arena.data.rows import READERS
 from arena.data.task import Task
@@ -26,18 +29,22 @@ PLACEHOLDER = re.compile(
     r"\{\{?\s*(prompt|response_[ab]|answer\w*|question|instruction|conversation|text)\s*\}\}?", re.IGNORECASE
 )
 
+Split = tuple[Rows, np.ndarray, NDArray[np.bool_], list[str]]  # rows, those held out, whether to train on each, notes
+
 
 @dataclass(frozen=True)
 class FoldData:
-    """Rows, labels and tokens of one fold. Row numbers count the training file's rows first, then the extra files'.
+    """Rows, labels and tokens of one fold.
+
+    Row numbers count the training file's rows first, then those of `data.validation`, then those of `data.extra`.
 
     Attributes:
-        rows: the training file's rows.
+        rows: the rows of the training file and of `data.validation`.
         ids: the id of each row for messages; those of extra files include the file.
         labels: float64 (rows, C), in the order of `task.classes`.
         store: tokens of all rows.
         train_rows: rows to train on, without those that have no input.
-        eval_rows: all rows of the held-out fold.
+        eval_rows: all rows of the held-out fold, or of `data.validation`.
         has_input: bool (rows,), `Task.has_input` of each row.
         prior: (C,), mean label of `train_rows`.
         fingerprint: changes when the rows, the fold or the prompt settings change.
@@ -74,8 +81,11 @@ class FoldData:
         return replace(self.rows, table=self.rows.table.select(self.eval_rows))
 
 
-def data_file(path: str | Path, kind: str) -> Path:
+def data_file(path: str | Path, kind: str, cache: str | Path | None = None) -> Path:
     """The file called `kind` (train, test) in a data folder, or `path` itself if it is a file.
+
+    Args:
+        cache: where data sets of the hub are cached; None: `path` does not name one.
 
     Raises:
         ValueError: there is no such file, or more than one.
@@ -83,6 +93,8 @@ def data_file(path: str | Path, kind: str) -> Path:
     place = Path(path)
     if place.is_file():
         return place
+    if cache is not None and not place.is_dir() and is_hub_name(str(path)):
+        place = hub_folder(str(path), Path(cache))
     if not place.is_dir():
         raise ValueError(f"data.path: there is no folder or file {place}; give one with DATA= or --data")
     files = [file for ending in READERS if (file := place / f"{kind}{ending}").is_file()]
@@ -107,14 +119,10 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
             file is left behind.
     """
     _refuse_placeholders(recipe.prompt.template)
-    settings = recipe.data
-    if not 0 <= fold < settings.folds:
-        raise ValueError(f"there is no fold {fold}: the recipe has folds 0 to {settings.folds - 1}")
-    cache = Path(settings.cache)
-    rows = read_files([data_file(settings.path, "train")], task, settings, "required")
-    folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, cache)
-    held_out = np.flatnonzero(folds == fold)
-    parts, selected, notes, ids = [rows], [folds != fold], [], rows.ids
+    settings, cache = recipe.data, Path(recipe.data.cache)
+    split_up = _with_fold if settings.validation is None else _with_validation
+    rows, held_out, train, notes = split_up(settings, task, fold)
+    parts, selected, ids = [rows], [train], rows.ids
     if settings.extra:
         extra = read_files(settings.extra, task, settings, "required")
         repeats, leaks = repeated(extra, rows), leaking(extra, rows, held_out)
@@ -143,10 +151,50 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         eval_rows=held_out,
         has_input=has_input,
         prior=labels[train_rows].mean(axis=0),
-        fingerprint=fingerprint(split, fold, recipe.prompt.model_dump()),
+        fingerprint=fingerprint(split, fold, recipe.prompt.identity()),
         trained_on=fingerprint(split),
         notes=notes,
     )
+
+
+def _with_fold(settings: DataSettings, task: Task, fold: int) -> Split:
+    """A fold of the training file is held out."""
+    if not 0 <= fold < settings.folds:
+        raise ValueError(f"there is no fold {fold}: the recipe has folds 0 to {settings.folds - 1}")
+    rows = read_files([data_file(settings.path, "train", settings.cache)], task, settings, "required")
+    folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, Path(settings.cache))
+    return rows, np.flatnonzero(folds == fold), folds != fold, []
+
+
+def _with_validation(settings: DataSettings, task: Task, fold: int) -> Split:
+    """The rows of `data.validation` are held out; training rows that share a group with one of them are not used."""
+    if fold != 0:
+        raise ValueError(
+            f"there is no fold {fold}: with data.validation there is only fold 0; leave one of the two out"
+        )
+    paths = data_file(settings.path, "train", settings.cache), _validation_file(settings)
+    train, validation = (read_files([path], task, settings, "required") for path in paths)
+    leaks, shared = (
+        leaking(rows, others, np.arange(len(others))) for rows, others in ((train, validation), (validation, train))
+    )
+    notes = [
+        f"{shared.sum():,} of {len(validation):,} held-out rows have a {task.group_by} of the training file, whose "
+        f"{leaks.sum():,} rows with it are omitted"
+    ]
+    table = concatenate_datasets([train.table, validation.table])
+    rows = Rows(task, table, fingerprint(train.fingerprint, validation.fingerprint))
+    trained = np.concatenate([~leaks, np.zeros(len(validation), dtype=np.bool_)])
+    return rows, len(train) + np.arange(len(validation)), trained, notes if leaks.any() else []
+
+
+def _validation_file(settings: DataSettings) -> Path:
+    """A file by its path, or beside the training file by its name."""
+    named = Path(str(settings.validation))
+    if named.is_file():
+        return named
+    if Path(settings.path).is_file():
+        raise ValueError(f"data.validation: there is no file {named}; give its path")
+    return data_file(settings.path, str(named), settings.cache)
 
 
 def _check_rows(fold: int, train_rows: np.ndarray, held_out: np.ndarray, has_input: np.ndarray, task: Task) -> None:

@@ -1,9 +1,10 @@
-"""Reads the rows of CSV, parquet and JSONL files, each with its position: its cells, or the problem with it."""
+"""Reads the rows of CSV, TSV, parquet and JSONL files, each with its position: its cells, or the problem with it."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,21 @@ def read_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
         yield "the file", FieldError("any row", f"cannot be read: {error}; fetch or write the file again")
 
 
-def _csv_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
+def _csv_rows(path: Path, choose: Choose, limits: Limits, *, tabs: bool = False) -> Iterator[Row]:
     """The rows of a CSV file, by the line on which each begins.
+
+    In a file of tab-separated values (`tabs`) nothing is quoted: a quote is a character like any other.
 
     They are read with Python's own reader, because pandas silently fills up rows that have too few fields.
     """
     csv.field_size_limit(CSV_FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
         lines = LimitedLines(handle, limits)
-        reader = csv.reader(lines, strict=True)
+        reader = (
+            csv.reader(lines, strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
+            if tabs
+            else csv.reader(lines, strict=True)
+        )
         start = 1
         try:
             names = next((fields for fields in reader if fields), [])
@@ -62,7 +69,8 @@ def _csv_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
                 if len(fields) == len(names):
                     yield f"line {start}", _checked({name: fields[at] for name, at in positions.items()})
                 elif fields:  # a blank line has none
-                    what = f"has {len(fields)} fields, but the header has {len(names)}; quote commas in a field"
+                    remedy = "remove tabs and line breaks in a field" if tabs else "quote commas in a field"
+                    what = f"has {len(fields)} fields, but the header has {len(names)}; {remedy}"
                     yield f"line {start}", FieldError("the row", what)
                 start = reader.line_num + 1
                 lines.begin_row()
@@ -121,7 +129,9 @@ def _jsonl_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
 
 
 Reader = Callable[[Path, Choose, Limits], Iterator[Row]]
-READERS: dict[str, Reader] = {".csv": _csv_rows, ".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
+READERS: dict[str, Reader] = {
+    ".csv": _csv_rows, ".tsv": partial(_csv_rows, tabs=True), ".parquet": _parquet_rows, ".jsonl": _jsonl_rows
+}  # fmt: skip
 
 
 def _json_row(line: str) -> Cells | FieldError:

@@ -20,7 +20,7 @@ from arena.data.cells import Labels
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.metrics import Metric
-from arena.settings import PromptSettings, Recipe
+from arena.settings import ColumnSettings, PromptSettings, Recipe
 
 Masks = Mapping[str, np.ndarray]  # by a value that rows may have, which of them have it: bool (n,)
 
@@ -101,6 +101,7 @@ class Task(ABC):
         columns: the columns that hold the probabilities of the classes in files, in the same order.
         texts: the columns of a row's texts, which every file must have besides `id`.
         features: the types of these columns in a checked row.
+        numbers_rows: whether rows of a file without ids are identified by their numbers.
         rows: what its rows are called; no two tasks that read the same files differently may share it.
         reading: settings by which the same files are read differently, for the names of cached rows.
         group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
@@ -116,6 +117,7 @@ class Task(ABC):
     columns: tuple[str, ...]
     texts: tuple[str, ...]
     features: Features
+    numbers_rows: bool = False
     rows: str
     reading: tuple[Any, ...] = ()
     group_by: str
@@ -127,6 +129,9 @@ class Task(ABC):
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
         """The task as a recipe sets it. Raises `ValueError` for settings that do not fit it."""
+        for key, is_set in (("classes", recipe.classes), ("data.columns", recipe.data.columns != ColumnSettings())):
+            if is_set:
+                raise ValueError(f"{key} is set, but task={cls.name} has its own: leave it out, or name another task")
         return cls()
 
     @abstractmethod
@@ -181,6 +186,14 @@ class Task(ABC):
 
     def slices(self, rows: Dataset) -> Mapping[str, Masks]:
         """By property of a row, such as its language, the rows with each of its values, which are scored separately."""
+        return {}
+
+    def further_scores(self, labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+        """Scores that are no means over rows, for `metrics.json`; they have no intervals.
+
+        Args:
+            labels, probabilities: float64 (n, C).
+        """
         return {}
 
     def baseline(

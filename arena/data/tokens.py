@@ -97,7 +97,7 @@ def tokenise(rows: Rows, tokenizer: Any, settings: PromptSettings, cache: Path, 
     encoder = rows.task.encoder(tokenizer, settings, TextMemo())
     # as bytes, because JSON within JSON takes three times as long
     state = tokenizer.backend_tokenizer.to_str().encode()
-    made_from = [FORMAT, rows.task.name, rows.fingerprint, settings.model_dump(), orders, state]
+    made_from = [FORMAT, rows.task.name, rows.fingerprint, settings.identity(), orders, state]
     made_from += [encoder.constant_ids, sorted(control_ids(tokenizer))]
     path = cache / f"tokens-{fingerprint(*made_from)}.arrow"
     if not path.is_file():

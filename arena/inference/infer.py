@@ -142,7 +142,7 @@ def _infer(judges: list[SavedJudge], data: str | None, out: Path, parts: Path) -
     task, trained = judges[0].task, judges[0].recipe.data
     if data is None and Path(trained.path).is_file():
         raise ValueError(f"the judge was trained on the file {trained.path}: name the test file with DATA= or --data")
-    test = data_file(data or trained.path, "test")
+    test = data_file(data or trained.path, "test", trained.cache)
     rows = read_files([test], task, trained, "ignored")
     sample = test.parent / "sample_submission.csv"
     known = sample if os.path.lexists(sample) else None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import Gemma2Config, Gemma3TextConfig, PretrainedConfig
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,18 @@ _9B = _gemma2(
     hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8
 )
 
+_FIRST_2B = GemmaConfig(  # Gemma 1 and 1.1
+    hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1,
+    head_dim=256, vocab_size=256000, max_position_embeddings=8192,
+)  # fmt: skip
+
 _270M = Gemma3TextConfig(
     hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
     head_dim=256, query_pre_attn_scalar=256, sliding_window=512, vocab_size=262144, max_position_embeddings=32768,
 )  # fmt: skip
 
 ARCHITECTURES: Mapping[str, PretrainedConfig] = {
+    "google/gemma-1.1-2b-it": _FIRST_2B,
     "google/gemma-2-2b": _2B,
     "google/gemma-2-2b-it": _2B,
     "google/gemma-2-9b": _9B,

@@ -33,6 +33,7 @@ NAMES = {
     "agreement_without_ties_base_rate": "  of the more frequent class",
     "flip_rate": "flip rate",
 }  # of metrics, where they are not their keys
+MOST_CLASSES = 10  # of a confusion matrix that fits a terminal; a larger one is in metrics.json
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, sharey: bool = False, **settings: Any) -> tuple[Any, Any]:
@@ -82,6 +83,10 @@ def print_report(metrics: dict[str, Any]) -> None:
         console.print(slice_table(metrics["slices"]))
     elif known := [key for key in ("accuracy", "brier", "ece", "classwise_ece") if key in metrics]:
         console.print(", ".join(f"{NAMES.get(key, key)} {metrics[key]:.3f}" for key in known))
+    if "macro_f1" in metrics:
+        console.print(f"macro F1 {metrics['macro_f1']:.3f}")
+        if len(metrics["confusion"]) <= MOST_CLASSES:
+            console.print(confusion_table(metrics["confusion"]))
     console.print(
         f"{metrics['tokens']:,} tokens "
         f"({metrics['unique_tokens'] / metrics['tokens']:.1%} computed, the rest shared) in "
@@ -125,6 +130,16 @@ def slice_table(slices: dict[str, dict[str, dict[str, Any]]]) -> Table:
             for key in ("log_loss", "accuracy"):
                 cells += [*_cells(scores[key]), _cells(scores[f"prior_{key}"])[0]]
             table.add_row(kind if at == 0 else "", value, *cells, end_section=at == len(values) - 1)
+    return table
+
+
+def confusion_table(counts: dict[str, dict[str, int]]) -> Table:
+    """How many rows of each class were predicted as which."""
+    table = Table("label", title="confusion matrix: rows with a label, by what was predicted", title_justify="left")
+    for name in counts:
+        table.add_column(name, justify="right")
+    for name, row in counts.items():
+        table.add_row(name, *(f"{count:,}" for count in row.values()))
     return table
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from arena.data.task import Task
 from arena.settings import Recipe
+from arena.tasks.classification import Classification
 from arena.tasks.preference import Preference
 
-TASKS: dict[str, type[Task]] = {"preference": Preference}
+TASKS: dict[str, type[Task]] = {"preference": Preference, "classification": Classification}
 
 
 def task_of(recipe: Recipe) -> Task:

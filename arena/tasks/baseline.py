@@ -1,6 +1,8 @@
-"""A simple judge for comparison: logistic regression on TF-IDF and lengths."""
+"""Simple models for comparison, of conversations and of texts: logistic regression on TF-IDF and lengths."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from datasets import Dataset
@@ -14,6 +16,7 @@ from arena.metrics import log_loss
 WORDS = 20_000  # the most frequent words and word pairs
 SWAPPED = [1, 0, 2]  # the order of classes when A and B are exchanged
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # candidates for the inverse regularisation
+TEXT_STRENGTHS = (0.1, 1.0, 10.0)
 FITTED = 20_000  # most rows; more change little and take minutes
 
 
@@ -37,22 +40,98 @@ def baseline_probabilities(
     Raises:
         ValueError: there are too few rows, or no words in them.
     """
-    train = train_rows
-    if len(train) > FITTED:
-        train = np.sort(np.random.default_rng(seed).choice(train, FITTED, replace=False))
+    train = _sample(train_rows, seed)
     a, b = _answers(rows, train)
-    words = TfidfVectorizer(
-        token_pattern=r"(?u)\b\w+\b", ngram_range=(1, 2), max_features=WORDS, sublinear_tf=True, dtype=np.float64
-    )
+    words = _words()
     words.fit(a + b)
     lengths = StandardScaler().fit(np.vstack([_lengths(a, b), _lengths(b, a)]))
     both = _features(words, lengths, a, b), _features(words, lengths, b, a)
     known = labels[train]
-    fitted = np.random.default_rng(seed).random(len(train)) < 0.8
-    losses = [log_loss(known[~fitted], _fit(both, known, c, fitted).predict_proba(both[0][~fitted])) for c in STRENGTHS]
-    model = _fit(both, known, STRENGTHS[int(np.argmin(losses))], np.ones(len(train), dtype=bool))
+
+    def judged(c: float, fitted: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return np.asarray(_fit(both, known, c, fitted).predict_proba(both[0][others]))
+
+    model = _fit(both, known, _strength(STRENGTHS, known, judged, seed), np.ones(len(train), dtype=bool))
     a, b = _answers(rows, eval_rows)
     return np.asarray(model.predict_proba(_features(words, lengths, a, b)))
+
+
+def text_baseline(
+    rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int = 0
+) -> np.ndarray:
+    """Trains on some rows (at most `FITTED`, sampled by the seed) and classifies others.
+
+    The features of each column of texts are TF-IDF of words and word pairs, and the logarithm of the length. The
+    regularisation is chosen on a fifth of the rows.
+
+    Args:
+        rows: columns of texts.
+        labels: float64 (len(rows), C).
+        train_rows, eval_rows: which rows to train on and to classify.
+
+    Returns:
+        float64 (len(eval_rows), C); 0 for a class that no row trained on has.
+
+    Raises:
+        ValueError: there are too few rows, or no words in them.
+    """
+    train = _sample(train_rows, seed)
+    texts, known = _columns(rows, train), labels[train]
+    words = [_words().fit(column) for column in texts]
+    features = _text_features(words, texts)
+
+    def classified(c: float, fitted: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return _fit_texts(features[fitted], known[fitted], c, features[others])
+
+    strength = _strength(TEXT_STRENGTHS, known, classified, seed)
+    return _fit_texts(features, known, strength, _text_features(words, _columns(rows, eval_rows)))
+
+
+def _fit_texts(features: csr_matrix, labels: np.ndarray, c: float, asked: csr_matrix) -> np.ndarray:
+    """The probabilities of `asked` by a fit of other rows. A soft label counts as one row of each of its classes."""
+    rows, classes = np.nonzero(labels)
+    model = LogisticRegression(C=c, max_iter=500).fit(features[rows], classes, sample_weight=labels[rows, classes])
+    result = np.zeros((asked.shape[0], labels.shape[1]))
+    result[:, model.classes_] = model.predict_proba(asked)
+    return result
+
+
+def _columns(rows: Dataset, indices: np.ndarray) -> list[list[str]]:
+    chosen = rows.select(indices)
+    return [[text or "" for text in chosen[name]] for name in rows.column_names]
+
+
+def _text_features(words: Sequence[TfidfVectorizer], columns: Sequence[list[str]]) -> csr_matrix:
+    parts = []
+    for each, texts in zip(words, columns, strict=True):
+        parts += [each.transform(texts), csr_matrix(np.log1p([[len(text.split())] for text in texts]))]
+    return hstack(parts).tocsr()
+
+
+def _sample(rows: np.ndarray, seed: int) -> np.ndarray:
+    return rows if len(rows) <= FITTED else np.sort(np.random.default_rng(seed).choice(rows, FITTED, replace=False))
+
+
+def _words() -> TfidfVectorizer:
+    return TfidfVectorizer(
+        token_pattern=r"(?u)\b\w+\b", ngram_range=(1, 2), max_features=WORDS, sublinear_tf=True, dtype=np.float64
+    )
+
+
+def _strength(
+    strengths: Sequence[float],
+    labels: np.ndarray,
+    predict: Callable[[float, np.ndarray, np.ndarray], np.ndarray],
+    seed: int,
+) -> float:
+    """The inverse regularisation with which four fifths of the rows predict the others best.
+
+    Args:
+        predict: gives probabilities from a strength, the rows to fit and the rows to predict, both bool (n,).
+    """
+    fitted = np.random.default_rng(seed).random(len(labels)) < 0.8
+    losses = [log_loss(labels[~fitted], predict(c, fitted, ~fitted)) for c in strengths]
+    return strengths[int(np.argmin(losses))]
 
 
 def _fit(both: tuple[csr_matrix, csr_matrix], labels: np.ndarray, c: float, which: np.ndarray) -> LogisticRegression:

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from arena.data.cells import FieldError, Labels, excerpt, is_blank, read_probabilities, read_turns
+from arena.data.cells import FieldError, Labels, excerpt, is_blank, label_form, read_probabilities, read_turns
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.data.task import Encoded, Encoder, Masks, Task
@@ -82,17 +82,10 @@ class Preference(Task):
 
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """Three numbers, one word, or none; both forms at once are an error, as are only some of the numbers."""
-        if labels == "ignored":
-            return ()
-        numbers = tuple(name for name in COLUMNS if name in names)
-        if numbers and WORD in names:
-            raise FieldError(WORD, f"is there along with {', '.join(numbers)}; keep one of the two forms of the label")
-        if numbers and numbers != COLUMNS:
-            missing = [name for name in COLUMNS if name not in names]
-            raise FieldError(missing[0], f"is missing, but {', '.join(numbers)} is there; give all three or none")
-        if labels == "required" and not numbers and WORD not in names:
+        columns = () if labels == "ignored" else label_form(names, COLUMNS, WORD)
+        if labels == "required" and not columns:
             raise FieldError(COLUMNS[0], f"is missing; labelled rows need {', '.join(COLUMNS)}, or `{WORD}`")
-        return numbers or ((WORD,) if WORD in names else ())
+        return columns
 
     def read_label(self, cells: Cells, labels: Labels) -> list[float] | None:
         columns = self.label_columns(list(cells), labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -115,8 +116,9 @@ def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
         table.to_csv(draft, index=False, lineterminator="\n")
 
 
-def scores(data: FoldData, probabilities: np.ndarray) -> dict[str, float]:
-    """The task's metrics on the held-out rows, and the prior's log-loss for comparison."""
+def scores(data: FoldData, probabilities: np.ndarray) -> dict[str, Any]:
+    """The task's metrics and further scores of the held-out rows, and the prior's log-loss for comparison."""
     labels = data.labels[data.eval_rows]
     values = {name: metric(labels, probabilities) for name, metric in data.task.metrics.items()}
-    return {**values, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}
+    further = data.task.further_scores(labels, probabilities)
+    return {**values, **further, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}

@@ -81,7 +81,8 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
     """`run_fold` in a folder that is locked for this process."""
     main, card = accelerator.is_main_process, card_of(accelerator.device)
     console.print(f"{requested.name}, fold {fold}: rows of {requested.data.path}, base {requested.model.base}")
-    data_file(requested.data.path, "train")  # reports a missing folder before a large base is fetched
+    with accelerator.main_process_first():  # which fetches a data set of the hub
+        data_file(requested.data.path, "train", requested.data.cache)  # a missing folder is reported first
     tokenizer = load_tokenizer(requested.model.base, requested.model.revision)
     config = base_config(requested.model)
     check_length(config, requested.prompt.max_length, requested.model.base)

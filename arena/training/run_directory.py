@@ -10,7 +10,7 @@ from typing import Any
 from arena.config import save_recipe
 from arena.overrides import read_yaml_file
 from arena.progress import console, escape_unprintable
-from arena.settings import Recipe
+from arena.settings import ColumnSettings, Recipe
 from arena.storage.files import fingerprint, write_json, write_text
 from arena.training.checkpoint_manager import CheckpointManager
 
@@ -34,9 +34,11 @@ OUTSIDE_IDENTITY = {
     "model": ("base", "checkpointing"),
 }
 # settings that did not always exist: with these values, runs from before them keep their identity
-LATER = {
-    "task": "preference", "model.lora.first_layer": 0, "model.lora.layers": None, "train.max_steps": None,
-    "train.best_metric": "log_loss", "train.deterministic": False,
+LATER: dict[str, Any] = {
+    "task": "preference", "classes": [], "data.columns": ColumnSettings().model_dump(), "data.validation": None,
+    "model.lora.first_layer": 0, "model.lora.layers": None,
+    "prompt.template.text": "", "prompt.template.pair": "", "prompt.template.classes": "",
+    "train.max_steps": None, "train.best_metric": "log_loss", "train.deterministic": False,
 }  # fmt: skip
 
 ALTERNATIVES = (

@@ -448,8 +448,8 @@ def test_parquet_bytes_that_are_not_utf8_are_named(tmp_path: Path, kind: str) ->
         ("list.jsonl", b"[1, 2]", "line 1, the row: is not an object"),
         ("text.jsonl", b"hello", "line 1, the row: is "),
         ("semicolons.csv", b"id;prompt\n1;2\n", 'the columns found are "id;prompt"'),
-        ("table.xlsx", b"PK", "must end in one of .csv, .parquet, .jsonl"),
-        ("table", b"id", "must end in one of .csv, .parquet, .jsonl"),
+        ("table.xlsx", b"PK", "must end in one of .csv, .tsv, .parquet, .jsonl"),
+        ("table", b"id", "must end in one of .csv, .tsv, .parquet, .jsonl"),
     ],
 )
 def test_useless_files_are_named(tmp_path: Path, name: str, content: bytes, what: str) -> None:

@@ -45,7 +45,8 @@ def test_precision_of_every_recipe(name: str, gemma2: Path) -> None:
     assert all("score" in key or "lora_" in key for key in named)
     score = underlying(model).score
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in score.modules())
-    layers, quantised = backbone(model).layers, name != "gemma-3-270m"  # whose base was rounded to 4 bits before
+    layers = backbone(model).layers
+    quantised = not name.startswith("gemma-3-270m")  # whose base was rounded to 4 bits before
     mlp = layers[0].mlp.up_proj
     for linear in (layers[-1].self_attn.q_proj.base_layer, getattr(mlp, "base_layer", mlp)):
         assert isinstance(linear, bnb.nn.Linear4bit) == quantised

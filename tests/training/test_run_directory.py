@@ -110,6 +110,9 @@ def test_settings_that_came_later_change_the_identity_only_where_they_are_used(t
     tree = recipe.model_dump(mode="json")
     del tree["task"], tree["model"]["lora"]["first_layer"], tree["model"]["lora"]["layers"]
     del tree["train"]["max_steps"], tree["train"]["best_metric"], tree["train"]["deterministic"]
+    del tree["classes"], tree["data"]["columns"], tree["data"]["validation"]
+    for name in ("text", "pair", "classes"):
+        del tree["prompt"]["template"][name]
     groups = {
         name: {key: each for key, each in tree[name].items() if key not in keys}
         for name, keys in OUTSIDE_IDENTITY.items()
