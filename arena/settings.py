@@ -44,6 +44,11 @@ class Template(Settings):
     separator: str = Field("\n\n", description="text after each prompt and answer")
     closing: str = Field("", description="text after the last turn")
     verdict: str = Field("verdict is: [[", min_length=1, description="last tokens of every example")
+    context: str = Field("", description="instruction: heading of the context, in prompts without chat markers")
+    response: str = Field("", description="instruction: heading of the response, in prompts without chat markers")
+    unanswerable: str = Field(
+        "unanswerable", min_length=1, description="instruction: the answer to a question that has none"
+    )
     missing: str = Field("[no text]", description="text in place of a null prompt or answer")
     cut: str = Field(" [...] ", min_length=1, description="mark where a text was truncated")
     cut_turns: str = Field("[earlier turns left out]\n\n", min_length=1, description="mark for omitted turns")
@@ -67,6 +72,12 @@ class PromptSettings(Settings):
                 "template": read_yaml_file(find_file(values["template"], RECIPES / "templates", "template")),
             }
         return values
+
+    def identity(self) -> dict[str, Any]:
+        """What decides a prompt; fields that came later are left out where they have their default, as before them."""
+        fields, later = Template.model_fields, ("context", "response", "unanswerable")
+        unset = {name for name in later if getattr(self.template, name) == fields[name].default}
+        return self.model_dump(exclude={"template": unset})
 
 
 class DataSettings(Settings):
@@ -156,6 +167,11 @@ class ModelSettings(Settings):
 class PackingSettings(Settings):
     budget: int = Field(16384, ge=16, description="most tokens in a micro-batch")
     share: bool = Field(True, description="compute the common beginnings of a micro-batch's prompts once")
+    group: bool = Field(
+        False,
+        description="train on rows of a group, such as questions about one text, one after another, so that they share "
+        "it; steps are then less varied",
+    )
 
 
 class TrainSettings(Settings):

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from arena.data.cells import FieldError, Labels, excerpt, read_id
 from arena.data.limits import Limits, characters
-from arena.data.rows import READERS, ROWS_AT_ONCE, Cells, Row, read_rows, required
+from arena.data.rows import READERS, ROWS_AT_ONCE, Cells, Row, read_rows
 from arena.data.task import Task
 from arena.progress import progress
 from arena.storage.files import atomic_write, file_digest, fingerprint
@@ -84,7 +84,8 @@ class Rows:
     """Checked rows of a task, memory-mapped.
 
     Attributes:
-        table: the columns `id` string, those of `task.features`, and `label` list<float32> with sum 1, or None.
+        table: the columns `id` string, those of `task.features`, and, if the task has classes, `label` list<float32>
+            with sum 1, or None.
         fingerprint: changes when the files, or how they are read, change.
     """
 
@@ -101,7 +102,9 @@ class Rows:
 
     @cached_property
     def labels(self) -> NDArray[np.float64]:
-        """float64 (len(rows), C). Raises `ValueError` if a row has no label."""
+        """float64 (len(rows), C); C is 0 for a task without classes. Raises `ValueError` if a row has no label."""
+        if not self.task.classes:
+            return np.zeros((len(self), 0))
         labels = self.table.select_columns("label").with_format("arrow")[:]["label"].combine_chunks()
         if labels.null_count:
             first = self.ids[labels.is_null().index(True).as_py()]
@@ -151,7 +154,8 @@ def read_dataset(
     limits = limits or Limits()
     name = f"{task.rows}-{fingerprint(FORMAT, labels, astuple(limits), *task.reading, _contents(paths))}"
     stored = cache_dir / f"{name}.arrow"
-    features = Features({"id": Value("string"), **task.features, "label": List(Value("float32"))})
+    label = {"label": List(Value("float32"))} if task.classes else {}
+    features = Features({"id": Value("string"), **task.features, **label})
     if not stored.exists():
         with atomic_write(stored) as draft:
             _Conversion(task, labels, limits, features.arrow_schema).write(paths, draft)
@@ -210,6 +214,7 @@ class _Conversion:
         self.task, self.labels, self.limits, self.schema = task, labels, limits, schema
         self.first_file: dict[str, Path] = {}  # id -> the file in which it first occurs
         self.bad = BadRowsError()
+        self.rows = 0  # of all files so far
 
     def write(self, paths: Sequence[Path], draft: Path) -> None:
         with (
@@ -226,13 +231,13 @@ class _Conversion:
             raise self.bad
 
     def _columns(self, names: list[str]) -> list[str]:
-        wanted = required(("id", *self.task.texts), names)
-        return [*wanted, *self.task.label_columns(names, self.labels)]
+        return [*self.task.file_columns(names), *self.task.label_columns(names, self.labels)]
 
     def _good_rows(self, path: Path, chunk: list[Row]) -> list[Cells]:
         """The good rows of `chunk`, checked; the others are added to `bad`."""
         good = []
         for where, cells in chunk:
+            self.rows += 1
             try:
                 row = self._checked(cells)
                 if (earlier := self.first_file.get(row["id"])) is not None:
@@ -248,8 +253,10 @@ class _Conversion:
     def _checked(self, cells: Cells | FieldError) -> Cells:
         if isinstance(cells, FieldError):
             raise cells
+        numbered = self.task.numbers_rows and "id" not in cells
         texts = self.task.read_texts(cells, self.limits)
-        return {"id": read_id(cells.get("id")), **texts, "label": self.task.read_label(cells, self.labels)}
+        own_id = read_id(self.rows if numbered else cells.get("id"))
+        return {"id": own_id, **texts, "label": self.task.read_label(cells, self.labels)}
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from arena.data.task import Task
 from arena.settings import Recipe
+from arena.tasks.instruction import Instruction
 from arena.tasks.preference import Preference
 
-TASKS: dict[str, type[Task]] = {"preference": Preference}
+TASKS: dict[str, type[Task]] = {"preference": Preference, "instruction": Instruction}
 
 
 def task_of(recipe: Recipe) -> Task:

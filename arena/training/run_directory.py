@@ -23,7 +23,11 @@ OUTSIDE_IDENTITY = {
     "model": ("base", "checkpointing"),
 }
 # settings that did not always exist: with these values, runs from before them keep their identity
-LATER = {"task": "preference", "model.lora.first_layer": 0, "model.lora.layers": None}
+LATER = {
+    "task": "preference", "prompt.template.context": "", "prompt.template.response": "",
+    "prompt.template.unanswerable": "unanswerable", "model.lora.first_layer": 0, "model.lora.layers": None,
+    "packing.group": False,
+}  # fmt: skip
 
 ALTERNATIVES = (
     'To keep both, give this run another name: name=mine (with make, ARGS="name=mine"). To set the unfinished run '
