@@ -13,7 +13,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --config-sett
 # the recipe where one was named: `make bench` alone is about no recipe
 CHOSEN := $(if $(filter file,$(origin RECIPE)),,$(RECIPE))
 # what installs the base of a recipe that comes as packages
-BASE  := $(if $(filter gemma-3-270m,$(RECIPE)),.venv/gemma3)
+BASE  := $(if $(filter gemma-3-270m%,$(RECIPE)),.venv/gemma3)
 FLAGS  = --recipe $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
 
 # a value as one word for the shell, quoted where it holds more than letters, digits and what plain paths hold

@@ -10,7 +10,10 @@ from arena.config import load_recipe, recipe_names, run_place, save_recipe
 
 
 def test_shipped_recipes_are_valid() -> None:
-    assert recipe_names() == ["demo", "gemma-2-2b", "gemma-2-9b", "gemma-2-9b-notebook", "gemma-3-270m"]
+    assert recipe_names() == [
+        "demo", "gemma-1.1-2b-squad2", "gemma-2-2b", "gemma-2-9b", "gemma-2-9b-notebook", "gemma-3-270m",
+        "gemma-3-270m-dolly", "gemma-3-270m-squad2", "gemma-7b-dolly",
+    ]  # fmt: skip
     for name in recipe_names():
         assert load_recipe(name).name == name
     large = load_recipe("gemma-2-9b")
@@ -55,7 +58,7 @@ def test_overrides() -> None:
         ("model.lora={first_layer: 1, layers: [2]}", "model.lora: first_layer and layers both choose the layers"),
         ("model.lora.layers=[]", "model.lora.layers: Tuple should have at least 1 item"),
         ("model.lora.layers=[-1]", r"model.lora.layers.0: Input should be greater than or equal to 0"),
-        ("prompt.template=nope", "no template 'nope': name one of compact, judge"),
+        ("prompt.template=nope", "no template 'nope': name one of compact, instruct, judge"),
         ("model.checkpointing=light", "model.checkpointing: light was renamed: set it to elementwise$"),
         ("model.checkpointing=mlp", "model.checkpointing: mlp was renamed: set it to elementwise_and_mlp$"),
     ],
@@ -66,7 +69,7 @@ def test_refusals_name_the_key_and_the_remedy(override: str, message: str) -> No
 
 
 def test_unknown_recipe_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no recipe 'nope': name one of demo, gemma-2-2b"):
+    with pytest.raises(ValueError, match=r"no recipe 'nope': name one of demo, gemma-1\.1-2b-squad2"):
         load_recipe("nope")
     path = tmp_path / "broken.yaml"
     for text in ("a: [", "- 1", ""):

@@ -102,9 +102,11 @@ class Encoder(ABC):
 
     Attributes:
         constant_ids: token ids of the texts around a row's own, by which cached tokens are told apart.
+        end_ids: tokens that end what is predicted, for a task without classes.
     """
 
     constant_ids: list[list[int]]
+    end_ids: tuple[int, ...] = ()
 
     @abstractmethod
     def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[Any]:

@@ -194,11 +194,21 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
     model.config.use_cache = not saved.task.classes  # which generating needs
     tokenizer = load_tokenizer(str(judge))
     model.config.pad_token_id = tokenizer.pad_token_id
+    if not saved.task.classes:
+        ends = saved.task.encoder(tokenizer, saved.recipe.prompt).end_ids
+        _end_answers(model.generation_config, ends)
     with atomic_write(folder) as draft:
         model.save_pretrained(str(draft))
         # its recipe documents the prompt that the model expects
         write_json(draft / JUDGE_FILE, {**as_json(saved), "exported": True})
         tokenizer.save_pretrained(str(draft))
+
+
+def _end_answers(generation: Any, ends: Sequence[int]) -> None:
+    """Makes these tokens end what a model generates, in addition to those that do so already."""
+    known = generation.eos_token_id
+    before = [] if known is None else [known] if isinstance(known, int) else known
+    generation.eos_token_id = sorted({*before, *ends})
 
 
 def merge(judge: Path, settings: ModelSettings, classes: Sequence[str]) -> PreTrainedModel:

@@ -2,11 +2,13 @@
 
 A vocabulary of 256,000 makes logits the largest tensor of a step: at 16,384 positions they would take 16 GiB, and as
 much again for each operation on them. So the product with the vocabulary is computed for the positions before targets
-only, in chunks, and the backward computes the logits of each chunk anew.
+only, and in chunks. If the output layer is frozen, the gradient of each chunk's states is computed along with its
+losses, because losses of different targets are independent; otherwise the backward computes the logits anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,12 +62,39 @@ def token_losses(states: Tensor, head: Any, targets: Tensor, softcap: float | No
         targets: int64 (m,).
         softcap: c in c tanh(logits / c), if the model has one.
     """
+    if states.requires_grad and not any(each.requires_grad for each in head.parameters()):
+        losses: Tensor = _FrozenHead.apply(states, targets, head, softcap)
+        return losses
+    chunks = _chunks(head, states, targets)
+    parts: list[Tensor] = [checkpoint(_losses, *chunk, head, softcap, use_reentrant=False) for chunk in chunks]
+    return torch.cat(parts)
+
+
+class _FrozenHead(torch.autograd.Function):
+    """`token_losses` with a frozen head: saves the gradient of each loss instead of computing the logits twice."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
+        losses, grads = [], []
+        for chunk, wanted in _chunks(head, states, targets):
+            leaf = chunk.detach().requires_grad_()
+            with torch.enable_grad():
+                own = _losses(leaf, wanted, head, softcap)
+                grads += torch.autograd.grad(own.sum(), leaf)
+            losses.append(own.detach())
+        ctx.save_for_backward(torch.cat(grads))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (of_losses,) = ctx.saved_tensors
+        return (grad[:, None] * of_losses).to(of_losses.dtype), None, None, None
+
+
+def _chunks(head: Any, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """States and targets, so many at once that their logits stay within `LOGITS_AT_ONCE`."""
     rows = max(1, LOGITS_AT_ONCE // head.out_features)
-    chunks = zip(states.split(rows), targets.split(rows), strict=True)
-    losses: list[Tensor] = [
-        checkpoint(_losses, *chunk, head, softcap, use_reentrant=False, preserve_rng_state=False) for chunk in chunks
-    ]
-    return torch.cat(losses)
+    return zip(states.split(rows), targets.split(rows), strict=True)
 
 
 def _losses(states: Tensor, targets: Tensor, head: nn.Module, softcap: float | None) -> Tensor:

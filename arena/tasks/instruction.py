@@ -189,9 +189,6 @@ class InstructionEncoder(Encoder):
         settings: template, chat markers, `max_length`.
         memo: as for `TextEncoder`.
 
-    Attributes:
-        end: int32 (1,), the token that ends a response.
-
     Raises:
         ValueError: the tokenizer is not a fast one or has nothing that ends a response, or `max_length` is too small
             for the template; from any method, if a text cannot be tokenised without a control token.
@@ -205,25 +202,23 @@ class InstructionEncoder(Encoder):
         plain, template = self._texts.plain, settings.template
         opening, close, answer = self._texts.chat(settings.chat)
         again, separator = opening[tokenizer.bos_token_id is not None :], plain(template.separator)
-        context, first = list[int](), list[int]()
+        before_answer, context, first = close + answer, list[int](), list[int]()
         if chat_family(tokenizer, settings.chat) == "plain":
             if tokenizer.eos_token_id is None:
                 raise ValueError("the tokenizer has no end-of-text token, which ends a response: use another base")
+            close, before_answer = [tokenizer.eos_token_id, *separator], separator + plain(template.response)
             context, first = plain(template.context), plain(template.user)
-            again, close, answer = first, [tokenizer.eos_token_id, *separator], plain(template.response)
-            before_answer = separator + answer
-        else:
-            before_answer = close + answer
+            again = first
         instruction = plain(template.instruction + template.separator) if template.instruction else []
         self.constant_ids = [
             opening + instruction, context, separator, first, close[1:] + again, before_answer, close[:1],
             plain(template.cut),
         ]  # fmt: skip
-        self._prefix, self._context, self._separator, self._first, self._later, self._answer, self.end, self._cut = map(
-            _ids, self.constant_ids
-        )
+        pieces = map(_ids, self.constant_ids)
+        self._prefix, self._context, self._gap, self._first, self._later, self._answer, self._end, self._cut = pieces
+        self.end_ids = tuple(close[:1])
         self._room, self._least = settings.max_length - len(self._prefix), len(self._cut) + 2
-        least = len(self._context) + len(self._separator) + self._around(0) + 3 * self._least
+        least = len(self._context) + len(self._gap) + self._around(0) + 3 * self._least
         if self._room < least:
             raise ValueError(
                 f"prompt.max_length {settings.max_length} is too small for this template, which takes at least "
@@ -260,10 +255,10 @@ class InstructionEncoder(Encoder):
 
     def _around(self, at: int) -> int:
         """The tokens around the prompt and the response of an exchange."""
-        return len(self._later if at else self._first) + len(self._answer) + len(self.end)
+        return len(self._later if at else self._first) + len(self._answer) + len(self._end)
 
     def _shorten(self, context: np.ndarray, exchanges: list[Exchange]) -> Shown:
-        room = self._room - (len(self._context) + len(self._separator) if len(context) else 0)
+        room = self._room - (len(self._context) + len(self._gap) if len(context) else 0)
         least = min(len(context), self._least)
         ends = np.cumsum([self._around(at) + sum(map(len, each)) for at, each in enumerate(exchanges)])
         kept = max(1, int(np.searchsorted(ends, room - least, side="right")))
@@ -284,10 +279,10 @@ class InstructionEncoder(Encoder):
         self, context: np.ndarray, exchanges: Sequence[Exchange], *, ended: bool
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """The pieces of an example, and the places of its targets. The last response has no end unless `ended`."""
-        pieces = [self._prefix, *([self._context, context, self._separator] if len(context) else [])]
+        pieces = [self._prefix, *([self._context, context, self._gap] if len(context) else [])]
         size, places = sum(map(len, pieces)), [_ids([])]
         for at, (prompt, response) in enumerate(exchanges):
-            end = self.end if ended or at + 1 < len(exchanges) else self.end[:0]
+            end = self._end if ended or at + 1 < len(exchanges) else self._end[:0]
             own = [self._later if at else self._first, prompt, self._answer, response, end]
             size += sum(map(len, own))
             predicted = len(response) + len(end) if len(response) else 0

@@ -196,7 +196,7 @@ def test_a_prompt_to_answer_is_the_beginning_of_its_example(tokenizer: Any, chat
         encoder.prompts(encoder.tokenise(columns)), encoded.examples(), ROWS[:2], strict=True
     ):
         rest = example.input_ids[len(prompt) :]
-        assert np.array_equal(example.input_ids[: len(prompt)], prompt) and rest[-1] == encoder.end[0]
+        assert np.array_equal(example.input_ids[: len(prompt)], prompt) and rest[-1] == encoder.end_ids[0]
         assert tokenizer.decode(rest[:-1]) == row["response"][-1]
 
 
@@ -229,7 +229,7 @@ def test_what_is_cut(tokenizer: Any, context: Any, turns: Any, room: int, chat: 
     assert cut.targets.cut[0] == lost
     [(context_ids, exchanges)] = encoder.tokenise({key: [value] for key, value in row.items()})
     if len(turns) == 1 and lost:
-        assert cut.input_ids[-1] != encoder.end[0]  # no end where the answer does not end
+        assert cut.input_ids[-1] != encoder.end_ids[0]  # no end where the answer does not end
         if len(context_ids) > len(encoder._cut) + 2:
             assert cut.tokens_cut[0] >= len(context_ids) - 2
     assert cut.turns_dropped[0] < max(1, len(exchanges))
@@ -248,7 +248,7 @@ def test_control_tokens_in_texts_stay_text(tokenizer: Any) -> None:
     for example in encoded.examples():
         found = example.input_ids.tolist()
         assert {each: found.count(each) for each in special} == {each: plain.count(each) for each in special}
-    assert encoder.end.tolist() == [tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    assert encoder.end_ids == (tokenizer.convert_tokens_to_ids("<end_of_turn>"),)
 
 
 def test_settings_that_do_not_fit(tokenizer: Any) -> None:

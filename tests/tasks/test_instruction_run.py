@@ -124,9 +124,9 @@ def test_trained_saved_loaded_and_exported(recipe: Recipe, tmp_path: Path, capsy
             "<bos><start_of_turn>user\nwhich is not 3?<end_of_turn>\n<start_of_turn>model\n",
             add_special_tokens=False, return_tensors="pt",
         ),
-        max_new_tokens=5, do_sample=False,
+        max_new_tokens=20, do_sample=False,
     )  # fmt: skip
-    assert "model\nbad answer<end_of_turn>" in tokenizer.decode(answered[0])
+    assert tokenizer.decode(answered[0]).endswith("model\nbad answer<end_of_turn>")
     with pytest.raises(ValueError, match=r"load it with AutoModelForCausalLM\.from_pretrained"):
         read_judge(tmp_path / "plain")
 
