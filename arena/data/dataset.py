@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from arena.data.cells import FieldError, Labels, excerpt, read_id
 from arena.data.limits import Limits, characters
-from arena.data.rows import READERS, ROWS_AT_ONCE, Cells, Row, read_rows
+from arena.data.rows import READERS, ROWS_AT_ONCE, Cells, Row, read_rows, required
 from arena.data.task import Task
 from arena.progress import progress
 from arena.storage.files import atomic_write, file_digest, fingerprint
@@ -213,8 +213,9 @@ class _Conversion:
     def __init__(self, task: Task, labels: Labels, limits: Limits, schema: pa.Schema) -> None:
         self.task, self.labels, self.limits, self.schema = task, labels, limits, schema
         self.first_file: dict[str, Path] = {}  # id -> the file in which it first occurs
+        self.numbered: bool | None = None  # whether this file's rows have their number, over all files, as id
+        self.number = 0
         self.bad = BadRowsError()
-        self.rows = 0  # of all files so far
 
     def write(self, paths: Sequence[Path], draft: Path) -> None:
         with (
@@ -222,6 +223,7 @@ class _Conversion:
             progress(f"reading {self.task.rows}", None) as advance,
         ):
             for path in paths:
+                self.numbered = None
                 for chunk in _chunks(read_rows(path, self._columns, self.limits)):
                     good = self._good_rows(path, chunk)
                     if not self.bad.count:  # otherwise nothing is cached
@@ -231,13 +233,15 @@ class _Conversion:
             raise self.bad
 
     def _columns(self, names: list[str]) -> list[str]:
-        return [*self.task.file_columns(names), *self.task.label_columns(names, self.labels)]
+        ids = ("id",) if "id" in names or not self.task.numbers_rows else ()
+        wanted = required((*ids, *self.task.file_columns(names)), names)
+        return [*wanted, *self.task.label_columns(names, self.labels)]
 
     def _good_rows(self, path: Path, chunk: list[Row]) -> list[Cells]:
         """The good rows of `chunk`, checked; the others are added to `bad`."""
         good = []
         for where, cells in chunk:
-            self.rows += 1
+            self.number += 1
             try:
                 row = self._checked(cells)
                 if (earlier := self.first_file.get(row["id"])) is not None:
@@ -253,10 +257,17 @@ class _Conversion:
     def _checked(self, cells: Cells | FieldError) -> Cells:
         if isinstance(cells, FieldError):
             raise cells
-        numbered = self.task.numbers_rows and "id" not in cells
         texts = self.task.read_texts(cells, self.limits)
-        own_id = read_id(self.rows if numbered else cells.get("id"))
-        return {"id": own_id, **texts, "label": self.task.read_label(cells, self.labels)}
+        return {"id": self._id(cells), **texts, "label": self.task.read_label(cells, self.labels)}
+
+    def _id(self, cells: Cells) -> str:
+        if self.numbered is None:
+            self.numbered = self.task.numbers_rows and "id" not in cells
+        if not self.numbered:
+            return read_id(cells.get("id"))
+        if "id" in cells:
+            raise FieldError("id", "is there, but the first row has none; give every row of the file an id, or none")
+        return str(self.number)
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:

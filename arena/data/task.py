@@ -18,7 +18,7 @@ from datasets import Dataset, Features
 
 from arena.data.cells import Labels
 from arena.data.limits import Limits
-from arena.data.rows import Cells, required
+from arena.data.rows import Cells
 from arena.metrics import Metric
 from arena.settings import PromptSettings, Recipe
 
@@ -162,12 +162,12 @@ class Task(ABC):
         """The task as a recipe sets it. Raises `ValueError` for settings that do not fit it."""
         return cls()
 
-    def file_columns(self, names: Sequence[str]) -> list[str]:
-        """The columns to read of a file with columns of these names, besides the label's: its id and its texts.
+    def file_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The columns from which texts are read, in a file that has columns of these names; by default `texts`.
 
-        A JSONL file is read with all its keys instead. Raises `FieldError` if a column is missing.
+        A JSONL file is read with all its keys instead.
         """
-        return required(("id", *self.texts), names)
+        return self.texts
 
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """The columns of a file that hold the label. Raises `FieldError` if there is none although it is required."""

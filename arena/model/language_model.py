@@ -75,7 +75,7 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, targets: Tensor, head: nn.Module, softcap: float | None) -> Tensor:
-        losses, grads = [], []
+        losses, grads = list[Tensor](), list[Tensor]()
         for chunk, wanted in _chunks(head, states, targets):
             leaf = chunk.detach().requires_grad_()
             with torch.enable_grad():

@@ -60,13 +60,14 @@ def print_report(metrics: dict[str, Any]) -> None:
     """Prints the log-loss along with its references, then the other metrics and the run's size and time."""
     table = Table(
         title=f"{metrics['recipe']}, fold {metrics['fold']}: {metrics['n_eval']:,} held-out rows", title_justify="left",
-        caption="difference: this judge's log-loss minus the row's; negative is better", caption_justify="left",
+        caption=f"difference: this {_kind(metrics)}'s log-loss minus the row's; negative is better",
+        caption_justify="left",
     )  # fmt: skip
     table.add_column("log-loss", justify="right")
     table.add_column("difference", justify="right")
     table.add_column("")
     loss = metrics["log_loss"]
-    table.add_row(f"{loss:.4f}", "", Text("this model" if "perplexity" in metrics else "this judge", style="bold"))
+    table.add_row(f"{loss:.4f}", "", Text(f"this {_kind(metrics)}", style="bold"))
     if _is_chosen(metrics):
         last = metrics["last_step_scores"]["log_loss"]["value"]
         table.add_row(
@@ -89,6 +90,10 @@ def print_report(metrics: dict[str, Any]) -> None:
         f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} per second), fill rate "
         f"{metrics['fill_rate']:.1%}, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB"
     )
+
+
+def _kind(metrics: dict[str, Any]) -> str:
+    return "language model" if "perplexity" in metrics else "judge"
 
 
 def _is_chosen(metrics: dict[str, Any]) -> bool:
@@ -151,8 +156,8 @@ def remark(metrics: dict[str, Any]) -> str | None:
     if not beaten_by:
         return None
     return (
-        f"This judge is no better than {' and '.join(beaten_by)}: more rows, more steps (train.epochs), a larger base "
-        "(model.base) or another learning rate (train.lr, train.head_lr) usually help."
+        f"This {_kind(metrics)} is no better than {' and '.join(beaten_by)}: more rows, more steps (train.epochs), a "
+        "larger base (model.base) or another learning rate (train.lr, train.head_lr) usually help."
     )
 
 

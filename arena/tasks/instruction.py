@@ -74,11 +74,10 @@ class Instruction(Task):
         phrase = recipe.prompt.template.unanswerable
         return cls(phrase, (phrase,))
 
-    def file_columns(self, names: Sequence[str]) -> list[str]:
-        """The id, if there is one, and the columns of the layout, a context only where there is one."""
+    def file_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The columns of the layout, with `instruction` also a context if there is one."""
         layout = _layout(names)
-        optional = [name for name in ("id", "context") if name in names and name not in layout and layout != MESSAGES]
-        return [*optional, *required(layout, names)]
+        return ("context", *layout) if layout == INSTRUCTION and "context" in names else layout
 
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """The column of the responses, which labelled rows need."""

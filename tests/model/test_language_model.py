@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from arena.model import language_model
 from arena.model.backbone import backbone, load_base
@@ -28,7 +28,7 @@ from tests.helpers import WINDOW, exact, examples_of, make_base, random_family
 
 ROOT = Path(__file__).parents[2]
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma2": ("gemma2", {"final_logit_softcapping": 3.0}),
+    "gemma2": ("gemma2", {"final_logit_softcapping": 0.2}),
     "gemma3_text": ("gemma3_text", {}),
     "llama untied": ("llama", {"tie_word_embeddings": False}),
 }
@@ -91,7 +91,7 @@ def plain_losses(model: nn.Module, batch: PackedBatch, *, prompts_too: bool = Fa
 
 
 def gradient(model: nn.Module, loss: Tensor) -> Tensor:
-    grads = torch.autograd.grad(loss, list(trainable(model).values()), allow_unused=True)
+    grads = torch.autograd.grad(loss, list(trainable(model).values()), allow_unused=True, retain_graph=True)
     return torch.cat([grad.reshape(-1) for grad in grads if grad is not None])
 
 
@@ -121,14 +121,15 @@ def test_losses_and_gradients_equal_those_one_by_one(
         assert losses.dtype == torch.float32 and losses.shape == batch.targets.shape
         assert relative(losses.detach(), expected.detach()) <= 1e-5
         assert relative(gradient(packed.model, loss_sum(losses, batch.targets)), grads) <= 1e-5
-        summed = torch.tensor([[float(own.sum()), len(own)] for own in each])
+        summed = torch.tensor([[float(own.detach().sum()), len(own)] for own in each])
         torch.testing.assert_close(by_example(losses.detach(), batch), summed, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrong", ["prompts too", "shifted", "mean of means", "no softcap"])
 def test_controls_fail_the_comparison(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mistake changes the mean loss and its gradient far more than the tolerance."""
-    base = make_base(tmp_path, "gemma2", final_logit_softcapping=3.0)
+    name, changes = KINDS["gemma2" if wrong == "no softcap" else "llama untied"]
+    base = make_base(tmp_path, name, **changes)
     packed, batch = packed_model(base), batch_of(family(), share=True)
     plain = plain_model(base, packed, True)
     losses = packed(batch)
@@ -141,22 +142,25 @@ def test_controls_fail_the_comparison(wrong: str, tmp_path: Path, monkeypatch: p
         means = torch.stack([own.mean() for own in each if len(own)])
         other = means.mean() if wrong == "mean of means" else torch.cat(each).mean()
     right = torch.cat(plain_losses(plain, batch)).mean()
-    assert float(abs(mean - right)) <= 1e-5 * float(right) and float(abs(other - right)) > 3e-5 * float(right)
+    assert float(abs(mean - right)) <= 1e-5 * float(right) and float(abs(other - right)) > 1e-4 * float(right)
     model = packed.model if wrong == "no softcap" else plain
     assert relative(gradient(packed.model, mean), gradient(plain, right)) <= 1e-5
     assert relative(gradient(model, other), gradient(plain, right)) > 1e-2
 
 
-@pytest.mark.parametrize("config", [CohereConfig(logit_scale=0.25), GraniteConfig(logits_scaling=8.0)])
-def test_a_base_with_scaled_logits_is_refused(config: Any) -> None:
-    with pytest.raises(ValueError, match="computes its logits in a way that this package does not know"):
+def test_a_base_with_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one would be whose soft cap has another name in its config."""
+    config = Gemma2Config(final_logit_softcapping=1.0)
+    for known in (config, Gemma3TextConfig(), LlamaConfig()):
+        check_head(known, "some/base")
+    monkeypatch.setattr(language_model, "final_softcap", lambda config: None)
+    with pytest.raises(ValueError, match="'some/base' computes its logits in a way that this package does not know"):
         check_head(config, "some/base")
-    check_head(Gemma2Config(final_logit_softcapping=30.0), "some/base")
 
 
 def test_a_head_alone_is_not_trained(gemma2: Path) -> None:
     settings = exact(gemma2, tune="head")
-    with pytest.raises(ValueError, match=r"model\.tune=head trains a classifier's head"):
+    with pytest.raises(ValueError, match=r"model\.tune=head trains the head of classes"):
         adapt(load_base(settings, ()), settings)
 
 

@@ -216,7 +216,7 @@ def test_what_is_cut(tokenizer: Any, context: Any, turns: Any, room: int, chat: 
     row = {"prompt": [context, *(prompt for prompt, _ in turns)], "response": [response for _, response in turns]}
     long = settings(chat=chat, max_length=4000)
     encoder, whole = encode(tokenizer, [row], long)
-    least = 64 if chat == "plain" else 40
+    least = 80
     short = settings(chat=chat, max_length=least + room)
     _, cut = encode(tokenizer, [row], short)
     assert cut.targets is not None and whole.targets is not None

@@ -39,7 +39,7 @@ from tests.helpers import SHARED, make_base, make_tokenizer, needs_shared
 def write_dolly(folder: Path, n: int = 60) -> Path:
     """Instructions whose answer depends on them, some with a context, one without a response; there are no ids."""
     folder.mkdir()
-    kinds = [("which is better", "good answer"), ("which is not", "bad answer")]
+    kinds = [("which is better", "the user is very good"), ("which is not", "bad answer")]
     rows = [{"instruction": f"{kinds[at % 2][0]} {at // 2}?", "response": kinds[at % 2][1]} for at in range(n)]
     table = pd.DataFrame(rows).assign(context=["hello world" * (at % 7 == 0) for at in range(n)], category="open_qa")
     table.loc[5, "response"] = ""
@@ -49,7 +49,7 @@ def write_dolly(folder: Path, n: int = 60) -> Path:
 
 @pytest.fixture(params=["gemma2", "llama"])
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
-    changes = {"final_logit_softcapping": 5.0} if request.param == "gemma2" else {"tie_word_embeddings": False}
+    changes = {"final_logit_softcapping": 30.0} if request.param == "gemma2" else {"tie_word_embeddings": False}
     base = make_base(tmp_path / "base", request.param, **changes)
     return tiny(tmp_path, base, write_dolly(tmp_path / "rows"))
 
@@ -57,7 +57,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
 def tiny(folder: Path, base: Path, rows: Path, *overrides: str) -> Recipe:
     settings = [
         f"model.base={base}", f"data.path={rows}", f"data.cache={folder / 'cache'}", "data.folds=3",
-        "prompt.max_length=128", "packing.budget=256", "train.batch_size=8", "train.epochs=6", "train.lr=1e-2",
+        "prompt.max_length=128", "packing.budget=256", "train.batch_size=8", "train.epochs=6", "train.lr=2e-2",
         "train.evaluate_every=10", "train.checkpoint_every=2", "name=tiny",
     ]  # fmt: skip
     return load_recipe("gemma-3-270m-dolly", [*settings, *overrides])
@@ -99,7 +99,7 @@ def test_trained_saved_loaded_and_exported(recipe: Recipe, tmp_path: Path, capsy
     assert set(metrics["slices"]["length"]["longest third"]) == {"log_loss", "base_log_loss"}
     print_report(metrics)
     draw_report(fold)
-    assert "the base before training" in capsys.readouterr().err.replace("\n", " ")
+    assert "the base before training" in capsys.readouterr().out
 
     tokenizer = load_tokenizer(str(fold / "model"))
     data = prepare_fold(recipe, task_of(recipe), 0, tokenizer)
@@ -172,7 +172,7 @@ def test_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("budget", [128, 4096])
 def test_a_step_is_divided_by_its_targets(tmp_path: Path, budget: int) -> None:
     """However it is cut: the logged loss is the mean over all of a step's targets, not a mean of means."""
-    base = make_base(tmp_path / "base")
+    base = make_base(tmp_path / "base", "llama", tie_word_embeddings=False)
     rows = write_dolly(tmp_path / "rows")
     recipe = tiny(tmp_path, base, rows, f"packing.budget={budget}", "train.epochs=0.5", "train.lr=1e-9")
     run_fold(recipe, 0, tmp_path / "runs")
@@ -194,7 +194,7 @@ def test_the_batches_of_a_fold(recipe: Recipe) -> None:
         for batch in step:
             assert "label" not in batch and batch["targets"].shape == batch["positions"].shape
             assert batch["targets_each"].sum() == len(batch["targets"])
-            assert all(text.endswith("answer<end_of_turn>") for text in batch["input_text"])
+            assert all(text.endswith(("good<end_of_turn>", "answer<end_of_turn>")) for text in batch["input_text"])
 
 
 def test_rows_of_a_group_are_adjacent_in_training() -> None:
