@@ -39,7 +39,7 @@ from tests.helpers import SHARED, make_base, make_tokenizer, needs_shared
 def write_dolly(folder: Path, n: int = 60) -> Path:
     """Instructions whose answer depends on them, some with a context, one without a response; there are no ids."""
     folder.mkdir()
-    kinds = [("which is better", "the user is very good"), ("which is not", "bad answer")]
+    kinds = [("which is better", "good"), ("which is not", "a bad answer which is not very clear")]
     rows = [{"instruction": f"{kinds[at % 2][0]} {at // 2}?", "response": kinds[at % 2][1]} for at in range(n)]
     table = pd.DataFrame(rows).assign(context=["hello world" * (at % 7 == 0) for at in range(n)], category="open_qa")
     table.loc[5, "response"] = ""
@@ -47,10 +47,17 @@ def write_dolly(folder: Path, n: int = 60) -> Path:
     return folder
 
 
-@pytest.fixture(params=["gemma2", "llama"])
+@pytest.fixture
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
-    changes = {"final_logit_softcapping": 30.0} if request.param == "gemma2" else {"tie_word_embeddings": False}
-    base = make_base(tmp_path / "base", request.param, **changes)
+    """On a base with tied embeddings and a soft cap, or on another family with an output layer of its own."""
+    family = getattr(request, "param", "gemma2")
+    changes = {"final_logit_softcapping": 30.0} if family == "gemma2" else {"tie_word_embeddings": False}
+    base = make_base(tmp_path / "base", family, **changes)
+    if family == "gemma2":  # large enough for a tied output layer to be sure of anything
+        model = AutoModelForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(12)
+        model.save_pretrained(base)
     return tiny(tmp_path, base, write_dolly(tmp_path / "rows"))
 
 
@@ -80,6 +87,7 @@ def plain(folder: Path | str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
 
 
+@pytest.mark.parametrize("recipe", ["gemma2", "llama"], indirect=True)
 def test_trained_saved_loaded_and_exported(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = run_fold(recipe, 0, tmp_path / "runs")
     fold = tmp_path / "runs/tiny/fold0"
@@ -96,7 +104,8 @@ def test_trained_saved_loaded_and_exported(recipe: Recipe, tmp_path: Path, capsy
     scores = metrics["scores"]
     for end in ("value", "low", "high"):
         assert scores["perplexity"][end] == pytest.approx(math.exp(scores["log_loss"][end]))
-    assert set(metrics["slices"]["length"]["longest third"]) == {"log_loss", "base_log_loss"}
+    for scores in metrics["slices"]["length"].values():
+        assert set(scores) == {"log_loss", "base_log_loss"}
     print_report(metrics)
     draw_report(fold)
     assert "the base before training" in capsys.readouterr().out
@@ -124,9 +133,9 @@ def test_trained_saved_loaded_and_exported(recipe: Recipe, tmp_path: Path, capsy
             "<bos><start_of_turn>user\nwhich is not 3?<end_of_turn>\n<start_of_turn>model\n",
             add_special_tokens=False, return_tensors="pt",
         ),
-        max_new_tokens=20, do_sample=False,
+        max_new_tokens=40, do_sample=False,
     )  # fmt: skip
-    assert tokenizer.decode(answered[0]).endswith("model\nbad answer<end_of_turn>")
+    assert tokenizer.decode(answered[0]).endswith("model\na bad answer which is not very clear<end_of_turn>")
     with pytest.raises(ValueError, match=r"load it with AutoModelForCausalLM\.from_pretrained"):
         read_judge(tmp_path / "plain")
 
@@ -179,14 +188,15 @@ def test_a_step_is_divided_by_its_targets(tmp_path: Path, budget: int) -> None:
     data = prepare_fold(recipe, task_of(recipe), 0, load_tokenizer(str(base)))
     plan = plan_fold(recipe, data)
     lines = [json.loads(line) for line in (tmp_path / "runs/tiny/fold0/log.jsonl").read_text().splitlines()]
-    steps, model = [line for line in lines if "loss" in line], plain(base)
+    steps, model, apart = [line for line in lines if "loss" in line], plain(base), []
     assert len(steps) == plan.n_steps
     for number, line in enumerate(steps):
         members = np.concatenate(plan.step(number))
         each = one_by_one(model, type("Rows", (), {"eval_rows": members, "store": data.store}))
         assert step_targets(plan, data, number) == each[:, 1].sum()
         assert line["loss"] == pytest.approx(each[:, 0].sum() / each[:, 1].sum(), rel=1e-4)
-        assert (each[:, 0] / each[:, 1]).mean() != pytest.approx(line["loss"], rel=1e-3)
+        apart.append(abs((each[:, 0] / each[:, 1]).mean() - line["loss"]))
+    assert max(apart) > 1e-2
 
 
 def test_the_batches_of_a_fold(recipe: Recipe) -> None:
@@ -194,7 +204,7 @@ def test_the_batches_of_a_fold(recipe: Recipe) -> None:
         for batch in step:
             assert "label" not in batch and batch["targets"].shape == batch["positions"].shape
             assert batch["targets_each"].sum() == len(batch["targets"])
-            assert all(text.endswith(("good<end_of_turn>", "answer<end_of_turn>")) for text in batch["input_text"])
+            assert all(text.endswith(("good<end_of_turn>", "clear<end_of_turn>")) for text in batch["input_text"])
 
 
 def test_rows_of_a_group_are_adjacent_in_training() -> None:
