@@ -149,16 +149,15 @@ class Export:
 
     def run(self) -> None:
         from arena.inference.find import find_model
-        from arena.inference.saved import export_judge
+        from arena.inference.saved import auto_class, export_judge, read_judge
 
         if local_path(self.out, "--out").exists():
             raise ValueError(f"{self.out} already exists: name a new folder")
         settings = judge_settings(self.overrides, ("model.base",))
         model = find_model(self.recipe, self.runs, self.overrides, self.fold)
         export_judge(model, self.out, self.dtype, settings)
-        console.print(
-            f"written: {self.out}, from {model}; load it with AutoModelForSequenceClassification.from_pretrained"
-        )
+        kind = auto_class(read_judge(model).task)
+        console.print(f"written: {self.out}, from {model}; load it with {kind}.from_pretrained")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial, update_wrapper
 
@@ -16,7 +17,7 @@ class Metric:
     """A metric of labels and probabilities, both (n, C): rows that sum to 1; labels may be soft.
 
     Its value comes from sums over rows alone, so that it can be computed for many resamples of the rows at once: the
-    absolute sums of its terms, added up, over the number of rows.
+    absolute sums of its terms, added up, over the sum of the rows' weights; then `of_mean` of that.
 
     Args:
         terms: the terms of each row, (n,) or (n, k), from labels and probabilities.
@@ -29,21 +30,62 @@ class Metric:
         self.terms, self.higher_is_better = terms, higher_is_better
         update_wrapper(self, terms)
 
-    def __call__(self, labels: np.ndarray, probabilities: np.ndarray) -> float:
-        """The metric's value.
+    def weights(self, probabilities: np.ndarray) -> np.ndarray:
+        """float64 (n,), how much each row counts: all the same."""
+        return np.ones(len(probabilities))
 
-        Raises:
-            ValueError: there are no rows, the shapes differ, or a number is not finite.
-        """
+    def of_mean(self, mean: float) -> float:
+        """The value as an increasing function of the weighted mean: the mean itself."""
+        return mean
+
+    def check(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
+        """Raises `ValueError` if there are no rows, the shapes differ, or a number is not finite."""
         _check(labels, probabilities)
+
+    def __call__(self, labels: np.ndarray, probabilities: np.ndarray) -> float:
+        """The metric's value. Raises `ValueError` as `check` does."""
+        self.check(labels, probabilities)
         sums = self.terms(labels, probabilities).sum(axis=0)
-        return float(np.abs(sums).sum() / len(labels))
+        return self.of_mean(float(np.abs(sums).sum() / self.weights(probabilities).sum()))
+
+
+class TokenMetric(Metric):
+    """A metric of predicted tokens, the mean over the tokens of all rows.
+
+    In place of probabilities it takes (n, 2): the sum over a row's tokens, and their number. There are no labels.
+    """
+
+    def weights(self, probabilities: np.ndarray) -> np.ndarray:
+        return probabilities[:, 1]
+
+    def check(self, labels: np.ndarray, probabilities: np.ndarray) -> None:
+        if not np.isfinite(probabilities).all() or not probabilities[:, 1].any():
+            raise ValueError(f"{len(probabilities)} rows have no tokens to predict, or numbers that are not finite")
 
 
 @Metric
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """Mean cross entropy in nats."""
     return np.asarray(-(labels * np.log(np.clip(probabilities, SMALLEST, 1.0))).sum(axis=1))
+
+
+class Perplexity(TokenMetric):
+    """A metric of predicted tokens, e to the power of the mean."""
+
+    def of_mean(self, mean: float) -> float:
+        return math.exp(mean)
+
+
+@TokenMetric
+def token_log_loss(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Mean negative log-likelihood of a predicted token in nats."""
+    return predictions[:, 0]
+
+
+@Perplexity
+def perplexity(labels: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """e to the power of the mean negative log-likelihood of a predicted token."""
+    return predictions[:, 0]
 
 
 @partial(Metric, higher_is_better=True)

@@ -53,6 +53,11 @@ class Template(Settings):
     text: str = Field("", description="classification: heading of the text")
     pair: str = Field("", description="classification: heading of the second text")
     classes: str = Field("", description="classification: what introduces the names of the classes; empty: not shown")
+    context: str = Field("", description="instruction: heading of the context, in prompts without chat markers")
+    response: str = Field("", description="instruction: heading of the response, in prompts without chat markers")
+    unanswerable: str = Field(
+        "unanswerable", min_length=1, description="instruction: the answer to a question that has none"
+    )
     missing: str = Field("[no text]", description="text in place of a null prompt, answer or text")
     cut: str = Field(" [...] ", min_length=1, description="mark where a text was truncated")
     cut_turns: str = Field("[earlier turns left out]\n\n", min_length=1, description="mark for omitted turns")
@@ -78,9 +83,10 @@ class PromptSettings(Settings):
         return values
 
     def identity(self) -> dict[str, Any]:
-        """What decides a prompt; fields that came later are left out where they are empty, as before they existed."""
-        later = {name for name in ("text", "pair", "classes") if not getattr(self.template, name)}
-        return self.model_dump(exclude={"template": later})
+        """What decides a prompt; fields that came later are left out where they have their default, as before them."""
+        fields, later = Template.model_fields, ("text", "pair", "classes", "context", "response", "unanswerable")
+        unset = {name for name in later if getattr(self.template, name) == fields[name].default}
+        return self.model_dump(exclude={"template": unset})
 
 
 class ColumnSettings(Settings):
@@ -184,6 +190,11 @@ class ModelSettings(Settings):
 class PackingSettings(Settings):
     budget: int = Field(16384, ge=16, description="most tokens in a micro-batch")
     share: bool = Field(True, description="compute the common beginnings of a micro-batch's prompts once")
+    group: bool = Field(
+        False,
+        description="train on rows of a group, such as questions about one text, one after another, so that they share "
+        "it; steps are then less varied",
+    )
 
 
 class TrackingSettings(Settings):

@@ -11,8 +11,8 @@ from arena.config import load_recipe, recipe_names, run_place, save_recipe
 
 def test_shipped_recipes_are_valid() -> None:
     assert recipe_names() == [
-        "demo", "gemma-1.1-2b-sst2", "gemma-2-2b", "gemma-2-9b", "gemma-2-9b-notebook", "gemma-3-270m",
-        "gemma-3-270m-sst2",
+        "demo", "gemma-1.1-2b-squad2", "gemma-1.1-2b-sst2", "gemma-2-2b", "gemma-2-9b", "gemma-2-9b-notebook",
+        "gemma-3-270m", "gemma-3-270m-dolly", "gemma-3-270m-squad2", "gemma-3-270m-sst2", "gemma-7b-dolly",
     ]  # fmt: skip
     for name in recipe_names():
         assert load_recipe(name).name == name
@@ -66,7 +66,7 @@ def test_overrides() -> None:
         ("model.lora.layers=[-1]", r"model.lora.layers.0: Input should be greater than or equal to 0"),
         ("classes=[no, yes]", "classes: False is not a text in YAML: quote it"),
         ("classes=good", "classes: Input should be a valid tuple"),
-        ("prompt.template=nope", "no template 'nope': name one of classify, compact, judge"),
+        ("prompt.template=nope", "no template 'nope': name one of classify, compact, instruct, judge"),
         ("model.checkpointing=light", "model.checkpointing: light was renamed: set it to elementwise$"),
         ("model.checkpointing=mlp", "model.checkpointing: mlp was renamed: set it to elementwise_and_mlp$"),
     ],
@@ -77,7 +77,7 @@ def test_refusals_name_the_key_and_the_remedy(override: str, message: str) -> No
 
 
 def test_unknown_recipe_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no recipe 'nope': name one of demo, gemma-1\.1-2b-sst2"):
+    with pytest.raises(ValueError, match=r"no recipe 'nope': name one of demo, gemma-1\.1-2b-squad2"):
         load_recipe("nope")
     path = tmp_path / "broken.yaml"
     for text in ("a: [", "- 1", ""):

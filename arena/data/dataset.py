@@ -84,7 +84,8 @@ class Rows:
     """Checked rows of a task, memory-mapped.
 
     Attributes:
-        table: the columns `id` string, those of `task.features`, and `label` list<float32> with sum 1, or None.
+        table: the columns `id` string, those of `task.features`, and, if the task has classes, `label` list<float32>
+            with sum 1, or None.
         fingerprint: changes when the files, or how they are read, change.
     """
 
@@ -101,7 +102,9 @@ class Rows:
 
     @cached_property
     def labels(self) -> NDArray[np.float64]:
-        """float64 (len(rows), C). Raises `ValueError` if a row has no label."""
+        """float64 (len(rows), C); C is 0 for a task without classes. Raises `ValueError` if a row has no label."""
+        if not self.task.classes:
+            return np.zeros((len(self), 0))
         labels = self.table.select_columns("label").with_format("arrow")[:]["label"].combine_chunks()
         if labels.null_count:
             first = self.ids[labels.is_null().index(True).as_py()]
@@ -151,7 +154,8 @@ def read_dataset(
     limits = limits or Limits()
     name = f"{task.rows}-{fingerprint(FORMAT, labels, astuple(limits), *task.reading, _contents(paths))}"
     stored = cache_dir / f"{name}.arrow"
-    features = Features({"id": Value("string"), **task.features, "label": List(Value("float32"))})
+    label = {"label": List(Value("float32"))} if task.classes else {}
+    features = Features({"id": Value("string"), **task.features, **label})
     if not stored.exists():
         with atomic_write(stored) as draft:
             _Conversion(task, labels, limits, features.arrow_schema).write(paths, draft)
@@ -230,7 +234,8 @@ class _Conversion:
 
     def _columns(self, names: list[str]) -> list[str]:
         ids = ("id",) if "id" in names or not self.task.numbers_rows else ()
-        return [*required((*ids, *self.task.texts), names), *self.task.label_columns(names, self.labels)]
+        wanted = required((*ids, *self.task.file_columns(names)), names)
+        return [*wanted, *self.task.label_columns(names, self.labels)]
 
     def _good_rows(self, path: Path, chunk: list[Row]) -> list[Cells]:
         """The good rows of `chunk`, checked; the others are added to `bad`."""

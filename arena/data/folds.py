@@ -24,7 +24,8 @@ def assign_folds(rows: Rows, n_folds: int, seed: int, groups: list[str] | None =
     """The fold of each row, int8 (len(rows),), from 0 to n_folds - 1.
 
     Rows of the same group share a fold, and each fold gets its share of every label (the class with the largest
-    probability). The fold of a group does not depend on the order of the rows.
+    probability), or of all rows if the task has no classes. The fold of a group does not depend on the order of the
+    rows.
 
     Args:
         groups: of the rows, if they are already known.
@@ -41,7 +42,7 @@ def assign_folds(rows: Rows, n_folds: int, seed: int, groups: list[str] | None =
         raise ValueError(
             f"{len(distinct)} different {rows.task.group_by}s cannot fill {n_folds} folds; use fewer folds or more data"
         )
-    classes = rows.labels.argmax(axis=1)
+    classes = rows.labels.argmax(axis=1) if rows.task.classes else np.zeros(len(rows), dtype=np.int64)
     if np.bincount(classes).max() < n_folds:
         raise ValueError(f"no label has {n_folds} rows, one for each fold; use fewer folds or more data")
     folds = np.full(len(rows), -1, dtype=np.int8)

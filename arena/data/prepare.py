@@ -41,15 +41,17 @@ class FoldData:
     Attributes:
         rows: the rows of the training file and of `data.validation`.
         ids: the id of each row for messages; those of extra files include the file.
-        labels: float64 (rows, C), in the order of `task.classes`.
+        labels: float64 (rows, C), in the order of `task.classes`; C is 0 if there are none.
         store: tokens of all rows.
         train_rows: rows to train on, without those that have no input.
         eval_rows: all rows of the held-out fold, or of `data.validation`.
         has_input: bool (rows,), `Task.has_input` of each row.
-        prior: (C,), mean label of `train_rows`.
+        prior: (C,), mean label of `train_rows`, which is predicted for rows without input; for a task without classes,
+            a 0 for each of its columns.
         fingerprint: changes when the rows, the fold or the prompt settings change.
         trained_on: fingerprint of the files and of the split, the same for all folds.
         notes: messages about omitted rows.
+        groups: int64 (rows,), the number of each row's group; None unless `packing.group` is set.
     """
 
     rows: Rows
@@ -63,14 +65,20 @@ class FoldData:
     fingerprint: str
     trained_on: str
     notes: list[str]
+    groups: np.ndarray | None = None
 
     @property
     def task(self) -> Task:
         return self.rows.task
 
     @cached_property
-    def targets(self) -> np.ndarray:
-        """float32 (len(store), C): the target of each example, which is its row's label in the example's order."""
+    def targets(self) -> np.ndarray | None:
+        """float32 (len(store), C): the target of each example, which is its row's label in the example's order.
+
+        None if the task has no classes: the store then has the places of the tokens to predict.
+        """
+        if not self.task.classes:
+            return None
         orders = range(self.store.orders)
         by_order = np.stack([self.task.reorder(self.labels, order) for order in orders], axis=1)
         return by_order.reshape(len(self.store), -1).astype(np.float32)
@@ -150,10 +158,11 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         train_rows=train_rows,
         eval_rows=held_out,
         has_input=has_input,
-        prior=labels[train_rows].mean(axis=0),
+        prior=labels[train_rows].mean(axis=0) if task.classes else np.zeros(len(task.columns)),
         fingerprint=fingerprint(split, fold, recipe.prompt.identity()),
         trained_on=fingerprint(split),
         notes=notes,
+        groups=_numbers([key for part in parts for key in part.groups()]) if recipe.packing.group else None,
     )
 
 
@@ -195,6 +204,11 @@ def _validation_file(settings: DataSettings) -> Path:
     if Path(settings.path).is_file():
         raise ValueError(f"data.validation: there is no file {named}; give its path")
     return data_file(settings.path, str(named), settings.cache)
+
+
+def _numbers(keys: Sequence[str]) -> np.ndarray:
+    """int64: a number for each key, the same for equal ones, whatever the order of the rows."""
+    return np.asarray(np.unique(np.array(keys, dtype=object), return_inverse=True)[1])
 
 
 def _check_rows(fold: int, train_rows: np.ndarray, held_out: np.ndarray, has_input: np.ndarray, task: Task) -> None:

@@ -41,6 +41,28 @@ class Example:
 
 
 @dataclass(frozen=True)
+class TokenTargets:
+    """Which tokens of n examples are to be predicted, for a task whose head is the vocabulary.
+
+    Attributes:
+        places: int32 (m,), the positions in each example from which its next token is predicted, in ascending order.
+        offsets: int32 (n + 1,), where the places of each example begin, and the end.
+        cut: int32 (n,), tokens that were to be predicted but did not fit into the example.
+    """
+
+    places: np.ndarray
+    offsets: np.ndarray
+    cut: np.ndarray
+
+    @classmethod
+    def of(cls, places: Sequence[np.ndarray], cut: Sequence[int]) -> TokenTargets:
+        """Lays out the int32 places of each example."""
+        offsets = np.cumsum([0, *map(len, places)], dtype=np.int32)
+        flat = np.concatenate([np.zeros(0, dtype=np.int32), *places])
+        return cls(flat, offsets, np.array(cut, dtype=np.int32))
+
+
+@dataclass(frozen=True)
 class Encoded:
     """Examples laid end to end.
 
@@ -49,19 +71,24 @@ class Encoded:
         offsets: int32 (n + 1,), the beginning of each example, and the end.
         turns_dropped: int32 (n,), as in `Example`.
         tokens_cut: int32 (n,), as in `Example`.
+        targets: of a task whose head is the vocabulary; None for one with classes.
     """
 
     input_ids: np.ndarray
     offsets: np.ndarray
     turns_dropped: np.ndarray
     tokens_cut: np.ndarray
+    targets: TokenTargets | None = None
 
     @classmethod
-    def of(cls, examples: Sequence[Sequence[np.ndarray]], dropped: Sequence[int], cut: Sequence[int]) -> Encoded:
+    def of(
+        cls, examples: Sequence[Sequence[np.ndarray]], dropped: Sequence[int], cut: Sequence[int],
+        targets: TokenTargets | None = None,
+    ) -> Encoded:  # fmt: skip
         """Lays out examples that are given as pieces, int32 arrays of token ids."""
         offsets = np.cumsum([0, *(sum(map(len, pieces)) for pieces in examples)], dtype=np.int32)
         flat = np.concatenate([np.zeros(0, dtype=np.int32), *(piece for pieces in examples for piece in pieces)])
-        return cls(flat, offsets, np.array(dropped, dtype=np.int32), np.array(cut, dtype=np.int32))
+        return cls(flat, offsets, np.array(dropped, dtype=np.int32), np.array(cut, dtype=np.int32), targets)
 
     def examples(self) -> Iterator[Example]:
         """The examples in order; their `input_ids` are views."""
@@ -75,9 +102,11 @@ class Encoder(ABC):
 
     Attributes:
         constant_ids: token ids of the texts around a row's own, by which cached tokens are told apart.
+        end_ids: tokens that end what is predicted, for a task without classes.
     """
 
     constant_ids: list[list[int]]
+    end_ids: tuple[int, ...] = ()
 
     @abstractmethod
     def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[Any]:
@@ -97,9 +126,11 @@ class Task(ABC):
 
     Attributes:
         name: its key in `arena.tasks.TASKS`, which a recipe names as `task`.
-        classes: the names of the classes, in the order of the head's outputs.
-        columns: the columns that hold the probabilities of the classes in files, in the same order.
-        texts: the columns of a row's texts, which every file must have besides `id`.
+        classes: the names of the classes, in the order of the head's outputs. A task without classes has the base's own
+            vocabulary as its head, and predicts tokens of its examples (`TokenTargets`). Its rows have no labels.
+        columns: the columns of predictions in files: the probabilities of the classes, in the same order; of a task
+            without classes, what `PackedLanguageModel` gives for an example, with 0 for a row without targets.
+        texts: the columns of a checked row that an encoder reads.
         features: the types of these columns in a checked row.
         numbers_rows: whether rows of a file without ids are identified by their numbers.
         rows: what its rows are called; no two tasks that read the same files differently may share it.
@@ -113,7 +144,7 @@ class Task(ABC):
     """
 
     name: str
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
     columns: tuple[str, ...]
     texts: tuple[str, ...]
     features: Features
@@ -134,20 +165,27 @@ class Task(ABC):
                 raise ValueError(f"{key} is set, but task={cls.name} has its own: leave it out, or name another task")
         return cls()
 
-    @abstractmethod
+    def file_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The columns from which texts are read, in a file that has columns of these names; by default `texts`.
+
+        A JSONL file is read with all its keys instead.
+        """
+        return self.texts
+
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """The columns of a file that hold the label. Raises `FieldError` if there is none although it is required."""
+        return ()
 
     @abstractmethod
     def read_texts(self, cells: Cells, limits: Limits) -> Cells:
         """A row's texts, of the types in `features`. Raises `FieldError` for a cell that cannot be used."""
 
-    @abstractmethod
     def read_label(self, cells: Cells, labels: Labels) -> list[float] | None:
         """The probabilities of the classes, which sum to 1; None if the row has no label.
 
         Raises `FieldError` for an invalid label, and for a missing one if labels are required.
         """
+        return None
 
     @abstractmethod
     def has_input(self, row: Mapping[str, Any]) -> bool:

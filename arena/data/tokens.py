@@ -25,6 +25,56 @@ ROWS_AT_ONCE = 512  # rows tokenised at once, and in one Arrow record batch
 REMEMBERED_TOKENS = 2**25  # 128 MiB of token ids
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int32(), "tokens_cut": pa.int32()})
+_TARGETS = {"places": pa.list_(pa.int32()), "targets_cut": pa.int32()}  # further columns for token targets
+_SCHEMA_WITH_TARGETS = pa.schema([*_SCHEMA, *pa.schema(_TARGETS)])
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Many lists of int32 numbers, in memory-mapped chunks.
+
+    Attributes:
+        lengths: int64 (n,).
+    """
+
+    lengths: np.ndarray
+    _flat: tuple[np.ndarray, ...]
+    _offsets: tuple[np.ndarray, ...]
+    _starts: np.ndarray  # of the chunks, among the lists
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> Lists:
+        """The lists of an Arrow column, read in place."""
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        offsets = tuple(chunk.offsets.to_numpy() for chunk in chunks)
+        lengths = [np.diff(each) for each in offsets]
+        starts = np.cumsum([0, *map(len, lengths)])[:-1] if chunks else np.zeros(0, dtype=np.int64)
+        every = np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+        return cls(every, tuple(chunk.values.to_numpy() for chunk in chunks), offsets, starts)
+
+    @classmethod
+    def joined(cls, several: Sequence[Lists]) -> Lists:
+        shifts = np.cumsum([0, *(len(each.lengths) for each in several)])
+        return cls(
+            np.concatenate([each.lengths for each in several]),
+            tuple(flat for each in several for flat in each._flat),
+            tuple(offsets for each in several for offsets in each._offsets),
+            np.concatenate([each._starts + shift for each, shift in zip(several, shifts, strict=False)]),
+        )
+
+    def take(self, indices: np.ndarray) -> list[np.ndarray]:
+        """Some of the lists, each a read-only view."""
+        chunks = np.searchsorted(self._starts, indices, side="right") - 1
+        places = indices - self._starts[chunks]
+        views = []
+        for chunk, place in zip(chunks.tolist(), places.tolist(), strict=True):
+            offsets = self._offsets[chunk]
+            views.append(self._flat[chunk][offsets[place] : offsets[place + 1]])
+        return views
+
+    def largest(self) -> int:
+        """The largest number of all lists; -1 if there is none."""
+        return max((int(flat.max()) for flat in self._flat if len(flat)), default=-1)
 
 
 @dataclass(frozen=True)
@@ -35,20 +85,26 @@ class TokenStore:
 
     Attributes:
         orders: examples of each row.
-        lengths: int64 (n,), tokens of each example.
+        ids: the token ids of each example.
         turns_dropped: int32 (n,), turns omitted from each example.
         tokens_cut: int32 (n,), tokens omitted from each example.
         fingerprint: changes when any token or any of the above changes; suitable for a file name.
+        places: the places of each example, as in `TokenTargets`; None if the task has classes.
+        targets_cut: int32 (n,), `TokenTargets.cut` of each example; None if the task has classes.
     """
 
     orders: int
-    lengths: np.ndarray
+    ids: Lists
     turns_dropped: np.ndarray
     tokens_cut: np.ndarray
     fingerprint: str
-    _flat: tuple[np.ndarray, ...]
-    _offsets: tuple[np.ndarray, ...]
-    _starts: np.ndarray
+    places: Lists | None = None
+    targets_cut: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (n,), tokens of each example."""
+        return self.ids.lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -57,21 +113,11 @@ class TokenStore:
         """The token ids of one example: a read-only int32 view of shape (lengths[index],)."""
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        return self.take(np.array([index]))[0]
+        return self.ids.take(np.array([index]))[0]
 
     def largest_id(self) -> int:
         """The largest token id of all examples; -1 if there is none."""
-        return max((int(flat.max()) for flat in self._flat if len(flat)), default=-1)
-
-    def take(self, indices: np.ndarray) -> list[np.ndarray]:
-        """The token ids of many examples, each a view like `store[index]`."""
-        chunks = np.searchsorted(self._starts, indices, side="right") - 1
-        places = indices - self._starts[chunks]
-        views = []
-        for chunk, place in zip(chunks.tolist(), places.tolist(), strict=True):
-            offsets = self._offsets[chunk]
-            views.append(self._flat[chunk][offsets[place] : offsets[place + 1]])
-        return views
+        return self.ids.largest()
 
 
 class TextMemo(LRUCache[bytes, np.ndarray]):
@@ -113,21 +159,17 @@ def tokenise(rows: Rows, tokenizer: Any, settings: PromptSettings, cache: Path, 
 def open_tokens(path: Path, orders: int) -> TokenStore:
     """Opens a token file as a memory map. Its name must identify its content, as for files of `tokenise`."""
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    if table.schema != _SCHEMA:
+    if table.schema not in (_SCHEMA, _SCHEMA_WITH_TARGETS):
         raise ValueError(f"{path} has the columns {', '.join(table.column_names)}, not those of tokens")
-    chunks = [chunk for chunk in table["input_ids"].chunks if len(chunk)]
-    offsets = tuple(chunk.offsets.to_numpy() for chunk in chunks)
-    lengths = [np.diff(each) for each in offsets]
-    starts = np.cumsum([0, *map(len, lengths)])[:-1] if chunks else np.zeros(0, dtype=np.int64)
+    with_targets = table.schema == _SCHEMA_WITH_TARGETS
     return TokenStore(
         orders=orders,
-        lengths=np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64),
+        ids=Lists.of(table["input_ids"]),
         turns_dropped=table["turns_dropped"].to_numpy(),
         tokens_cut=table["tokens_cut"].to_numpy(),
         fingerprint=path.stem.removeprefix("tokens-"),
-        _flat=tuple(chunk.values.to_numpy() for chunk in chunks),
-        _offsets=offsets,
-        _starts=starts,
+        places=Lists.of(table["places"]) if with_targets else None,
+        targets_cut=table["targets_cut"].to_numpy() if with_targets else None,
     )
 
 
@@ -136,21 +178,22 @@ def join(stores: Sequence[TokenStore]) -> TokenStore:
     if len(stores) == 1:
         return stores[0]
     assert len({store.orders for store in stores}) == 1, "stores with different orders cannot be joined"
-    shifts = np.cumsum([0, *(len(store) for store in stores)])
+    places = [store.places for store in stores if store.places is not None]
+    targets_cut = [store.targets_cut for store in stores if store.targets_cut is not None]
     return TokenStore(
         orders=stores[0].orders,
-        lengths=np.concatenate([store.lengths for store in stores]),
+        ids=Lists.joined([store.ids for store in stores]),
         turns_dropped=np.concatenate([store.turns_dropped for store in stores]),
         tokens_cut=np.concatenate([store.tokens_cut for store in stores]),
         fingerprint=fingerprint(*(store.fingerprint for store in stores)),
-        _flat=tuple(flat for store in stores for flat in store._flat),
-        _offsets=tuple(offsets for store in stores for offsets in store._offsets),
-        _starts=np.concatenate([store._starts + shift for store, shift in zip(stores, shifts, strict=False)]),
+        places=Lists.joined(places) if places else None,
+        targets_cut=np.concatenate(targets_cut) if targets_cut else None,
     )
 
 
 def _write(path: Path, rows: Rows, encoder: Encoder, orders: int) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+    schema = _SCHEMA if rows.task.classes else _SCHEMA_WITH_TARGETS
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         columns = rows.table.select_columns(list(rows.task.texts)).iter(batch_size=ROWS_AT_ONCE)
         with progress("tokenising", len(rows), "rows") as advance:
             for batch in ahead(map(encoder.tokenise, columns), depth=1):
@@ -160,4 +203,8 @@ def _write(path: Path, rows: Rows, encoder: Encoder, orders: int) -> None:
 
 def _record_batch(encoded: Encoded) -> pa.RecordBatch:
     ids = pa.ListArray.from_arrays(encoded.offsets, encoded.input_ids)
-    return pa.record_batch([ids, pa.array(encoded.turns_dropped), pa.array(encoded.tokens_cut)], schema=_SCHEMA)
+    columns = [ids, pa.array(encoded.turns_dropped), pa.array(encoded.tokens_cut)]
+    if (targets := encoded.targets) is None:
+        return pa.record_batch(columns, schema=_SCHEMA)
+    columns += [pa.ListArray.from_arrays(targets.offsets, targets.places), pa.array(targets.cut)]
+    return pa.record_batch(columns, schema=_SCHEMA_WITH_TARGETS)

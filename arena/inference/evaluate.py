@@ -1,4 +1,4 @@
-"""The evaluation of rows: the one way from examples and a model to probabilities, in the order of the rows.
+"""The evaluation of rows: the one way from examples and a model to predictions, in the order of the rows.
 
 The rows are packed in any order that fills the micro-batches. The trainer, its final scores and every judge use it.
 """
@@ -19,6 +19,7 @@ from arena.data.tokens import TokenStore
 from arena.distributed import compute_in
 from arena.inference.logits import SECONDS, Logits, LogitsCache
 from arena.metrics import softmax
+from arena.model.classifier import by_example
 from arena.model.memory.reuse import reusing_memory
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation
@@ -63,18 +64,18 @@ class Evaluation:
         logits_cache: LogitsCache | None = None,
         stop: Stop | None = None,
     ) -> np.ndarray:
-        """A model's probabilities.
+        """A model's predictions: probabilities of classes, or without classes what `by_example` gives.
 
         Args:
-            classifier: a `PackedClassifier`.
+            classifier: a `PackedModel`.
             dtype: compute dtype.
-            prior: (C,), the probabilities of rows without input.
+            prior: (C,), the predictions of rows without input.
             logits_cache: stores logits as they are computed, and supplies those of an earlier, identical call. The
                 probabilities are bit for bit the same as without it.
             stop: is checked after each micro-batch.
 
         Returns:
-            float64 (len(rows), C), the mean over the orders, each as of the row in order 0.
+            float64 (len(rows), C), the mean over the orders, each as of the row in order 0; C as in `Task.columns`.
 
         Raises:
             FloatingPointError: a logit is not finite; the message names the row, and its micro-batch is not cached.
@@ -84,21 +85,22 @@ class Evaluation:
         """
         assert self.has_input.all() or prior is not None, "rows without input need a prior"
         if not len(self._examples):
-            return self._with_prior(np.zeros((0, len(self.task.classes))), prior)
+            return self._with_prior(np.zeros((0, len(self.task.columns))), prior)
         rows = fingerprint(self._distinct.tobytes())
         facts = {"tokens": self.store.fingerprint, "rows": rows, "dtype": dtype, "budget": self.plan.budget}
         facts |= {"orders": list(self.orders), "of_orders": self.store.orders}
         with nullcontext() if logits_cache is None else logits_cache.open(self.plan, facts) as parts:
-            logits = Logits(self.plan, len(self.task.classes), parts)
+            logits = Logits(self.plan, len(self.task.columns), parts)
             self._compute(classifier, dtype, title, logits, stop, logits_cache.seconds if logits_cache else SECONDS)
         ordered = logits.complete()[_places(self.plan.examples, self._examples, len(self.store))]
-        by_order = softmax(ordered).reshape(len(self._distinct), len(self.orders), -1)
+        predicted = softmax(ordered) if self.task.classes else ordered.astype(np.float64)
+        by_order = predicted.reshape(len(self._distinct), len(self.orders), -1)
         in_order_0 = [self.task.reorder(by_order[:, at], order) for at, order in enumerate(self.orders)]
         return self._with_prior(np.mean(in_order_0, axis=0)[self._which.reshape(-1)], prior)
 
     def _with_prior(self, probabilities: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
         """(len(rows), C): the probabilities of the rows with input, and the prior for the others."""
-        result = np.empty((len(self.rows), len(self.task.classes)))
+        result = np.empty((len(self.rows), len(self.task.columns)))
         result[self.has_input] = probabilities
         if prior is not None:
             result[~self.has_input] = prior
@@ -119,7 +121,8 @@ class Evaluation:
             with reusing_memory(device), progress(title, len(self._examples), "examples", known) as advance:
                 for index, micro_batch in zip(todo, ahead(map(loader.micro_batch, todo)), strict=True):
                     with compute_in(device, dtype):
-                        collector.add(index, classifier(micro_batch.to(device)))
+                        placed = micro_batch.to(device)
+                        collector.add(index, by_example(classifier(placed), placed))
                     advance(micro_batch.batch_size)
                     if stop is not None and stop():
                         raise stop.stopped()
@@ -144,7 +147,7 @@ class _Collector:
     def add(self, micro_batch: int, logits: Tensor) -> None:
         """Adds the float (n, C) logits of a micro-batch."""
         examples = self.evaluation.plan.micro_batch(micro_batch)
-        assert logits.shape == (len(examples), self.logits.width), "every example has one logit for each class"
+        assert logits.shape == (len(examples), self.logits.width), "every example has one number for each column"
         self._waiting.append((micro_batch, logits))
         if time.monotonic() - self._since >= self.seconds:
             self.flush()

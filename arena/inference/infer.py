@@ -165,7 +165,7 @@ def average(judges: Sequence[SavedJudge], rows: Rows, parts: Path | None = None)
     Args:
         parts: a folder that caches the logits of each judge, from which the same call resumes.
     """
-    total = np.zeros((len(rows), len(rows.task.classes)))
+    total = np.zeros((len(rows), len(rows.task.columns)))
     judge: Judge | None = None
     first = judges[0].recipe.data  # its cache serves all
     for saved in judges:

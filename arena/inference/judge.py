@@ -19,7 +19,7 @@ from arena.data.tokens import tokenise
 from arena.distributed import device_name, let_segments_grow
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
-from arena.inference.saved import SavedJudge, read_judge
+from arena.inference.saved import SavedJudge, check_classes, read_judge
 from arena.model.adapters import activate, active_judge, add_trained, incompatible_setting, unload
 from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
 from arena.model.base_files import check_ids
@@ -42,9 +42,9 @@ class Judge:
         device: where to run; by default the GPU if there is one.
 
     Raises:
-        ValueError: the folder is not a judge, or one of another version; its base differs from the one that it was
-            trained on, or mixes the rows of a packed batch; or the recipe's attention backend or dtype is not available
-            here.
+        ValueError: the folder is not a judge, or one of another version, or a language model; its base differs from the
+            one that it was trained on, or mixes the rows of a packed batch; or the recipe's attention backend or dtype
+            is not available here.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Judge:
             saved = replace(folder, recipe=change(folder.recipe, overrides))
         else:
             saved = read_judge(Path(folder), overrides)
+        check_classes(saved)
         let_segments_grow()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._planned: tuple[Any, Evaluation] | None = None

@@ -32,7 +32,7 @@ class SavedJudge:
 
     Attributes:
         recipe: the recipe that it was trained with, perhaps with some settings changed.
-        prior: (C,), the mean label of the training rows.
+        prior: (C,), what is predicted for rows without input, as in `FoldData`.
         trained_on: fingerprint of the training data without the fold, equal for folds that may be averaged.
         base: `base_digest` of the base that the weights were trained on.
     """
@@ -109,25 +109,40 @@ def read_judge(folder: Path, overrides: Sequence[str] = ()) -> SavedJudge:
             "train the fold again, or judge with that version"
         )
     try:
-        classes = len(saved.task.classes)
+        task = saved.task
     except ValueError as error:
         raise ValueError(f"{path}: {error}, or use the version of arena that wrote it") from None
-    _check_prior(path, saved.prior, classes)
+    _check_prior(path, saved.prior, task)
     if facts.get("exported"):
         raise ValueError(
             f"{folder} was written by `arena export` for transformers: load it with "
-            "AutoModelForSequenceClassification.from_pretrained, or name the fold that was exported"
+            f"{auto_class(task)}.from_pretrained, or name the fold that was exported"
         )
     return replace(saved, recipe=change(saved.recipe, overrides))
+
+
+def auto_class(task: Task) -> str:
+    """The class of transformers with which an exported model is loaded."""
+    return "AutoModelForSequenceClassification" if task.classes else "AutoModelForCausalLM"
+
+
+def check_classes(saved: SavedJudge) -> None:
+    """Raises `ValueError` for a language model, which has no classes whose probabilities it could give."""
+    if not saved.task.classes:
+        raise ValueError(
+            f"{saved.folder} is a language model, tuned on the task {saved.task.name}, and not a judge: let it answer "
+            "prompts with `arena generate`"
+        )
 
 
 def check_alike(judges: Sequence[SavedJudge]) -> None:
     """Checks that judges can be averaged.
 
     Raises:
-        ValueError: they were trained on different data.
+        ValueError: they were trained on different data, or are language models.
     """
     first = judges[0]
+    check_classes(first)
     if odd := [saved for saved in judges if saved.trained_on != first.trained_on]:
         raise ValueError(
             f"{first.folder.parent} and {odd[0].folder.parent} were trained on different data or splits: train them on "
@@ -146,15 +161,17 @@ def _rename_policy(model: dict[str, Any]) -> None:
         model["checkpointing"] = FORMER_POLICIES[policy]
 
 
-def _check_prior(path: Path, prior: np.ndarray, classes: int) -> None:
-    """Raises `ValueError` unless the prior is a probability for each class."""
-    good = prior.shape == (classes,) and np.isfinite(prior).all() and (prior >= 0).all()
-    if not good or abs(prior.sum() - 1) > 1e-6:
+def _check_prior(path: Path, prior: np.ndarray, task: Task) -> None:
+    """Raises `ValueError` unless the prior is a probability for each class, or 0 without classes."""
+    good = prior.shape == (len(task.columns),) and np.isfinite(prior).all() and (prior >= 0).all()
+    if not good or abs(prior.sum() - bool(task.classes)) > 1e-6:
         raise ValueError(f"{path} is damaged (the prior is {str(prior)[:100]}): train the fold again")
 
 
 def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: Sequence[str] = ()) -> None:
     """Writes a judge so that `AutoModelForSequenceClassification.from_pretrained(folder)` gives its logits.
+
+    A language model is written for `AutoModelForCausalLM`.
 
     An adapter that was trained over quantised weights is added to the dequantised weights in float32, and the sum is
     rounded to `dtype` once; merging into 4-bit weights would lose the adapter in rounding. 8-bit layers also round
@@ -174,13 +191,24 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
     model = merge(judge, settings, saved.task.classes).to(getattr(torch, dtype))
     model.config._attn_implementation = "eager"  # this package's attention is registered only where it is imported
     del model.config.arena_backend
+    model.config.use_cache = not saved.task.classes  # which generating needs
     tokenizer = load_tokenizer(str(judge))
     model.config.pad_token_id = tokenizer.pad_token_id
+    if not saved.task.classes:
+        ends = saved.task.encoder(tokenizer, saved.recipe.prompt).end_ids
+        _end_answers(model.generation_config, ends)
     with atomic_write(folder) as draft:
         model.save_pretrained(str(draft))
         # its recipe documents the prompt that the model expects
         write_json(draft / JUDGE_FILE, {**as_json(saved), "exported": True})
         tokenizer.save_pretrained(str(draft))
+
+
+def _end_answers(generation: Any, ends: Sequence[int]) -> None:
+    """Makes these tokens end what a model generates, in addition to those that do so already."""
+    known = generation.eos_token_id
+    before = [] if known is None else [known] if isinstance(known, int) else known
+    generation.eos_token_id = sorted({*before, *ends})
 
 
 def merge(judge: Path, settings: ModelSettings, classes: Sequence[str]) -> PreTrainedModel:

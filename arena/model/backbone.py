@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -56,12 +57,13 @@ def load_tokenizer(base: str, revision: str | None = None) -> Any:
 
 
 def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool = False) -> PreTrainedModel:
-    """The sequence classifier over a base model: frozen weights quantised or in `dtype`, and `score` of float32 zeros.
+    """A base model under a head: frozen weights quantised or in `dtype`.
 
-    A base that already has a head, such as a reward model, is used without it.
+    With classes it is a sequence classifier, whose `score` is of float32 zeros; a base that already has such a head, as
+    a reward model has, is used without it. Without classes it is a language model, with the base's own output layer.
 
     Args:
-        classes: the names of the head's outputs.
+        classes: the names of the head's outputs; empty for a language model.
         announce: print a line if the base's head or attention dropout is not used, or if its family is not known.
 
     Raises:
@@ -77,17 +79,21 @@ def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool
         )
     if announce and (note := unknown_family_note(config)):
         console.print(note)
-    as_classifier(config, classes)
-    keep_head(config, HEAD)
+    if classes:
+        as_classifier(config, classes)
+        keep_head(config, HEAD)
+    else:
+        without_cache(config)
     stored = stored_quantization(config) is not None
     if stored:
         del options["quantization_config"]  # the checkpoint's own config applies
+    kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     with base_load_errors(settings.base), loading_quietly():
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = kind.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
         )
-    check_loaded(settings.base, model, report, HEAD)
-    heads = own_heads(model.base_model_prefix, report, HEAD)
+    check_loaded(settings.base, model, report, HEAD if classes else None)
+    heads = own_heads(model.base_model_prefix, report, HEAD) if classes else []
     if heads and announce:
         console.print(
             f"{settings.base} has a head of its own ({', '.join(heads)}), which is not used: a new one is trained"
@@ -114,13 +120,18 @@ def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
 
 def as_classifier(config: Any, classes: Sequence[str]) -> None:
     """Turns a base's config into that of a classifier, without a cache or attention dropout."""
+    without_cache(config)
     config.num_labels = len(classes)
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: index for index, name in enumerate(classes)}
     config.problem_type = None  # may be regression in a reward model
+
+
+def without_cache(config: Any) -> None:
+    """Turns off a config's cache and its attention dropout, which packed attention does not have."""
     config.use_cache = False
     if getattr(config, "attention_dropout", None):
-        config.attention_dropout = 0.0  # packed attention has none
+        config.attention_dropout = 0.0
 
 
 def loader_options(settings: ModelSettings) -> dict[str, Any]:
@@ -133,15 +144,21 @@ def loader_options(settings: ModelSettings) -> dict[str, Any]:
 
 
 def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """Adapts a sequence classifier of transformers: sets a new float32 `score`, and restricts it to packed batches."""
+    """Restricts a model of transformers to packed batches, and sets a new float32 `score` if it is a classifier."""
     model.config.arena_backend = settings.attention  # `auto` is resolved in each call, by device and dtype
-    score = nn.Linear(model.score.in_features, model.config.num_labels, bias=False, dtype=torch.float32)
-    nn.init.zeros_(score.weight)  # initial probabilities are uniform, whatever the scale of the hidden states
-    model.score = score.to(next(model.parameters()).device)
+    if classifies(model):
+        score = nn.Linear(model.score.in_features, model.config.num_labels, bias=False, dtype=torch.float32)
+        nn.init.zeros_(score.weight)  # initial probabilities are uniform, whatever the scale of the hidden states
+        model.score = score.to(next(model.parameters()).device)
     _keep_layout(model)
-    if family_of(model.config).only_last_tokens:
+    if classifies(model) and family_of(model.config).only_last_tokens:
         only_last_tokens(backbone(model).layers[-1])
     backbone(model).register_forward_pre_hook(_refuse_mask_and_cache, with_kwargs=True)
+
+
+def classifies(model: PreTrainedModel) -> bool:
+    """Whether a loaded model is a classifier; otherwise it is a language model."""
+    return hasattr(underlying(model), HEAD)
 
 
 def underlying(model: PreTrainedModel) -> PreTrainedModel:

@@ -59,12 +59,12 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted({folder / name for name in _json(folder / INDEX)["weight_map"].values()})
 
 
-def check_loaded(base: str, model: nn.Module, report: Mapping[str, Any], head: str) -> None:
+def check_loaded(base: str, model: nn.Module, report: Mapping[str, Any], head: str | None) -> None:
     """Checks a base after loading, because the library fills missing weights with random numbers.
 
     Args:
         report: the library's report, of which `missing_keys` and `mismatched_keys` are used.
-        head: a module that is optional in a base, and whose weights are not used.
+        head: a module that is optional in a base, and whose weights are not used; None: there is none.
 
     Raises:
         ValueError: weights are missing, or their shapes differ from the config.

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from arena.model.backbone import HEAD, backbone, load_base, underlying
+from arena.model.backbone import HEAD, backbone, classifies, load_base, underlying
 from arena.model.card import card_of
 from arena.model.layers import adapted_layers
 from arena.model.lora import install_dora
@@ -32,9 +32,10 @@ LOADED_WITH = "arena_settings"  # the attribute of a loaded model that holds its
 def adapt(model: PreTrainedModel, settings: ModelSettings, budget: int = PackingSettings().budget) -> PreTrainedModel:
     """Makes the weights that `model.tune` selects trainable, in float32: new LoRA or DoRA adapters, all, or none.
 
-    The head is always trained. A trainable float32 parameter takes 16 bytes with its gradient and AdamW's two moments.
-    That is little for adapters, and four times the weights for `full` (42 GB for 2.6 billion), where autocast adds
-    another 2 bytes in half precision. Frozen weights stay as they were loaded.
+    A classifier's head is always trained, a language model's only with `full`. A trainable float32 parameter takes 16
+    bytes with its gradient and AdamW's two moments. That is little for adapters, and four times the weights for `full`
+    (42 GB for 2.6 billion), where autocast adds another 2 bytes in half precision. Frozen weights stay as they were
+    loaded.
 
     With `model.checkpointing=auto`, as little is recomputed in the backward as the estimated memory of the GPU allows,
     or without one that of this machine. The trainer measures on a GPU and chooses again.
@@ -43,16 +44,21 @@ def adapt(model: PreTrainedModel, settings: ModelSettings, budget: int = Packing
         budget: the most tokens of a micro-batch (`packing.budget`), for that estimate.
 
     Raises:
-        ValueError: the base has no modules with the names in `model.lora.targets`, or not the layers of `model.lora`.
+        ValueError: the base has no modules with the names in `model.lora.targets`, or not the layers of `model.lora`;
+            or only the head of a language model was to be trained.
     """
     if settings.tune == "lora":
-        config = lora_config(settings.lora, backbone(model))
+        config = lora_config(settings.lora, backbone(model), with_head=classifies(model))
         try:
             model = get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"model.lora.targets {settings.lora.targets} do not fit this base: {error}") from None
         install_dora(model, fresh=True)
     elif settings.tune == "head":
+        if not classifies(model):
+            raise ValueError(
+                "model.tune=head trains the head of classes, but this task predicts tokens: set lora or full"
+            )
         model.requires_grad_(False)
         model.score.requires_grad_(True)
     install(backbone(model), settings.fuse)
@@ -89,7 +95,7 @@ def load_trained(folder: Path, settings: ModelSettings, classes: Sequence[str]) 
     """The model that `save_model` wrote, ready for inference.
 
     Args:
-        classes: the names of the head's outputs.
+        classes: the names of the head's outputs; empty for a language model.
 
     Raises:
         ValueError: the saved weights are damaged, are not safetensors, or do not fit the base.
@@ -101,7 +107,8 @@ def load_trained(folder: Path, settings: ModelSettings, classes: Sequence[str]) 
         model = with_head(load_base(settings, classes), folder / HEAD_FILE)
     else:
         model = load_base(settings.model_copy(update={"base": str(folder), "revision": None}), classes)
-        with_head(model, _file_of_head(folder))
+        if classes:
+            with_head(model, _file_of_head(folder))
     install(backbone(model), settings.fuse)
     setattr(underlying(model), LOADED_WITH, settings)
     return model.eval()
@@ -112,7 +119,7 @@ def with_adapter(
 ) -> PreTrainedModel:
     """The model with the adapter in a folder, configured by the settings and not by the adapter's own config."""
     check_adapter(folder)
-    config = lora_config(settings.lora, backbone(model))
+    config = lora_config(settings.lora, backbone(model), with_head=classifies(model))
     config.inference_mode = True
     with undamaged(folder):
         if isinstance(model, PeftModel):
@@ -137,21 +144,21 @@ def load_head(head: nn.Module, file: Path) -> None:
         head.load_state_dict({"weight": tensors.get_tensor(HEAD_WEIGHT)})
 
 
-def lora_config(settings: LoraSettings, decoder: PreTrainedModel) -> LoraConfig:
-    """peft's config of the adapters for a decoder. Raises the errors of `adapted_layers`."""
+def lora_config(settings: LoraSettings, decoder: PreTrainedModel, *, with_head: bool = True) -> LoraConfig:
+    """peft's config of the adapters for a decoder, and of a classifier's head. Raises as `adapted_layers` does."""
     layers: Any = decoder.layers
     adapted = adapted_layers(settings, len(layers))
     # peft's own layers_to_transform does not go with all-linear
     outside = rf"(?!(.*\.)?layers\.({'|'.join(map(str, adapted))})\.).*" if len(adapted) < len(layers) else None
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS,  # without it the head stays frozen
+        task_type=TaskType.SEQ_CLS if with_head else TaskType.CAUSAL_LM,  # without the first the head stays frozen
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
         exclude_modules=outside,
-        modules_to_save=[HEAD],
+        modules_to_save=[HEAD] if with_head else None,
         use_dora=settings.dora,
     )
 

@@ -47,7 +47,8 @@ class PackedBatch:
         kv_index: int64 (K,), the position in the row of each key; None if nothing is shared.
         max_segment_len: tokens of the longest segment.
         segment: int64 (n,), the segment that ends with each example's last token.
-        reads_last: whether only last tokens are read.
+        targets_each: int64 (n,), how many targets each example has, if they are tokens; None: only last tokens are
+            read.
     """
 
     batch_size: int
@@ -64,7 +65,12 @@ class PackedBatch:
     kv_index: Tensor | None
     max_segment_len: int
     segment: Tensor
-    reads_last: bool = True
+    targets_each: Tensor | None = None
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether only last tokens are read."""
+        return self.targets_each is None
 
     @property
     def tokens(self) -> int:
@@ -107,7 +113,7 @@ class PackedBatch:
 
     def keys(self) -> list[str]:
         labelled = self.targets is not None and self.targets.ndim > 1
-        hidden = {"reads_last"} | ({"targets"} if self.targets is None else set())
+        hidden = {name for name in ("targets", "targets_each") if getattr(self, name) is None}
         held = [field.name for field in fields(self) if field.name not in hidden]
         return held + ["cu_seqlens"] * self._one_segment_each + ["label"] * labelled
 
@@ -211,7 +217,7 @@ def lay_out(columns: Columns, tokenizer: Any = None, tree: Tree | None = None) -
         kv_index=kv_index,
         max_segment_len=int((ends - starts).max()),
         segment=torch.tensor(tree.ends_in),
-        reads_last=columns.places is None,
+        targets_each=None if columns.places is None else torch.tensor([len(each) for each in columns.places]),
     )
 
 

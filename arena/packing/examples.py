@@ -83,9 +83,14 @@ def read_examples(examples: Sequence[Item]) -> Columns:
         return replace(columns, targets=_probabilities(label))
     if labels is not None:
         places = [_places(each, own, at) for at, (each, own) in enumerate(zip(labels, columns.ids, strict=True))]
-        following = [own[where + 1] for own, where in zip(columns.ids, places, strict=True)]
-        return replace(columns, targets=np.concatenate(following).astype(np.int64), places=places)
+        return token_targets(columns.ids, columns.index, places)
     return columns
+
+
+def token_targets(ids: list[np.ndarray], index: np.ndarray, places: list[np.ndarray]) -> Columns:
+    """The columns of examples of which the tokens after these places are predicted, each from those before it."""
+    following = [own[where + 1] for own, where in zip(ids, places, strict=True)]
+    return Columns(ids, index, np.concatenate(following).astype(np.int64), places)
 
 
 def _check_keys(example: Item, at: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from arena.data.tokens import TokenStore
 from arena.packing.batch import PackedBatch, lay_out
-from arena.packing.examples import Columns
+from arena.packing.examples import Columns, token_targets
 from arena.packing.plan import PackPlan
 
 
@@ -21,9 +21,9 @@ class PackedLoader:
                 micro_batch["input_ids"], micro_batch["cu_seqlens_q"], micro_batch["label"]
 
     Args:
-        store: token ids.
+        store: token ids. If it has places, the targets are the tokens that follow them.
         targets: float32 (n, C) for the n examples of the store, such as `FoldData.targets`; None gives batches without
-            `label`, for inference.
+            `label`, for inference and for targets that are tokens.
         plan: what to load; its example indices are indices into the store.
         tokenizer: decodes `input_text` for inspection; None leaves it empty and takes no time.
         rank: the rank of this process among `plan.ranks`.
@@ -74,8 +74,12 @@ class PackedLoader:
 
     def micro_batch(self, index: int) -> PackedBatch:
         """One micro-batch of the plan, by its index."""
-        members = self.plan.micro_batch(index)
-        targets = None if self.targets is None else self.targets[members]
-        columns = Columns(self.store.take(members), members, targets)
+        columns = self._columns(self.plan.micro_batch(index))
         batch = lay_out(columns, self.tokenizer, self.plan.tree(index, self.store.lengths))
         return batch.pin_memory() if self.pin else batch
+
+    def _columns(self, members: np.ndarray) -> Columns:
+        ids = self.store.ids.take(members)
+        if self.store.places is not None:
+            return token_targets(ids, members, self.store.places.take(members))
+        return Columns(ids, members, None if self.targets is None else self.targets[members])

@@ -22,6 +22,7 @@ COMPARISONS = (
     ("baseline_log_loss", "simple baseline (logistic regression on TF-IDF and lengths)"),
     ("blend_log_loss", "judge and baseline blended, by weights fitted on other held-out rows"),
     ("prior_log_loss", "predicting the training prior"),
+    ("base_log_loss", "the base before training, per token"),
 )
 NAMES = {
     "log_loss": "log-loss",
@@ -60,13 +61,14 @@ def print_report(metrics: dict[str, Any]) -> None:
     """Prints the log-loss along with its references, then the other metrics and the run's size and time."""
     table = Table(
         title=f"{metrics['recipe']}, fold {metrics['fold']}: {metrics['n_eval']:,} held-out rows", title_justify="left",
-        caption="difference: this judge's log-loss minus the row's; negative is better", caption_justify="left",
+        caption=f"difference: this {_kind(metrics)}'s log-loss minus the row's; negative is better",
+        caption_justify="left",
     )  # fmt: skip
     table.add_column("log-loss", justify="right")
     table.add_column("difference", justify="right")
     table.add_column("")
     loss = metrics["log_loss"]
-    table.add_row(f"{loss:.4f}", "", Text("this judge", style="bold"))
+    table.add_row(f"{loss:.4f}", "", Text(f"this {_kind(metrics)}", style="bold"))
     if _is_chosen(metrics):
         last = metrics["last_step_scores"]["log_loss"]["value"]
         table.add_row(
@@ -81,7 +83,7 @@ def print_report(metrics: dict[str, Any]) -> None:
     if "scores" in metrics:
         console.print(score_table(metrics))
         console.print(slice_table(metrics["slices"]))
-    elif known := [key for key in ("accuracy", "brier", "ece", "classwise_ece") if key in metrics]:
+    elif known := [key for key in ("perplexity", "accuracy", "brier", "ece", "classwise_ece") if key in metrics]:
         console.print(", ".join(f"{NAMES.get(key, key)} {metrics[key]:.3f}" for key in known))
     if "macro_f1" in metrics:
         console.print(f"macro F1 {metrics['macro_f1']:.3f}")
@@ -93,6 +95,10 @@ def print_report(metrics: dict[str, Any]) -> None:
         f"{metrics['train_seconds']:.0f} s ({metrics['tokens_per_second']:,.0f} per second), fill rate "
         f"{metrics['fill_rate']:.1%}, peak memory {metrics['peak_memory_bytes'] / 2**30:.1f} GiB"
     )
+
+
+def _kind(metrics: dict[str, Any]) -> str:
+    return "language model" if "perplexity" in metrics else "judge"
 
 
 def _is_chosen(metrics: dict[str, Any]) -> bool:
@@ -120,15 +126,18 @@ def score_table(metrics: dict[str, Any]) -> Table:
 
 
 def slice_table(slices: dict[str, dict[str, dict[str, Any]]]) -> Table:
-    """Log-loss and accuracy on each slice, with their intervals, and the prior's."""
+    """Log-loss and accuracy on each slice, with their intervals, and the prior's; without classes, the base's."""
     table = Table("", "", title="slices, with 95% intervals", title_justify="left")
-    for name in ("rows", "log-loss", "interval", "prior's", "accuracy", "interval", "prior's"):
-        table.add_column(name, justify="right")
+    known = {key for values in slices.values() for scores in values.values() for key in scores}
+    other, names = "base" if "base_log_loss" in known else "prior", {"log_loss": "log-loss", "accuracy": "accuracy"}
+    shown = {key: name for key, name in names.items() if key in known}
+    for column in ("rows", *(each for name in shown.values() for each in (name, "interval", f"{other}'s"))):
+        table.add_column(column, justify="right")
     for kind, values in slices.items():
         for at, (value, scores) in enumerate(values.items()):
             cells = [f"{scores['log_loss']['rows']:,}"]
-            for key in ("log_loss", "accuracy"):
-                cells += [*_cells(scores[key]), _cells(scores[f"prior_{key}"])[0]]
+            for key in shown:
+                cells += [*_cells(scores[key]), _cells(scores[f"{other}_{key}"])[0]]
             table.add_row(kind if at == 0 else "", value, *cells, end_section=at == len(values) - 1)
     return table
 
@@ -152,15 +161,18 @@ def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def remark(metrics: dict[str, Any]) -> str | None:
-    """Advice if the judge is not better than the prior and the simple baseline; None if it is."""
-    names = {"prior_log_loss": "predicting the training prior", "baseline_log_loss": "the simple baseline"}
+    """Advice if the model is not better than the prior and the simple baseline, or its base; None if it is."""
+    names = {
+        "prior_log_loss": "predicting the training prior", "baseline_log_loss": "the simple baseline",
+        "base_log_loss": "the base before training",
+    }  # fmt: skip
     known = {name: metrics[key] for key, name in names.items() if metrics.get(key) is not None}
     beaten_by = [name for name, loss in known.items() if loss <= metrics["log_loss"]]
     if not beaten_by:
         return None
     return (
-        f"This judge is no better than {' and '.join(beaten_by)}: more rows, more steps (train.epochs), a larger base "
-        "(model.base) or another learning rate (train.lr, train.head_lr) usually help."
+        f"This {_kind(metrics)} is no better than {' and '.join(beaten_by)}: more rows, more steps (train.epochs), a "
+        "larger base (model.base) or another learning rate (train.lr, train.head_lr) usually help."
     )
 
 
@@ -176,7 +188,7 @@ def draw_report(folder: Path) -> Path:
     )
     axes.plot([s["step"] for s in scores], [s["eval_log_loss"] for s in scores], "o-", label="held out, one order")
     axes.axhline(metrics["log_loss"], color="C0", label=f"held out, final: {metrics['log_loss']:.4f}")
-    for colour, (key, words) in zip(("C2", "C5", "C1", "C4", "C3"), COMPARISONS, strict=True):
+    for colour, (key, words) in zip(("C2", "C5", "C1", "C4", "C3", "C6"), COMPARISONS, strict=True):
         if metrics.get(key) is not None:
             axes.axhline(
                 metrics[key], color=colour, linestyle="--", label=f"{words.split(' (')[0]}: {metrics[key]:.4f}"

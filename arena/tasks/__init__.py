@@ -5,9 +5,14 @@ from __future__ import annotations
 from arena.data.task import Task
 from arena.settings import Recipe
 from arena.tasks.classification import Classification
+from arena.tasks.instruction import Instruction
 from arena.tasks.preference import Preference
 
-TASKS: dict[str, type[Task]] = {"preference": Preference, "classification": Classification}
+TASKS: dict[str, type[Task]] = {
+    "preference": Preference,
+    "classification": Classification,
+    "instruction": Instruction,
+}
 
 
 def task_of(recipe: Recipe) -> Task:

@@ -20,7 +20,9 @@ from arena.tasks import task_of
 SWAP_STREAM = 1  # separates the random numbers of swaps from those of shuffles
 
 
-def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, seed: int) -> np.ndarray:
+def training_order(
+    rows: np.ndarray, orders: int, *, epochs: float, swap: str, seed: int, groups: np.ndarray | None = None
+) -> np.ndarray:
     """Example indices, epoch after epoch, each row once per epoch (twice with `swap="both"`).
 
     Args:
@@ -29,6 +31,8 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
         epochs: may be fractional; the last epoch is then incomplete.
         swap: `never`; `random`, which draws each row's order anew in every epoch; or `both`, which gives both orders
             as two adjacent examples.
+        groups: int64 (len(rows),), the group of each row; rows of a group are then adjacent, and the groups in an order
+            drawn anew in every epoch. None: rows are shuffled alone.
 
     Raises:
         ValueError: `swap` needs both orders, but the store holds one.
@@ -41,6 +45,9 @@ def training_order(rows: np.ndarray, orders: int, *, epochs: float, swap: str, s
     parts = []
     for epoch in range(math.ceil(epochs)):
         shuffle = epoch_order(len(rows), seed, epoch)
+        if groups is not None:
+            place = epoch_order(int(groups.max()) + 1, seed, epoch)
+            shuffle = shuffle[np.argsort(place[groups[shuffle]], kind="stable")]
         examples = rows[shuffle] * orders
         if swap == "both":  # adjacent, because a row's two orders share its first prompt
             examples = (examples[:, None] + np.arange(2)).reshape(-1)
@@ -82,11 +89,22 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes
     epochs = settings.epochs
     if settings.max_steps is not None:
         epochs = settings.max_steps * settings.batch_size / epoch_size(recipe, data)
-    order = training_order(data.train_rows, data.store.orders, epochs=epochs, swap=swap, seed=recipe.seed)
+    groups = None if data.groups is None else data.groups[data.train_rows]
+    order = training_order(
+        data.train_rows, data.store.orders, epochs=epochs, swap=swap, seed=recipe.seed, groups=groups
+    )
     return plan_training(
         data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks,
         prefixes=prefixes or prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),
     )  # fmt: skip
+
+
+def step_targets(plan: PackPlan, data: FoldData, step: int) -> int:
+    """The number of targets in a step, over all ranks: its examples, or the tokens that are predicted of them."""
+    if data.store.places is None:
+        return plan.step_size(step)
+    members = [each for rank in range(plan.ranks) for each in plan.step(step, rank)]
+    return int(data.store.places.lengths[np.concatenate(members)].sum())
 
 
 def open_fold(recipe: Recipe, fold: int = 0, *, held_out: bool = False) -> PackedLoader:

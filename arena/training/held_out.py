@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from arena.data.prepare import FoldData
 from arena.distributed import device_name
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
-from arena.metrics import log_loss
 from arena.packing.tree import Prefixes
 from arena.settings import Recipe
 from arena.stopping import Stop
 from arena.storage.files import atomic_write
+from arena.storage.manifest import damage
+from arena.training.checkpoint import read_evaluation, write_evaluation
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,14 @@ class HeldOut:
 
     def scores(self, probabilities: np.ndarray) -> dict[str, float]:
         """The log-loss of probabilities of the rows `scored`, and the metric that chooses the best checkpoint."""
-        labels, name = self.data.labels[self.scored], self.recipe.train.best_metric
-        others = {} if name == "log_loss" else {name: self.data.task.metrics[name](labels, probabilities)}
-        return {"log_loss": log_loss(labels, probabilities), **others}
+        labels, metrics = self.data.labels[self.scored], self.data.task.metrics
+        return {name: metrics[name](labels, probabilities) for name in ("log_loss", self.recipe.train.best_metric)}
+
+    def of_all_rows(self, probabilities: np.ndarray) -> np.ndarray:
+        """Those of the rows `scored`, and the prior for the others."""
+        every = np.tile(self.data.prior, (len(self.has_input), 1))
+        every[self.has_input] = probabilities
+        return every
 
     def predict_as_given(self, classifier: nn.Module, weights: str, stop: Stop | None) -> np.ndarray:
         """The probabilities of the rows `scored`, float64 (n, C), as given.
@@ -68,6 +75,21 @@ class HeldOut:
             weights: the digest of the checkpoint's weights, from whose cached logits this resumes.
         """
         return self._predict(self._as_given, classifier, "evaluating", weights, stop)
+
+    def predict_of_base(
+        self, place: Path, classifier: nn.Module, stop: Stop | None, on_main: Callable[[Callable[[], None]], None]
+    ) -> np.ndarray:
+        """What the base predicts for all held-out rows, float64 (n, C).
+
+        Args:
+            place: a folder in which that is saved, so that it is computed once.
+            classifier: before anything was trained or loaded into it.
+            on_main: calls a function on the first rank.
+        """
+        if damage(place) is not None:
+            predicted = self.predict_as_given(classifier, "base", stop)
+            on_main(lambda: write_evaluation(place, {"log_loss": self.log_loss(predicted)}, predicted))
+        return self.of_all_rows(read_evaluation(place))
 
     def predict_averaged(
         self, as_given: np.ndarray, classifier: nn.Module, weights: str, stop: Stop | None
@@ -79,9 +101,7 @@ class HeldOut:
             mean = (as_given + (orders - 1) * others) / orders
             flipped = np.zeros(len(self.has_input), dtype=bool)
             flipped[self.has_input] = as_given.argmax(axis=1) != others.argmax(axis=1)
-        every = np.tile(self.data.prior, (len(self.has_input), 1))
-        every[self.has_input] = mean
-        return Predictions(every, flipped)
+        return Predictions(self.of_all_rows(mean), flipped)
 
     def _evaluation(self, orders: range) -> Evaluation:
         data = self.data
@@ -102,23 +122,28 @@ class HeldOut:
 
 
 def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:
-    """Out-of-fold predictions in the file's order: `id`, the probabilities, the label as class and as values."""
+    """Out-of-fold predictions in the file's order: `id`, the predictions, and any label, as class and as values."""
     labels, task = data.labels[data.eval_rows], data.task
-    table = pd.DataFrame(
-        {
-            "id": [data.ids[row] for row in data.eval_rows],
-            **{name: probabilities[:, at] for at, name in enumerate(task.columns)},
-            "label": [task.classes[at] for at in labels.argmax(axis=1)],
-            **{f"label_{name}": labels[:, at] for at, name in enumerate(task.columns)},
-        }
-    )
+    columns: dict[str, Any] = {"id": [data.ids[row] for row in data.eval_rows]}
+    columns |= {name: probabilities[:, at] for at, name in enumerate(task.columns)}
+    if task.classes:
+        columns["label"] = [task.classes[at] for at in labels.argmax(axis=1)]
+        columns |= {f"label_{name}": labels[:, at] for at, name in enumerate(task.columns)}
+    table = pd.DataFrame(columns)
     with atomic_write(path) as draft:
         table.to_csv(draft, index=False, lineterminator="\n")
 
 
-def scores(data: FoldData, probabilities: np.ndarray) -> dict[str, Any]:
-    """The task's metrics and further scores of the held-out rows, and the prior's log-loss for comparison."""
-    labels = data.labels[data.eval_rows]
-    values = {name: metric(labels, probabilities) for name, metric in data.task.metrics.items()}
-    further = data.task.further_scores(labels, probabilities)
-    return {**values, **further, "prior_log_loss": log_loss(labels, np.tile(data.prior, (len(labels), 1)))}
+def scores(data: FoldData, probabilities: np.ndarray, base: np.ndarray | None) -> dict[str, Any]:
+    """The task's metrics and further scores of the held-out rows, and for comparison the log-loss of the prior, or of
+    the base.
+
+    Args:
+        base: what the base predicts for them; None if the task has classes.
+    """
+    labels, metrics = data.labels[data.eval_rows], data.task.metrics
+    values = {name: metric(labels, probabilities) for name, metric in metrics.items()}
+    values |= data.task.further_scores(labels, probabilities)
+    if base is not None:
+        return {**values, **{f"base_{name}": metric(labels, base) for name, metric in metrics.items()}}
+    return {**values, "prior_log_loss": metrics["log_loss"](labels, np.tile(data.prior, (len(labels), 1)))}

@@ -29,12 +29,17 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW over two parameter groups: the head, with its own learning rate and no weight decay, and the rest."""
+    """AdamW over two parameter groups: the head, with its own learning rate and no weight decay, and the rest.
+
+    A language model has no head of its own, and one group.
+    """
     named = trainable(model)
     head = [parameter for name, parameter in named.items() if _is_head(name)]
     rest = [parameter for name, parameter in named.items() if not _is_head(name)]
-    assert head, "the head is frozen"
-    groups: list[dict[str, Any]] = [{"params": head, "lr": settings.head_lr, "weight_decay": 0.0}]
+    assert head or not any(_is_head(name) for name, _ in model.named_parameters()), "the head is frozen"
+    groups: list[dict[str, Any]] = []
+    if head:
+        groups.append({"params": head, "lr": settings.head_lr, "weight_decay": 0.0})
     if rest:
         groups.append({"params": rest, "lr": settings.lr, "weight_decay": settings.weight_decay})
     if settings.optimizer == "adamw8bit":

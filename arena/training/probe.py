@@ -18,7 +18,8 @@ from torch import nn
 
 from arena.distributed import compute_in, is_out_of_memory
 from arena.model.card import card_of
-from arena.model.classifier import PackedClassifier, loss_sum
+from arena.model.classifier import loss_sum
+from arena.model.language_model import PackedModel
 from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import (
     FROZEN,
@@ -65,7 +66,7 @@ class RecomputePlan:
         return f"recomputation, by layer: {describe(self.policies)} ({measured}, {self.limit / GIB:.1f} GiB usable)"
 
 
-def choose_policies(classifier: PackedClassifier, loader: PackedLoader, recipe: Recipe) -> RecomputePlan | None:
+def choose_policies(classifier: PackedModel, loader: PackedLoader, recipe: Recipe) -> RecomputePlan | None:
     """Sets every layer's policy if the recipe leaves the choice open (`model.checkpointing=auto`); else returns None.
 
     Args:
@@ -87,7 +88,7 @@ def choose_policies(classifier: PackedClassifier, loader: PackedLoader, recipe: 
     return plan
 
 
-def _measured(classifier: PackedClassifier, loader: PackedLoader, recipe: Recipe) -> RecomputePlan:
+def _measured(classifier: PackedModel, loader: PackedLoader, recipe: Recipe) -> RecomputePlan:
     device = next(classifier.parameters()).device
     batch = fullest(loader, shape_of(classifier.model.config)).to(device)
     moments = STATE[recipe.train.optimizer] * sum(each.numel() for each in trainable(classifier.model).values())
@@ -159,15 +160,16 @@ def fullest(loader: PackedLoader, shape: Shape) -> PackedBatch:
     return loader.micro_batch(max(candidates, key=numbers))
 
 
-def _peak(classifier: PackedClassifier, batch: PackedBatch, dtype: str) -> float | None:
+def _peak(classifier: PackedModel, batch: PackedBatch, dtype: str) -> float | None:
     """Peak bytes reserved by a forward and backward; None: out of memory."""
     device = batch.input_ids.device
     _empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     try:
         with compute_in(device, dtype):
-            logits = classifier(batch)
-        loss_sum(logits, batch.label).backward()
+            outputs = classifier(batch)
+        assert batch.targets is not None
+        loss_sum(outputs, batch.targets).backward()
         return float(torch.cuda.max_memory_reserved(device))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

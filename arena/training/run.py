@@ -21,6 +21,7 @@ from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest, check_ids, check_length
 from arena.model.card import card_of, with_dtype
 from arena.model.exactness import check_exact
+from arena.model.language_model import check_head
 from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.model.tuning import adapt
@@ -79,7 +80,7 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
 
 def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
     """`run_fold` in a folder that is locked for this process."""
-    main, card = accelerator.is_main_process, card_of(accelerator.device)
+    main, card, task = accelerator.is_main_process, card_of(accelerator.device), task_of(requested)
     console.print(f"{requested.name}, fold {fold}: rows of {requested.data.path}, base {requested.model.base}")
     with accelerator.main_process_first():  # which fetches a data set of the hub
         data_file(requested.data.path, "train", requested.data.cache)  # a missing folder is reported first
@@ -90,7 +91,9 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
     recipe = fit(with_dtype(requested, card), config, card)
     with accelerator.main_process_first():  # the other ranks find the rows prepared
         check_exact(config, recipe.model, recipe.prompt.max_length)
-        data = prepare_fold(recipe, task_of(recipe), fold, tokenizer)
+        if not task.classes:
+            check_head(config, recipe.model.base)
+        data = prepare_fold(recipe, task, fold, tokenizer)
         prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
     check_ids(config, data.store, tokenizer, recipe.model.base)
     run = run_identity(recipe, data.fingerprint, base_digest(recipe.model.base, recipe.model.revision))
@@ -132,7 +135,7 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             if trained.best_step != trained.done.step:
                 write_oof(folder / "oof-last.csv", data, trained.last.probabilities)
             metrics |= _effort(data, trainer.plan, trained, model, trainer.device)
-            metrics |= {**scores(data, trained.best.probabilities), **dict.fromkeys(REFERENCES)}
+            metrics |= {**scores(data, trained.best.probabilities, trained.base), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
             upload_model(accelerator, recipe, fold, folder / "model")
@@ -145,7 +148,7 @@ def _finish(
     """Adds intervals, slices and references, and mirrors the results; whatever fails here is only a warning."""
     added = references(recipe, data, trained.best.probabilities)
     with optional("computing intervals and slices", "metrics.json has the plain metrics"):
-        added |= score_tables(data, trained.best, trained.last)
+        added |= score_tables(data, trained.best, trained.last, trained.base)
     with optional(f"adding intervals, slices and references to {folder / 'metrics.json'}"):
         write_json(folder / "metrics.json", metrics | added)
     shutil.rmtree(folder / "logits", ignore_errors=True)
@@ -196,7 +199,11 @@ def _announce(recipe: Recipe, requested: Recipe, data: FoldData, trainer: Traine
         console.print(str(trainer.recompute_plan))
     cut = int((data.store.tokens_cut > 0).sum())
     if cut:
-        console.print(f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens")
+        lacking = 0 if data.store.targets_cut is None else int((data.store.targets_cut > 0).sum())
+        console.print(
+            f"{cut:,} of {len(data.store):,} examples are cut to {recipe.prompt.max_length:,} tokens"
+            + (f"; {lacking:,} of them lack a part of what is to be predicted" if lacking else "")
+        )
 
 
 def _effort(data: FoldData, plan: PackPlan, trained: Trained, model: nn.Module, device: torch.device) -> dict[str, Any]:

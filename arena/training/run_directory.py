@@ -36,8 +36,9 @@ OUTSIDE_IDENTITY = {
 # settings that did not always exist: with these values, runs from before them keep their identity
 LATER: dict[str, Any] = {
     "task": "preference", "classes": [], "data.columns": ColumnSettings().model_dump(), "data.validation": None,
-    "model.lora.first_layer": 0, "model.lora.layers": None,
+    "model.lora.first_layer": 0, "model.lora.layers": None, "packing.group": False,
     "prompt.template.text": "", "prompt.template.pair": "", "prompt.template.classes": "",
+    "prompt.template.context": "", "prompt.template.response": "", "prompt.template.unanswerable": "unanswerable",
     "train.max_steps": None, "train.best_metric": "log_loss", "train.deterministic": False,
 }  # fmt: skip
 

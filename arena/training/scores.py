@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from arena.data.prepare import FoldData
 from arena.data.task import Masks
-from arena.metrics import accuracy, agreement, log_loss
+from arena.metrics import agreement
 from arena.training.held_out import Predictions
 
 RESAMPLES, SEED = 1000, 0
@@ -44,19 +44,22 @@ class Score:
     rows: int
 
 
-def score_tables(data: FoldData, best: Predictions, last: Predictions) -> dict[str, Any]:
+def score_tables(
+    data: FoldData, best: Predictions, last: Predictions, base: np.ndarray | None = None
+) -> dict[str, Any]:
     """What `metrics.json` says of the held-out rows besides the plain metrics.
 
     `scores` has the metrics of the best checkpoint, which was chosen on the same rows, and `last_step_scores` those of
-    the last one, which was not. `slices` has the log-loss and accuracy of the best one on each slice, with the prior's.
+    the last one, which was not. `slices` has the log-loss and accuracy of the best one on each slice, with the prior's,
+    or those of the `base`, as in `held_out.scores`.
     """
     groups, slices = data.held_out.groups(), {**_token_slices(data), **data.task.slices(data.held_out.table)}
-    of_best = estimate(_terms(data, best), groups)
-    of_last = of_best if last is best else estimate(_terms(data, last), groups)
+    of_best = _of_means(data, estimate(_terms(data, best), groups))
+    of_last = of_best if last is best else _of_means(data, estimate(_terms(data, last), groups))
     return {
         "scores": {name: asdict(score) for name, score in of_best.items()},
         "last_step_scores": {name: asdict(score) for name, score in of_last.items()},
-        "slices": _slice_scores(data, best.probabilities, slices, groups),
+        "slices": _slice_scores(data, best.probabilities, base, slices, groups),
     }
 
 
@@ -110,8 +113,13 @@ def _resamples(n_groups: int) -> Iterator[np.ndarray]:
 def _terms(data: FoldData, predictions: Predictions) -> dict[str, Terms]:
     """Of the task's metrics, of agreement and what it is compared with, and of the flip rate if orders were judged."""
     task, labels, probabilities = data.task, data.labels[data.eval_rows], predictions.probabilities
+    terms = {
+        name: (metric.terms(labels, probabilities), metric.weights(probabilities))
+        for name, metric in task.metrics.items()
+    }
+    if not task.classes:
+        return terms
     ones = np.ones(len(labels))
-    terms = {name: (metric.terms(labels, probabilities), ones) for name, metric in task.metrics.items()}
     terms["agreement"] = agreement.terms(labels, probabilities), ones
     terms["agreement_base_rate"] = labels[:, data.prior.argmax()], ones
     if task.tie is not None:
@@ -126,6 +134,16 @@ def _terms(data: FoldData, predictions: Predictions) -> dict[str, Terms]:
     return terms
 
 
+def _of_means(data: FoldData, scores: Mapping[str, Score]) -> dict[str, Score]:
+    """The scores of weighted means as those of the task's metrics."""
+    found = dict(scores)
+    for name in data.task.metrics.keys() & scores.keys():
+        score, of_mean = scores[name], data.task.metrics[name].of_mean
+        low, high = (None if end is None else of_mean(end) for end in (score.low, score.high))
+        found[name] = Score(of_mean(score.value), low, high, score.rows)
+    return found
+
+
 def _token_slices(data: FoldData) -> dict[str, Masks]:
     """Thirds by the number of tokens before truncation, and what was truncated."""
     examples = data.eval_rows * data.store.orders
@@ -137,16 +155,23 @@ def _token_slices(data: FoldData) -> dict[str, Masks]:
 
 
 def _slice_scores(
-    data: FoldData, probabilities: np.ndarray, slices: Mapping[str, Masks], groups: Sequence[str]
-) -> dict[str, dict[str, dict[str, Any]]]:
+    data: FoldData, probabilities: np.ndarray, base: np.ndarray | None, slices: Mapping[str, Masks],
+    groups: Sequence[str],
+) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
     """By property and value, the scores of the rows that have it; values that no row has are left out."""
     labels = data.labels[data.eval_rows]
-    prior = np.tile(data.prior, (len(labels), 1))
-    metrics = {"log_loss": log_loss, "accuracy": accuracy}
-    terms = {name: metric.terms(labels, probabilities) for name, metric in metrics.items()}
-    terms |= {f"prior_{name}": metric.terms(labels, prior) for name, metric in metrics.items()}
+    compared = np.tile(data.prior, (len(labels), 1)) if base is None else base
+    metrics = {name: metric for name, metric in data.task.metrics.items() if name in ("log_loss", "accuracy")}
+    terms, other = {}, "prior" if base is None else "base"
+    for name, metric in metrics.items():
+        terms[name] = metric.terms(labels, probabilities), metric.weights(probabilities)
+        terms[f"{other}_{name}"] = metric.terms(labels, compared), metric.weights(compared)
     masks = {(kind, value): mask for kind, values in slices.items() for value, mask in values.items()}
-    masked = {(*at, name): (each * mask, mask) for at, mask in masks.items() for name, each in terms.items()}
+    masked = {
+        (*at, name): (each * mask, weights * mask)
+        for at, mask in masks.items()
+        for name, (each, weights) in terms.items()
+    }
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for (kind, value, name), score in estimate(masked, groups).items():
         table.setdefault(kind, {}).setdefault(value, {})[name] = asdict(score)

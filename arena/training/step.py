@@ -27,9 +27,12 @@ def accumulate(
 ) -> float:  # fmt: skip
     """Accumulates the gradient of the step's mean loss over micro-batches, and returns this rank's share of the loss.
 
-    Each micro-batch's summed loss is divided by `size`, the number of examples in the whole step over all micro-batches
+    Each micro-batch's summed loss is divided by `size`, the number of targets in the whole step over all micro-batches
     and ranks, so that the gradient does not depend on how the step was divided. With `scaling` the gradient is scaled
     up; the returned loss is not.
+
+    Args:
+        classifier: of either kind (`PackedModel`).
 
     Raises:
         Stopped: `stop` was requested between two micro-batches.
@@ -40,8 +43,9 @@ def accumulate(
             raise stop.stopped()
         placed = micro_batch.to(device)
         with compute_in(device, dtype):
-            logits = classifier(placed)
-        loss = loss_sum(logits, placed.label) / size
+            outputs = classifier(placed)
+        assert placed.targets is not None
+        loss = loss_sum(outputs, placed.targets) / size
         (loss if scaling is None else scaling.scaled(loss)).backward()
         sums.append(loss.detach())
     return float(torch.stack(sums).sum()) if sums else 0.0

@@ -16,7 +16,7 @@ from arena.background import ahead
 from arena.data.prepare import FoldData
 from arena.distributed import first_rank, on_first_rank, sum_gradients, total
 from arena.model.backbone import attention_choice
-from arena.model.classifier import PackedClassifier
+from arena.model.language_model import packed_model
 from arena.model.memory.reuse import reusing_memory
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
@@ -26,7 +26,7 @@ from arena.settings import Recipe
 from arena.stopping import Stop, Stopped
 from arena.storage.manifest import damage, read_manifest
 from arena.storage.mirror import Mirror
-from arena.training.batches import due_after, epoch_size, plan_fold
+from arena.training.batches import due_after, epoch_size, plan_fold, step_targets
 from arena.training.checkpoint import Done, Random, load_weights, random_states, set_random_states
 from arena.training.checkpoint_manager import ranking_by
 from arena.training.held_out import HeldOut, Predictions
@@ -46,17 +46,14 @@ class Trained:
         best_step: the step whose weights are the best.
         best: what these weights predict.
         last: what those of the last step predict, which were not chosen by their score on the same rows.
+        base: float64 (n, C), what the base predicts; None if the task has classes.
     """
 
     done: Done
     best_step: int
     best: Predictions
     last: Predictions
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """float64 (n, C), of all held-out rows by the best weights."""
-        return self.best.probabilities
+    base: np.ndarray | None
 
 
 class Trainer:
@@ -81,7 +78,7 @@ class Trainer:
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
         self.device, alone = accelerator.device, accelerator.num_processes == 1
         self.model = model
-        self.classifier = PackedClassifier(model).to(accelerator.device)
+        self.classifier = packed_model(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
         self.plan = plan_fold(recipe, data, accelerator.num_processes, prefixes)
         self.evaluate_after, self.save_after = (
@@ -112,6 +109,9 @@ class Trainer:
             Stopped: a stop was requested; everything is saved, and the same call resumes.
             FloatingPointError: a loss, gradient or logit is not finite; the run is saved as it was before.
         """
+        base, work = None, (self.checkpoints.evaluation(0), self.classifier, self._own_stop, self._on_main)
+        if not self.data.task.classes:
+            base = self.held_out.predict_of_base(*work)
         self.resume()
         self.classifier.train()
         with (
@@ -128,7 +128,7 @@ class Trainer:
                 self._after_step()
                 advance(1, note=self._note(facts["loss"]))
                 start = time.monotonic()
-        return self._finish()
+        return self._finish(base)
 
     def resume(self) -> None:
         """Resumes from the checkpoint that `train.resume` selects, if there is one.
@@ -165,7 +165,7 @@ class Trainer:
             self.saving.save(self.done)
             raise self.stop.stopped()
 
-    def _finish(self) -> Trained:
+    def _finish(self, base: np.ndarray | None) -> Trained:
         """Predicts the held-out rows in the orders that are left, and leaves the best weights in the model."""
         best, last = self.checkpoints.best, self.done.step
         assert best is not None, "the last step is always evaluated"
@@ -175,7 +175,7 @@ class Trainer:
         of_last = self._predictions(last) if best != last else None
         load_weights(self.checkpoints.step(best), self.model)
         of_best = self._predictions(best)
-        return Trained(self.done, best, of_best, of_last or of_best)
+        return Trained(self.done, best, of_best, of_last or of_best, base)
 
     def _predictions(self, step: int) -> Predictions:
         """The predictions of an evaluated step, whose weights are in the model."""
@@ -197,7 +197,7 @@ class Trainer:
             FloatingPointError: a number is not finite; no weight was changed.
             Stopped: a stop was requested within the step, which starts anew when the run resumes.
         """
-        size, before = self.plan.step_size(self.done.step), random_states()
+        size, before = step_targets(self.plan, self.data, self.done.step), random_states()
         device, dtype = self.device, self.recipe.model.dtype
         try:
             loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling, self._own_stop)

@@ -183,7 +183,7 @@ def test_the_best_weights_are_loaded_at_the_end(gemma2: Path, tmp_path: Path, mo
     again = trainer.held_out.predict_as_given(trainer.classifier, weights_of_best, None)
     np.testing.assert_allclose(straight, again, atol=1e-5)  # those of the best step, not of the last
     averaged = trainer.held_out.predict_averaged(straight, trainer.classifier, weights_of_best, None)
-    np.testing.assert_allclose(trained.probabilities, averaged.probabilities, atol=1e-5)
+    np.testing.assert_allclose(trained.best.probabilities, averaged.probabilities, atol=1e-5)
     assert trainer.checkpoints.steps() == [3, 4, 5], "the best stays beside the last two"
 
 
