@@ -37,8 +37,8 @@ HOSTILE = [
     "null",
     '\\N \\ud83d {"a": [1]}',
 ]
-# Imports once, then forks a real `arena generate` for each line of its input. It waits after each batch, so that there is
-# something to be cut.
+# Imports once, then forks a real `arena generate` for each line of its input. It waits after each batch, so that there
+# is something to be cut.
 SERVER = """
 import json, os, sys, time
 import arena.inference.answers
