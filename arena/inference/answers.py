@@ -23,7 +23,8 @@ from arena.data.dataset import BadRowsError
 from arena.data.limits import Limits
 from arena.data.rows import Cells, read_rows, required
 from arena.distributed import fix_threads
-from arena.inference.generate import PROMPT, Answer, Generator
+from arena.inference.generate import Answer, Generator
+from arena.inference.prompts import PROMPT
 from arena.inference.sampling import Sampling
 from arena.progress import console, escape_unprintable
 from arena.stopping import Stopped

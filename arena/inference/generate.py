@@ -18,10 +18,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from arena import __version__
-from arena.data.cells import FieldError, excerpt, whole_characters
-from arena.data.text_encoder import TextEncoder, chat_family
+from arena.data.cells import FieldError
 from arena.distributed import compute_in, device_name, is_out_of_memory, let_segments_grow
 from arena.inference.causal import find_source, load_causal
+from arena.inference.prompts import PROMPT, PromptEncoder
 from arena.inference.sampling import Sampling
 from arena.model.backbone import base_config, load_tokenizer
 from arena.model.base_files import base_digest, positions
@@ -32,7 +32,6 @@ from arena.storage.files import file_digest, fingerprint
 from arena.storage.parts import InvalidPartError, Parts, open_parts
 
 BATCH_TOKENS = 16_384
-PROMPT = "prompt"
 
 
 @dataclass(frozen=True)
@@ -41,40 +40,6 @@ class Answer:
 
     text: str
     finish: str
-
-
-class PromptEncoder:
-    """The token ids of rows with a `prompt`: the user's turn between chat markers, after which the model's begins.
-
-    Without chat markers a prompt is a text that is continued.
-
-    Attributes:
-        stop: the tokens that end an answer.
-
-    Raises:
-        ValueError: the tokenizer has none.
-    """
-
-    def __init__(self, tokenizer: Any, chat: str) -> None:
-        self._texts = TextEncoder(tokenizer)
-        self._opening, close, answer = self._texts.chat(chat)
-        self._closing = [] if chat_family(tokenizer, chat) == "plain" else close + answer
-        ends = [tokenizer.eos_token_id, *self._closing[:1]]
-        self.stop = sorted({int(end) for end in ends if end is not None})
-        if not self.stop:
-            raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no token that ends an answer (eos_token)")
-
-    def encode(self, cells: Mapping[str, Any]) -> np.ndarray:
-        """The int32 token ids of a row. Raises `FieldError` for a prompt that cannot be used."""
-        text = cells.get(PROMPT)
-        if not isinstance(text, str) or not text.strip():
-            raise FieldError(PROMPT, f"is {excerpt(text)}; write a text, or leave the row out")
-        text = whole_characters(text)
-        try:
-            ids = self._texts.user_texts([text])[text]
-        except ValueError as error:
-            raise FieldError(PROMPT, str(error)) from None
-        return np.concatenate([self._opening, ids, self._closing]).astype(np.int32)
 
 
 class Generator:
