@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from arena.inference.generate import Answer, Generator, plan_batches
@@ -202,6 +203,14 @@ def test_prompts_that_cannot_be_used(generator: Generator) -> None:
     generator.encode({"prompt": "a"}, Sampling(512 - len(fits)))
     with pytest.raises(ValueError, match="positions for 512"):
         generator.encode({"prompt": "a"}, Sampling(512 - len(fits) + 1))
+
+
+def test_a_base_in_four_bits_stays_in_four_bits(gemma2: Path) -> None:
+    generator = Generator(gemma2, ["model.quantization=nf4", "model.dtype=bfloat16"], device="cpu")
+    assert all(answer.text for answer in generator.generate(PROMPTS[:2], Sampling(4)))
+    layers = [each for each in generator.model.modules() if isinstance(each, torch.nn.Linear)]
+    assert sum(isinstance(each, Linear4bit) for each in layers) == len(layers) - 1 == 3 * 7  # all but the head
+    assert not any(isinstance(each, Linear4bit) for each in Generator(gemma2, device="cpu").model.modules())
 
 
 def test_no_prompts_no_answers(generator: Generator) -> None:
