@@ -7,6 +7,7 @@
             micro_batch["input_ids"], micro_batch["seq_lens"], micro_batch["label"]
 
     arena.Judge("runs/demo/fold0/model")  # what `make train` leaves
+    arena.Generator("google/gemma-3-1b-it").generate(["What is 2 + 2?"])  # any language model
     torch.utils.data.DataLoader(examples, batch_size=80, collate_fn=arena.VarlenCollator(tokenizer))
 
 These names are what may be relied on; everything below may move.
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arena.config import load_recipe
+    from arena.inference.generate import Generator
     from arena.inference.judge import Judge
+    from arena.inference.sampling import Sampling
     from arena.packing.batch import PackedBatch, VarlenCollator
     from arena.training.batches import open_fold
 
 __version__ = "0.1.0"
-__all__ = ["Judge", "PackedBatch", "VarlenCollator", "load_recipe", "open_fold"]
+__all__ = ["Generator", "Judge", "PackedBatch", "Sampling", "VarlenCollator", "load_recipe", "open_fold"]
 
 # Waiting threads must sleep instead of spinning: when another process occupies a core, spinning makes everything ten
 # times slower. OpenMP reads this when torch is first imported.
@@ -35,8 +38,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _PLACES = {
+    "Generator": "arena.inference.generate",
     "Judge": "arena.inference.judge",
     "PackedBatch": "arena.packing.batch",
+    "Sampling": "arena.inference.sampling",
     "VarlenCollator": "arena.packing.batch",
     "load_recipe": "arena.config",
     "open_fold": "arena.training.batches",

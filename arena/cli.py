@@ -22,6 +22,12 @@ from arena.settings import Recipe
 from arena.stopping import Stopped, ending_at_once
 from arena.storage.files import local_path, require_utf8
 
+
+def words_arg(metavar: str, text: str) -> Any:
+    """The help of a command's words."""
+    return arg(metavar=metavar, help=text, help_behavior_hint="")
+
+
 Name = Annotated[
     str,
     arg(
@@ -37,10 +43,7 @@ Data = Annotated[
     arg(metavar="PATH", help="Folder with train and test files, or one file.", help_behavior_hint="(the recipe's)"),
 ]
 Overrides = Positional[
-    Annotated[
-        tuple[str, ...],
-        arg(metavar="[KEY=VALUE ...]", help="Settings to change, such as train.batch_size=32.", help_behavior_hint=""),
-    ]
+    Annotated[tuple[str, ...], words_arg("[KEY=VALUE ...]", "Settings to change, such as train.batch_size=32.")]
 ]
 
 INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.attention", "data.cache", "data.max_")
@@ -86,10 +89,7 @@ class Infer:
     """Judge a test file with one judge, or the average of a run's finished folds, and write a checked submission."""
 
     overrides: Positional[
-        Annotated[
-            tuple[str, ...],
-            arg(metavar="[KEY=VALUE ...]", help="Settings, such as judge.swap=false.", help_behavior_hint=""),
-        ]
+        Annotated[tuple[str, ...], words_arg("[KEY=VALUE ...]", "Settings, such as judge.swap=false.")]
     ] = ()
     recipe: Judged = "demo"
     data: Annotated[
@@ -136,10 +136,7 @@ class Export:
     """Write a trained fold as a plain transformers model, with the adapter merged and the head included."""
 
     overrides: Positional[
-        Annotated[
-            tuple[str, ...],
-            arg(metavar="[KEY=VALUE ...]", help="model.base=FOLDER if the base was moved.", help_behavior_hint=""),
-        ]
+        Annotated[tuple[str, ...], words_arg("[KEY=VALUE ...]", "model.base=FOLDER if the base was moved.")]
     ] = ()
     fold: Annotated[int | None, arg(help="The fold of a run; required if several are finished.")] = None
     recipe: Judged = "demo"
@@ -158,6 +155,37 @@ class Export:
         export_judge(model, self.out, self.dtype, settings)
         kind = auto_class(read_judge(model).task)
         console.print(f"written: {self.out}, from {model}; load it with {kind}.from_pretrained")
+
+
+@dataclass
+class Generate:
+    """Answer the prompts of a file, or one prompt, with an instruction-tuned model or any base."""
+
+    words: Positional[
+        Annotated[
+            tuple[str, ...],
+            words_arg(
+                "MODEL [IN OUT] [KEY=VALUE ...]",
+                "A run, an exported folder or a base; a file with prompts and the file to write; settings.",
+            ),
+        ]
+    ] = ()
+    prompt: Annotated[str | None, arg(help="One prompt, in place of IN and OUT.", help_behavior_hint="")] = None
+    max_new_tokens: Annotated[int, arg(help="The most tokens of an answer.")] = 256
+    temperature: Annotated[float, arg(help="Tokens are drawn; with 0 the most probable ones are taken.")] = 0.0
+    top_p: Annotated[float, arg(help="Draw from the fewest tokens that have this much probability.")] = 1.0
+    top_k: Annotated[int | None, arg(help="Draw from this many most probable tokens.")] = None
+    seed: Annotated[int, arg(help="The seed of the draws.")] = 0
+    batch: Annotated[int, arg(help="The most tokens of a batch, with answers and padding.")] = 16_384
+    fold: Annotated[int | None, arg(help="The fold of a run; required if several are finished.")] = None
+    runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
+
+    def run(self) -> None:
+        from arena.inference.answers import answer
+        from arena.inference.sampling import Sampling
+
+        sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed)
+        answer(self.words, self.prompt, sampling, tokens=self.batch, runs=self.runs, fold=self.fold)
 
 
 @dataclass
@@ -181,14 +209,7 @@ class Settings:
     """List every setting of a recipe, with its type, default and meaning."""
 
     words: Positional[
-        Annotated[
-            tuple[str, ...],
-            arg(
-                metavar="[WORD ...]",
-                help="Only settings whose text contains all of these words.",
-                help_behavior_hint="",
-            ),
-        ]
+        Annotated[tuple[str, ...], words_arg("[WORD ...]", "Only settings whose text contains all of these words.")]
     ] = ()
 
     def run(self) -> None:
@@ -203,6 +224,7 @@ COMMANDS: Commands = {
     "infer": Infer,
     "inspect": Inspect,
     "export": Export,
+    "generate": Generate,
     "memory": Memory,
     "settings": Settings,
 }

@@ -290,9 +290,14 @@ def test_a_wrong_line_of_a_walk_is_noticed(number: int, wrong: str) -> None:
 
 def test_all_python_is_run() -> None:
     assert {page: len(python(page)) for page in PAGES if python(page)} == {
-        "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 2, "docs/models.md": 1,
+        "README.md": 1, "docs/packing.md": 2, "docs/judging.md": 2, "docs/models.md": 1, "docs/commands.md": 1,
     }  # fmt: skip
-    assert sum(text.count("```python") for text in EVERY_PAGE.values()) == 6
+    assert sum(text.count("```python") for text in EVERY_PAGE.values()) == 7
+
+
+def test_answers_from_python() -> None:
+    answers = run_block("docs/commands.md")["answers"]
+    assert len(answers) == 2 and all(answer.finish in ("stop", "length") for answer in answers)
 
 
 def test_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,11 +81,12 @@ def as_json(saved: SavedJudge) -> dict[str, Any]:
     }
 
 
-def read_judge(folder: Path, overrides: Sequence[str] = ()) -> SavedJudge:
+def read_judge(folder: Path, overrides: Sequence[str] = (), *, exported: bool = False) -> SavedJudge:
     """The settings of a saved judge.
 
     Args:
         overrides: settings to change, as in `load_recipe`.
+        exported: whether the folder may be one that `arena export` wrote.
 
     Raises:
         ValueError: the folder is not a judge, or is damaged, of another version, or exported; or a setting is invalid.
@@ -113,7 +114,7 @@ def read_judge(folder: Path, overrides: Sequence[str] = ()) -> SavedJudge:
     except ValueError as error:
         raise ValueError(f"{path}: {error}, or use the version of arena that wrote it") from None
     _check_prior(path, saved.prior, task)
-    if facts.get("exported"):
+    if facts.get("exported") and not exported:
         raise ValueError(
             f"{folder} was written by `arena export` for transformers: load it with "
             f"{auto_class(task)}.from_pretrained, or name the fold that was exported"

@@ -150,7 +150,7 @@ def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
         score = nn.Linear(model.score.in_features, model.config.num_labels, bias=False, dtype=torch.float32)
         nn.init.zeros_(score.weight)  # initial probabilities are uniform, whatever the scale of the hidden states
         model.score = score.to(next(model.parameters()).device)
-    _keep_layout(model)
+    keep_layout(model)
     if classifies(model) and family_of(model.config).only_last_tokens:
         only_last_tokens(backbone(model).layers[-1])
     backbone(model).register_forward_pre_hook(_refuse_mask_and_cache, with_kwargs=True)
@@ -211,7 +211,7 @@ def _quantization(settings: ModelSettings) -> BitsAndBytesConfig:
     )
 
 
-def _keep_layout(model: nn.Module) -> None:
+def keep_layout(model: nn.Module) -> None:
     """Prevents bitsandbytes from repacking 4-bit weights in place.
 
     On CPUs with bf16 instructions an evaluation forward repacks them, and whatever reads the weights in another way
