@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from arena.overrides import apply_override, explain, find_file, read_yaml_file
-from arena.settings import RECIPES, Recipe
+from arena.prompt_settings import RECIPES
+from arena.settings import Recipe
 from arena.storage.files import local_path, require_utf8
 
 

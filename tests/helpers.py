@@ -35,7 +35,8 @@ from arena.model.classifier import PackedClassifier
 from arena.model.tuning import adapt
 from arena.packing.batch import PackedBatch, collate
 from arena.packing.tree import prefixes_for
-from arena.settings import ModelSettings, PromptSettings, Recipe
+from arena.prompt_settings import PromptSettings
+from arena.settings import ModelSettings, Recipe
 from arena.tasks import TASKS
 from arena.tasks.preference import CLASSES
 from arena.training.run_directory import run_identity

@@ -21,7 +21,8 @@ from arena.command_line import command
 from arena.config import load_recipe
 from arena.inference.find import find_models
 from arena.overrides import _group
-from arena.settings import RECIPES, Recipe
+from arena.prompt_settings import RECIPES
+from arena.settings import Recipe
 from benchmarks.__main__ import COMMANDS as MEASURING
 
 ROOT = Path(__file__).parents[1]

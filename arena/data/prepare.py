@@ -21,7 +21,8 @@ from arena.data.limits import Limits
 from arena.data.rows import READERS
 from arena.data.task import Task
 from arena.data.tokens import TokenStore, join, tokenise
-from arena.settings import DataSettings, Recipe, Template
+from arena.prompt_settings import Template
+from arena.settings import DataSettings, Recipe
 from arena.storage.files import fingerprint
 
 # placeholders that other programs use in templates; other braces are ordinary text

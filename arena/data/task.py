@@ -20,7 +20,8 @@ from arena.data.cells import Labels
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.metrics import Metric
-from arena.settings import ColumnSettings, PromptSettings, Recipe
+from arena.prompt_settings import PromptSettings
+from arena.settings import ColumnSettings, Recipe
 
 Masks = Mapping[str, np.ndarray]  # by a value that rows may have, which of them have it: bool (n,)
 
@@ -115,6 +116,10 @@ class Encoder(ABC):
     @abstractmethod
     def lay_out(self, rows: Sequence[Any], *, orders: int) -> Encoded:
         """The examples of tokenised rows, each in the first `orders` of its orders, one after another."""
+
+    def prompts(self, rows: Sequence[Any]) -> list[np.ndarray]:
+        """The int32 token ids that a model continues with its answer, for each row; for a task without classes."""
+        raise NotImplementedError
 
     def encode(self, rows: Mapping[str, Sequence[Any]], *, orders: int = 1) -> Iterator[Example]:
         """The examples of a batch of rows; those of one row are adjacent."""

@@ -16,7 +16,7 @@ from arena.data.dataset import Rows, reading_cached
 from arena.data.task import Encoded, Encoder
 from arena.data.text_encoder import control_ids
 from arena.progress import progress
-from arena.settings import PromptSettings
+from arena.prompt_settings import PromptSettings
 from arena.storage.files import atomic_write, fingerprint
 
 FORMAT = 3  # increase it when the layout of the file or of the prompt changes

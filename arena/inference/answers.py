@@ -21,7 +21,7 @@ from transformers import TextStreamer
 from arena.data.cells import FieldError, is_utf8
 from arena.data.dataset import BadRowsError
 from arena.data.limits import Limits
-from arena.data.rows import Cells, read_rows, required
+from arena.data.rows import Cells, read_rows
 from arena.distributed import fix_threads
 from arena.inference.generate import Answer, Generator
 from arena.inference.prompts import PROMPT
@@ -65,7 +65,7 @@ def answer_file(generator: Generator, source: Path, out: Path, sampling: Samplin
     """Writes a file's rows with an answer each, in their order.
 
     Args:
-        source: CSV, JSONL or parquet with a column `prompt`; other columns are passed on.
+        source: CSV, JSONL or parquet with a column `prompt` or those of the model's task. All columns are passed on.
         out: a file of the same kind. Until it is complete, answers are saved in `OUT.parts`, from which the same call
             resumes.
         tokens: of a batch, as for `Generator.answers`.
@@ -147,7 +147,7 @@ def read_prompts(source: Path, generator: Generator, sampling: Sampling) -> list
 
     def choose(names: list[str]) -> list[str]:
         _check_free(names)
-        wanted = required([PROMPT], names)
+        wanted = generator.encoder.columns(names)
         return wanted if source.suffix.lower() == ".parquet" else names  # other columns are passed on unread
 
     for where, cells in read_rows(source, choose, Limits()):

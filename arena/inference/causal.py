@@ -31,10 +31,12 @@ class Source:
     Attributes:
         recipe: its settings; `model.base` is the base, or a folder with all of the model.
         trained: the folder with what was trained on the base; None: nothing, or all of it.
+        tuned: whether it was trained to answer; otherwise it is a base.
     """
 
     recipe: Recipe
     trained: Path | None
+    tuned: bool = True
 
 
 def find_source(name: str, runs: Path, fold: int | None, overrides: Sequence[str], dtype: str) -> Source:
@@ -52,8 +54,8 @@ def find_source(name: str, runs: Path, fold: int | None, overrides: Sequence[str
         if fold is not None:
             raise ValueError(f"{name} is a base, but --fold {fold} asks for a fold of a run: leave it out")
         settings = {"base": name, "dtype": dtype, "quantization": "none"}
-        bare = {"name": "base", "data": {"path": "."}, "prompt": {"template": {"instruction": ""}}, "model": settings}
-        return Source(change(Recipe.model_validate(bare), overrides), None)
+        bare = {"task": "instruction", "data": {"path": "."}, "prompt": {"template": "instruct"}, "model": settings}
+        return Source(change(Recipe.model_validate({"name": "base", **bare}), overrides), None, tuned=False)
     folder = find_model(name, runs, fold=fold)
     saved = read_judge(folder, exported=True)
     if saved.task.classes:

@@ -68,7 +68,7 @@ class Generator:
         self.recipe, self._trained = with_dtype(source.recipe, card_of(self.device)), source.trained
         settings = self.recipe.model
         self.tokenizer = load_tokenizer(str(self._trained or settings.base), settings.revision)
-        self.encoder = PromptEncoder(self.tokenizer, self.recipe.prompt.chat)
+        self.encoder = PromptEncoder(source, self.tokenizer)
         self._positions = positions(base_config(settings))
 
     @cached_property
@@ -77,16 +77,20 @@ class Generator:
         return load_causal(self.recipe.model, self._trained).to(self.device)
 
     def generate(
-        self, prompts: Sequence[str], sampling: Sampling | None = None, *, tokens: int = BATCH_TOKENS
+        self,
+        prompts: Sequence[str | Mapping[str, Any]],
+        sampling: Sampling | None = None,
+        *,
+        tokens: int = BATCH_TOKENS,
     ) -> list[Answer]:
-        """Answers prompts, in their order; see `answers`."""
+        """Answers texts, or rows with the columns of a file, in their order; see `answers`."""
         sampling = sampling or Sampling()
         ids = []
         for number, prompt in enumerate(prompts, 1):
             try:
-                ids.append(self.encode({PROMPT: prompt}, sampling))
+                ids.append(self.encode({PROMPT: prompt} if isinstance(prompt, str) else prompt, sampling))
             except FieldError as problem:
-                raise ValueError(f"{problem.field} {number} {problem.what}") from None
+                raise ValueError(f"prompt {number}, {problem}") from None
         return self.answers(ids, sampling, tokens=tokens)
 
     def encode(self, cells: Mapping[str, Any], sampling: Sampling) -> np.ndarray:

@@ -2,46 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from arena.data.cells import FieldError, excerpt, whole_characters
+from arena.data.cells import FieldError, excerpt, is_blank, whole_characters
+from arena.data.limits import Limits
 from arena.data.text_encoder import TextEncoder, chat_family
+from arena.inference.causal import Source
+from arena.tasks import task_of
 
 PROMPT = "prompt"  # the column of prompts
 
 
 class PromptEncoder:
-    """The token ids of rows with a `prompt`: the user's turn between chat markers, after which the model's begins.
+    """The token ids of rows, up to where the answer begins, as in training.
 
-    Without chat markers a prompt is a text that is continued.
+    Rows have the columns of the model's task, without an answer, or a `prompt` in place of an instruction. A base
+    without chat markers continues a `prompt` as a text.
 
     Attributes:
         stop: the tokens that end an answer.
-
-    Raises:
-        ValueError: the tokenizer has none.
     """
 
-    def __init__(self, tokenizer: Any, chat: str) -> None:
-        self._texts = TextEncoder(tokenizer)
-        self._opening, close, answer = self._texts.chat(chat)
-        self._closing = [] if chat_family(tokenizer, chat) == "plain" else close + answer
-        ends = [tokenizer.eos_token_id, *self._closing[:1]]
-        self.stop = sorted({int(end) for end in ends if end is not None})
-        if not self.stop:
-            raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no token that ends an answer (eos_token)")
+    def __init__(self, source: Source, tokenizer: Any) -> None:
+        settings = source.recipe.prompt
+        self._task = task_of(source.recipe)
+        self._encoder = self._task.encoder(tokenizer, settings)
+        self._continued = None
+        if not source.tuned and chat_family(tokenizer, settings.chat) == "plain":
+            self._continued = TextEncoder(tokenizer)
+        self.stop = sorted({*self._encoder.end_ids, tokenizer.eos_token_id} - {None})
+
+    def columns(self, names: Sequence[str]) -> list[str]:
+        """Those of a file's columns that a prompt is made of. Raises `FieldError` if one is missing."""
+        return [PROMPT] if PROMPT in names else list(self._task.file_columns(names))
 
     def encode(self, cells: Mapping[str, Any]) -> np.ndarray:
-        """The int32 token ids of a row. Raises `FieldError` for a prompt that cannot be used."""
-        text = cells.get(PROMPT)
-        if not isinstance(text, str) or not text.strip():
-            raise FieldError(PROMPT, f"is {excerpt(text)}; write a text, or leave the row out")
-        text = whole_characters(text)
+        """The int32 token ids of a row. Raises `FieldError` for one that cannot be used."""
         try:
-            ids = self._texts.user_texts([text])[text]
-        except ValueError as error:
+            if PROMPT in cells:
+                return self._encode_prompt(cells[PROMPT])
+            row = self._task.read_texts(dict(cells), Limits())
+            (ids,) = self._encoder.prompts(self._encoder.tokenise({name: [row[name]] for name in self._task.texts}))
+        except FieldError:
+            raise
+        except ValueError as error:  # of a text that cannot be tokenised
             raise FieldError(PROMPT, str(error)) from None
-        return np.concatenate([self._opening, ids, self._closing]).astype(np.int32)
+        return ids
+
+    def _encode_prompt(self, text: Any) -> np.ndarray:
+        if not isinstance(text, str) or is_blank(text):
+            raise FieldError(PROMPT, f"is {excerpt(text)}; write a text, or leave the row out")
+        if self._continued is None:
+            return self.encode({"instruction": text})
+        text = whole_characters(text)
+        opening, _, _ = self._continued.chat("plain")
+        return np.concatenate([opening, self._continued.user_texts([text])[text]]).astype(np.int32)

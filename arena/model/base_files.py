@@ -17,7 +17,7 @@ from arena.command_line import command
 from arena.data.tokens import TokenStore
 from arena.model.gguf_base import gguf_digest, is_gguf, tokenizer_folder, weights_folder
 from arena.model.safety import INDEX, WEIGHTS, check_base, weight_files
-from arena.settings import RECIPES
+from arena.prompt_settings import RECIPES
 from arena.storage.files import fingerprint, remembered_digest
 
 CONFIG = "config.json"

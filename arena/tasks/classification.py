@@ -34,7 +34,8 @@ from arena.data.task import Encoded, Encoder, Task
 from arena.data.text_encoder import TextEncoder
 from arena.data.truncation import continuation_bytes, even_cap, shorten
 from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
-from arena.settings import PromptSettings, Recipe
+from arena.prompt_settings import PromptSettings
+from arena.settings import Recipe
 from arena.tasks.baseline import text_baseline
 
 Texts = tuple[np.ndarray, ...]  # int32 token ids of a row's text, and of its second text if rows are pairs

@@ -35,7 +35,8 @@ from arena.data.task import Encoded, Encoder, Task, TokenTargets
 from arena.data.text_encoder import TextEncoder, chat_family
 from arena.data.truncation import continuation_bytes, even_cap, shorten
 from arena.metrics import perplexity, token_log_loss
-from arena.settings import PromptSettings, Recipe
+from arena.prompt_settings import PromptSettings
+from arena.settings import Recipe
 
 MESSAGES = ("messages",)
 QUESTION = ("context", "question")

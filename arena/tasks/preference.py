@@ -41,7 +41,7 @@ from arena.data.task import Encoded, Encoder, Masks, Task
 from arena.data.text_encoder import TextEncoder
 from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
 from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
-from arena.settings import PromptSettings
+from arena.prompt_settings import PromptSettings
 from arena.tasks.baseline import SWAPPED, baseline_probabilities
 from arena.tasks.slices import conversation_slices
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from arena.data.prepare import FoldData
-from arena.distributed import device_name
+from arena.distributed import device_name, on_first_rank
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
 from arena.packing.tree import Prefixes
@@ -77,18 +77,19 @@ class HeldOut:
         return self._predict(self._as_given, classifier, "evaluating", weights, stop)
 
     def predict_of_base(
-        self, place: Path, classifier: nn.Module, stop: Stop | None, on_main: Callable[[Callable[[], None]], None]
+        self, place: Path, classifier: nn.Module, accelerator: Accelerator, stop: Stop | None
     ) -> np.ndarray:
         """What the base predicts for all held-out rows, float64 (n, C).
 
         Args:
             place: a folder in which that is saved, so that it is computed once.
             classifier: before anything was trained or loaded into it.
-            on_main: calls a function on the first rank.
         """
-        if damage(place) is not None:
+        is_known = damage(place) is None
+        accelerator.wait_for_everyone()  # all ranks have looked before the first one writes
+        if not is_known:
             predicted = self.predict_as_given(classifier, "base", stop)
-            on_main(lambda: write_evaluation(place, {"log_loss": self.log_loss(predicted)}, predicted))
+            on_first_rank(accelerator, lambda: write_evaluation(place, self.scores(predicted), predicted))
         return self.of_all_rows(read_evaluation(place))
 
     def predict_averaged(

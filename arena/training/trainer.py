@@ -109,9 +109,10 @@ class Trainer:
             Stopped: a stop was requested; everything is saved, and the same call resumes.
             FloatingPointError: a loss, gradient or logit is not finite; the run is saved as it was before.
         """
-        base, work = None, (self.checkpoints.evaluation(0), self.classifier, self._own_stop, self._on_main)
+        base = None
         if not self.data.task.classes:
-            base = self.held_out.predict_of_base(*work)
+            place = self.checkpoints.evaluation(0)
+            base = self.held_out.predict_of_base(place, self.classifier, self.accelerator, self._own_stop)
         self.resume()
         self.classifier.train()
         with (

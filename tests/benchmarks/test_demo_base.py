@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from arena.config import load_recipe
-from arena.settings import RECIPES
+from arena.prompt_settings import RECIPES
 from arena.tasks.preference import PromptEncoder
 from benchmarks.demo_base.train import make_demo_base
 

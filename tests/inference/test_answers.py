@@ -261,10 +261,11 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     [
         ("base bad.jsonl out.jsonl", [
             "5 problems in the data; nothing was written", 'bad.jsonl, line 2, prompt: is " "; write a text',
-            "line 3, prompt: is null", "line 4, prompt: is 3", "line 5, answer: is a column of the file", "line 6, ",
+            "line 3, instruction: is missing", "line 4, prompt: is 3", "line 5, answer: is a column of the",
+            "line 6, ",
         ]),
         ("base long.jsonl out.jsonl", ["long.jsonl, line 1, prompt: has ", "positions for 512; shorten it"]),
-        ("base columns.csv out.csv", ["1 problem", "prompt: is missing; the columns found are", "id, text"]),
+        ("base columns.csv out.csv", ["1 problem", "instruction: is missing", "The columns found are", "id, text"]),
         ("base answered.csv out.csv", ["finish: is a column of the file, but answers are written there; rename it"]),
         ("base prompts.txt out.txt", ["prompts.txt: name a file that ends in .csv, .jsonl, .parquet"]),
         ("base nothing.csv out.csv", ["there is no file nothing.csv"]),

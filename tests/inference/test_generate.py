@@ -194,8 +194,11 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) ->
 
 def test_prompts_that_cannot_be_used(generator: Generator) -> None:
     for prompts, message in (
-        (["a", " \n"], "prompt 2 is .*write a text"),
-        (["a", "b", "hello " * 600], r"prompt 3 has .* tokens, and 24 may follow, but the model has positions for 512"),
+        (["a", " \n"], "prompt 2, prompt: is .*write a text"),
+        (
+            ["a", "b", "hello " * 600],
+            r"prompt 3, prompt: has .* and 24 may follow, but the model has positions for 512",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             generator.generate(prompts, Sampling(NEW))

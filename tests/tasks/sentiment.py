@@ -16,7 +16,7 @@ from arena.data.rows import Cells
 from arena.data.task import Encoded, Encoder, Task
 from arena.data.text_encoder import TextEncoder
 from arena.metrics import accuracy, log_loss
-from arena.settings import PromptSettings
+from arena.prompt_settings import PromptSettings
 
 
 @dataclass(frozen=True)

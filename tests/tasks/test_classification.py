@@ -21,8 +21,9 @@ from arena.data.text_encoder import control_ids
 from arena.inference.infer import infer
 from arena.inference.saved import export_judge
 from arena.metrics import log_loss
+from arena.prompt_settings import PromptSettings, Template
 from arena.reporting.report import print_report
-from arena.settings import PromptSettings, Recipe, Template
+from arena.settings import Recipe
 from arena.tasks import task_of
 from arena.tasks.baseline import text_baseline
 from arena.tasks.classification import Classification, ClassificationEncoder

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from arena.data.dataset import Rows, read_dataset
 from arena.data.task import Encoded
-from arena.settings import PromptSettings
+from arena.prompt_settings import PromptSettings
 from arena.tasks.instruction import Instruction, InstructionEncoder
 from tests.helpers import make_tokenizer, prompt_settings
 
