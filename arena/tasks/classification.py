@@ -41,7 +41,7 @@ from arena.tasks.baseline import text_baseline
 Texts = tuple[np.ndarray, ...]  # int32 token ids of a row's text, and of its second text if rows are pairs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Classification(Task):
     """The probability of each of a recipe's classes, from one or two columns of a recipe's choice.
 
