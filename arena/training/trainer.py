@@ -86,8 +86,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
         self.device, alone = accelerator.device, accelerator.num_processes == 1
-        self.model = model
-        self.classifier = packed_model(model).to(accelerator.device)
+        self.model, self.classifier = model, packed_model(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
         self.plan = plan_fold(recipe, data, accelerator.num_processes, prefixes)
         self.optimizer = make_optimizer(model, recipe.train)
@@ -109,9 +108,10 @@ class Trainer:
             Stopped: a stop was requested; everything is saved, and the same call resumes.
             FloatingPointError: a loss, gradient or logit is not finite; the run is saved as it was before.
         """
-        base, work = None, (self.checkpoints.evaluation(0), self.classifier, self._own_stop, self._on_main)
+        base = None
         if not self.data.task.classes:
-            base = self.held_out.predict_of_base(*work)
+            place, stop = self.checkpoints.evaluation(0), self._own_stop
+            base = self.held_out.predict_of_base(place, self.classifier, stop, self._on_main)
         self.resume()
         self.classifier.train()
         with (
