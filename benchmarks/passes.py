@@ -38,17 +38,17 @@ class PaddedBatch:
 
     Attributes:
         input_ids, attention_mask: int64 (n, L).
-        label: float32 (n, 3).
+        targets: float32 (n, 3).
         index: int64 (n,), which example of the store each one is.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    label: Tensor
+    targets: Tensor
     index: Tensor
 
     def to(self, device: torch.device) -> PaddedBatch:
-        parts = (self.input_ids, self.attention_mask, self.label, self.index)
+        parts = (self.input_ids, self.attention_mask, self.targets, self.index)
         return PaddedBatch(*(part.to(device) for part in parts))
 
 

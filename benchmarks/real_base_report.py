@@ -53,9 +53,10 @@ def as_text(result: dict[str, Any]) -> str:
     parts = []
     for task in result["settings"]["tasks"]:
         found = [each for each in result["measured"] if each["task"] == task]
-        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in found[0]["kinds"].items())
         parts += [f"## {TITLES[task]}", f"Products at {found[0]['gflops']:.0f} GFLOP/s.", table(TIMES, figures(found))]
-        parts.append(f"Arena's time by torch's profiler: {shares}.")
+        if kinds := found[0].get("kinds"):
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in kinds.items())
+            parts.append(f"Arena's time by torch's profiler: {shares}.")
     return "\n\n".join(parts)
 
 

@@ -7,7 +7,6 @@ import time
 from itertools import count
 
 import pytest
-from rich.console import Console
 
 from arena import progress as module
 from arena.progress import duration, progress
@@ -50,7 +49,7 @@ def test_no_remaining_time_is_shown_without_a_total(seconds: None, capsys: pytes
 def test_a_bar_within_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when held-out rows are judged within training."""
     shown = io.StringIO()
-    monkeypatch.setattr(module, "console", Console(file=shown, force_terminal=True, width=100, markup=False))
+    monkeypatch.setattr(module, "console", module.Messages(file=shown, force_terminal=True, width=100, markup=False))
     with progress("training", 3, "steps", 1) as advance:
         advance(1, note="loss 1.0")
         with progress("evaluating", 2) as inner:

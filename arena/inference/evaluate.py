@@ -147,7 +147,8 @@ class _Collector:
     def add(self, micro_batch: int, logits: Tensor) -> None:
         """Adds the float (n, C) logits of a micro-batch."""
         examples = self.evaluation.plan.micro_batch(micro_batch)
-        assert logits.shape == (len(examples), self.logits.width), "every example has one number for each column"
+        shape = len(examples), self.logits.width
+        assert logits.shape == shape, "every example has one number for each column"
         self._waiting.append((micro_batch, logits))
         if time.monotonic() - self._since >= self.seconds:
             self.flush()

@@ -22,7 +22,7 @@ from arena.model.classifier import PackedClassifier, hidden_states
 from arena.model.miniature import FIRST_TOKEN, ORIGINAL, miniature
 from arena.packing.batch import PackedBatch
 
-LOGITS_AT_ONCE = 2**25  # float32 numbers, 128 MiB; the backward takes about five times as much
+LOGITS_AT_ONCE = 2**25  # float32 numbers, 128 MiB; with the backward, about four times as much is held
 TOLERANCE = 1e-5
 
 

@@ -65,7 +65,7 @@ def print_settings(words: tuple[str, ...] = ()) -> None:
     matching = [each for each in every if all(word.lower() in f"{each.key} {each.about}".lower() for word in words)]
     if not matching:
         keys = {part: each.key for each in every for part in (each.key, each.key.rpartition(".")[2])}
-        near = sorted({keys[name] for name in difflib.get_close_matches(" ".join(words), keys, n=3)})
+        near = sorted({keys[name] for name in difflib.get_close_matches(" ".join(words), keys, n=3, cutoff=0.7)})
         hint = f"did you mean {' or '.join(near)}?" if near else f"`{command('arena', 'settings')}` lists all of them"
         raise ValueError(f"no setting is about {' '.join(words)!r}: {hint}")
     for each in matching:

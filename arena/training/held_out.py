@@ -60,7 +60,8 @@ class HeldOut:
     def scores(self, probabilities: np.ndarray) -> dict[str, float]:
         """The log-loss of probabilities of the rows `scored`, and the metric that chooses the best checkpoint."""
         labels, metrics = self.data.labels[self.scored], self.data.task.metrics
-        return {name: metrics[name](labels, probabilities) for name in ("log_loss", self.recipe.train.best_metric)}
+        names = {"log_loss", self.recipe.train.best_metric}
+        return {name: metrics[name](labels, probabilities) for name in sorted(names, key=list(metrics).index)}
 
     def of_all_rows(self, probabilities: np.ndarray) -> np.ndarray:
         """Those of the rows `scored`, and the prior for the others."""

@@ -118,10 +118,8 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             create_run_directory(folder, run, saved, fresh=fresh)
         if recipe.train.track == "tensorboard":  # it writes files into the folder
             start_tracking(accelerator, recipe, fold)
-        if mirror is not None and not fresh:
-            fetched = mirror.pull(folder)
-            if fetched:
-                console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
+        if mirror is not None and not fresh and (fetched := mirror.pull(folder)):
+            console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
         accelerator.wait_for_everyone()
         _announce(recipe, requested, data, trainer)
         try:

@@ -77,8 +77,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
         self.device, alone = accelerator.device, accelerator.num_processes == 1
-        self.model = model
-        self.classifier = packed_model(model).to(accelerator.device)
+        self.model, self.classifier = model, packed_model(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
         self.plan = plan_fold(recipe, data, accelerator.num_processes, prefixes)
         self.evaluate_after, self.save_after = (
@@ -111,8 +110,8 @@ class Trainer:
         """
         base = None
         if not self.data.task.classes:
-            place = self.checkpoints.evaluation(0)
-            base = self.held_out.predict_of_base(place, self.classifier, self.accelerator, self._own_stop)
+            place, stop = self.checkpoints.evaluation(0), self._own_stop
+            base = self.held_out.predict_of_base(place, self.classifier, self.accelerator, stop)
         self.resume()
         self.classifier.train()
         with (

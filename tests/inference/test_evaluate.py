@@ -112,7 +112,7 @@ def test_a_row_listed_twice_is_computed_once(gemma2: Path, store: TokenStore) ->
 def test_logits_that_are_missing_are_no_numbers(gemma2: Path, store: TokenStore) -> None:
     model = classifier(exact(gemma2)).eval()
     model.register_forward_hook(lambda module, args, output: output[:-1])
-    with pytest.raises(AssertionError, match="every example has one logit for each class"):
+    with pytest.raises(AssertionError, match="every example has one number for each column"):
         predict(model, store, np.arange(5), budget=256, orders=[0], dtype="float32")
 
 

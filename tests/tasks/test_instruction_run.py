@@ -64,8 +64,8 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
 def tiny(folder: Path, base: Path, rows: Path, *overrides: str) -> Recipe:
     settings = [
         f"model.base={base}", f"data.path={rows}", f"data.cache={folder / 'cache'}", "data.folds=3",
-        "prompt.max_length=128", "packing.budget=256", "train.batch_size=8", "train.epochs=6", "train.lr=2e-2",
-        "train.evaluate_every=10", "train.checkpoint_every=2", "name=tiny",
+        "prompt.chat=auto", "prompt.max_length=128", "packing.budget=256", "train.batch_size=8", "train.epochs=6",
+        "train.lr=2e-2", "train.evaluate_every=10", "train.checkpoint_every=2", "name=tiny",
     ]  # fmt: skip
     return load_recipe("gemma-3-270m-dolly", [*settings, *overrides])
 

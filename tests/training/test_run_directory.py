@@ -108,10 +108,10 @@ def test_the_first_task_has_the_identity_of_runs_from_before_there_were_tasks() 
 def test_settings_that_came_later_change_the_identity_only_where_they_are_used(tmp_path: Path) -> None:
     recipe = load_recipe("demo")
     tree = recipe.model_dump(mode="json")
-    del tree["task"], tree["model"]["lora"]["first_layer"], tree["model"]["lora"]["layers"]
+    del tree["task"], tree["model"]["lora"]["first_layer"], tree["model"]["lora"]["layers"], tree["packing"]["group"]
     del tree["train"]["max_steps"], tree["train"]["best_metric"], tree["train"]["deterministic"]
     del tree["classes"], tree["data"]["columns"], tree["data"]["validation"]
-    for name in ("text", "pair", "classes"):
+    for name in ("text", "pair", "classes", "context", "response", "unanswerable"):
         del tree["prompt"]["template"][name]
     groups = {
         name: {key: each for key, each in tree[name].items() if key not in keys}

@@ -160,7 +160,7 @@ def test_the_last_step_stands_beside_the_best(
 ) -> None:
     """The best was chosen on the rows that it is scored on. Without intervals a run is finished all the same."""
     losses = iter([0.5, 0.9])
-    monkeypatch.setattr(held_out_module.HeldOut, "log_loss", lambda *_: next(losses))
+    monkeypatch.setattr(held_out_module.HeldOut, "scores", lambda *_: {"log_loss": next(losses)})
     metrics = run_fold(tiny_recipe(tmp_path, gemma2), 0, tmp_path / "runs")
     assert (metrics["best_step"], metrics["steps"]) == (3, 5)
     folder = tmp_path / "runs/demo/fold0"

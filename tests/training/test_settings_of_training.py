@@ -19,7 +19,6 @@ from arena.packing.plan import PackPlan, plan_training
 from arena.storage.manifest import damage, read_manifest
 from arena.storage.mirror import Mirror
 from arena.tasks.preference import Preference
-from arena.training import held_out as held_out_module
 from arena.training.batches import due_after
 from arena.training.checkpoint_manager import CheckpointManager, Ranking, ranking_by
 from arena.training.run import run_fold
@@ -126,9 +125,8 @@ def test_every_metric_knows_whether_more_is_better() -> None:
 
 def scored(gemma2: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, metric: str, *options: str) -> Trainer:
     """A trainer whose evaluations get a better accuracy and a worse log-loss each time."""
-    losses, shares = iter([0.5, 0.7, 0.9]), iter([0.6, 0.7, 0.8])
-    monkeypatch.setattr(held_out_module, "log_loss", lambda *_: next(losses))
-    monkeypatch.setattr(type(accuracy), "__call__", lambda *_: next(shares))
+    values = {"log_loss": iter([0.5, 0.7, 0.9]), "accuracy": iter([0.6, 0.7, 0.8])}
+    monkeypatch.setattr(type(accuracy), "__call__", lambda self, *_: next(values[self.__name__]))
     return make(folder, gemma2, f"train.best_metric={metric}", "train.evaluate_every=2", "train.keep_last=1", *options)
 
 

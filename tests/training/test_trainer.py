@@ -171,7 +171,7 @@ def test_lines_show_the_latest_held_out_log_loss(
 def test_the_best_weights_are_loaded_at_the_end(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The held-out loss gets worse after the first evaluation: its weights are what the run ends with."""
     losses = iter([0.5, 0.9])
-    monkeypatch.setattr(held_out_module, "log_loss", lambda *_: next(losses))
+    monkeypatch.setattr(held_out_module.HeldOut, "scores", lambda *_: {"log_loss": next(losses)})
     trainer = make(tmp_path, gemma2)
     trained = trainer.run()
     assert (trained.best_step, trainer.checkpoints.costs, trained.done.step) == (3, {3: 0.5, 5: 0.9}, 5)
