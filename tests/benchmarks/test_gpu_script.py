@@ -93,6 +93,7 @@ def the(pattern: str, folder: Path) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_the_script_stops_in_time_and_resumes_from_its_archive_alone(
     script: Callable[..., int], tmp_path: Path
 ) -> None:
@@ -162,6 +163,7 @@ def test_a_part_that_is_stopped_is_done_in_the_next_call(
     assert len(calls) == 3 and calls[1] == calls[2] != calls[0]
 
 
+@pytest.mark.slow
 def test_a_failed_test_is_told_at_the_end(measured_script: Callable[..., int], tmp_path: Path) -> None:
     script, test = partial(measured_script, steps=0), tmp_path / "test_fails.py"
     for part in (*tmp_path.glob("state/tiny/*/*tests,*"), tmp_path / "state/tiny.zip"):
@@ -192,6 +194,7 @@ def test_tests_that_were_given_up_are_on_the_page_with_what_they_found(
     assert "| flash | 1 passed |" in the("docs/*-tiny.md", tmp_path).read_text()
 
 
+@pytest.mark.slow
 def test_another_device_has_a_table_of_its_own(
     script: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
