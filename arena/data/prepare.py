@@ -204,7 +204,13 @@ def _validation_file(settings: DataSettings) -> Path:
         return named
     if Path(settings.path).is_file():
         raise ValueError(f"data.validation: there is no file {named}; give its path")
-    return data_file(settings.path, str(named), settings.cache)
+    try:
+        return data_file(settings.path, str(named), settings.cache)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; data.validation is {named}: name a file of held-out rows, such as "
+            "data.validation=dev for dev.tsv"
+        ) from None
 
 
 def _numbers(keys: Sequence[str]) -> np.ndarray:

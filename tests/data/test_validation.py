@@ -56,7 +56,9 @@ def test_the_file_is_found_by_its_path_too(recipe: Recipe, tmp_path: Path) -> No
     assert prepare(by_path).fingerprint == prepare(recipe).fingerprint
     with pytest.raises(ValueError, match=r"data\.validation: there is no file dev; give its path"):
         prepare(change(by_path, ["data.validation=dev"]))
-    with pytest.raises(ValueError, match=r"must have exactly one of nothing\.csv, nothing\.tsv"):
+    with pytest.raises(
+        ValueError, match=r"exactly one of nothing\.csv, nothing\.tsv.*; data\.validation is nothing: name"
+    ):
         prepare(change(recipe, ["data.validation=nothing"]))
 
 
