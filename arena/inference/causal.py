@@ -101,7 +101,7 @@ def load_causal(settings: ModelSettings, trained: Path | None = None) -> PreTrai
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
         )
     _check_head(settings.base, model, report)
-    check_loaded(settings.base, model, report, head="")
+    check_loaded(settings.base, model, report, head=None)
     if stored:
         compute_in(model, options["dtype"])
     keep_layout(model)

@@ -57,7 +57,8 @@ def adapt(model: PreTrainedModel, settings: ModelSettings, budget: int = Packing
     elif settings.tune == "head":
         if not classifies(model):
             raise ValueError(
-                "model.tune=head trains the head of classes, but this task predicts tokens: set lora or full"
+                "model.tune=head trains the head of classes, but this task predicts tokens: set model.tune to "
+                "lora or full"
             )
         model.requires_grad_(False)
         model.score.requires_grad_(True)
