@@ -26,8 +26,14 @@ from benchmarks.tables import table
 # By a file's name, what differs from the recipe: an epoch of about as many tokens as two cores read in half an hour.
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "mtbench_human": ("train.epochs=0.75",),
-    "hh_helpful": ("train.epochs=0.24",),
-    "qa_feedback": ("train.epochs=0.4",),
+    "hh_helpful": (
+        "data.folds=12", "train.swap=both", "train.batch_size=16", "train.lr=2e-4", "train.max_steps=140",
+        "train.evaluate_every=70",
+    ),
+    "qa_feedback": (
+        "prompt.max_length=256", "train.swap=both", "train.batch_size=16", "train.max_steps=150",
+        "train.evaluate_every=75",
+    ),
     "llmfao_soft": ("train.epochs=0.65",),
 }
 COLUMNS = {
