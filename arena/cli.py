@@ -98,16 +98,56 @@ class Infer:
     ] = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
+    predictions: Annotated[
+        tuple[str, ...],
+        arg(metavar="NAME=FILE ...", help="Of a blend's members that are files, their test predictions."),
+    ] = ()
 
     def run(self) -> None:
         from arena.distributed import fix_threads
+        from arena.inference.blend import is_blend, read_blend
         from arena.inference.find import find_models
         from arena.inference.infer import infer
+        from arena.inference.infer_blend import infer_blend
 
         fix_threads()
         local_path(self.out, "--out", [".csv"])
         settings = judge_settings(self.overrides, INFER_SETTINGS)
+        if is_blend(self.recipe):
+            files = dict(_named(word) for word in self.predictions)
+            infer_blend(read_blend(Path(self.recipe)), self.data, self.out, files, settings)
+            return
+        if self.predictions:
+            raise ValueError(f"{self.recipe} is not a blend, and has no place for --predictions: leave them out")
         infer(find_models(self.recipe, self.runs, self.overrides), self.data, self.out, settings)
+
+
+@dataclass
+class Blend:
+    """Fit a blend of runs and of files of predictions on labelled rows, and write it for `arena infer`."""
+
+    members: Positional[
+        Annotated[
+            tuple[str, ...],
+            words_arg("MEMBER ...", "Runs, files of predictions, or baseline; named where needed, as in mine=FILE."),
+        ]
+    ] = ()
+    labels: Annotated[
+        str | None, arg(metavar="PATH", help="The labelled rows.", help_behavior_hint="(those of the first run)")
+    ] = None
+    out: Annotated[Path, arg(help="The blend to write.")] = Path("blend.json")
+    runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
+    seed: Annotated[int, arg(help="The seed of the division of rows into folds.")] = 0
+
+    def run(self) -> None:
+        from arena.reporting.blend import print_blend
+        from arena.training.blending import blend_members
+
+        local_path(self.out, "--out", [".json"])
+        if not self.members:
+            raise ValueError("name the members, such as `arena blend demo baseline`")
+        print_blend(blend_members(self.members, self.labels, self.out, self.runs, self.seed))
+        console.print(f"written: {self.out}; apply it with `arena infer --recipe {self.out}`")
 
 
 @dataclass
@@ -222,6 +262,7 @@ Commands = dict[str, Callable[..., Any]]
 COMMANDS: Commands = {
     "train": Train,
     "infer": Infer,
+    "blend": Blend,
     "inspect": Inspect,
     "export": Export,
     "generate": Generate,
@@ -281,6 +322,13 @@ def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...])
         return recipe
     refuse_both(f"--data {data}", overrides, "data", "data.path", "data.synthetic_rows")
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data, "synthetic_rows": None})})
+
+
+def _named(word: str) -> tuple[str, Path]:
+    name, mark, path = word.partition("=")
+    if not (name and mark and path):
+        raise ValueError(f"{word}: write NAME=FILE")
+    return name, Path(path)
 
 
 def _write_demo(recipe: Recipe) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ import torch
 from arena.data.cells import excerpt
 from arena.data.dataset import Rows
 from arena.data.prepare import data_file, read_files
+from arena.data.task import Task
 from arena.inference.judge import Judge
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.progress import console
+from arena.settings import DataSettings
 from arena.stopping import Stopped
 from arena.storage.files import atomic_write
 from arena.storage.lock import locked
@@ -128,29 +131,46 @@ def infer(models: Sequence[Path], data: str | None, out: Path, overrides: Sequen
     """
     judges = [read_judge(model, overrides) for model in models]
     check_alike(judges)
+    made_by = f"{len(judges)} fold{'s' if len(judges) > 1 else ''}"
+    predict_file(judges[0].task, judges[0].recipe.data, data, out, partial(average, judges), made_by)
+
+
+def predict_file(
+    task: Task, settings: DataSettings, data: str | None, out: Path, predict: Callable[[Rows, Path], np.ndarray],
+    made_by: str,
+) -> None:  # fmt: skip
+    """Writes predictions of a test file's rows to `out`; errors, `data` and `out` are as in `infer`.
+
+    Args:
+        settings: how rows are read, and where they are by default.
+        predict: gives the probabilities of rows, and may save what it has so far in a folder.
+        made_by: what predicts, in words.
+    """
     parts = out.with_name(f"{out.name}.parts")
     try:
         with locked(out):
-            _infer(judges, data, out, parts)
+            _predict_file(task, settings, data, out, predict, made_by, parts)
     except (Stopped, SystemExit):
         if parts.is_dir():
             console.print(f"the results so far are saved in {parts}: the same command resumes from them")
         raise
 
 
-def _infer(judges: list[SavedJudge], data: str | None, out: Path, parts: Path) -> None:
-    task, trained = judges[0].task, judges[0].recipe.data
-    if data is None and Path(trained.path).is_file():
-        raise ValueError(f"the judge was trained on the file {trained.path}: name the test file with DATA= or --data")
-    test = data_file(data or trained.path, "test", trained.cache)
-    rows = read_files([test], task, trained, "ignored")
+def _predict_file(
+    task: Task, settings: DataSettings, data: str | None, out: Path, predict: Callable[[Rows, Path], np.ndarray],
+    made_by: str, parts: Path,
+) -> None:  # fmt: skip
+    if data is None and Path(settings.path).is_file():
+        raise ValueError(f"the judge was trained on the file {settings.path}: name the test file with DATA= or --data")
+    test = data_file(data or settings.path, "test", settings.cache)
+    rows = read_files([test], task, settings, "ignored")
     sample = test.parent / "sample_submission.csv"
     known = sample if os.path.lexists(sample) else None
     check_output(out, rows.ids, task.columns, known)
-    write_submission(out, rows.ids, average(judges, rows, parts), task.columns, known)
+    write_submission(out, rows.ids, predict(rows, parts), task.columns, known)
     shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     console.print(
-        f"written: {out}, {len(rows):,} rows from {len(judges)} fold{'s' if len(judges) > 1 else ''}; "
+        f"written: {out}, {len(rows):,} rows from {made_by}; "
         f"{int((~rows.has_input).sum()):,} rows have no {task.missing} and got the training prior"
     )
     if known is None:

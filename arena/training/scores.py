@@ -97,8 +97,10 @@ def _interval(value: float, resampled: np.ndarray) -> tuple[float, float]:
 
 
 def _value(sums: np.ndarray) -> np.ndarray:
-    """The metric of sums of its terms and, last, of the weights."""
-    return np.asarray(np.abs(sums[..., :-1]).sum(axis=-1) / sums[..., -1])
+    """The metric of sums of its terms and, last, of the weights; a mean may be negative."""
+    terms = sums[..., :-1]
+    total = terms[..., 0] if terms.shape[-1] == 1 else np.abs(terms).sum(axis=-1)
+    return np.asarray(total / sums[..., -1])
 
 
 def _resamples(n_groups: int) -> Iterator[np.ndarray]:

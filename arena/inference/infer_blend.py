@@ -1,0 +1,82 @@
+"""Applies a fitted blend to a test file: judges its rows with the runs, and takes the files' predictions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import concatenate_datasets
+
+from arena.data.dataset import Rows
+from arena.data.prepare import read_files
+from arena.data.task import Task
+from arena.inference.blend import Member, SavedBlend
+from arena.inference.find import find_models
+from arena.inference.infer import average, predict_file
+from arena.inference.predictions import Table, read_predictions, rows_of
+from arena.inference.saved import check_alike, read_judge
+from arena.settings import DataSettings
+from arena.tasks import TASKS
+
+
+def infer_blend(
+    saved: SavedBlend, data: str | None, out: Path, predictions: Mapping[str, Path], overrides: Sequence[str] = ()
+) -> None:
+    """Writes a blend's probabilities of a test file's rows to `out`; `data`, `out` and errors are as in `infer`.
+
+    Args:
+        predictions: by member, the file of its predictions of the test rows, for each member that is a file.
+        overrides: settings of the judges to change.
+    """
+    used = [member for member, weight in zip(saved.members, saved.blend.weights, strict=True) if weight > 0]
+    files = {member.name for member in used if member.kind == "file"}
+    if odd := files ^ predictions.keys():
+        name = min(odd)
+        what = "is not one of its files" if name in predictions else "has no predictions of the test rows"
+        raise ValueError(
+            f"{name} {what}: give --predictions NAME=FILE for each of {', '.join(sorted(files)) or 'none'}"
+        )
+    judges = {
+        member.name: [read_judge(model, overrides) for model in find_models(member.path, Path())]
+        for member in used
+        if member.kind == "run"
+    }
+    every = [judge for some in judges.values() for judge in some]
+    if every:
+        check_alike(every)
+    elif data is None:
+        raise ValueError("a blend without runs does not know where test rows are: name them with --data")
+    task: Task = every[0].task if every else TASKS[saved.task]()
+    settings = every[0].recipe.data if every else DataSettings(path=str(data))
+    tables = {name: read_predictions(path, task.columns) for name, path in predictions.items()}
+
+    def predict(rows: Rows, parts: Path) -> np.ndarray:
+        found = np.full((len(saved.members), len(rows), len(task.columns)), 1 / len(task.columns))
+        for at, member in enumerate(saved.members):
+            if member.name in judges:
+                found[at] = average(judges[member.name], rows, parts / member.name)
+            elif member.name in tables:
+                found[at] = _of_file(member, tables[member.name], rows)
+            elif member in used:
+                found[at] = _of_baseline(member, rows, settings)
+        return saved.blend(found)
+
+    predict_file(task, settings, data, out, predict, f"a blend of {', '.join(member.name for member in used)}")
+
+
+def _of_file(member: Member, table: Table, rows: Rows) -> np.ndarray:
+    if missing := [each for each in rows.ids if each not in table]:
+        raise ValueError(f"{member.name} has no prediction of {len(missing):,} test rows, such as {missing[0]!r}")
+    return rows_of(table, rows.ids)
+
+
+def _of_baseline(member: Member, rows: Rows, settings: DataSettings) -> np.ndarray:
+    """What the simple model, fitted on all labelled rows, predicts."""
+    known = read_files([member.path], rows.task, settings, "required")
+    both = concatenate_datasets([each.table.select_columns(list(rows.task.texts)) for each in (known, rows)])
+    labels = np.concatenate([known.labels, np.zeros((len(rows), known.labels.shape[1]))])
+    asked = len(known) + np.arange(len(rows))
+    predicted = rows.task.baseline(both, labels, np.arange(len(known)), asked, seed=0)
+    assert predicted is not None, f"{rows.task.name} has a baseline"
+    return predicted

@@ -1,0 +1,96 @@
+"""Fitted blends: the best parameters, only parts that help, and none that a row's own label has set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from arena.inference.blend import Blend
+from arena.metrics import log_loss, softmax
+from arena.training.fit_blend import Parts, cross_fitted, cross_predicted, divide, fit_blend, fit_parts, standard_error
+
+BOTH = Parts((0, 1), temperature=True)
+
+
+def make(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """One-hot labels that were drawn from two independent pieces of evidence, and what each alone predicts."""
+    rng = np.random.default_rng(seed)
+    evidence = rng.normal(size=(2, rows, 3))
+    truth = softmax(evidence.sum(axis=0))
+    return np.eye(3)[[rng.choice(3, p=row) for row in truth]], softmax(evidence)
+
+
+def test_independent_evidence_is_added() -> None:
+    labels, members = make(20_000)
+    blend = fit_parts(BOTH, labels, members)
+    assert blend.weights == pytest.approx([1, 1], abs=0.1)
+    assert log_loss(labels, blend(members)) < min(log_loss(labels, one) for one in members) - 0.1
+
+
+@pytest.mark.parametrize("pool", ["log", "linear"])
+def test_no_other_parameters_fit_better(pool: str) -> None:
+    labels, members = make(300)
+    labels = 0.8 * labels + 0.2 * members[0]  # soft
+    best = fit_parts(Parts((0, 1), pool, temperature=True, bias=True), labels, members)  # type: ignore[arg-type]
+    least, rng = log_loss(labels, best(members)), np.random.default_rng(0)
+    for _ in range(300):
+        weights, bias = np.array(best.weights) * np.exp(rng.normal(0, 0.2, 2)), rng.normal(0, 0.1, 3)
+        weights /= weights.sum() if pool == "linear" else 1
+        near = Blend(best.pool, tuple(weights), best.sharpness * np.exp(rng.normal(0, 0.2)), tuple(best.bias + bias))
+        assert log_loss(labels, near(members)) > least
+    assert sum(best.bias) == pytest.approx(0)
+
+
+def test_what_is_not_fitted_stays_as_it_is() -> None:
+    labels, members = make(2000)
+    assert fit_parts(Parts((1,)), labels, members)(members) == pytest.approx(members[1])
+    assert sum(fit_parts(Parts((0, 1)), labels, members).weights) == pytest.approx(1)
+    against = np.stack([softmax(-np.log(members[0])), members[1]])
+    assert fit_parts(BOTH, labels, against).weights[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_parts_are_taken_only_if_they_help() -> None:
+    labels, members = make(3000)
+    noise = softmax(np.random.default_rng(1).normal(size=(1, 3000, 3)))
+    blend, _, tried = fit_blend(labels, np.concatenate([members, noise]), np.arange(3000))
+    assert {part.added for part in tried if part.taken} >= {"temperature"}
+    assert all(part.gains.mean() > 0 for part in tried if part.taken)
+    assert min(blend.weights[:2]) > 0.8 and blend.weights[2] < 0.05
+    labels = np.eye(3)[[np.random.default_rng(row).choice(3, p=each) for row, each in enumerate(members[0])]]
+    _, _, tried = fit_blend(labels, members[:1], np.arange(3000))  # calibrated already
+    assert {part.added for part in tried} == {"temperature", "bias"} and not any(part.taken for part in tried)
+
+
+def test_no_row_sets_its_own_weights() -> None:
+    """Of pure noise, weights of the same rows look better than equal probabilities, and those of other rows do not."""
+    gains, chosen, unfair = [], [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        labels, members = np.eye(3)[rng.integers(0, 3, 60)], softmax(rng.normal(0, 0.3, size=(2, 60, 3)))
+        groups = np.arange(60) // 2
+        losses = [
+            log_loss(labels, cross_predicted(BOTH, labels, members, divide(groups, seed))),
+            log_loss(labels, cross_fitted(labels, members, groups, seed)),
+            log_loss(labels, fit_parts(BOTH, labels, members)(members)),
+        ]
+        for found, loss in zip((gains, chosen, unfair), losses, strict=True):
+            found.append(np.log(3) - loss)
+    assert max(np.mean(gains), np.mean(chosen)) <= 0 < np.mean(unfair)
+    assert min(unfair) >= -1e-3
+
+
+def test_a_row_of_the_same_group_is_not_fitted_on() -> None:
+    labels, members = make(100)
+    groups = np.arange(100) // 10
+    before = cross_fitted(labels, members, groups)
+    labels[30:40] = np.roll(labels[30:40], 1, axis=1)
+    after = cross_fitted(labels, members, groups)
+    assert np.array_equal(after[30:40], before[30:40]) and not np.array_equal(after, before)
+
+
+def test_rows_that_are_alike_make_a_mean_less_certain() -> None:
+    values = np.random.default_rng(0).normal(size=400)
+    alone = standard_error(values, np.arange(400))
+    assert alone == pytest.approx(values.std() / 20)
+    assert standard_error(np.repeat(values, 3), np.repeat(np.arange(400), 3)) == pytest.approx(alone)
+    assert standard_error(np.repeat(values, 3), np.arange(1200)) == pytest.approx(alone / np.sqrt(3))
