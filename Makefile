@@ -36,7 +36,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train infer inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
+.PHONY: help setup train cv infer inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ setup: .venv/ready  ## create .venv and install the pinned versions
 
 train: .venv/ready $(BASE)  ## train a fold and score it
 	$(BIN)/arena train --fold $(call quoted,$(FOLD)) $(FLAGS)
+
+cv: .venv/ready $(BASE)  ## train and score every fold
+	$(BIN)/arena cv $(FLAGS)
 
 infer: .venv/ready $(BASE)  ## judge the test file with the trained folds, write submission.csv
 	$(BIN)/arena infer $(FLAGS)

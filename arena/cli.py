@@ -85,6 +85,35 @@ class Train:
 
 
 @dataclass
+class Cv:
+    """Train and score every fold, and write the out-of-fold predictions and scores of all rows to runs/RECIPE."""
+
+    overrides: Overrides = ()
+    recipe: Name = "demo"
+    data: Data = None
+    runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
+    at_once: Annotated[int, arg(help="Folds trained at the same time, each on a GPU of its own.")] = 1
+    fresh: Annotated[bool, arg(help="Move the folds that there are to runs/RECIPE/earlier and train all.")] = False
+
+    def run(self) -> None:
+        from arena.reporting.cross_validation import print_folds
+        from arena.training.cross_validation import cross_validate
+
+        recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
+        if self.fresh:
+            refuse_both("--fresh", self.overrides, "train.resume")
+        folder = run_place(self.runs, recipe.name)
+        _write_demo(recipe)
+        try:
+            result = cross_validate(recipe, self.runs, at_once=self.at_once, fresh=self.fresh)
+        except Stopped:
+            console.print(f"everything is saved in {folder}: the same command resumes from there")
+            raise
+        print_folds(result)
+        console.print(f"written: {folder} (oof.csv, cv.json)")
+
+
+@dataclass
 class Infer:
     """Judge a test file with one judge, or the average of a run's finished folds, and write a checked submission."""
 
@@ -261,6 +290,7 @@ class Settings:
 Commands = dict[str, Callable[..., Any]]
 COMMANDS: Commands = {
     "train": Train,
+    "cv": Cv,
     "infer": Infer,
     "blend": Blend,
     "inspect": Inspect,

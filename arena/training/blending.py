@@ -82,7 +82,7 @@ def blend_members(words: Sequence[str], labels: str | None, out: Path, runs: Pat
     if len(ids) == 0 or groups.max() + 1 < 2 * FOLDS:
         raise ValueError(
             f"{len(ids):,} rows have a label and all predictions, but a blend needs at least {2 * FOLDS} with "
-            f"different {task.group_by}s: check that ids are those of {labels or settings.path}"
+            f"different {task.group_by}s: check that ids are those of {known.file}"
         )
     _say_what_is_omitted(members, tables, known.labels, len(ids))
     fitted = _fit(
@@ -149,11 +149,11 @@ def _predictions(member: Member, task: Task, known: _Labelled, seed: int) -> Tab
     rows, settings = known.rows, known.settings
     if rows is None:
         raise ValueError("the baseline is fitted on texts, but the labelled rows have none: leave it out")
-    folds = load_or_assign_folds(rows, settings.folds, settings.fold_seed, Path(settings.cache))
+    fold_of = load_or_assign_folds(rows, settings.folds, settings.fold_seed, Path(settings.cache))
     table: Table = {}
     with progress("fitting the baseline", settings.folds, "folds") as advance:
         for fold in range(settings.folds):
-            train, held_out = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+            train, held_out = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
             predicted = task.baseline(rows.table, rows.labels, train, held_out, seed)
             assert predicted is not None, f"{task.name} has a baseline"
             table |= zip((rows.ids[row] for row in held_out), predicted.tolist(), strict=True)

@@ -1,0 +1,148 @@
+"""Cross-validation: every fold trained and scored, one file of out-of-fold predictions, and the score of all rows."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from arena.config import run_place, save_recipe
+from arena.data.prepare import data_file, read_files
+from arena.inference.predictions import read_predictions, rows_of
+from arena.progress import console
+from arena.settings import Recipe
+from arena.stopping import MORE_TO_DO, Stopped, stopping
+from arena.storage.files import atomic_write, write_json, write_text
+from arena.tasks import task_of
+from arena.training.run import run_fold
+from arena.training.scores import Score, estimate
+
+WAIT = 0.2  # seconds between two looks at processes
+
+
+@dataclass(frozen=True)
+class CrossValidated:
+    """All folds of a run.
+
+    Attributes:
+        folds: the `metrics.json` of each.
+        best: the metrics of all rows, each predicted by the best checkpoint of the fold that held it out. Those
+            checkpoints were chosen on the same rows.
+        last: the same of the last checkpoints, which were not chosen.
+    """
+
+    folds: list[dict[str, Any]]
+    best: dict[str, Score]
+    last: dict[str, Score]
+
+
+def cross_validate(recipe: Recipe, runs: Path, *, at_once: int = 1, fresh: bool = False) -> CrossValidated:
+    """Trains every fold that is not finished, and writes `oof.csv` and `cv.json` into the run's folder.
+
+    Args:
+        at_once: folds that are trained at the same time, each in a process of its own; on a machine with GPUs, each on
+            one of them.
+        fresh: set aside the folds that there are and train all again.
+
+    Raises:
+        ValueError: a fold cannot be trained, or the recipe holds out a file and has no folds.
+        Stopped: a signal or `train.max_seconds` ended it; everything is saved, and the same call resumes.
+    """
+    if recipe.data.validation is not None:
+        raise ValueError("data.validation holds out a file, so there are no folds: leave it out, or use `arena train`")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("start `arena cv` as one process: --at-once trains folds on several GPUs")
+    gpus = torch.cuda.device_count()
+    if at_once < 1 or (gpus and at_once > gpus):
+        raise ValueError(f"--at-once is {at_once}: give a number from 1{f' to {gpus}, the GPUs here' if gpus else ''}")
+    if at_once > 1:
+        _train_side_by_side(recipe, runs, at_once, fresh, gpus)
+        fresh = False  # the folds are there, and are only read
+    folds = [run_fold(recipe, fold, runs, fresh=fresh) for fold in range(recipe.data.folds)]
+    return _union(recipe, run_place(runs, recipe.name), folds)
+
+
+def _union(recipe: Recipe, folder: Path, folds: list[dict[str, Any]]) -> CrossValidated:
+    """Joins the folds' predictions and scores them."""
+    task = task_of(recipe)
+    rows = read_files([data_file(recipe.data.path, "train", recipe.data.cache)], task, recipe.data, "required")
+    places = [folder / f"fold{fold}" for fold in range(recipe.data.folds)]
+    best = [place / "oof.csv" for place in places]
+    last = [path if (path := place / "oof-last.csv").is_file() else place / "oof.csv" for place in places]
+    groups, scored = rows.groups(), []
+    for files in (best, last):
+        table = {name: each for file in files for name, each in read_predictions(file, task.columns).items()}
+        predicted = rows_of(table, rows.ids)
+        terms = {
+            name: (metric.terms(rows.labels, predicted), metric.weights(predicted))
+            for name, metric in task.metrics.items()
+        }
+        scored.append(estimate(terms, groups))
+    whole = pd.concat([pd.read_csv(file, dtype={"id": str}).assign(fold=at) for at, file in enumerate(best)])
+    with atomic_write(folder / "oof.csv") as draft:
+        whole.to_csv(draft, index=False, lineterminator="\n")
+    result = CrossValidated(folds, *scored)
+    shown = {
+        name: {key: asdict(score) for key, score in each.items()}
+        for name, each in (("best", result.best), ("last", result.last))
+    }
+    write_json(folder / "cv.json", {"recipe": recipe.name, "folds": folds, **shown})
+    return result
+
+
+def _train_side_by_side(recipe: Recipe, runs: Path, at_once: int, fresh: bool, gpus: int) -> None:
+    """Trains the folds in processes of their own, whose output goes to `foldK.log`. If one fails, the others stop."""
+    folder = run_place(runs, recipe.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "cv-recipe.yaml", save_recipe(recipe))
+    waiting, running = list(range(recipe.data.folds)), dict[int, tuple[int, subprocess.Popen[bytes]]]()
+    with stopping() as stop:
+        try:
+            while waiting or running:
+                for slot in [each for each in range(at_once) if each not in running][: len(waiting)]:
+                    fold = waiting.pop(0)
+                    running[slot] = fold, _start(folder, runs, fold, slot if gpus else None, fresh)
+                time.sleep(WAIT)
+                for slot, (fold, process) in list(running.items()):
+                    if (status := process.poll()) is not None:
+                        del running[slot]
+                        _check(fold, status, folder)
+                if stop():
+                    raise stop.stopped()
+        finally:
+            for _, process in running.values():
+                process.terminate()
+            for _, process in running.values():
+                process.wait()
+
+
+def _check(fold: int, status: int, folder: Path) -> None:
+    """Raises an error if a fold's process has not finished it."""
+    log = folder / f"fold{fold}.log"
+    if status == MORE_TO_DO:
+        raise Stopped(f"fold {fold} reached train.max_seconds", MORE_TO_DO)
+    if status != 0:
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise ValueError(f"fold {fold} ended with status {status}: {said[-1] if said else 'no output'} (see {log})")
+    console.print(f"fold {fold} is finished")
+
+
+def _start(folder: Path, runs: Path, fold: int, gpu: int | None, fresh: bool) -> subprocess.Popen[bytes]:
+    console.print(
+        f"fold {fold} begins{'' if gpu is None else f' on GPU {gpu}'}: its output is in {folder}/fold{fold}.log"
+    )
+    words = ["train", "--recipe", str(folder / "cv-recipe.yaml"), "--fold", str(fold), "--runs", str(runs)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
+    with (folder / f"fold{fold}.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "arena.cli", *words, *(["--fresh"] if fresh else [])],
+            stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **own}, start_new_session=True,
+        )  # fmt: skip
