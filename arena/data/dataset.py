@@ -6,7 +6,7 @@ import errno
 import json
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -214,6 +214,7 @@ class _Conversion:
         self.task, self.labels, self.limits, self.schema = task, labels, limits, schema
         self.first_file: dict[str, Path] = {}  # id -> the file in which it first occurs
         self.numbered: bool | None = None  # whether this file's rows have their number, over all files, as id
+        self.layout: Callable[[Cells], Cells] | None = None  # of this file
         self.number = 0
         self.bad = BadRowsError()
 
@@ -233,7 +234,7 @@ class _Conversion:
             raise self.bad
 
     def _columns(self, names: list[str]) -> list[str]:
-        ids = ("id",) if "id" in names or not self.task.numbers_rows else ()
+        ids = ("id",) if "id" in names or not self.task.numbers_rows(names) else ()
         wanted = required((*ids, *self.task.file_columns(names)), names)
         return [*wanted, *self.task.label_columns(names, self.labels)]
 
@@ -257,12 +258,14 @@ class _Conversion:
     def _checked(self, cells: Cells | FieldError) -> Cells:
         if isinstance(cells, FieldError):
             raise cells
-        texts = self.task.read_texts(cells, self.limits)
-        return {"id": self._id(cells), **texts, "label": self.task.read_label(cells, self.labels)}
+        if self.numbered is None:  # the file's first row
+            self.numbered = "id" not in cells and self.task.numbers_rows(cells)
+            self.layout = self.task.layout_of(cells)
+        row = cells if self.layout is None else self.layout(cells)
+        texts = self.task.read_texts(row, self.limits)
+        return {"id": self._id(cells), **texts, "label": self.task.read_label(row, self.labels)}
 
     def _id(self, cells: Cells) -> str:
-        if self.numbered is None:
-            self.numbered = self.task.numbers_rows and "id" not in cells
         if not self.numbered:
             return read_id(cells.get("id"))
         if "id" in cells:

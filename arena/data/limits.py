@@ -92,13 +92,15 @@ class LimitedLines(Iterator[str]):
 
 
 def characters(cells: Mapping[str, Any]) -> int:
-    """The number of characters in a row's cells; of a list, those of its texts."""
+    """The number of characters in a row's cells; of a list or an object, those of its texts."""
     return sum(len(cell) if type(cell) is str else _size(cell) for cell in cells.values())
 
 
 def _size(cell: Any) -> int:
     if isinstance(cell, str | bytes):
         return len(cell)
+    if isinstance(cell, dict):
+        cell = list(cell.values())
     return sum(map(_size, cell)) + len(cell) if isinstance(cell, list) else 1
 
 

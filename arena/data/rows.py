@@ -1,4 +1,4 @@
-"""Reads the rows of CSV, TSV, parquet and JSONL files, each with its position: its cells, or the problem with it."""
+"""Reads the rows of CSV, TSV, parquet, JSONL and JSON files, each with its position: cells, or the problem with it."""
 
 from __future__ import annotations
 
@@ -128,9 +128,25 @@ def _jsonl_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
                 yield f"line {number}", _json_row(line)
 
 
+def _json_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
+    """The rows of a file that is one JSON list of objects, counted from 1. It is read at once."""
+    try:
+        rows = read_json(path.read_text(encoding="utf-8-sig"), "the file")
+    except UnicodeDecodeError:
+        raise FieldError("the file", "is not UTF-8; save the file as UTF-8") from None
+    if not isinstance(rows, list):
+        raise FieldError("the file", "is not a list; write a list of objects, or one object per line as .jsonl")
+    for number, cells in enumerate(rows, 1):
+        if isinstance(cells, dict):
+            yield f"row {number}", _within(cells, limits)
+        else:
+            yield f"row {number}", FieldError("the row", f"is {excerpt(cells)}; write an object")
+
+
 Reader = Callable[[Path, Choose, Limits], Iterator[Row]]
 READERS: dict[str, Reader] = {
-    ".csv": _csv_rows, ".tsv": partial(_csv_rows, tabs=True), ".parquet": _parquet_rows, ".jsonl": _jsonl_rows
+    ".csv": _csv_rows, ".tsv": partial(_csv_rows, tabs=True), ".parquet": _parquet_rows, ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Self
@@ -137,7 +137,6 @@ class Task(ABC):
             without classes, what `PackedLanguageModel` gives for an example, with 0 for a row without targets.
         texts: the columns of a checked row that an encoder reads.
         features: the types of these columns in a checked row.
-        numbers_rows: whether rows of a file without ids are identified by their numbers.
         rows: what its rows are called; no two tasks that read the same files differently may share it.
         reading: settings by which the same files are read differently, for the names of cached rows.
         group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
@@ -153,7 +152,6 @@ class Task(ABC):
     columns: tuple[str, ...]
     texts: tuple[str, ...]
     features: Features
-    numbers_rows: bool = False
     rows: str
     reading: tuple[Any, ...] = ()
     group_by: str
@@ -176,6 +174,14 @@ class Task(ABC):
         A JSONL file is read with all its keys instead.
         """
         return self.texts
+
+    def numbers_rows(self, names: Collection[str]) -> bool:
+        """Whether the rows of a file with columns of these names, but no ids, are identified by their numbers."""
+        return False
+
+    def layout_of(self, first: Cells) -> Callable[[Cells], Cells] | None:
+        """What turns the cells of a file with this first row into those that `read_texts` reads; None: nothing."""
+        return None
 
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """The columns of a file that hold the label. Raises `FieldError` if there is none although it is required."""

@@ -58,7 +58,6 @@ class Classification(Task):
     reading: tuple[Any, ...]
 
     name = "classification"
-    numbers_rows = True
     rows = "texts"
     missing = "text"
     metrics = MappingProxyType(

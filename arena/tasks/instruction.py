@@ -20,7 +20,7 @@ tokenizer's end-of-text token ends a response.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -30,6 +30,7 @@ from datasets import Features, List, Value
 
 from arena.data.cells import FieldError, Labels, excerpt, is_blank, read_json, whole_characters
 from arena.data.limits import Limits
+from arena.data.messages import read_exchanges
 from arena.data.rows import Cells, required
 from arena.data.task import Encoded, Encoder, Task, TokenTargets
 from arena.data.text_encoder import TextEncoder, chat_family
@@ -42,7 +43,6 @@ MESSAGES = ("messages",)
 QUESTION = ("context", "question")
 INSTRUCTION = ("instruction",)
 RESPONSES = {QUESTION: "answers", INSTRUCTION: "response"}  # the columns of the responses
-ROLES = ("system", "user", "assistant")
 TEXTS = ("prompt", "response")
 
 Exchange = tuple[np.ndarray, np.ndarray]  # int32 token ids of a prompt and a response, which is empty if there is none
@@ -64,7 +64,6 @@ class Instruction(Task):
     columns = ("nll", "tokens")
     texts = TEXTS
     features = Features({name: List(Value("string")) for name in TEXTS})
-    numbers_rows = True
     rows = "instructions"
     group_by = "prompt"
     missing = "response"
@@ -74,6 +73,9 @@ class Instruction(Task):
     def of(cls, recipe: Recipe) -> Self:
         phrase = recipe.prompt.template.unanswerable
         return cls(phrase, (phrase,))
+
+    def numbers_rows(self, names: Collection[str]) -> bool:
+        return True
 
     def file_columns(self, names: Sequence[str]) -> tuple[str, ...]:
         """The columns of the layout, with `instruction` also a context if there is one."""
@@ -145,28 +147,11 @@ def _read_text(cells: Mapping[str, Any], field: str) -> str | None:
 
 
 def _read_messages(cells: Cells, limits: Limits) -> Cells:
-    """The exchanges of a chat. A system message, which may come first, is shown before the first prompt."""
-    cell = cells["messages"]
-    messages = read_json(cell, "messages") if isinstance(cell, str) else cell
-    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
-        raise FieldError("messages", f"is {excerpt(cell)}; write a list of objects with role and content")
-    limits.check_turns(len(messages), "messages")
-    system = _read_text(messages[0], "content") if messages and messages[0].get("role") == ROLES[0] else None
-    turns = messages[1:] if messages and messages[0].get("role") == ROLES[0] else messages
-    for at, message in enumerate(turns):
-        if message.get("role") != (due := ROLES[1 + at % 2]):
-            raise FieldError(
-                "messages",
-                f"has the role {excerpt(message.get('role'))} where {due} is due; let user and assistant take turns, "
-                "after one system message at most",
-            )
-    texts = [_read_text(message, "content") for message in turns]
-    prompts, responses = texts[::2], texts[1::2]
-    if not prompts or any(prompt is None for prompt in prompts):
-        raise FieldError("messages", "has a user's turn without text; write its content or leave the row out")
-    if system is not None:  # not as the context, by which rows are grouped
-        prompts[0] = f"{system}\n\n{prompts[0]}"
-    return {"prompt": [None, *prompts], "response": responses + [None] * (len(prompts) - len(responses))}
+    """The exchanges of a chat, without a context: by that rows would be grouped."""
+    exchanges = read_exchanges(cells, "messages")
+    limits.check_turns(len(exchanges), "messages")
+    prompts, responses = zip(*exchanges, strict=True)
+    return {"prompt": [None, *prompts], "response": list(responses)}
 
 
 class Shown(NamedTuple):

@@ -26,10 +26,10 @@ boundaries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -42,32 +42,39 @@ from arena.data.text_encoder import TextEncoder
 from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
 from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
 from arena.prompt_settings import PromptSettings
+from arena.settings import ColumnSettings, Recipe
 from arena.tasks.baseline import SWAPPED, baseline_probabilities
+from arena.tasks.layouts import ANNOTATIONS, CHOSEN, TURNS, Layout, columns_of, layout_of
+from arena.tasks.layouts import WINNER as WORD
 from arena.tasks.slices import conversation_slices
 
 CLASSES = ("A", "B", "tie")
 COLUMNS = ("winner_model_a", "winner_model_b", "winner_tie")  # of the classes, as the competition names them
-TEXTS = ("prompt", "response_a", "response_b")
-WORD = "winner"  # a column with the label as one of these words
+A, B, TIE = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]
 WORDS = {
-    "model_a": [1.0, 0.0, 0.0],
-    "model_b": [0.0, 1.0, 0.0],
-    "tie": [0.0, 0.0, 1.0],
-    "tie (bothbad)": [0.0, 0.0, 1.0],
-}
+    "model_a": A, "model_b": B, "tie": TIE, "tie (bothbad)": TIE, "both_bad": TIE, "a_winner": A, "b_winner": B,
+    "left": A, "right": B,
+}  # fmt: skip
 
 Fields = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 token ids of a turn's prompt, answer A, answer B
 
 
 @dataclass(frozen=True)
 class Preference(Task):
-    """The probabilities that A is preferred, that B is, and of a tie; the second order of a row exchanges A and B."""
+    """The probabilities that A is preferred, that B is, and of a tie; the second order of a row exchanges A and B.
+
+    Attributes:
+        names: the names of columns in files, by those that they have here; equal ones are left out.
+    """
+
+    names: tuple[tuple[str, str], ...] = ()
+    reading: tuple[Any, ...] = ()
 
     name = "preference"
     classes = CLASSES
     columns = COLUMNS
-    texts = TEXTS
-    features = Features({name: List(Value("string")) for name in TEXTS})
+    texts = TURNS
+    features = Features({name: List(Value("string")) for name in TURNS})
     rows = "conversations"
     group_by = "prompt"
     orders = 2
@@ -80,10 +87,38 @@ class Preference(Task):
     )  # fmt: skip
     tie = "tie"
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        columns = recipe.data.columns
+        names = {name: getattr(columns, name) for name in (*TURNS, WORD)}
+        plain = columns.model_copy(update={name: name for name in names})
+        if recipe.classes or plain != ColumnSettings():
+            raise ValueError(
+                "classes and data.columns.text, pair and label are for task=classification: leave them out, or set task"
+            )
+        changed = tuple((name, given) for name, given in names.items() if name != given)
+        return cls(changed, changed)
+
+    def numbers_rows(self, names: Collection[str]) -> bool:
+        """In other layouts than the competition's, ids are rare."""
+        return not set(TURNS) <= set(columns_of(names))
+
+    def layout_of(self, first: Cells) -> Layout | None:
+        if not self.names:
+            return layout_of(first)
+        own = layout_of(self._renamed(first))
+        return self._renamed if own is None else lambda cells: own(self._renamed(cells))
+
+    def file_columns(self, names: Sequence[str]) -> tuple[str, ...]:
+        given = dict(self.names)
+        return tuple(given.get(name, name) for name in columns_of(self._renamed(dict.fromkeys(names))))
+
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
-        """Three numbers, one word, or none; both forms at once are an error, as are only some of the numbers."""
-        columns = () if labels == "ignored" else label_form(names, COLUMNS, WORD)
-        if labels == "required" and not columns:
+        """Three numbers, one word, both, or none; only some of the numbers are an error."""
+        numbers = label_form([name for name in names if name != WORD], COLUMNS, WORD)
+        word = (given,) if (given := dict(self.names).get(WORD, WORD)) in names else (WORD,) if WORD in names else ()
+        columns = () if labels == "ignored" else numbers + word
+        if labels == "required" and not columns and not {CHOSEN[0], ANNOTATIONS[0]} & set(names):
             raise FieldError(COLUMNS[0], f"is missing; labelled rows need {', '.join(COLUMNS)}, or `{WORD}`")
         return columns
 
@@ -93,15 +128,24 @@ class Preference(Task):
             if labels == "required":
                 raise FieldError(columns[0], "is blank; label the row or leave it out")
             return None
-        return _from_word(cells[WORD]) if columns == (WORD,) else read_probabilities(cells, columns)
+        numbers = read_probabilities(cells, COLUMNS) if COLUMNS[0] in columns else None
+        word = _from_word(cells[WORD]) if WORD in columns else None
+        if numbers and word and numbers != word:
+            raise FieldError(WORD, f"is {excerpt(cells[WORD])}, but {', '.join(COLUMNS)} are {numbers}; correct one")
+        return numbers or word
 
     def read_texts(self, cells: Cells, limits: Limits) -> Cells:
         """The turns of the prompt and of both answers, padded with None to the same number of turns."""
-        texts = {field: read_turns(cells, field) for field in TEXTS}
+        texts = {field: read_turns(cells, field) for field in TURNS}
         for field, text in texts.items():
             limits.check_turns(len(text), field)
         turns = max(len(text) for text in texts.values())
         return {field: text + [None] * (turns - len(text)) for field, text in texts.items()}
+
+    def _renamed(self, cells: Cells) -> Cells:
+        """The cells of a file by the names of columns here."""
+        own = {given: name for name, given in self.names}
+        return {own.get(name, name): cell for name, cell in cells.items()}
 
     def has_input(self, row: Mapping[str, Any]) -> bool:
         """Whether at least one of a row's answers has text that is not blank."""
@@ -175,7 +219,7 @@ class PromptEncoder(Encoder):
 
     def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[list[Fields]]:
         """The token ids of every field, by row and turn; the texts of all rows are tokenised in one call."""
-        turns = [list(zip(*fields, strict=True)) for fields in zip(*(rows[name] for name in TEXTS), strict=True)]
+        turns = [list(zip(*fields, strict=True)) for fields in zip(*(rows[name] for name in TURNS), strict=True)]
         texts = dict.fromkeys(text for row in turns for turn in row for text in turn if text is not None)
         ids: dict[Any, np.ndarray] = {None: self._missing, **self._texts.user_texts(texts)}
         return [[(ids[prompt], ids[a], ids[b]) for prompt, a, b in row] for row in turns]
