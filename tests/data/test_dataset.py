@@ -362,7 +362,7 @@ def test_missing_columns_are_named(tmp_path: Path, ending: str) -> None:
     assert "winner_tie: is missing" in complaint([without("winner_tie")], "optional")
     assert "winner_model_a: is missing; labelled rows need" in complaint([without(*A_WINS)])
     both = write(tmp_path / f"both.{ending}", [a_row(winner="tie")])
-    assert "winner: is there along with winner_model_a" in complaint([both])
+    assert 'winner: is "tie", but winner_model_a, winner_model_b, winner_tie are [1.0, 0.0, 0.0]' in complaint([both])
 
 
 def test_repeated_columns_are_named(tmp_path: Path) -> None:
