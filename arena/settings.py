@@ -30,6 +30,24 @@ class ColumnSettings(Settings):
     winner: str = Field("winner", description="preference: the column of the label as a word, such as model_a or tie")
 
 
+class ExtraSettings(Settings):
+    path: Place = Field(description="file of rows")
+    labels: Place | None = Field(
+        None, description="file of predictions of these rows, which are their labels; null: those of the file itself"
+    )
+    weight: float = Field(1.0, gt=0, description="how much a row counts in the loss, beside 1 of a row without weight")
+    smoothing: float = Field(0.0, ge=0, lt=1, description="share of the label that is spread evenly over all classes")
+    temperature: float = Field(1.0, gt=0, description="above 1, labels are made more even: to the power of its inverse")
+
+
+class TeacherSettings(Settings):
+    path: Place = Field(
+        description="file of predictions of the training rows, by judges that had not seen them: the oof.csv of arena cv"
+    )
+    weight: float = Field(1.0, gt=0, le=1, description="share of the prediction in a row's label")
+    temperature: float = Field(1.0, gt=0, description="above 1, predictions are made more even")
+
+
 class DataSettings(Settings):
     path: Place = Field(
         description="folder with train and test files, one training file, or a data set's name on the Hugging Face hub"
@@ -40,7 +58,13 @@ class DataSettings(Settings):
         description="file of the held-out rows, or its name beside the training file without the ending, such as dev; "
         "all of the training file is then trained on. null: a fold is held out",
     )
-    extra: tuple[Place, ...] = Field((), description="files of labelled rows that are only trained on, never held out")
+    extra: tuple[Place | ExtraSettings, ...] = Field(
+        (),
+        description="files of labelled rows that are only trained on, never held out; or such files with settings",
+    )
+    teacher: TeacherSettings | None = Field(
+        None, description="predictions to train on in place of the labels, or mixed with them"
+    )
     folds: int = Field(5, ge=2, description="number of folds of the labelled rows; a run holds one of them out")
     fold_seed: int = Field(0, description="seed of the split into folds")
     cache: Place = Field("data/cache", description="folder that caches rows and tokens between runs")

@@ -166,9 +166,9 @@ def read_dataset(
     return Rows(task, table, name)
 
 
-def repeated(extra: Rows, against: Rows) -> NDArray[np.bool_]:
-    """bool (len(extra),): rows whose texts also occur in `against`, or earlier in `extra`."""
-    seen = set(_content_digests(against))
+def repeated(extra: Rows, *against: Rows) -> NDArray[np.bool_]:
+    """bool (len(extra),): rows whose texts also occur in one of `against`, or earlier in `extra`."""
+    seen = {digest for rows in against for digest in _content_digests(rows)}
     flags = np.zeros(len(extra), dtype=np.bool_)
     for index, digest in enumerate(_content_digests(extra)):
         flags[index] = digest in seen

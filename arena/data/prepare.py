@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from arena.data.cells import Labels
 from arena.data.dataset import Rows, read_dataset, repeated
+from arena.data.extra import Extra, near, taught_by, with_settings
 from arena.data.folds import leaking, load_or_assign_folds
 from arena.data.hub import hub_folder, is_hub_name
 from arena.data.limits import Limits
@@ -22,7 +23,7 @@ from arena.data.rows import READERS
 from arena.data.task import Task
 from arena.data.tokens import TokenStore, join, tokenise
 from arena.prompt_settings import Template
-from arena.settings import DataSettings, Recipe
+from arena.settings import DataSettings, ExtraSettings, Recipe
 from arena.storage.files import fingerprint
 
 # placeholders that other programs use in templates; other braces are ordinary text
@@ -53,6 +54,8 @@ class FoldData:
         trained_on: fingerprint of the files and of the split, the same for all folds.
         notes: messages about omitted rows.
         groups: int64 (rows,), the number of each row's group; None unless `packing.group` is set.
+        taught: float64 (rows, C), what training aims at if that is not the labels: they may be weighted, smoothed, or
+            a teacher's.
     """
 
     rows: Rows
@@ -67,6 +70,7 @@ class FoldData:
     trained_on: str
     notes: list[str]
     groups: np.ndarray | None = None
+    taught: np.ndarray | None = None
 
     @property
     def task(self) -> Task:
@@ -74,14 +78,15 @@ class FoldData:
 
     @cached_property
     def targets(self) -> np.ndarray | None:
-        """float32 (len(store), C): the target of each example, which is its row's label in the example's order.
+        """float32 (len(store), C): the target of each example: what its row teaches, in the example's order.
 
         None if the task has no classes: the store then has the places of the tokens to predict.
         """
         if not self.task.classes:
             return None
         orders = range(self.store.orders)
-        by_order = np.stack([self.task.reorder(self.labels, order) for order in orders], axis=1)
+        taught = self.labels if self.taught is None else self.taught
+        by_order = np.stack([self.task.reorder(taught, order) for order in orders], axis=1)
         return by_order.reshape(len(self.store), -1).astype(np.float32)
 
     @cached_property
@@ -131,30 +136,26 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     settings, cache = recipe.data, Path(recipe.data.cache)
     split_up = _with_fold if settings.validation is None else _with_validation
     rows, held_out, train, notes = split_up(settings, task, fold)
-    parts, selected, ids = [rows], [train], rows.ids
-    if settings.extra:
-        extra = read_files(settings.extra, task, settings, "required")
-        repeats, leaks = repeated(extra, rows), leaking(extra, rows, held_out)
-        notes.append(
-            f"extra rows: {len(extra):,}, of which {repeats.sum():,} repeat a row and {(leaks & ~repeats).sum():,} "
-            f"have a {task.group_by} of the held-out fold; both are omitted"
-        )
-        parts.append(extra)
-        selected.append(~repeats & ~leaks)
-        origin = Path(settings.extra[0]).name if len(settings.extra) == 1 else "data.extra"
-        ids = [*ids, *(f"{each} ({origin})" for each in extra.ids)]
+    taught = rows.labels if settings.teacher is None else taught_by(rows, settings.teacher, task, train)
+    extra = _extra(settings, task)
+    kept = _kept(extra, rows, held_out, notes)
+    parts, selected = [rows, *(each.rows for each in extra)], [train, *kept]
+    ids = [*rows.ids, *(f"{name} ({each.origin})" for each in extra for name in each.rows.ids)]
     has_input, chosen = np.concatenate([part.has_input for part in parts]), np.concatenate(selected)
     if omitted := int((chosen & ~has_input).sum()):
         notes.append(f"{omitted:,} training rows have no {task.missing} and are omitted")
     train_rows = np.flatnonzero(chosen & has_input)
     _check_rows(fold, train_rows, held_out, has_input, task)
     orders = task.orders if recipe.train.swap != "never" or recipe.judge.swap else 1
-    labels = np.concatenate([part.labels for part in parts])
-    split = [[part.fingerprint for part in parts], settings.folds, settings.fold_seed]
+    labels = np.concatenate([rows.labels, *(each.labels for each in extra)])
+    taught = np.concatenate([taught, *(each.taught for each in extra)])
+    aims = [] if np.array_equal(taught, labels) else [fingerprint(taught.tobytes())]
+    split = [[part.fingerprint for part in parts], settings.folds, settings.fold_seed, *aims]
     return FoldData(
         rows=rows,
         ids=ids,
         labels=labels,
+        taught=taught if aims else None,
         store=join([tokenise(part, tokenizer, recipe.prompt, cache, orders=orders) for part in parts]),
         train_rows=train_rows,
         eval_rows=held_out,
@@ -165,6 +166,43 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         notes=notes,
         groups=_numbers([key for part in parts for key in part.groups()]) if recipe.packing.group else None,
     )
+
+
+def _extra(settings: DataSettings, task: Task) -> list[Extra]:
+    """The rows of extra files: those without settings together, then each with settings."""
+    plain = [each for each in settings.extra if isinstance(each, str)]
+    found = []
+    if plain:
+        rows = read_files(plain, task, settings, "required")
+        origin = Path(plain[0]).name if len(plain) == 1 else "data.extra"
+        found.append(Extra(rows, rows.labels, rows.labels, origin))
+    for each in settings.extra:
+        if isinstance(each, ExtraSettings):
+            rows = read_files([each.path], task, settings, "required" if each.labels is None else "ignored")
+            found.append(with_settings(rows, each, task))
+    return found
+
+
+def _kept(
+    extra: Sequence[Extra], rows: Rows, held_out: np.ndarray, notes: list[str]
+) -> list[NDArray[np.bool_]]:  # fmt: skip
+    """Which rows of each extra file to train on. What is omitted is added to the notes."""
+    flags: list[NDArray[np.bool_]] = []
+    groups = rows.groups() if extra else []
+    held_out_groups, known = {groups[row] for row in held_out.tolist()} if extra else set(), set(groups)
+    for at, each in enumerate(extra):
+        repeats = repeated(each.rows, rows, *(other.rows for other in extra[:at]))
+        own = each.rows.groups()
+        leaks = np.array([group in held_out_groups for group in own], dtype=np.bool_)
+        # a prompt of the training rows is trained on anyway
+        alike = near(own, held_out_groups) & np.array([group not in known for group in own], dtype=np.bool_)
+        notes.append(
+            f"{each.origin}: {len(own):,} extra rows, of which {repeats.sum():,} repeat a row, "
+            f"{(leaks & ~repeats).sum():,} have a {rows.task.group_by} of the held-out rows, and "
+            f"{(alike & ~repeats).sum():,} nearly one; they are omitted"
+        )
+        flags.append(~repeats & ~leaks & ~alike)
+    return flags
 
 
 def _with_fold(settings: DataSettings, task: Task, fold: int) -> Split:

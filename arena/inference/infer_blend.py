@@ -9,12 +9,12 @@ import numpy as np
 from datasets import concatenate_datasets
 
 from arena.data.dataset import Rows
+from arena.data.predictions import Table, read_predictions, rows_of
 from arena.data.prepare import read_files
 from arena.data.task import Task
 from arena.inference.blend import Member, SavedBlend
 from arena.inference.find import find_models
 from arena.inference.infer import average, predict_file
-from arena.inference.predictions import Table, read_predictions, rows_of
 from arena.inference.saved import check_alike, read_judge
 from arena.settings import DataSettings
 from arena.tasks import TASKS

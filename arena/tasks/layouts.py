@@ -88,7 +88,7 @@ def _from_conversations(cells: Cells) -> Cells:
         if not str(turn).isdecimal() or int(turn) < 1:
             raise FieldError("turn", f"is {excerpt(turn)}; write the number of turns that were judged")
         both = [exchanges[: int(turn)] for exchanges in both]
-    return {**cells, **_as_turns(*both, field=CONVERSATIONS[1])}
+    return {**cells, **_as_turns(CONVERSATIONS[1], *both)}
 
 
 def _from_chosen(cells: Cells) -> Cells:
@@ -105,7 +105,7 @@ def _from_chosen(cells: Cells) -> Cells:
     if blake2b(str((a, b)).encode("utf-8", "surrogatepass"), digest_size=1).digest()[0] % 2:
         a, b = b, a
     winner = "tie" if better == worse else "model_a" if a == better else "model_b"
-    return {**cells, **_as_turns(a, b, field=CHOSEN[1]), WINNER: winner}
+    return {**cells, **_as_turns(CHOSEN[1], a, b), WINNER: winner}
 
 
 def _split(prompt: Any, better: str, worse: str) -> tuple[list[Exchange], list[Exchange]]:
@@ -130,7 +130,7 @@ def _split(prompt: Any, better: str, worse: str) -> tuple[list[Exchange], list[E
     return first, second
 
 
-def _as_turns(a: Sequence[Exchange], b: Sequence[Exchange], field: str) -> Cells:
+def _as_turns(field: str, a: Sequence[Exchange], b: Sequence[Exchange]) -> Cells:
     """The cells of two conversations with the same prompts."""
     (prompts, of_a), (others, of_b) = (zip(*each, strict=True) for each in (a, b))
     if prompts != others:

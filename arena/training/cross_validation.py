@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 from arena.config import run_place, save_recipe
+from arena.data.predictions import read_predictions, rows_of
 from arena.data.prepare import data_file, read_files
-from arena.inference.predictions import read_predictions, rows_of
 from arena.progress import console
 from arena.settings import Recipe
 from arena.stopping import MORE_TO_DO, Stopped, stopping

@@ -12,12 +12,12 @@ from arena.data.cells import FieldError
 from arena.data.dataset import Rows
 from arena.data.folds import load_or_assign_folds
 from arena.data.limits import Limits
+from arena.data.predictions import Table, read_labels, read_predictions, rows_of
 from arena.data.prepare import data_file, read_files
 from arena.data.rows import READERS, read_rows
 from arena.data.task import Task
 from arena.inference.blend import Member
 from arena.inference.find import find_models
-from arena.inference.predictions import Table, read_labels, read_predictions, rows_of
 from arena.inference.saved import check_classes, read_judge
 from arena.progress import console, progress
 from arena.settings import DataSettings

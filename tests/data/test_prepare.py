@@ -64,7 +64,7 @@ def test_extra_rows_that_repeat_or_leak_are_left_out(gemma2: Path, tmp_path: Pat
     data = prepare(tmp_path, gemma2, 0, f"data.extra=[{tmp_path / 'extra.jsonl'}]")
     assert data.train_rows.tolist() == [*plain.train_rows.tolist(), 60 + 1, 60 + 3]
     assert data.eval_rows.tolist() == plain.eval_rows.tolist()
-    assert "2 repeat a row and 1 have a prompt of the held-out fold" in data.notes[0]
+    assert "2 repeat a row, 1 have a prompt of the held-out rows, and 0 nearly one" in data.notes[0]
     assert data.labels[61].tolist() == [0, 0, 1]
 
 
