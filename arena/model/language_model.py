@@ -105,7 +105,7 @@ def rows_at_once(vocabulary: int) -> int:
 def bytes_of_losses(
     targets: int, hidden: int, vocabulary: int, *, width: int, softcap: bool, trained: bool = False
 ) -> int:
-    """The most bytes that `token_losses` and its backward hold beside its arguments, their gradients not counted.
+    """The most bytes that `token_losses` and its backward hold, beside its arguments and a weight's finished gradient.
 
     Args:
         width: bytes of a number in the compute dtype.
