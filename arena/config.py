@@ -63,4 +63,10 @@ def _validated(name: str, tree: dict[str, Any], overrides: Sequence[str]) -> Rec
     except ValidationError as error:
         raise ValueError(f"recipe {name}: " + "; ".join(explain(each, Recipe) for each in error.errors())) from None
     local_path(recipe.data.cache, "data.cache")
+    given = {override.partition("=")[0].strip() for override in overrides}
+    if recipe.train.max_steps is not None and "train.epochs" in given and "train.max_steps" not in given:
+        raise ValueError(
+            f"train.epochs has no effect here, because recipe {name} has train.max_steps={recipe.train.max_steps}: "
+            "pass train.max_steps=null too"
+        )
     return recipe

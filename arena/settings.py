@@ -28,7 +28,8 @@ class ColumnSettings(Settings):
 
 class DataSettings(Settings):
     path: Place = Field(
-        description="folder with train and test files, one training file, or a data set's name on the Hugging Face hub"
+        description="folder with train and test files, one training file, or a data set of the Hugging Face hub: "
+        "owner/name, or owner/name:configuration"
     )
     columns: ColumnSettings = ColumnSettings()
     validation: Place | None = Field(

@@ -68,7 +68,8 @@ def adapt(model: PreTrainedModel, settings: ModelSettings, budget: int = Packing
             parameter.data = parameter.data.float()
     if settings.checkpointing == "auto":
         card = card_of("cuda" if torch.cuda.is_available() else "cpu")
-        set_policies(model, estimate_policies(shape_of(backbone(model).config), settings, budget, card))
+        shape, classes = shape_of(backbone(model).config), classifies(model)
+        set_policies(model, estimate_policies(shape, settings, budget, card, classes=classes))
     else:
         set_policies(model, [settings.checkpointing] * len(backbone(model).layers))
     return model

@@ -14,6 +14,7 @@ from arena.model.layers import first_trained_layer
 from arena.model.memory.estimate import GIB, POLICIES, describe, estimate_policies, fit, need, shape_of
 from arena.progress import console
 from arena.settings import ModelSettings, Recipe
+from arena.tasks import task_of
 
 # memory as CUDA reports it, which is less than the nominal size
 CARDS = (
@@ -46,8 +47,9 @@ def _row(recipe: Recipe, config: Any, card: Card) -> list[str]:
         budget = fit(recipe, config, card).packing.budget
     except ValueError:
         return [dtype, attention, "does not fit", "", "", ""]
-    shape, least = shape_of(config), need(shape_of(config), recipe.model, budget, recipe.train.optimizer).total
-    policies = estimate_policies(shape, recipe.model, budget, card, recipe.train.optimizer)
+    shape, classes, optimizer = shape_of(config), bool(task_of(recipe).classes), recipe.train.optimizer
+    least = need(shape, recipe.model, budget, optimizer, classes=classes).total
+    policies = estimate_policies(shape, recipe.model, budget, card, optimizer, classes=classes)
     share = sum(map(shape.recompute_fraction, policies)) / shape.layers
     return [dtype, attention, f"{budget:,}", f"{least / GIB:.1f}", describe(policies), f"{share:.0%}"]
 
