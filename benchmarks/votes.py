@@ -27,11 +27,18 @@ from benchmarks.tables import table
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "mtbench_human": ("train.epochs=0.75",),
     "hh_helpful": (
-        "data.folds=12", "train.swap=both", "train.batch_size=16", "train.lr=2e-4", "train.max_steps=140",
+        "data.folds=12",
+        "train.swap=both",
+        "train.batch_size=16",
+        "train.lr=2e-4",
+        "train.max_steps=140",
         "train.evaluate_every=70",
     ),
     "qa_feedback": (
-        "prompt.max_length=256", "train.swap=both", "train.batch_size=16", "train.max_steps=150",
+        "prompt.max_length=256",
+        "train.swap=both",
+        "train.batch_size=16",
+        "train.max_steps=150",
         "train.evaluate_every=75",
     ),
     "llmfao_soft": ("train.epochs=0.65",),
