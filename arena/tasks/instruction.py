@@ -31,7 +31,7 @@ from datasets import Features, List, Value
 from arena.data.cells import FieldError, Labels, excerpt, is_blank, read_json, whole_characters
 from arena.data.limits import Limits
 from arena.data.rows import Cells, required
-from arena.data.task import Encoded, Encoder, Task, TokenTargets
+from arena.data.task import Encoded, TokenEncoder, TokenTargets, TokenTask
 from arena.data.text_encoder import TextEncoder, chat_family
 from arena.data.truncation import continuation_bytes, even_cap, shorten
 from arena.metrics import perplexity, token_log_loss
@@ -50,7 +50,7 @@ Conversation = tuple[np.ndarray, list[Exchange]]  # a row's context, empty if th
 
 
 @dataclass(frozen=True)
-class Instruction(Task):
+class Instruction(TokenTask):
     """Answers to instructions. A checked row's `prompt` is its context, or null, and then the prompt of each exchange.
 
     Attributes:
@@ -178,7 +178,7 @@ class Shown(NamedTuple):
     tokens_cut: int
 
 
-class InstructionEncoder(Encoder):
+class InstructionEncoder(TokenEncoder):
     """Turns conversations into examples, for one tokenizer, template and length.
 
     What does not fit into `max_length` is omitted in this order: the last exchanges, except the first one; tokens of
