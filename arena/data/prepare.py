@@ -16,19 +16,20 @@ from numpy.typing import NDArray
 from arena.data.cells import Labels
 from arena.data.dataset import Rows, read_dataset, repeated
 from arena.data.folds import leaking, load_or_assign_folds
-from arena.data.hub import hub_folder, is_hub_name
 from arena.data.limits import Limits
 from arena.data.rows import READERS
 from arena.data.task import Task
 from arena.data.tokens import TokenStore, join, tokenise
+from arena.progress import console
 from arena.prompt_settings import Template
 from arena.settings import DataSettings, Recipe
-from arena.storage.files import fingerprint
+from arena.storage.files import atomic_write, fingerprint
 
 # placeholders that other programs use in templates; other braces are ordinary text
 PLACEHOLDER = re.compile(
     r"\{\{?\s*(prompt|response_[ab]|answer\w*|question|instruction|conversation|text)\s*\}\}?", re.IGNORECASE
 )
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
 
 Split = tuple[Rows, np.ndarray, NDArray[np.bool_], list[str]]  # rows, those held out, whether to train on each, notes
 
@@ -234,3 +235,34 @@ def _refuse_placeholders(template: Template) -> None:
                 "between the fields, the user's prompt after `user`, the answers after `answer_a` and `answer_b`. "
                 "Remove it"
             )
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that does not exist may name a data set: `owner/name`, where no local folder is called `owner`."""
+    name = HUB_NAME.fullmatch(path)
+    return name is not None and not Path(name[1]).exists()
+
+
+def hub_folder(name: str, cache: Path) -> Path:
+    """The folder under `cache` that holds `train.parquet` and so on, a file for each split of a data set.
+
+    Raises:
+        ValueError: the data set cannot be fetched.
+    """
+    folder = cache / f"hub-{name.replace('/', '--')}"
+    if not folder.is_dir():
+        import datasets
+
+        console.print(f"fetching the data set {name} from the Hugging Face hub")
+        try:
+            splits = datasets.load_dataset(name)
+        except (OSError, ValueError) as error:  # OSError: also not found, not allowed, and no network
+            raise ValueError(
+                f"data.path: there is no folder or file {name}, and no data set of that name can be fetched from the "
+                f"Hugging Face hub ({str(error).strip().splitlines()[0]}); give a folder with DATA= or --data"
+            ) from None
+        with atomic_write(folder) as draft:
+            draft.mkdir()
+            for split, rows in splits.items():
+                rows.to_parquet(str(draft / f"{split}.parquet"))
+    return folder

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from arena.model.backbone import base_config
 from arena.model.card import Card, resolve_dtype
 from arena.model.families import ARCHITECTURES
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import GIB, POLICIES, describe, estimate_policies, fit, need, shape_of
 from arena.progress import console
 from arena.settings import ModelSettings, Recipe

@@ -20,7 +20,7 @@ from arena.distributed import compute_in, is_out_of_memory
 from arena.model.card import card_of
 from arena.model.classifier import loss_sum
 from arena.model.language_model import PackedModel
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import (
     FROZEN,
     GIB,

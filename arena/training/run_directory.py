@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from arena.config import save_recipe
-from arena.overrides import read_yaml_file
 from arena.progress import console, escape_unprintable
+from arena.prompt_settings import read_yaml_file
 from arena.settings import ColumnSettings, Recipe
 from arena.storage.files import fingerprint, write_json, write_text
 from arena.training.checkpoint_manager import CheckpointManager

@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 
 from arena.config import change, load_recipe
-from arena.data.hub import is_hub_name
-from arena.data.prepare import FoldData, data_file, prepare_fold
+from arena.data.prepare import FoldData, data_file, is_hub_name, prepare_fold
 from arena.inference.infer import infer
 from arena.model.backbone import load_tokenizer
 from arena.settings import Recipe

@@ -18,7 +18,7 @@ import psutil
 
 from arena.model.card import Card
 from arena.model.families import family_of
-from arena.model.layers import adapted_layers, first_trained_layer
+from arena.model.lora import adapted_layers, first_trained_layer
 from arena.settings import LoraSettings, ModelSettings, Recipe
 
 GIB = 2**30
