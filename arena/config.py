@@ -94,8 +94,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         ) from None
 
 
-def _short(text: str, width: int = 100) -> str:
-    return repr(text if len(text) <= width else text[:width] + "...")
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:100] + "...")
 
 
 def explain(error: Any, settings: type[BaseModel]) -> str:

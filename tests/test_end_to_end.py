@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from arena.config import load_recipe
+from arena.metrics import log_loss
 from arena.tasks.preference import COLUMNS as CLASSES
-from arena.tasks.preference import log_loss
 from arena.training.run import run_fold
 from tests.helpers import SHARED, arena, make_base, needs_shared, tiny, tiny_recipe, write_rows
 

@@ -28,13 +28,13 @@ LAYERS = "layers by policy"
 HEADER = ("card", "dtype", "attention", "budget", "least GiB", LAYERS, "recomputed")
 
 
-def card_rows(recipe: Recipe, config: Any, cards: tuple[Card, ...] = CARDS) -> list[list[str]]:
-    """One row for each card, under `HEADER`: how the recipe runs there, or that it does not fit.
+def card_rows(recipe: Recipe, config: Any) -> list[list[str]]:
+    """One row for each of `CARDS`, under `HEADER`: how the recipe runs there, or that it does not fit.
 
     `least GiB` is the memory of a step with full recomputation; `recomputed` the share of a forward computed twice.
     """
     first_trained_layer(recipe.model, shape_of(config).layers)  # reports a layer that the base lacks
-    return [[card.name, *_row(recipe, config, card)] for card in cards]
+    return [[card.name, *_row(recipe, config, card)] for card in CARDS]
 
 
 def _row(recipe: Recipe, config: Any, card: Card) -> list[str]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -33,7 +32,7 @@ from arena.data.rows import Cells
 from arena.data.task import Encoded, Encoder, Task
 from arena.data.text_encoder import TextEncoder, as_ids
 from arena.data.truncation import check_room, continuation_bytes, even_cap, shorten
-from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
+from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.settings import Recipe
 from arena.tasks.baseline import text_baseline
@@ -61,12 +60,7 @@ class Classification(Task):
     numbers_rows = True
     rows = "texts"
     missing = "text"
-    metrics = MappingProxyType(
-        {
-            "log_loss": log_loss, "accuracy": accuracy, "brier": brier, "ece": calibration_error,
-            "classwise_ece": classwise_calibration_error,
-        }
-    )  # fmt: skip
+    metrics = METRICS
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:

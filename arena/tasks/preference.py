@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ from arena.data.rows import Cells
 from arena.data.task import Encoded, Encoder, Masks, Task
 from arena.data.text_encoder import TextEncoder, as_ids
 from arena.data.truncation import check_room, choose_cut, continuation_bytes, least_room, shorten
-from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
+from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.tasks.baseline import SWAPPED, baseline_probabilities
 from arena.tasks.slices import conversation_slices
@@ -72,12 +71,7 @@ class Preference(Task):
     group_by = "prompt"
     orders = 2
     missing = "response to judge"
-    metrics = MappingProxyType(
-        {
-            "log_loss": log_loss, "accuracy": accuracy, "brier": brier, "ece": calibration_error,
-            "classwise_ece": classwise_calibration_error,
-        }
-    )  # fmt: skip
+    metrics = METRICS
     tie = "tie"
 
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
