@@ -15,8 +15,7 @@ from tyro.conf import Positional, arg
 
 from arena import __version__
 from arena.command_line import settings_first
-from arena.config import load_recipe, recipe_names, run_place
-from arena.overrides import judge_settings, refuse_both
+from arena.config import judge_settings, load_recipe, recipe_names, refuse_both, run_place
 from arena.progress import console, escape_unprintable, guard_output, optional, quiet
 from arena.settings import Recipe
 from arena.stopping import Stopped, ending_at_once

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, update_wrapper
+from types import MappingProxyType
 
 import numpy as np
 from scipy import special
@@ -136,6 +137,14 @@ def _by_bin(gaps: np.ndarray, place: np.ndarray) -> np.ndarray:
     terms = np.zeros((len(gaps), BINS))
     terms[np.arange(len(gaps)), place] = gaps
     return terms
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(  # of tasks with classes
+    {
+        "log_loss": log_loss, "accuracy": accuracy, "brier": brier, "ece": calibration_error,
+        "classwise_ece": classwise_calibration_error,
+    }
+)  # fmt: skip
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from arena.data.cells import FieldError, excerpt, is_blank, whole_characters
 from arena.data.limits import Limits
+from arena.data.task import TokenTask
 from arena.data.text_encoder import TextEncoder, chat_family
 from arena.inference.causal import Source
 from arena.tasks import task_of
@@ -28,7 +29,10 @@ class PromptEncoder:
 
     def __init__(self, source: Source, tokenizer: Any) -> None:
         settings = source.recipe.prompt
-        self._task = task_of(source.recipe)
+        task = task_of(source.recipe)
+        if not isinstance(task, TokenTask):
+            raise ValueError(f"task={task.name} predicts {', '.join(task.columns)} and no text: leave this setting out")
+        self._task = task
         self._encoder = self._task.encoder(tokenizer, settings)
         self._continued = None
         if not source.tuned and chat_family(tokenizer, settings.chat) == "plain":

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from arena.model.backbone import HEAD, backbone, classifies, load_base, underlying
 from arena.model.card import card_of
-from arena.model.layers import adapted_layers
-from arena.model.lora import install_dora
+from arena.model.lora import adapted_layers, install_dora
 from arena.model.memory.estimate import estimate_policies, shape_of
 from arena.model.memory.fused import install, set_policies
 from arena.model.safety import check_adapter, undamaged

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from arena.model.backbone import base_config
 from arena.model.card import Card, resolve_dtype
 from arena.model.families import ARCHITECTURES
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import GIB, POLICIES, describe, estimate_policies, fit, need, shape_of
 from arena.progress import console
 from arena.settings import ModelSettings, Recipe
@@ -29,13 +29,13 @@ LAYERS = "layers by policy"
 HEADER = ("card", "dtype", "attention", "budget", "least GiB", LAYERS, "recomputed")
 
 
-def card_rows(recipe: Recipe, config: Any, cards: tuple[Card, ...] = CARDS) -> list[list[str]]:
-    """One row for each card, under `HEADER`: how the recipe runs there, or that it does not fit.
+def card_rows(recipe: Recipe, config: Any) -> list[list[str]]:
+    """One row for each of `CARDS`, under `HEADER`: how the recipe runs there, or that it does not fit.
 
     `least GiB` is the memory of a step with full recomputation; `recomputed` the share of a forward computed twice.
     """
     first_trained_layer(recipe.model, shape_of(config).layers)  # reports a layer that the base lacks
-    return [[card.name, *_row(recipe, config, card)] for card in cards]
+    return [[card.name, *_row(recipe, config, card)] for card in CARDS]
 
 
 def _row(recipe: Recipe, config: Any, card: Card) -> list[str]:

@@ -21,7 +21,7 @@ from arena.model.backbone import classifies
 from arena.model.card import card_of
 from arena.model.classifier import loss_sum
 from arena.model.language_model import PackedModel
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import (
     FROZEN,
     GIB,

@@ -22,7 +22,7 @@ from arena.model.base_files import base_digest, check_ids, check_length
 from arena.model.card import card_of, with_dtype
 from arena.model.exactness import check_exact
 from arena.model.language_model import check_head
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.model.tuning import adapt
 from arena.packing.plan import PackPlan

@@ -8,8 +8,6 @@ import os
 import pty
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -20,12 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from arena import cli
 from arena.inference import answers as writing
 from arena.inference.generate import Generator
 from arena.inference.sampling import Sampling
 from arena.inference.saved import export_judge
-from tests.helpers import tiny_recipe
+from tests.helpers import Processes, status_of_arena, tiny_recipe
 from tests.inference.test_judge import saved
 
 HOSTILE = [
@@ -37,44 +34,22 @@ HOSTILE = [
     "null",
     '\\N \\ud83d {"a": [1]}',
 ]
-# Imports once, then forks a real `arena generate` for each line of its input. It waits after each batch, so that there
-# is something to be cut.
-SERVER = """
-import json, os, sys, time
+# it waits after each batch, so that there is something to be cut
+SLOWED = """
+import time
 import arena.inference.answers
-from arena import cli
 from arena.storage import parts
 write = parts.Parts.write
 def slow(self, *args):
     write(self, *args)
     time.sleep(0.1)
 parts.Parts.write = slow
-print("ready", flush=True)
-for line in sys.stdin:
-    if line == "wait\\n":  # till then its id is not given to another process
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        continue
-    shown, *words = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        terminal = os.open(shown, os.O_RDWR | os.O_CREAT)
-        os.dup2(terminal, 1)
-        os.dup2(terminal, 2)
-        sys.argv = ["arena", "generate", *words]
-        cli.main()
-        sys.exit()
-    print(pid, flush=True)
 """
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
-    """`arena generate` in this process."""
-    monkeypatch.setattr(sys, "argv", ["arena", "generate", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    """The exit status of `arena generate` in this process."""
+    return status_of_arena(monkeypatch, "generate", *words)
 
 
 def prompts_in(folder: Path, rows: int = 24) -> Path:
@@ -133,43 +108,9 @@ def test_half_of_a_surrogate_pair_is_passed_on(gemma2: Path, tmp_path: Path, mon
     assert first["odd"] == "\ud83d" and second["prompt"] == "hello \ud83d" and second["answer"]
 
 
-class Processes:
-    """Real processes of `arena generate`."""
-
-    def __init__(self) -> None:
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.server.stdout is not None
-        return self.server.stdout.readline().strip()
-
-    def _ask(self, line: str) -> int:
-        assert self.server.stdin is not None
-        self.server.stdin.write(line + "\n")
-        self.server.stdin.flush()
-        return int(self._line())
-
-    def start(self, shown: str | Path, *words: str | Path) -> int:
-        """Starts one that prints to a file or a terminal; its process id."""
-        return self._ask(json.dumps([str(shown), *map(str, words)]))
-
-    def status(self) -> int:
-        """The exit status of the process started last, once it has ended."""
-        return self._ask("wait")
-
-    def close(self) -> None:
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        self.server.wait(60)
-
-
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    found = Processes()
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    found = Processes(tmp_path_factory.mktemp("processes"), SLOWED)
     yield found
     found.close()
 
@@ -180,7 +121,7 @@ def saved_parts(folder: Path) -> list[Path]:
 
 def end_after(processes: Processes, folder: Path, words: list[str], count: int, number: signal.Signals) -> int:
     """Sends a signal to a process once there are so many parts; its exit status."""
-    pid, until = processes.start(folder / f"{number.name}.txt", *words), time.monotonic() + 300
+    pid, until = processes.start(folder / f"{number.name}.txt", "generate", *words), time.monotonic() + 300
     while len(saved_parts(folder)) < count:
         assert time.monotonic() < until and not (folder / "out.jsonl").exists()
         time.sleep(0.005)
@@ -323,11 +264,11 @@ def test_one_prompt_in_a_file_and_on_a_terminal(processes: Processes, gemma2: Pa
     (expected,) = Generator(gemma2, device="cpu").generate(["hello"], Sampling(40))
     assert len(expected.text) > 20
     words = [str(gemma2), "--prompt", "hello", "--max-new-tokens=40"]
-    processes.start(tmp_path / "shown.txt", *words)
+    processes.start(tmp_path / "shown.txt", "generate", *words)
     assert processes.status() == 0
     assert (tmp_path / "shown.txt").read_text() == expected.text + "\n"
     ours, theirs = pty.openpty()
-    processes.start(os.ttyname(theirs), *words)
+    processes.start(os.ttyname(theirs), "generate", *words)
     assert processes.status() == 0
     shown = os.read(ours, 100_000).decode().replace("\r\n", "\n")
     os.close(ours)

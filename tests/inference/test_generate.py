@@ -192,6 +192,11 @@ def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) ->
         Sampling(**settings)
 
 
+def test_a_task_that_gives_no_text_is_refused(gemma2: Path) -> None:
+    with pytest.raises(ValueError, match=r"task=preference predicts winner_model_a, .* and no text: leave"):
+        Generator(gemma2, ["task=preference"])
+
+
 def test_prompts_that_cannot_be_used(generator: Generator) -> None:
     for prompts, message in (
         (["a", " \n"], "prompt 2, prompt: is .*write a text"),

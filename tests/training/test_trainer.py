@@ -110,6 +110,20 @@ class StopError(Exception):
     pass
 
 
+def stopped_after(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a trainer up to the checkpoint of a step."""
+    take = trainer._step
+
+    def stop(batch: Any, start: float) -> dict[str, Any]:
+        if trainer.done.step == step:
+            raise StopError
+        return take(batch, start)
+
+    monkeypatch.setattr(trainer, "_step", stop)
+    with pytest.raises(StopError):
+        trainer.run()
+
+
 @pytest.mark.parametrize("stop_after", [2, 3, 4])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_resumed_equals_uninterrupted(
@@ -123,16 +137,7 @@ def test_resumed_equals_uninterrupted(
     eight_bit = any(each.dtype == torch.uint8 for state in straight.optimizer.state.values() for each in tensors(state))
     assert eight_bit == (optimizer == "adamw8bit")
     cut = make(tmp_path / "b", gemma2, *options)
-    step = cut._step
-
-    def stop(batch: list[PackedBatch], start: float) -> dict[str, Any]:
-        if cut.done.step == stop_after:
-            raise StopError
-        return step(batch, start)
-
-    monkeypatch.setattr(cut, "_step", stop)
-    with pytest.raises(StopError):
-        cut.run()
+    stopped_after(cut, stop_after, monkeypatch)
     again = make(tmp_path / "b", gemma2, *options)
     again.run()
     assert straight.plan.n_steps == 5

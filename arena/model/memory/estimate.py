@@ -22,7 +22,7 @@ import psutil
 from arena.model.card import Card
 from arena.model.families import family_of
 from arena.model.language_model import bytes_of_losses, final_softcap
-from arena.model.layers import adapted_layers, first_trained_layer
+from arena.model.lora import adapted_layers, first_trained_layer
 from arena.settings import LoraSettings, ModelSettings, Recipe
 from arena.tasks import task_of
 
