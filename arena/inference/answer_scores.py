@@ -14,7 +14,6 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-
 from rich.table import Table
 
 from arena.metrics import Terms, estimate
