@@ -164,10 +164,7 @@ class Generate:
     words: Positional[
         Annotated[
             tuple[str, ...],
-            words_arg(
-                "MODEL [IN OUT] [KEY=VALUE ...]",
-                "A run, an exported folder or a base; a file with prompts and the file to write; settings.",
-            ),
+            words_arg("MODEL [IN OUT] [KEY=VALUE ...]", "A run, export or base; files to read and write; settings."),
         ]
     ] = ()
     prompt: Annotated[str | None, arg(help="One prompt, in place of IN and OUT.", help_behavior_hint="")] = None
@@ -177,10 +174,7 @@ class Generate:
     top_k: Annotated[int | None, arg(help="Draw from this many most probable tokens.")] = None
     seed: Annotated[int, arg(help="The seed of the draws.")] = 0
     batch: Annotated[int, arg(help="The most tokens of a batch, with answers and padding.")] = 16_384
-    score: Annotated[
-        Literal["squad", "rouge"] | None,
-        arg(help="Compare the answers with the file's own, and write OUT.scores.json.", help_behavior_hint=""),
-    ] = None
+    score: Annotated[Literal["squad", "rouge"] | None, arg(help="Score the answers by those of the file.")] = None
     held_out: Annotated[bool, arg(help="Answer only the rows that the run's fold held out.")] = False
     limit: Annotated[int | None, arg(help="Answer only so many of the first rows.")] = None
     fold: Annotated[int | None, arg(help="The fold of a run; required if several are finished.")] = None
