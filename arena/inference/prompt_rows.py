@@ -83,8 +83,8 @@ def read_prompts(source: Path, generator: Generator, sampling: Sampling, wanted:
         own = generator.encoder.columns(names)
         if source.suffix.lower() != ".parquet":
             return names
-        further = [name for name in ("id", "context", *columns) if name in names]
-        return list(dict.fromkeys([*own, *further]))  # other columns are passed on unread
+        needed = {*own, *columns, *(["context"] if columns else []), *(["id"] if wanted.held_out else [])}
+        return [name for name in names if name in needed]  # other columns are passed on unread
 
     for number, (where, cells) in enumerate(read_rows(source, choose, Limits())):
         if len(found.rows) == wanted.limit:
