@@ -26,7 +26,7 @@ PARTS = {
     "has_answer": "with an answer",
     "no_answer": "without an answer",
     "always_abstaining": "always abstaining",
-    "cross_fitted_threshold": "no-answer threshold chosen on the other half",
+    "cross_fitted_threshold": "threshold of the other half",
 }
 
 
@@ -145,9 +145,9 @@ def rouge_scores(
 def score_table(scores: dict[str, Any]) -> Table:
     """The scores of each part of the rows, with their intervals."""
     parts = {part: scores[part] for part in PARTS if part in scores}
-    table = Table("", title="scores of the answers, with 95% intervals", title_justify="left")
+    table = Table("", title="scores of the answers, with 95% intervals", title_justify="left", caption_justify="left")
     for column in (*(each for name in parts["all"] for each in (NAMES[name], "interval")), "rows"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for part, metrics in parts.items():
         cells = []
         for score in metrics.values():
@@ -156,5 +156,6 @@ def score_table(scores: dict[str, Any]) -> Table:
         table.add_row(PARTS[part], *cells, f"{score['rows']:,}")
     if best := scores.get("best_thresholds"):
         cells = [cell for name in parts["all"] for cell in (f"{best[name]['value']:.3f}", "")]
-        table.add_row("best threshold, chosen on these rows", *cells, f"{scores['all']['f1']['rows']:,}")
+        table.caption = "the best threshold was chosen on these rows, so its figures are too high for others"
+        table.add_row("best threshold", *cells, f"{scores['all']['f1']['rows']:,}")
     return table
