@@ -163,10 +163,7 @@ class Generate:
     words: Positional[
         Annotated[
             tuple[str, ...],
-            words_arg(
-                "MODEL [IN OUT] [KEY=VALUE ...]",
-                "A run, an exported folder or a base; a file with prompts and the file to write; settings.",
-            ),
+            words_arg("MODEL [IN OUT] [KEY=VALUE ...]", "A run, export or base; files to read and write; settings."),
         ]
     ] = ()
     prompt: Annotated[str | None, arg(help="One prompt, in place of IN and OUT.", help_behavior_hint="")] = None
@@ -176,15 +173,20 @@ class Generate:
     top_k: Annotated[int | None, arg(help="Draw from this many most probable tokens.")] = None
     seed: Annotated[int, arg(help="The seed of the draws.")] = 0
     batch: Annotated[int, arg(help="The most tokens of a batch, with answers and padding.")] = 16_384
+    score: Annotated[Literal["squad", "rouge"] | None, arg(help="Score the answers by those of the file.")] = None
+    held_out: Annotated[bool, arg(help="Answer only the rows that the run's fold held out.")] = False
+    limit: Annotated[int | None, arg(help="Answer only so many of the first rows.")] = None
     fold: Annotated[int | None, arg(help="The fold of a run; required if several are finished.")] = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
 
     def run(self) -> None:
         from arena.inference.answers import answer
+        from arena.inference.prompt_rows import Wanted
         from arena.inference.sampling import Sampling
 
         sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed)
-        answer(self.words, self.prompt, sampling, tokens=self.batch, runs=self.runs, fold=self.fold)
+        wanted = Wanted(self.score, self.held_out, self.limit)
+        answer(self.words, self.prompt, sampling, wanted, tokens=self.batch, runs=self.runs, fold=self.fold)
 
 
 @dataclass

@@ -129,8 +129,7 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     """
     _refuse_placeholders(recipe.prompt.template)
     settings, cache = recipe.data, Path(recipe.data.cache)
-    split_up = _with_fold if settings.validation is None else _with_validation
-    rows, held_out, train, notes = split_up(settings, task, fold)
+    rows, held_out, train, notes = split_rows(settings, task, fold)
     parts, selected, ids = [rows], [train], rows.ids
     if settings.extra:
         extra = read_files(settings.extra, task, settings, "required")
@@ -150,7 +149,6 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     _check_rows(fold, train_rows, held_out, has_input, task)
     orders = task.orders if recipe.train.swap != "never" or recipe.judge.swap else 1
     labels = np.concatenate([part.labels for part in parts])
-    split = [[part.fingerprint for part in parts], settings.folds, settings.fold_seed]
     return FoldData(
         rows=rows,
         ids=ids,
@@ -160,10 +158,27 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         eval_rows=held_out,
         has_input=has_input,
         prior=labels[train_rows].mean(axis=0) if task.classes else np.zeros(len(task.columns)),
-        fingerprint=fingerprint(split, fold, recipe.prompt.identity()),
-        trained_on=fingerprint(split),
+        fingerprint=fingerprint(split_identity(parts, settings), fold, recipe.prompt.identity()),
+        trained_on=fingerprint(split_identity(parts, settings)),
         notes=notes,
         groups=_numbers([key for part in parts for key in part.groups()]) if recipe.packing.group else None,
+    )
+
+
+def split_rows(settings: DataSettings, task: Task, fold: int) -> Split:
+    """The rows of the training file and of `data.validation`, and which of them a fold holds out."""
+    return (_with_fold if settings.validation is None else _with_validation)(settings, task, fold)
+
+
+def split_identity(parts: Sequence[Rows], settings: DataSettings) -> list[Any]:
+    """What decides which rows are in which fold: the rows, with those of `data.extra`, and the split."""
+    return [[part.fingerprint for part in parts], settings.folds, settings.fold_seed]
+
+
+def held_out_file(settings: DataSettings) -> Path:
+    """The file whose rows are held out, or a part of them."""
+    return (
+        data_file(settings.path, "train", settings.cache) if settings.validation is None else _validation_file(settings)
     )
 
 

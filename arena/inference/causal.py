@@ -32,11 +32,13 @@ class Source:
         recipe: its settings; `model.base` is the base, or a folder with all of the model.
         trained: the folder with what was trained on the base; None: nothing, or all of it.
         tuned: whether it was trained to answer; otherwise it is a base.
+        folder: the `model` folder of a fold, or an exported folder; None: it is a base.
     """
 
     recipe: Recipe
     trained: Path | None
     tuned: bool = True
+    folder: Path | None = None
 
 
 def find_source(name: str, runs: Path, fold: int | None, overrides: Sequence[str], dtype: str) -> Source:
@@ -66,10 +68,10 @@ def find_source(name: str, runs: Path, fold: int | None, overrides: Sequence[str
     if is_whole(folder):
         whole = {"base": str(folder), "revision": None, "quantization": "none"}
         model = saved.recipe.model.model_copy(update=whole)
-        return Source(change(saved.recipe.model_copy(update={"model": model}), overrides), None)
+        return Source(change(saved.recipe.model_copy(update={"model": model}), overrides), None, folder=folder)
     recipe = change(saved.recipe, overrides)
     saved.check_base(recipe.model)
-    return Source(recipe, folder)
+    return Source(recipe, folder, folder=folder)
 
 
 def _is_base(name: str) -> bool:

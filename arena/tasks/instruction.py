@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from datasets import Features, List, Value
 
-from arena.data.cells import FieldError, Labels, excerpt, is_blank, read_json, whole_characters
+from arena.data.cells import FieldError, Labels, excerpt, read_answers, read_json, read_text
 from arena.data.limits import Limits
 from arena.data.rows import Cells, required
 from arena.data.task import Encoded, TokenEncoder, TokenTargets, TokenTask
@@ -93,10 +93,10 @@ class Instruction(TokenTask):
         layout = _layout(list(cells))
         if layout == MESSAGES:
             return _read_messages(cells, limits)
-        context, prompt = (_read_text(cells, name) for name in ("context", layout[-1]))
+        context, prompt = (read_text(cells, name) for name in ("context", layout[-1]))
         if prompt is None:
             raise FieldError(layout[-1], "is empty or missing; write a text or leave the row out")
-        answer = self._read_answer(cells) if layout == QUESTION else _read_text(cells, "response")
+        answer = self._read_answer(cells) if layout == QUESTION else read_text(cells, "response")
         return {"prompt": [context, prompt], "response": [answer]}
 
     def has_input(self, row: Mapping[str, Any]) -> bool:
@@ -109,17 +109,9 @@ class Instruction(TokenTask):
         return InstructionEncoder(tokenizer, settings, memo)
 
     def _read_answer(self, cells: Cells) -> str | None:
-        """The first of the answers, which may be SQuAD's list or object, JSON of it, or a plain text."""
-        cell = cells.get("answers")
-        if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
-            cell = read_json(cell, "answers")
-        if cell is None or isinstance(cell, str):
-            return _read_text({"answers": cell}, "answers")
-        texts = cell.get("text") if isinstance(cell, dict) else cell
-        if not isinstance(texts, list):
-            raise FieldError("answers", f"is {excerpt(cell)}; write SQuAD's list of answers, or one text")
-        first = texts[0] if texts else self.unanswerable
-        return _read_text(first if isinstance(first, dict) else {"text": first}, "text")
+        """The first of the answers; the phrase for a question that has none."""
+        answers = read_answers(cells)
+        return None if answers is None else read_text({"text": (answers or [self.unanswerable])[0]}, "text")
 
 
 def _layout(names: Sequence[str]) -> tuple[str, ...]:
@@ -134,16 +126,6 @@ def _layout(names: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _read_text(cells: Mapping[str, Any], field: str) -> str | None:
-    """A text; None if it is blank or missing."""
-    cell = cells.get(field)
-    if is_blank(cell):
-        return None
-    if not isinstance(cell, str):
-        raise FieldError(field, f"is {excerpt(cell)}; write a text")
-    return whole_characters(cell)
-
-
 def _read_messages(cells: Cells, limits: Limits) -> Cells:
     """The exchanges of a chat. A system message, which may come first, is shown before the first prompt."""
     cell = cells["messages"]
@@ -151,7 +133,7 @@ def _read_messages(cells: Cells, limits: Limits) -> Cells:
     if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
         raise FieldError("messages", f"is {excerpt(cell)}; write a list of objects with role and content")
     limits.check_turns(len(messages), "messages")
-    system = _read_text(messages[0], "content") if messages and messages[0].get("role") == ROLES[0] else None
+    system = read_text(messages[0], "content") if messages and messages[0].get("role") == ROLES[0] else None
     turns = messages[1:] if messages and messages[0].get("role") == ROLES[0] else messages
     for at, message in enumerate(turns):
         if message.get("role") != (due := ROLES[1 + at % 2]):
@@ -160,7 +142,7 @@ def _read_messages(cells: Cells, limits: Limits) -> Cells:
                 f"has the role {excerpt(message.get('role'))} where {due} is due; let user and assistant take turns, "
                 "after one system message at most",
             )
-    texts = [_read_text(message, "content") for message in turns]
+    texts = [read_text(message, "content") for message in turns]
     prompts, responses = texts[::2], texts[1::2]
     if not prompts or any(prompt is None for prompt in prompts):
         raise FieldError("messages", "has a user's turn without text; write its content or leave the row out")

@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from arena.data.limits import Limits
+from arena.data.rows import read_rows
 from arena.inference import answers as writing
 from arena.inference.generate import Generator
 from arena.inference.sampling import Sampling
@@ -98,6 +100,31 @@ def test_files_come_back_with_answers(gemma2: Path, tmp_path: Path, monkeypatch:
             assert pq.read_schema(out).names == [*table.column_names, "answer", "finish"]
             assert pq.read_schema(out).field("n").type == pa.int16()
         shutil.rmtree(out.parent)
+
+
+def test_tab_separated_files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is quoted in them: an answer's tabs and line breaks become spaces, and its quotes stay."""
+    source, out = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    source.write_text('prompt\tnote\nsay "hello"\t"\nbye\té\n', encoding="utf-8")
+    texts = ['a\tb\r\nc"d\n', "plain"]
+    monkeypatch.setattr(Generator, "answers", lambda *args, **more: [writing.Answer(text, "stop") for text in texts])
+    assert run(monkeypatch, gemma2, source, out) == 0
+    assert out.read_text(encoding="utf-8").splitlines() == [
+        "prompt\tnote\tanswer\tfinish", 'say "hello"\t"\ta b c"d \tstop', "bye\té\tplain\tstop"
+    ]  # fmt: skip
+    again = [cells for _, cells in read_rows(out, list, Limits())]
+    assert [cells["prompt"] for cells in again] == ['say "hello"', "bye"]  # type: ignore[index]
+
+
+def test_the_first_rows_alone(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = prompts_in(tmp_path), tmp_path / "out.jsonl"
+    assert run(monkeypatch, gemma2, source, out, "--max-new-tokens=2") == 0
+    every = read(out)
+    table = pa.Table.from_pylist(read(source))
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=5)
+    for given, wrote in ((source, out), (tmp_path / "in.parquet", tmp_path / "out.parquet")):
+        assert run(monkeypatch, gemma2, given, wrote, "--max-new-tokens=2", "--limit=7") == 0
+        assert read(wrote) == every[:7]
 
 
 def test_half_of_a_surrogate_pair_is_passed_on(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +217,8 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "hello " * 600}) + "\n")
     (tmp_path / "columns.csv").write_text("id,text\n1,hello\n")
     (tmp_path / "answered.csv").write_text("prompt,finish\nhello,x\n")
+    (tmp_path / "scored.csv").write_text("prompt,answers,no_answer\nhello,x,0\n")
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "hello", "answers": ["x", 3]}\n')
     (tmp_path / "prompts.txt").write_text("hello\n")
     (tmp_path / "base").symlink_to(gemma2)
     before = sorted(tmp_path.rglob("*"))
@@ -208,7 +237,7 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("base long.jsonl out.jsonl", ["long.jsonl, line 1, prompt: has ", "positions for 512; shorten it"]),
         ("base columns.csv out.csv", ["1 problem", "instruction: is missing", "The columns found are", "id, text"]),
         ("base answered.csv out.csv", ["finish: is a column of the file, but answers are written there; rename it"]),
-        ("base prompts.txt out.txt", ["prompts.txt: name a file that ends in .csv, .jsonl, .parquet"]),
+        ("base prompts.txt out.txt", ["prompts.txt: name a file that ends in .csv, .tsv, .jsonl, .parquet"]),
         ("base nothing.csv out.csv", ["there is no file nothing.csv"]),
         ("base good.jsonl out.csv", ["out.csv: name a file that ends in .jsonl"]),
         ("base good.jsonl s3://b/out.jsonl", ["is a URL"]),
@@ -220,6 +249,15 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("base good.jsonl out.jsonl --top-k 3", ["top_p and top_k apply to sampling only"]),
         ("base good.jsonl out.jsonl --max-new-tokens 0", ["max_new_tokens is 0"]),
         ("base good.jsonl out.jsonl --batch 0", ["--batch is 0"]),
+        ("base good.jsonl out.jsonl --limit 0", ["--limit is 0: give the number of rows"]),
+        ("base --prompt x --score squad", ["--score, --held-out and --limit are for the rows of a file"]),
+        ("base good.jsonl out.jsonl --score squad", ["good.jsonl: no row has a reference answer in a column answers,"]),
+        ("base good.jsonl out.jsonl --score rouge", ["in a column response or messages or answers, with"]),
+        ("base good.jsonl out.jsonl --held-out", ["--held-out: a base is not in the folder of a fold"]),
+        ("base scored.csv out.csv --score squad", [
+            "no_answer: is a column of the file", "answers are written there; rename it"
+        ]),
+        ("base odd.jsonl out.jsonl --score squad", ["odd.jsonl, line 1, text: is 3; write a text"]),
         ("base good.jsonl out.jsonl model.dtyp=float32", ["model.dtyp: unknown key; did you mean 'dtype'?"]),
         ("base good.jsonl out.jsonl --fold 0", ["base is a base, but --fold 0 asks for a fold of a run"]),
         ("base --prompt \t", ["the prompt is"]),
