@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, and occasional plain lines elsewhere."""
+"""Long work: its progress as a rich bar or, where there is no terminal, as plain lines; and items made ahead."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO, cast
+from itertools import islice
+from typing import Any, TextIO, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -137,6 +139,7 @@ console = Messages(file=cast(TextIO, Output(_stdout)), highlight=False, soft_wra
 PLAIN_INTERVAL = 10.0  # seconds between two plain lines
 
 Advance = Callable[..., None]
+T = TypeVar("T")
 
 
 def escape_unprintable(text: str) -> str:
@@ -262,3 +265,17 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+    """Yields the same items, up to `depth` of which are made in a background thread before they are needed.
+
+    An error in making an item is raised in that item's place. This pays if making an item releases Python's global
+    lock for a while (a tokenizer, large copies) or if the caller waits for another device.
+    """
+    source = iter(items)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as maker:
+        waiting: list[Future[list[T]]] = [maker.submit(lambda: list(islice(source, 1))) for _ in range(depth)]
+        while made := waiting.pop(0).result():
+            waiting.append(maker.submit(lambda: list(islice(source, 1))))
+            yield made[0]

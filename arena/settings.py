@@ -42,7 +42,7 @@ class ExtraSettings(Settings):
 
 class TeacherSettings(Settings):
     path: Place = Field(
-        description="file of predictions of the training rows, by judges that had not seen them: the oof.csv of arena cv"
+        description="file of predictions of the training rows, by judges that had not seen them, such as oof.csv of cv"
     )
     weight: float = Field(1.0, gt=0, le=1, description="share of the prediction in a row's label")
     temperature: float = Field(1.0, gt=0, description="above 1, predictions are made more even")
@@ -50,7 +50,8 @@ class TeacherSettings(Settings):
 
 class DataSettings(Settings):
     path: Place = Field(
-        description="folder with train and test files, one training file, or a data set's name on the Hugging Face hub"
+        description="folder with train and test files, one training file, or a data set of the Hugging Face hub: "
+        "owner/name, or owner/name:configuration"
     )
     columns: ColumnSettings = ColumnSettings()
     validation: Place | None = Field(

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arena.background import ahead
-from arena.distributed import compute_in
+from arena.distributed import compute_in, reusing_memory
 from arena.model.classifier import PackedClassifier
-from arena.model.memory.reuse import reusing_memory
 from arena.packing.batch import collate
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, find_prefixes
+from arena.progress import ahead
 from arena.training.optimizer import LossScaling, make_optimizer, trainable
 from arena.training.step import accumulate
 from benchmarks.cells import Cell, Settings

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from arena.model.backbone import HEAD, as_classifier, loader_options, take_over
+from arena.model.backbone import HEAD, as_classifier, keep_layout, loader_options, take_over
 from arena.model.base_files import base_path
 from arena.settings import ModelSettings
 from arena.storage.files import fingerprint
@@ -50,6 +50,7 @@ def create_base(
     model = type(empty).from_pretrained(
         None, config=config, state_dict=weights, device_map={"": str(device)}, **loader_options(settings)
     )
+    keep_layout(model)
     model.name_or_path = model.config.name_or_path = base_path(settings.base)
     take_over(model, settings)
     return model

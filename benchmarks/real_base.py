@@ -22,10 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 from tyro.conf import arg
 
 from arena.config import change, load_recipe
-from arena.data.prepare import read_files
-from arena.distributed import device_name, fix_threads
+from arena.data.files import read_files
+from arena.distributed import device_name, fix_threads, reusing_memory
 from arena.model.backbone import load_tokenizer
-from arena.model.memory.reuse import reusing_memory
 from arena.progress import console, progress
 from arena.settings import Recipe
 from arena.storage.files import local_path

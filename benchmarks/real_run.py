@@ -18,7 +18,7 @@ import torch
 from arena.distributed import device_name, is_out_of_memory
 from arena.model.attention.varlen import used_backends
 from arena.model.card import Kind, card_of, with_dtype
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.training.optimizer import trainable
 from benchmarks import plan

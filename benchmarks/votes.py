@@ -27,19 +27,18 @@ from benchmarks.tables import table
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "mtbench_human": ("train.epochs=0.75",),
     "hh_helpful": (
-        "data.folds=12",
+        "data.folds=20",
         "train.swap=both",
         "train.batch_size=16",
-        "train.lr=2e-4",
-        "train.max_steps=140",
-        "train.evaluate_every=70",
+        "train.max_steps=90",
+        "train.evaluate_every=45",
     ),
     "qa_feedback": (
         "prompt.max_length=256",
         "train.swap=both",
         "train.batch_size=16",
-        "train.max_steps=150",
-        "train.evaluate_every=75",
+        "train.max_steps=100",
+        "train.evaluate_every=50",
     ),
     "llmfao_soft": ("train.epochs=0.65",),
 }

@@ -1,8 +1,14 @@
-"""Small real things for tests: tokenizers, models of several families, conversations."""
+"""Small real things for tests: tokenizers, models of several families, conversations, commands and their processes."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +32,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from arena import cli
 from arena.config import change, load_recipe
 from arena.data.dataset import Rows
 from arena.data.prepare import FoldData
@@ -57,6 +64,28 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
+
+# Imports once, then forks a real `arena` for each line of its input.
+SERVER = """
+import json, os, sys
+from arena import cli
+{slowed}
+print("ready", flush=True)
+for line in sys.stdin:
+    if line == "wait\\n":  # till then its id is not given to another process
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    shown, *words = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        opened = os.open(shown, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, 1)
+        os.dup2(opened, 2)
+        sys.argv = ["arena", *words]
+        cli.main()
+        sys.exit()
+    print(pid, flush=True)
+"""
 
 
 def make_tokenizer(folder: Path) -> Any:
@@ -233,3 +262,80 @@ def tiny_recipe(folder: Path, base: Path, *overrides: str) -> Recipe:
             "data.folds=3", "train.evaluate_every=3", "train.checkpoint_every=2", *overrides,
         ],
     )  # fmt: skip
+
+
+def tiny(base: Path) -> list[str]:
+    """Settings of a command that trains the demo's recipe on a tiny base and the rows of `write_rows`."""
+    return [
+        f"model.base={base}", "prompt.max_length=128", "packing.budget=512", "train.batch_size=8", "data.folds=3",
+    ]  # fmt: skip
+
+
+def arena(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> None:
+    """`arena` in this process."""
+    monkeypatch.setattr(sys, "argv", ["arena", *map(str, words)])
+    cli.main()
+
+
+def status_of_arena(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    """The exit status of `arena` in this process."""
+    try:
+        arena(monkeypatch, *words)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@contextmanager
+def done_within(seconds: int) -> Iterator[None]:
+    """Fails if the block takes longer."""
+
+    def late(*_: object) -> None:
+        raise AssertionError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Processes:
+    """Real processes of `arena` in a folder.
+
+    Args:
+        slowed: code that makes the work slow enough for a signal to come amid it.
+    """
+
+    def __init__(self, folder: Path, slowed: str) -> None:
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER.replace("{slowed}", slowed)], cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def _ask(self, line: str) -> int:
+        assert self.server.stdin is not None
+        self.server.stdin.write(line + "\n")
+        self.server.stdin.flush()
+        return int(self._line())
+
+    def start(self, shown: str | Path, *words: str | Path) -> int:
+        """Starts one that prints to a file or a terminal; its process id."""
+        return self._ask(json.dumps([str(shown), *map(str, words)]))
+
+    def status(self) -> int:
+        """The exit status of the process started last, once it has ended; minus the signal that killed it."""
+        return self._ask("wait")
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(60)

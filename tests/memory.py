@@ -1,11 +1,18 @@
-"""How much memory of its own a process holds, and at most held: mapped files, which it can give back, not counted."""
+"""How much memory a process holds, and at most held, and how much of it its tensors do.
+
+Of a process only what is its own is counted: not mapped files, which it can give back.
+"""
 
 from __future__ import annotations
 
 import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 
@@ -51,3 +58,35 @@ def held(model: torch.nn.Module) -> dict[str, int]:
             kinds["quantised"] += sum(each.numel() * each.element_size() for each in inner if each is not None)
     kinds["other"] += sum(each.numel() * each.element_size() for each in model.buffers())
     return kinds
+
+
+class LiveTensors(TorchDispatchMode):
+    """Within it, counts what tensors hold: `peak` is the most bytes at a time in those made since it began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {self._key(each) for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)}
+        results = func(*args, **(kwargs or {}))
+        for each in tree_leaves(results):
+            if isinstance(each, torch.Tensor) and self._key(each) not in given | self._known:
+                self._count(each.untyped_storage())
+        return results
+
+    @staticmethod
+    def _key(tensor: torch.Tensor) -> int:
+        return int(tensor.untyped_storage()._cdata)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = int(storage._cdata), storage.nbytes()
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

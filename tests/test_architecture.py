@@ -11,16 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("arena", "benchmarks")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-MOST_MODULES = 105  # of arena, without `__init__`
+MOST_MODULES = 114  # of arena, without `__init__`
 MOST_LINES, LONGEST_FUNCTION, NINE_OF_TEN = 300, 60, 25  # lines of a module, of a function, of nine functions in ten
 # each room imports only from itself and from those before it
 ROOMS = [
     "command_line",
-    "background",
     "progress",
     "stopping",
     "storage",
-    "overrides",
     "prompt_settings",
     "settings",
     "config",
@@ -34,6 +32,7 @@ ROOMS = [
     "inference",
     "training",
     "reporting",
+    "commands",
     "cli",
     "benchmarks",
 ]

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from arena import cli
+from arena import cli, commands
 from arena.config import recipe_names
-from tests.helpers import write_rows
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["arena", *words])
-    cli.main()
+from tests.helpers import arena, write_rows
 
 
 def test_version_and_misspelt_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,19 +22,19 @@ def test_version_and_misspelt_commands(monkeypatch: pytest.MonkeyPatch, capsys: 
         (["qwertz"], 2, f"the commands are {', '.join(cli.COMMANDS)}\n"),
     ):
         with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, *words)
+            arena(monkeypatch, *words)
         assert stop.value.code == status
         assert capsys.readouterr().out.endswith(shown)
 
 
 def test_help_lists_the_recipes_of_the_folder() -> None:
     for name in recipe_names():
-        assert name in str(cli.Name.__metadata__)
+        assert name in str(commands.Name.__metadata__)
 
 
 def test_a_misspelt_flag_gets_the_nearest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "train", "--fodl", "3")
+        arena(monkeypatch, "train", "--fodl", "3")
     assert stop.value.code == 2
     assert "--fold" in capsys.readouterr().err
 
@@ -89,7 +84,7 @@ def test_mistakes_are_reported_without_a_traceback(
     if "--data" not in words:
         words = [*words, "--data", str(rows)]
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *words)
+        arena(monkeypatch, *words)
     assert stop.value.code == 2
     shown = capsys.readouterr().out
     assert message in shown.replace("\n", " ")
@@ -109,7 +104,7 @@ def test_urls_are_not_written_to(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *words)
+        arena(monkeypatch, *words)
     assert stop.value.code == 2
     assert message in capsys.readouterr().out.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +118,7 @@ def test_a_file_that_cannot_be_used_is_named_and_nothing_is_written(
     text = (rows / "train.csv").read_text().replace('"[""which is better 3?""]"', "which is better 3?")
     (rows / "train.csv").write_text(text)
     with pytest.raises(SystemExit):
-        run(monkeypatch, "train", "--data", "rows")
+        arena(monkeypatch, "train", "--data", "rows")
     shown = capsys.readouterr().out.replace("\n", " ")
     assert "rows/train.csv, line 5, prompt" in shown
     assert not (tmp_path / "runs").exists()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from arena import cli
 from arena.tasks.preference import COLUMNS as CLASSES
 from tests.bad_settings import COMMANDS, SAMPLES
 from tests.data.bad_files import KINDS, Kind, summary
-from tests.helpers import write_rows
+from tests.helpers import arena, done_within, tiny, write_rows
 
 SECONDS = 60
 BY_NAME = {kind.name: kind for kind in KINDS}
@@ -34,14 +31,8 @@ JUDGED = [
 
 @pytest.fixture(autouse=True)
 def _no_hanging() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise AssertionError(f"not done after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with done_within(SECONDS):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +42,8 @@ def trained(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = str(write_rows(place / "rows"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(sys, "argv", ["arena", "train", "--data", rows, *tiny(gemma2), "train.epochs=0.2"])
-        cli.main()
+        arena(patch, "train", "--data", rows, *tiny(gemma2), "train.epochs=0.2")
     return place
-
-
-def tiny(base: Path) -> list[str]:
-    return [
-        f"model.base={base}", "prompt.max_length=128", "packing.budget=512", "train.batch_size=8", "data.folds=3",
-    ]  # fmt: skip
-
-
-def arena(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["arena", *words])
-    cli.main()
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:

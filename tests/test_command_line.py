@@ -18,9 +18,8 @@ import tyro
 
 from arena.cli import COMMANDS
 from arena.command_line import command
-from arena.config import load_recipe
+from arena.config import _group, load_recipe
 from arena.inference.find import find_models
-from arena.overrides import _group
 from arena.prompt_settings import RECIPES
 from arena.settings import Recipe
 from benchmarks.__main__ import COMMANDS as MEASURING

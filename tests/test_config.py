@@ -76,6 +76,16 @@ def test_refusals_name_the_key_and_the_remedy(override: str, message: str) -> No
         load_recipe("demo", [override])
 
 
+def test_epochs_that_max_steps_would_override_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"train\.epochs has no effect .* train\.max_steps=250: pass train\.max_steps=null"
+    ):
+        load_recipe("gemma-3-270m-sst2", ["train.epochs=2"])
+    both = load_recipe("gemma-3-270m-sst2", ["train.epochs=2", "train.max_steps=null"]).train
+    assert (both.epochs, both.max_steps) == (2, None)
+    assert load_recipe("demo", ["train.epochs=2"]).train.epochs == 2
+
+
 def test_unknown_recipe_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no recipe 'nope': name one of demo, gemma-1\.1-2b-squad2"):
         load_recipe("nope")

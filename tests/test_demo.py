@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from arena import cli
 from arena.metrics import log_loss
+from tests.helpers import arena
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.slow
 def test_demo_comes_near_the_floor_and_beats_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for command in ("train", "infer"):
-        monkeypatch.setattr(sys, "argv", ["arena", command])
-        cli.main()
+        arena(monkeypatch, command)
     metrics = json.loads((tmp_path / "runs/demo/fold0/metrics.json").read_text())
     assert 0.80 <= metrics["bayes_log_loss_expected"] <= 0.95
     assert metrics["log_loss"] <= metrics["bayes_log_loss"] + 0.05

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from arena import cli
 from arena.config import load_recipe
+from arena.metrics import log_loss
 from arena.tasks.preference import COLUMNS as CLASSES
-from arena.tasks.preference import log_loss
 from arena.training.run import run_fold
-from tests.helpers import SHARED, make_base, needs_shared, tiny_recipe, write_rows
+from tests.helpers import SHARED, arena, make_base, needs_shared, tiny, tiny_recipe, write_rows
 
 ROOT = Path(__file__).parents[1]
 METRICS = {
@@ -23,17 +21,6 @@ METRICS = {
     "fill_rate", "tokens", "unique_tokens", "tokens_per_second", "train_seconds", "peak_memory_bytes",
     "trainable_parameters", "data_wait_seconds", "device", "attention_backend", "baseline_log_loss",
 }  # fmt: skip
-
-
-def arena(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["arena", *words])
-    cli.main()
-
-
-def tiny(base: Path) -> list[str]:
-    return [
-        f"model.base={base}", "prompt.max_length=128", "packing.budget=512", "train.batch_size=8", "data.folds=3",
-    ]  # fmt: skip
 
 
 def test_two_folds_and_a_submission(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from arena.config import load_recipe
-from arena.overrides import read_yaml, read_yaml_file
+from arena.prompt_settings import read_yaml, read_yaml_file
 from arena.settings import Recipe
 
 PIECES = [

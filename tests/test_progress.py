@@ -1,4 +1,7 @@
-"""What is printed never ends a run, whatever becomes of the terminal, the pipe or the file behind it."""
+"""What is printed never ends a run, whatever becomes of the terminal, the pipe or the file behind it.
+
+Items made ahead are the same, in order, and nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from arena.progress import Output, console, optional
+from arena.progress import Output, ahead, console, optional
 
 # an interpreter of its own that prints and shows a bar, and in the midst of it gets the signal that is its argument
 TALKS = """
@@ -151,3 +156,36 @@ def test_optional_work_fails_with_a_one_line_warning(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit), optional("drawing"):
         raise SystemExit(3)
     assert console.encoding
+
+
+def test_items_are_made_ahead_in_order_and_no_further_than_the_depth() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for at in range(20):
+            made.append(at)
+            yield at
+
+    items = ahead(source(), depth=2)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    time.sleep(0.1)
+    assert len(made) <= 5
+    assert list(items) == list(range(3, 20))
+
+
+def test_an_error_in_the_background_comes_where_the_item_would() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        raise ValueError("a bad batch")
+
+    items = ahead(source())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="a bad batch"):
+        next(items)
+
+
+def test_no_thread_is_left_behind_when_the_consumer_stops() -> None:
+    items = ahead(iter(range(100)))
+    next(items)
+    items.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

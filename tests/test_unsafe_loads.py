@@ -29,7 +29,7 @@ MODULES_THAT_RUN_WHAT_THEY_READ = {"dill", "joblib", "shelve", "marshal", "runpy
 CALLS_THAT_RUN_WHAT_THEY_READ = {
     "torch.hub.load", "torch.jit.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "eval", "exec",
 }  # fmt: skip
-OWN_LOADER = "_Loader"  # of arena/overrides.py, a SafeLoader that takes even less
+OWN_LOADER = "_Loader"  # of arena/prompt_settings.py, a SafeLoader that takes even less
 
 
 class Payload:

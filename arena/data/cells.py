@@ -57,6 +57,32 @@ def read_turns(cells: Mapping[str, Any], field: str) -> list[str | None]:
     return [text if text is None else whole_characters(text) for text in value]
 
 
+def read_text(cells: Mapping[str, Any], field: str) -> str | None:
+    """A text; None if it is blank or missing."""
+    cell = cells.get(field)
+    if is_blank(cell):
+        return None
+    if not isinstance(cell, str):
+        raise FieldError(field, f"is {excerpt(cell)}; write a text")
+    return whole_characters(cell)
+
+
+def read_answers(cells: Mapping[str, Any]) -> list[Any] | None:
+    """The texts, not checked yet, of a row's `answers`; none for a question that has none, None if nothing is written.
+
+    The cell is SQuAD's list or object, JSON of it, or a plain text.
+    """
+    cell = cells.get("answers")
+    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+        cell = read_json(cell, "answers")
+    if is_blank(cell):
+        return None
+    texts = [cell] if isinstance(cell, str) else cell.get("text") if isinstance(cell, dict) else cell
+    if not isinstance(texts, list):
+        raise FieldError("answers", f"is {excerpt(cell)}; write SQuAD's list of answers, or one text")
+    return [each.get("text") if isinstance(each, dict) else each for each in texts]
+
+
 def is_blank(cell: Any) -> bool:
     """Whether a cell is null, empty or white space."""
     return cell is None or (isinstance(cell, str) and not cell.strip())

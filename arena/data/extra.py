@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from arena.data.cells import excerpt
-from arena.data.dataset import Rows
+from arena.data.dataset import Rows, repeated
+from arena.data.files import read_files
 from arena.data.predictions import read_predictions, rows_of
 from arena.data.task import Task
 from arena.metrics import SMALLEST
-from arena.settings import ExtraSettings, TeacherSettings
+from arena.settings import DataSettings, ExtraSettings, TeacherSettings
 
 NEAR = 0.8  # prompts with at least this Jaccard similarity of their character n-grams are near duplicates
 CHARACTERS = 5  # in an n-gram
@@ -41,7 +42,44 @@ class Extra:
     origin: str
 
 
-def with_settings(rows: Rows, settings: ExtraSettings, task: Task) -> Extra:
+def read_extra(settings: DataSettings, task: Task) -> list[Extra]:
+    """The rows of extra files: those without settings together, then each with settings."""
+    plain = [each for each in settings.extra if isinstance(each, str)]
+    found = []
+    if plain:
+        rows = read_files(plain, task, settings, "required")
+        origin = Path(plain[0]).name if len(plain) == 1 else "data.extra"
+        found.append(Extra(rows, rows.labels, rows.labels, origin))
+    for each in settings.extra:
+        if isinstance(each, ExtraSettings):
+            rows = read_files([each.path], task, settings, "required" if each.labels is None else "ignored")
+            found.append(_with_settings(rows, each, task))
+    return found
+
+
+def without_leaks(
+    extra: Sequence[Extra], rows: Rows, held_out: np.ndarray, notes: list[str]
+) -> list[NDArray[np.bool_]]:
+    """Which rows of each extra file to train on. What is omitted is added to the notes."""
+    flags: list[NDArray[np.bool_]] = []
+    groups = rows.groups() if extra else []
+    held_out_groups, known = {groups[row] for row in held_out.tolist()} if extra else set(), set(groups)
+    for at, each in enumerate(extra):
+        repeats = repeated(each.rows, rows, *(other.rows for other in extra[:at]))
+        own = each.rows.groups()
+        leaks = np.array([group in held_out_groups for group in own], dtype=np.bool_)
+        # a prompt of the training rows is trained on anyway
+        alike = near(own, held_out_groups) & np.array([group not in known for group in own], dtype=np.bool_)
+        notes.append(
+            f"{each.origin}: {len(own):,} extra rows, of which {repeats.sum():,} repeat a row, "
+            f"{(leaks & ~repeats).sum():,} have a {rows.task.group_by} of the held-out rows, and "
+            f"{(alike & ~repeats).sum():,} nearly one; they are omitted"
+        )
+        flags.append(~repeats & ~leaks & ~alike)
+    return flags
+
+
+def _with_settings(rows: Rows, settings: ExtraSettings, task: Task) -> Extra:
     """Rows of a file with its own label source, weight, temperature and smoothing.
 
     Raises:

@@ -8,29 +8,40 @@ from pathlib import Path
 from arena.progress import console
 from arena.storage.files import atomic_write
 
-NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name
+# owner/name, or owner/name:configuration
+NAME = re.compile(r"(?P<data_set>(?P<owner>[A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*)(:(?P<part>[\w.+-]+))?", re.ASCII)
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path that does not exist may name a data set: `owner/name`, where no local folder is called `owner`."""
+    """Whether a path that does not exist may name a data set, where no local folder is called like its owner.
+
+    It is `owner/name`, or `owner/name:configuration` for a data set that has several.
+    """
     name = NAME.fullmatch(path)
-    return name is not None and not Path(name[1]).exists()
+    return name is not None and not Path(name["owner"]).exists()
 
 
 def hub_folder(name: str, cache: Path) -> Path:
     """The folder under `cache` that holds `train.parquet` and so on, a file for each split of a data set.
 
+    Args:
+        name: for which `is_hub_name` is true.
+
     Raises:
-        ValueError: the data set cannot be fetched.
+        ValueError: the data set cannot be fetched, or is one of several configurations and `name` has none of them.
     """
-    folder = cache / f"hub-{name.replace('/', '--')}"
+    folder = cache / f"hub-{name.replace('/', '--').replace(':', '--')}"
     if not folder.is_dir():
         import datasets
 
+        found = NAME.fullmatch(name)
+        assert found is not None, name
         console.print(f"fetching the data set {name} from the Hugging Face hub")
         try:
-            splits = datasets.load_dataset(name)
+            splits = datasets.load_dataset(found["data_set"], found["part"])
         except (OSError, ValueError) as error:  # OSError: also not found, not allowed, and no network
+            if isinstance(error, ValueError):
+                _check_configuration(found["data_set"], found["part"])
             raise ValueError(
                 f"data.path: there is no folder or file {name}, and no data set of that name can be fetched from the "
                 f"Hugging Face hub ({str(error).strip().splitlines()[0]}); give a folder with DATA= or --data"
@@ -40,3 +51,19 @@ def hub_folder(name: str, cache: Path) -> Path:
             for split, rows in splits.items():
                 rows.to_parquet(str(draft / f"{split}.parquet"))
     return folder
+
+
+def _check_configuration(data_set: str, part: str | None) -> None:
+    """Raises `ValueError` if a data set that exists has several configurations, and `part` is none of them."""
+    import datasets
+
+    try:
+        known = datasets.get_dataset_config_names(data_set)
+    except (OSError, ValueError):  # what is wrong is something else, which loading has reported
+        return
+    if part not in known and (part is not None or len(known) > 1):
+        wrong = "consists of several configurations" if part is None else f"has no configuration {part!r}"
+        raise ValueError(
+            f"data.path: the data set {data_set} {wrong}: name one after a colon, as in data.path={data_set}:"
+            f"{known[0]}; there are {', '.join(known)}"
+        ) from None

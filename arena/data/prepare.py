@@ -13,17 +13,14 @@ import numpy as np
 from datasets import concatenate_datasets
 from numpy.typing import NDArray
 
-from arena.data.cells import Labels
-from arena.data.dataset import Rows, read_dataset, repeated
-from arena.data.extra import Extra, near, taught_by, with_settings
+from arena.data.dataset import Rows
+from arena.data.extra import read_extra, taught_by, without_leaks
+from arena.data.files import data_file, read_files
 from arena.data.folds import leaking, load_or_assign_folds
-from arena.data.hub import hub_folder, is_hub_name
-from arena.data.limits import Limits
-from arena.data.rows import READERS
 from arena.data.task import Task
 from arena.data.tokens import TokenStore, join, tokenise
 from arena.prompt_settings import Template
-from arena.settings import DataSettings, ExtraSettings, Recipe
+from arena.settings import DataSettings, Recipe
 from arena.storage.files import fingerprint
 
 # placeholders that other programs use in templates; other braces are ordinary text
@@ -95,36 +92,6 @@ class FoldData:
         return replace(self.rows, table=self.rows.table.select(self.eval_rows))
 
 
-def data_file(path: str | Path, kind: str, cache: str | Path | None = None) -> Path:
-    """The file called `kind` (train, test) in a data folder, or `path` itself if it is a file.
-
-    Args:
-        cache: where data sets of the hub are cached; None: `path` does not name one.
-
-    Raises:
-        ValueError: there is no such file, or more than one.
-    """
-    place = Path(path)
-    if place.is_file():
-        return place
-    if cache is not None and not place.is_dir() and is_hub_name(str(path)):
-        place = hub_folder(str(path), Path(cache))
-    if not place.is_dir():
-        raise ValueError(f"data.path: there is no folder or file {place}; give one with DATA= or --data")
-    files = [file for ending in READERS if (file := place / f"{kind}{ending}").is_file()]
-    if len(files) != 1:
-        names = ", ".join(f"{kind}{ending}" for ending in READERS)
-        have = f"it has {', '.join(file.name for file in files)}" if files else "it has none of them"
-        raise ValueError(f"{place} must have exactly one of {names}; {have}")
-    return files[0]
-
-
-def read_files(paths: Sequence[str | Path], task: Task, settings: DataSettings, labels: Labels) -> Rows:
-    """`read_dataset` with a recipe's cache and limits."""
-    limits = Limits(settings.max_row_characters, settings.max_turns)
-    return read_dataset([Path(path) for path in paths], Path(settings.cache), task, labels=labels, limits=limits)
-
-
 def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldData:
     """Reads, splits and tokenises the data of fold `fold` of a recipe.
 
@@ -134,11 +101,10 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     """
     _refuse_placeholders(recipe.prompt.template)
     settings, cache = recipe.data, Path(recipe.data.cache)
-    split_up = _with_fold if settings.validation is None else _with_validation
-    rows, held_out, train, notes = split_up(settings, task, fold)
+    rows, held_out, train, notes = split_rows(settings, task, fold)
     taught = rows.labels if settings.teacher is None else taught_by(rows, settings.teacher, task, train)
-    extra = _extra(settings, task)
-    kept = _kept(extra, rows, held_out, notes)
+    extra = read_extra(settings, task)
+    kept = without_leaks(extra, rows, held_out, notes)
     parts, selected = [rows, *(each.rows for each in extra)], [train, *kept]
     ids = [*rows.ids, *(f"{name} ({each.origin})" for each in extra for name in each.rows.ids)]
     has_input, chosen = np.concatenate([part.has_input for part in parts]), np.concatenate(selected)
@@ -150,7 +116,7 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     labels = np.concatenate([rows.labels, *(each.labels for each in extra)])
     taught = np.concatenate([taught, *(each.taught for each in extra)])
     aims = [] if np.array_equal(taught, labels) else [fingerprint(taught.tobytes())]
-    split = [[part.fingerprint for part in parts], settings.folds, settings.fold_seed, *aims]
+    split = [*split_identity(parts, settings), *aims]
     return FoldData(
         rows=rows,
         ids=ids,
@@ -168,41 +134,21 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     )
 
 
-def _extra(settings: DataSettings, task: Task) -> list[Extra]:
-    """The rows of extra files: those without settings together, then each with settings."""
-    plain = [each for each in settings.extra if isinstance(each, str)]
-    found = []
-    if plain:
-        rows = read_files(plain, task, settings, "required")
-        origin = Path(plain[0]).name if len(plain) == 1 else "data.extra"
-        found.append(Extra(rows, rows.labels, rows.labels, origin))
-    for each in settings.extra:
-        if isinstance(each, ExtraSettings):
-            rows = read_files([each.path], task, settings, "required" if each.labels is None else "ignored")
-            found.append(with_settings(rows, each, task))
-    return found
+def split_rows(settings: DataSettings, task: Task, fold: int) -> Split:
+    """The rows of the training file and of `data.validation`, and which of them a fold holds out."""
+    return (_with_fold if settings.validation is None else _with_validation)(settings, task, fold)
 
 
-def _kept(
-    extra: Sequence[Extra], rows: Rows, held_out: np.ndarray, notes: list[str]
-) -> list[NDArray[np.bool_]]:  # fmt: skip
-    """Which rows of each extra file to train on. What is omitted is added to the notes."""
-    flags: list[NDArray[np.bool_]] = []
-    groups = rows.groups() if extra else []
-    held_out_groups, known = {groups[row] for row in held_out.tolist()} if extra else set(), set(groups)
-    for at, each in enumerate(extra):
-        repeats = repeated(each.rows, rows, *(other.rows for other in extra[:at]))
-        own = each.rows.groups()
-        leaks = np.array([group in held_out_groups for group in own], dtype=np.bool_)
-        # a prompt of the training rows is trained on anyway
-        alike = near(own, held_out_groups) & np.array([group not in known for group in own], dtype=np.bool_)
-        notes.append(
-            f"{each.origin}: {len(own):,} extra rows, of which {repeats.sum():,} repeat a row, "
-            f"{(leaks & ~repeats).sum():,} have a {rows.task.group_by} of the held-out rows, and "
-            f"{(alike & ~repeats).sum():,} nearly one; they are omitted"
-        )
-        flags.append(~repeats & ~leaks & ~alike)
-    return flags
+def split_identity(parts: Sequence[Rows], settings: DataSettings) -> list[Any]:
+    """What decides which rows are in which fold: the rows, with those of `data.extra`, and the split."""
+    return [[part.fingerprint for part in parts], settings.folds, settings.fold_seed]
+
+
+def held_out_file(settings: DataSettings) -> Path:
+    """The file whose rows are held out, or a part of them."""
+    return (
+        data_file(settings.path, "train", settings.cache) if settings.validation is None else _validation_file(settings)
+    )
 
 
 def _with_fold(settings: DataSettings, task: Task, fold: int) -> Split:

@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class TokenTargets:
-    """Which tokens of n examples are to be predicted, for a task whose head is the vocabulary.
+    """Which tokens of n examples are to be predicted, for a `TokenTask`.
 
     Attributes:
         places: int32 (m,), the positions in each example from which its next token is predicted, in ascending order.
@@ -72,7 +72,7 @@ class Encoded:
         offsets: int32 (n + 1,), the beginning of each example, and the end.
         turns_dropped: int32 (n,), as in `Example`.
         tokens_cut: int32 (n,), as in `Example`.
-        targets: of a task whose head is the vocabulary; None for one with classes.
+        targets: of a `TokenTask`; None for a task with classes.
     """
 
     input_ids: np.ndarray
@@ -103,11 +103,9 @@ class Encoder(ABC):
 
     Attributes:
         constant_ids: token ids of the texts around a row's own, by which cached tokens are told apart.
-        end_ids: tokens that end what is predicted, for a task without classes.
     """
 
     constant_ids: list[list[int]]
-    end_ids: tuple[int, ...] = ()
 
     @abstractmethod
     def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[Any]:
@@ -117,13 +115,23 @@ class Encoder(ABC):
     def lay_out(self, rows: Sequence[Any], *, orders: int) -> Encoded:
         """The examples of tokenised rows, each in the first `orders` of its orders, one after another."""
 
-    def prompts(self, rows: Sequence[Any]) -> list[np.ndarray]:
-        """The int32 token ids that a model continues with its answer, for each row; for a task without classes."""
-        raise NotImplementedError
-
     def encode(self, rows: Mapping[str, Sequence[Any]], *, orders: int = 1) -> Iterator[Example]:
         """The examples of a batch of rows; those of one row are adjacent."""
         yield from self.lay_out(self.tokenise(rows), orders=orders).examples()
+
+
+class TokenEncoder(Encoder):
+    """An encoder of a `TokenTask`.
+
+    Attributes:
+        end_ids: tokens that end what is predicted.
+    """
+
+    end_ids: tuple[int, ...]
+
+    @abstractmethod
+    def prompts(self, rows: Sequence[Any]) -> list[np.ndarray]:
+        """The int32 token ids that a model continues with its answer, for each tokenised row."""
 
 
 class Task(ABC):
@@ -131,10 +139,8 @@ class Task(ABC):
 
     Attributes:
         name: its key in `arena.tasks.TASKS`, which a recipe names as `task`.
-        classes: the names of the classes, in the order of the head's outputs. A task without classes has the base's own
-            vocabulary as its head, and predicts tokens of its examples (`TokenTargets`). Its rows have no labels.
-        columns: the columns of predictions in files: the probabilities of the classes, in the same order; of a task
-            without classes, what `PackedLanguageModel` gives for an example, with 0 for a row without targets.
+        classes: the names of the classes, in the order of the head's outputs; a `TokenTask` has none.
+        columns: the columns of predictions in files: the probabilities of the classes, in the same order.
         texts: the columns of a checked row that an encoder reads.
         features: the types of these columns in a checked row.
         rows: what its rows are called; no two tasks that read the same files differently may share it.
@@ -148,7 +154,7 @@ class Task(ABC):
     """
 
     name: str
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...]
     columns: tuple[str, ...]
     texts: tuple[str, ...]
     features: Features
@@ -183,20 +189,20 @@ class Task(ABC):
         """What turns the cells of a file with this first row into those that `read_texts` reads; None: nothing."""
         return None
 
+    @abstractmethod
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """The columns of a file that hold the label. Raises `FieldError` if there is none although it is required."""
-        return ()
 
     @abstractmethod
     def read_texts(self, cells: Cells, limits: Limits) -> Cells:
         """A row's texts, of the types in `features`. Raises `FieldError` for a cell that cannot be used."""
 
+    @abstractmethod
     def read_label(self, cells: Cells, labels: Labels) -> list[float] | None:
         """The probabilities of the classes, which sum to 1; None if the row has no label.
 
         Raises `FieldError` for an invalid label, and for a missing one if labels are required.
         """
-        return None
 
     @abstractmethod
     def has_input(self, row: Mapping[str, Any]) -> bool:
@@ -256,3 +262,22 @@ class Task(ABC):
             train_rows, eval_rows: which rows to fit and to predict.
         """
         return None
+
+
+class TokenTask(Task):
+    """A task without classes, which predicts tokens of its examples (`TokenTargets`) with the base's own output layer.
+
+    Attributes:
+        columns: what `PackedLanguageModel` gives for an example, with 0 for a row without targets.
+    """
+
+    classes = ()
+
+    def read_label(self, cells: Cells, labels: Labels) -> None:
+        """Rows have no labels."""
+
+    @abstractmethod
+    def encoder(
+        self, tokenizer: Any, settings: PromptSettings, memo: MutableMapping[bytes, np.ndarray] | None = None
+    ) -> TokenEncoder:
+        """As for any task."""

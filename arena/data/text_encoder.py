@@ -64,6 +64,11 @@ def _is_of_words(character: str) -> bool:
     return unicodedata.category(character)[0] in "LMN" or character.isspace() or character == "\u2581"
 
 
+def as_ids(ids: Sequence[int]) -> np.ndarray:
+    """Token ids as an int32 array."""
+    return np.array(ids, dtype=np.int32)
+
+
 class TextEncoder:
     """The token ids of texts, for one tokenizer.
 
@@ -124,7 +129,7 @@ class TextEncoder:
         ids = [flat[start:end] for start, end in pairwise(ends.tolist())]
         control = np.flatnonzero(self._is_control[flat])
         for index in np.unique(np.searchsorted(ends, control, side="right") - 1).tolist():
-            ids[index] = _ids(self._without_control(texts[index]))
+            ids[index] = as_ids(self._without_control(texts[index]))
         return ids
 
     def _without_control(self, text: str) -> list[int]:
@@ -159,10 +164,6 @@ class TextEncoder:
     def _trusted(self, text: str) -> list[int]:
         """Token ids of this package's own markers, in which control tokens are recognised."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-
-def _ids(ids: Sequence[int]) -> np.ndarray:
-    return np.array(ids, dtype=np.int32)
 
 
 def chat_family(tokenizer: Any, chat: str = "auto") -> str:

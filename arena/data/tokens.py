@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 from cachetools import LRUCache
 
-from arena.background import ahead
 from arena.data.dataset import Rows, reading_cached
 from arena.data.task import Encoded, Encoder
 from arena.data.text_encoder import control_ids
-from arena.progress import progress
+from arena.progress import ahead, progress
 from arena.prompt_settings import PromptSettings
 from arena.storage.files import atomic_write, fingerprint
 

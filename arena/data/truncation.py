@@ -103,6 +103,23 @@ def shorten(ids: np.ndarray, cap: int, mark: np.ndarray, is_continuation: np.nda
     return np.concatenate([ids[:head], mark, ids[tail:]]), tail - head
 
 
+def check_room(room: int, least: int, max_length: int) -> None:
+    """Checks that a template leaves enough of `max_length`.
+
+    Args:
+        room: the tokens that it leaves for texts.
+        least: the tokens that they need, however they are truncated.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if room < least:
+        raise ValueError(
+            f"prompt.max_length {max_length} is too small for this template, which takes at least "
+            f"{max_length - room + least} tokens; raise max_length or shorten the template"
+        )
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """One more than the largest id; as ids may have gaps, this can exceed the number of tokens."""
     return int(max(tokenizer.get_vocab().values())) + 1

@@ -21,6 +21,7 @@ from random import Random
 from typing import NamedTuple
 
 from arena.demo import synthetic_text as text
+from arena.progress import console
 from arena.settings import Recipe
 from arena.storage.files import atomic_write
 from arena.tasks.preference import COLUMNS
@@ -159,6 +160,7 @@ def ensure_demo(recipe: Recipe) -> bool:
         return False
     if not folder.exists():
         write_demo(folder, *rows, recipe.seed)
+        console.print(f"demo data written to {folder}: {rows} labelled and unlabelled rows")
         return True
     if (folder / "truth.csv").is_file():  # which only demo rows have
         there = tuple(_count(folder / name) for name in ("train.csv", "test.csv"))

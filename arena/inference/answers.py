@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -19,25 +19,27 @@ import pyarrow.parquet as pq
 from transformers import TextStreamer
 
 from arena.data.cells import FieldError, is_utf8
-from arena.data.dataset import BadRowsError
 from arena.data.limits import Limits
 from arena.data.rows import Cells, read_rows
 from arena.distributed import fix_threads
+from arena.inference.answer_scores import rouge_l, rouge_scores, says, score_table, squad_scores
 from arena.inference.generate import Answer, Generator
+from arena.inference.prompt_rows import Prompts, Wanted, read_prompts
 from arena.inference.prompts import PROMPT
 from arena.inference.sampling import Sampling
 from arena.progress import console, escape_unprintable
 from arena.stopping import Stopped
-from arena.storage.files import atomic_write, file_digest, local_path
+from arena.storage.files import atomic_write, file_digest, local_path, write_json
 from arena.storage.lock import locked
 
-COLUMNS = ("answer", "finish")  # added to the file's own
+ENDS_FIELD = re.compile(r"[\t\r\n]+")  # in a file of tab-separated values
 SETTING = re.compile(r"(model|prompt)\.[a-z_.]+=")
 
 
 def answer(
-    words: Sequence[str], prompt: str | None, sampling: Sampling, *, tokens: int, runs: Path, fold: int | None
-) -> None:
+    words: Sequence[str], prompt: str | None, sampling: Sampling, wanted: Wanted, *, tokens: int, runs: Path,
+    fold: int | None,
+) -> None:  # fmt: skip
     """Answers a file's rows or one prompt.
 
     Args:
@@ -51,28 +53,35 @@ def answer(
             "give a model and two files, MODEL IN OUT, or a model and --prompt TEXT, but not "
             f"{' '.join(names) or 'nothing'}{'' if prompt is None else ' and --prompt'}"
         )
+    if prompt is not None and wanted != Wanted():
+        raise ValueError("--score, --held-out and --limit are for the rows of a file: leave them out with --prompt")
     if tokens < 1:
         raise ValueError(f"--batch is {tokens}: give the most tokens of a batch, such as 16384")
     fix_threads()
     make = partial(Generator, names[0], settings, runs=runs, fold=fold)
     if prompt is None:
-        answer_file(make(), Path(names[1]), Path(names[2]), sampling, tokens)
+        answer_file(make(), Path(names[1]), Path(names[2]), sampling, tokens, wanted)
     else:
         answer_prompt(make, prompt, sampling)
 
 
-def answer_file(generator: Generator, source: Path, out: Path, sampling: Sampling, tokens: int) -> None:
-    """Writes a file's rows with an answer each, in their order.
+def answer_file(
+    generator: Generator, source: Path, out: Path, sampling: Sampling, tokens: int, wanted: Wanted | None = None
+) -> None:
+    """Writes a file's rows with an answer each, in their order, and their scores to `OUT.scores.json`.
 
     Args:
-        source: CSV, JSONL or parquet with a column `prompt` or those of the model's task. All columns are passed on.
+        source: CSV, TSV, JSONL or parquet with a column `prompt` or those of the model's task, all of which are passed
+            on.
         out: a file of the same kind. Until it is complete, answers are saved in `OUT.parts`, from which the same call
             resumes.
         tokens: of a batch, as for `Generator.answers`.
+        wanted: which rows, and how they are scored; by default all, and not at all.
 
     Raises:
         BadRowsError: rows cannot be used; nothing was answered.
-        ValueError: the files are not of one of these kinds, or the same; or another process is writing `out`.
+        ValueError: the files are not of one of these kinds, or the same; another process is writing `out`; or answers
+            cannot be scored; nothing was answered.
         Stopped: a signal arrived; the answers so far are saved.
     """
     kind = source.suffix.lower()
@@ -83,15 +92,25 @@ def answer_file(generator: Generator, source: Path, out: Path, sampling: Samplin
     local_path(out, "the file to write,", [kind])
     if out.exists() and out.samefile(source):
         raise ValueError(f"{source} would be replaced by its answers: name another file to write")
-    parts = out.with_name(f"{out.name}.parts")
+    parts, scores_file = (out.with_name(f"{out.name}.{each}") for each in ("parts", "scores.json"))
+    wanted, phrase = wanted or Wanted(), generator.recipe.prompt.template.unanswerable
+    if wanted.score == "rouge":
+        rouge_l()  # reports a missing package before anything is answered
     try:
         with locked(out):
             digest = file_digest(source)
-            answers = generator.answers(read_prompts(source, generator, sampling), sampling, tokens=tokens, parts=parts)
+            prompts = read_prompts(source, generator, sampling, wanted)
+            asked = phrase if wanted.score == "squad" else None
+            answers = generator.answers(prompts.ids, sampling, tokens=tokens, parts=parts, phrase=asked)
             if file_digest(source) != digest:
                 raise ValueError(f"{source} was changed meanwhile: the same command answers the prompts that changed")
+            cells = ((answer.text, answer.finish, answer.no_answer)[: len(wanted.columns)] for answer in answers)
+            added = [dict(zip(wanted.columns, each, strict=True)) for each in cells]
+            scores_file.unlink(missing_ok=True)  # of earlier answers
             with atomic_write(out) as draft:
-                WRITERS[kind](source, draft, answers)
+                WRITERS[kind](source, draft, dict(zip(prompts.rows, added, strict=True)))
+            if wanted.score is not None:
+                write_json(scores_file, scores := _score(wanted, prompts, answers, phrase))
             shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     except (Stopped, SystemExit):
         if parts.is_dir():
@@ -101,6 +120,11 @@ def answer_file(generator: Generator, source: Path, out: Path, sampling: Samplin
     console.print(
         f"written: {out}, {len(answers):,} rows; {cut:,} answers were cut at {sampling.max_new_tokens:,} tokens"
     )
+    if wanted.score is not None:
+        console.print(score_table(scores))
+        console.print(
+            f"written: {scores_file}; {scores['without_reference']:,} rows have no reference and do not count"
+        )
 
 
 def answer_prompt(generator: Callable[[], Generator], prompt: str, sampling: Sampling) -> None:
@@ -137,78 +161,89 @@ class _Terminal(_Plain):
         super().on_finalized_text(escape_unprintable(text), stream_end)
 
 
-def read_prompts(source: Path, generator: Generator, sampling: Sampling) -> list[np.ndarray]:
-    """The token ids of the prompt of each row.
-
-    Raises:
-        BadRowsError: rows or the file cannot be used.
-    """
-    prompts, bad = [], BadRowsError()
-
-    def choose(names: list[str]) -> list[str]:
-        _check_free(names)
-        wanted = generator.encoder.columns(names)
-        return wanted if source.suffix.lower() == ".parquet" else names  # other columns are passed on unread
-
-    for where, cells in read_rows(source, choose, Limits()):
-        try:
-            if isinstance(cells, FieldError):
-                raise cells
-            _check_free(cells)
-            prompts.append(generator.encode(cells, sampling))
-        except FieldError as problem:
-            bad.add(source, where, problem)
-    if bad.count:
-        raise bad
-    return prompts
+def _score(wanted: Wanted, prompts: Prompts, answers: Sequence[Answer], phrase: str) -> dict[str, Any]:
+    """What `OUT.scores.json` holds: the scores of the answers of rows with a reference."""
+    every = zip(answers, prompts.references, prompts.groups, strict=True)
+    known = [(answer, each, group) for answer, each, group in every if each is not None]
+    facts = {
+        "score": wanted.score, "held_out": wanted.held_out, "rows": len(known),
+        "without_reference": len(answers) - len(known),
+    }  # fmt: skip
+    texts, groups = [answer.text for answer, _, _ in known], [group for _, _, group in known]
+    if wanted.score == "rouge":
+        return {**facts, **rouge_scores(texts, [each or [phrase] for _, each, _ in known], groups)}
+    return {
+        **facts,
+        "no_answer_phrase": phrase,
+        **squad_scores(
+            ["" if says(text, phrase) else text for text in texts],
+            [[own for own in each if not says(own, phrase)] for _, each, _ in known],
+            np.array([answer.no_answer for answer, _, _ in known]),
+            groups,
+        ),
+    }
 
 
-def _check_free(names: Any) -> None:
-    for name in COLUMNS:
-        if name in names:
-            raise FieldError(name, "is a column of the file, but answers are written there; rename it")
+Added = Mapping[int, Cells]  # what is added to each row that was answered, by its number in the file
 
 
-def _answered(source: Path, answers: Sequence[Answer]) -> Iterator[Cells]:
-    for (_, cells), answer in zip(read_rows(source, list, Limits()), answers, strict=True):
-        assert not isinstance(cells, FieldError), "the rows were checked"
-        yield {**cells, **dict(zip(COLUMNS, (answer.text, answer.finish), strict=True))}
+def _answered(source: Path, added: Added) -> Iterator[Cells]:
+    last = max(added)
+    for number, (_, cells) in enumerate(read_rows(source, list, Limits())):
+        if number in added:
+            assert not isinstance(cells, FieldError), "the rows were checked"
+            yield {**cells, **added[number]}
+        if number == last:
+            return
 
 
-def _write_csv(source: Path, draft: Path, answers: Sequence[Answer]) -> None:
+def _write_csv(source: Path, draft: Path, added: Added) -> None:
     with draft.open("w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
-        for number, cells in enumerate(_answered(source, answers)):
+        for number, cells in enumerate(_answered(source, added)):
             if number == 0:
                 writer.writerow(cells)
             writer.writerow(cells.values())
 
 
-def _write_jsonl(source: Path, draft: Path, answers: Sequence[Answer]) -> None:
+def _write_tsv(source: Path, draft: Path, added: Added) -> None:
+    """Nothing is quoted there: what would end a field or a row becomes a space."""
+    with draft.open("w", encoding="utf-8", newline="") as handle:
+        for number, cells in enumerate(_answered(source, added)):
+            for fields in (cells.keys(), cells.values()) if number == 0 else (cells.values(),):
+                handle.write("\t".join(ENDS_FIELD.sub(" ", str(each)) for each in fields) + "\n")
+
+
+def _write_jsonl(source: Path, draft: Path, added: Added) -> None:
     with draft.open("w", encoding="utf-8", newline="\n") as handle:
-        for cells in _answered(source, answers):
+        for cells in _answered(source, added):
             line = json.dumps(cells, ensure_ascii=False)
             handle.write((line if is_utf8(line) else json.dumps(cells)) + "\n")
 
 
-def _write_parquet(source: Path, draft: Path, answers: Sequence[Answer]) -> None:
-    added = [pa.array([answer.text for answer in answers]), pa.array([answer.finish for answer in answers])]
+def _write_parquet(source: Path, draft: Path, added: Added) -> None:
+    types = {name: pa.array([cell]).type for name, cell in next(iter(added.values())).items()}
     with pq.ParquetFile(source) as file:
         schema = file.schema_arrow
-        for name in COLUMNS:
-            schema = schema.append(pa.field(name, pa.string()))
+        for name, kind in types.items():
+            schema = schema.append(pa.field(name, kind))
         with pq.ParquetWriter(draft, schema) as writer:
-            start = 0
+            end = 0
             for index in range(file.num_row_groups):
+                start, end = end, end + file.metadata.row_group(index).num_rows
+                if not (rows := [row for row in range(start, end) if row in added]):
+                    continue
                 table = file.read_row_group(index)
-                for name, column in zip(COLUMNS, added, strict=True):
-                    table = table.append_column(name, column.slice(start, len(table)))
-                start += len(table)
+                if len(rows) < len(table):
+                    table = table.take([row - start for row in rows])
+                for name, kind in types.items():
+                    table = table.append_column(name, pa.array([added[row][name] for row in rows], kind))
                 writer.write_table(table)
 
 
-WRITERS: dict[str, Callable[[Path, Path, Sequence[Answer]], None]] = {
+WRITERS: dict[str, Callable[[Path, Path, Added], None]] = {
     ".csv": _write_csv,
+    ".tsv": _write_tsv,
     ".jsonl": _write_jsonl,
     ".parquet": _write_parquet,
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from arena.config import change
 from arena.inference.find import JUDGE_FILE, find_model
 from arena.inference.saved import read_judge
-from arena.model.backbone import base_config, keep_layout, loader_options
-from arena.model.base_files import CONFIG, DEMO_BASE, base_folder, base_load_errors
+from arena.model.backbone import base_config, load_weights
+from arena.model.base_files import CONFIG, DEMO_BASE, base_folder
 from arena.model.gguf_base import is_gguf
 from arena.model.lora import install_dora
-from arena.model.safety import SAFE_WEIGHTS, check_loaded, compute_in, stored_quantization
+from arena.model.safety import check_loaded
 from arena.model.tuning import is_whole, with_adapter
-from arena.progress import loading_quietly
 from arena.settings import ModelSettings, Recipe
 
 HEAD = "lm_head"
@@ -32,11 +32,13 @@ class Source:
         recipe: its settings; `model.base` is the base, or a folder with all of the model.
         trained: the folder with what was trained on the base; None: nothing, or all of it.
         tuned: whether it was trained to answer; otherwise it is a base.
+        folder: the `model` folder of a fold, or an exported folder; None: it is a base.
     """
 
     recipe: Recipe
     trained: Path | None
     tuned: bool = True
+    folder: Path | None = None
 
 
 def find_source(name: str, runs: Path, fold: int | None, overrides: Sequence[str], dtype: str) -> Source:
@@ -66,10 +68,10 @@ def find_source(name: str, runs: Path, fold: int | None, overrides: Sequence[str
     if is_whole(folder):
         whole = {"base": str(folder), "revision": None, "quantization": "none"}
         model = saved.recipe.model.model_copy(update=whole)
-        return Source(change(saved.recipe.model_copy(update={"model": model}), overrides), None)
+        return Source(change(saved.recipe.model_copy(update={"model": model}), overrides), None, folder=folder)
     recipe = change(saved.recipe, overrides)
     saved.check_base(recipe.model)
-    return Source(recipe, folder)
+    return Source(recipe, folder, folder=folder)
 
 
 def _is_base(name: str) -> bool:
@@ -92,19 +94,8 @@ def load_causal(settings: ModelSettings, trained: Path | None = None) -> PreTrai
     folder = base_folder(settings.base, settings.revision, settings.dtype)
     config = base_config(settings, folder)
     capped = getattr(config, "attn_logit_softcapping", None) is not None  # which torch's own attention lacks
-    options = loader_options(settings) | {"attn_implementation": "eager" if capped else "sdpa"}
-    stored = stored_quantization(config) is not None
-    if stored:
-        del options["quantization_config"]  # the checkpoint's own config applies
-    with base_load_errors(settings.base), loading_quietly():
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
-        )
-    _check_head(settings.base, model, report)
-    check_loaded(settings.base, model, report, head=None)
-    if stored:
-        compute_in(model, options["dtype"])
-    keep_layout(model)
+    check, attention = partial(_check, settings.base), "eager" if capped else "sdpa"
+    model, _ = load_weights(AutoModelForCausalLM, config, folder, settings, check, attention)
     model.generation_config = GenerationConfig()  # some bases come with settings that sample
     if trained is not None:
         model = with_adapter(model, trained, settings)
@@ -112,10 +103,11 @@ def load_causal(settings: ModelSettings, trained: Path | None = None) -> PreTrai
     return model.eval()
 
 
-def _check_head(base: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Raises `ValueError` if a base has another head; where embeddings are tied, nothing else shows it."""
+def _check(base: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a base is damaged or has another head, which nothing else shows if embeddings are tied."""
     if names := {name.split(".")[0] for name in report["unexpected_keys"]} - {model.base_model_prefix, HEAD}:
         raise ValueError(
             f"model.base: {base} has the head {', '.join(sorted(names))} and is no language model: name the base that "
             "it was made from"
         )
+    check_loaded(base, model, report, head=None)

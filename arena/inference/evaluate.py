@@ -13,18 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arena.background import ahead
 from arena.data.task import Task
 from arena.data.tokens import TokenStore
-from arena.distributed import compute_in
+from arena.distributed import compute_in, reusing_memory
 from arena.inference.logits import SECONDS, Logits, LogitsCache
 from arena.metrics import softmax
 from arena.model.classifier import by_example
-from arena.model.memory.reuse import reusing_memory
 from arena.packing.loader import PackedLoader
 from arena.packing.plan import plan_evaluation
 from arena.packing.tree import Prefixes
-from arena.progress import progress
+from arena.progress import ahead, progress
 from arena.stopping import Stop
 from arena.storage.files import fingerprint
 

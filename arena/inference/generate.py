@@ -6,8 +6,8 @@ batch, it does for all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
 from arena import __version__
@@ -32,14 +33,22 @@ from arena.storage.files import file_digest, fingerprint
 from arena.storage.parts import InvalidPartError, Parts, open_parts
 
 BATCH_TOKENS = 16_384
+LOGITS_AT_ONCE = 2**26  # logits of a phrase's tokens, which take 256 MiB in float32
+PROBABILITY = 2  # 32-bit words of a phrase's probability, a float64, before the token ids of an answer
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and why it ends: `stop` at the end of the model's turn, or `length` at the most tokens allowed."""
+    """An answer.
+
+    Attributes:
+        finish: why it ends: `stop` at the end of the model's turn, or `length` at the most tokens allowed.
+        no_answer: the probability of the phrase that says that there is none; None if it was not asked for.
+    """
 
     text: str
     finish: str
+    no_answer: float | None = None
 
 
 class Generator:
@@ -68,7 +77,7 @@ class Generator:
         self.recipe, self._trained = with_dtype(source.recipe, card_of(self.device)), source.trained
         settings = self.recipe.model
         self.tokenizer = load_tokenizer(str(self._trained or settings.base), settings.revision)
-        self.encoder = PromptEncoder(source, self.tokenizer)
+        self.encoder, self.folder = PromptEncoder(source, self.tokenizer), source.folder
         self._positions = positions(base_config(settings))
 
     @cached_property
@@ -111,6 +120,7 @@ class Generator:
         *,
         tokens: int = BATCH_TOKENS,
         parts: Path | None = None,
+        phrase: str | None = None,
     ) -> list[Answer]:
         """Answers encoded prompts, in their order.
 
@@ -118,6 +128,7 @@ class Generator:
             tokens: in a batch at most, with padding and the longest answers; a longer prompt is alone in its batch.
             parts: a folder that keeps the batches, from which the same call resumes with the same answers. SIGTERM,
                 SIGINT and SIGHUP then stop after the present batch. None keeps nothing.
+            phrase: what a model says that has no answer, whose probability each `Answer` gets.
 
         Raises:
             FloatingPointError: a row's logits are not numbers.
@@ -126,23 +137,27 @@ class Generator:
         """
         batches = plan_batches([len(ids) for ids in prompts], sampling.max_new_tokens, tokens)
         if parts is None:
-            done = self._answer(prompts, batches, sampling, {}, None, None)
+            done = self._answer(prompts, batches, sampling, phrase, {}, None, None)
         else:
-            with self._open_parts(parts, prompts, sampling, tokens) as saved, stopping() as stop:
-                known = _read_parts(saved, batches, sampling.max_new_tokens)
-                done = self._answer(prompts, batches, sampling, known, saved, stop)
+            with self._open_parts(parts, prompts, sampling, tokens, phrase) as saved, stopping() as stop:
+                known = _read_parts(saved, batches, sampling.max_new_tokens + PROBABILITY)
+                done = self._answer(prompts, batches, sampling, phrase, known, saved, stop)
         by_row = {row: ids for at, rows in enumerate(batches) for row, ids in zip(rows, done[at], strict=True)}
-        return [self.read(by_row[row]) for row in range(len(prompts))]
+        before = 0 if phrase is None else PROBABILITY
+        return [self.read(by_row[row], before) for row in range(len(prompts))]
 
     def _answer(
-        self, prompts: Sequence[np.ndarray], batches: list[list[int]], sampling: Sampling, done: dict[int, np.ndarray],
-        parts: Parts | None, stop: Stop | None,
+        self, prompts: Sequence[np.ndarray], batches: list[list[int]], sampling: Sampling, phrase: str | None,
+        done: dict[int, np.ndarray], parts: Parts | None, stop: Stop | None,
     ) -> dict[int, np.ndarray]:  # fmt: skip
-        """The token ids of each batch's answers, of which those in `done` are known."""
+        """The token ids of each batch's answers, of which those in `done` are known, after the phrase's probability."""
         todo = [at for at in range(len(batches)) if at not in done]
         with progress("answering", len(prompts), "rows", sum(map(len, done.values()))) as advance:
             for at in todo:
-                done[at] = self.batch([prompts[row] for row in batches[at]], batches[at], sampling)
+                own = [prompts[row] for row in batches[at]]
+                done[at] = self.batch(own, batches[at], sampling)
+                if phrase is not None:
+                    done[at] = np.hstack([self.probabilities(own, phrase)[:, None].view("<i4"), done[at]])
                 if parts is not None:
                     parts.write(at, at + 1, done[at].tobytes())
                 advance(len(batches[at]))
@@ -159,43 +174,77 @@ class Generator:
         streamer: TextStreamer | None = None,
     ) -> np.ndarray:
         """The int32 token ids (rows, steps) that follow prompts, with those that ended an answer, and what is after."""
-        width, pad = max(map(len, prompts)), self.encoder.stop[0]
-        ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros_like(ids)
-        for at, prompt in enumerate(prompts):
-            ids[at, width - len(prompt) :] = torch.from_numpy(prompt)
-            mask[at, width - len(prompt) :] = 1
+        ids, mask = self._padded(prompts)
+        width = ids.shape[1]
         processors, choice = sampling.processors(rows, width, self.device)
         config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=self.encoder.stop, pad_token_id=pad
-        )
-        model: Any = self.model
-        try:
-            with compute_in(self.device, self.recipe.model.dtype):
-                whole = model.generate(
-                    ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config,
-                    logits_processor=processors, streamer=streamer,
-                )  # fmt: skip
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ValueError(
-                f"{len(rows)} prompts of up to {width:,} tokens are too many for the memory: lower --batch"
-            ) from error
+            max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=self.encoder.stop,
+            pad_token_id=self.encoder.stop[0],
+        )  # fmt: skip
+        with self._computing(ids):
+            whole = self.model.generate(
+                ids, attention_mask=mask, generation_config=config, logits_processor=processors, streamer=streamer
+            )
         if choice.broken is not None and choice.broken.any():
             row = rows[int(choice.broken.nonzero()[0])]
             raise FloatingPointError(f"the logits of row {row + 1} are not numbers: use model.dtype=float32")
         return np.ascontiguousarray(whole[:, width:].cpu().numpy(), dtype="<i4")
 
-    def read(self, ids: np.ndarray) -> Answer:
-        """The answer in a row of `batch`."""
+    @torch.inference_mode()
+    def probabilities(self, prompts: Sequence[np.ndarray], text: str) -> np.ndarray:
+        """float64 (rows,), how probable it is that a text answers each prompt and then the turn ends."""
+        answer, model = self.encoder.answer(text), self.model
+        at_once = max(1, LOGITS_AT_ONCE // (len(answer) * model.config.get_text_config().vocab_size))
+        tokens, found = torch.from_numpy(answer).long().to(self.device)[:, None], []
+        for first in range(0, len(prompts), at_once):
+            some = [np.concatenate([ids, answer[:-1]]) for ids in prompts[first : first + at_once]]
+            ids, mask = self._padded(some)
+            places = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+            with self._computing(ids):
+                logits = model(
+                    input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False,
+                    logits_to_keep=len(answer),
+                ).logits.float()  # fmt: skip
+                logs = logits.gather(-1, tokens.expand(len(some), -1, 1))[..., 0] - logits.logsumexp(dim=-1)
+            found.append(logs.double().sum(dim=-1).exp().cpu().numpy().astype("<f8"))
+        if np.isnan(probabilities := np.concatenate(found)).any():
+            raise FloatingPointError("logits are not numbers: use model.dtype=float32")
+        return probabilities
+
+    def _padded(self, prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Token ids (rows, tokens), padded on the left, and their mask."""
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.encoder.stop[0])
+        mask = torch.zeros_like(ids)
+        for at, prompt in enumerate(prompts):
+            ids[at, width - len(prompt) :] = torch.from_numpy(prompt)
+            mask[at, width - len(prompt) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    @contextmanager
+    def _computing(self, ids: Tensor) -> Iterator[None]:
+        """Computes in the model's dtype, and reports a lack of memory."""
+        try:
+            with compute_in(self.device, self.recipe.model.dtype):
+                yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, width = ids.shape
+            raise ValueError(
+                f"{rows} prompts of up to {width:,} tokens are too many for the memory: lower --batch"
+            ) from error
+
+    def read(self, row: np.ndarray, before: int = 0) -> Answer:
+        """The answer in a row of `batch`, which a phrase's probability may stand `before`."""
+        ids, no_answer = row[before:], float(row[:before].view("<f8")[0]) if before else None
         ends = np.flatnonzero(np.isin(ids, self.encoder.stop))
         own = ids[: ends[0]] if len(ends) else ids
         text = self.tokenizer.decode(own.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text, "stop" if len(ends) else "length")
+        return Answer(text, "stop" if len(ends) else "length", no_answer)
 
     def _open_parts(
-        self, folder: Path, prompts: Sequence[np.ndarray], sampling: Sampling, tokens: int
+        self, folder: Path, prompts: Sequence[np.ndarray], sampling: Sampling, tokens: int, phrase: str | None = None
     ) -> AbstractContextManager[Parts]:
         """The parts of these answers, by everything that determines them."""
         settings, trained = self.recipe.model, self._trained
@@ -208,6 +257,7 @@ class Generator:
             "sampling": asdict(sampling),
             "stop": self.encoder.stop,
             "tokens": tokens,
+            "phrase": phrase,
             "package": __version__,
         }
         return open_parts(folder, made_from, f"{device_name(self.device)}, torch {torch.__version__}")

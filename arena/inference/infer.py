@@ -16,7 +16,7 @@ import torch
 
 from arena.data.cells import excerpt
 from arena.data.dataset import Rows
-from arena.data.prepare import data_file, read_files
+from arena.data.files import data_file, read_files
 from arena.data.task import Task
 from arena.inference.judge import Judge
 from arena.inference.saved import SavedJudge, check_alike, read_judge
@@ -56,9 +56,8 @@ def check_output(path: Path, ids: Sequence[str], columns: Sequence[str], sample:
         return
     table = _read(sample)
     if list(table.columns) != (expected := ["id", *columns]):
-        raise ValueError(
-            f"{sample} has the columns {_few(table.columns)}, but a submission has {expected}: fetch it again"
-        )
+        found = excerpt(", ".join(map(str, table.columns)), 200)
+        raise ValueError(f"{sample} has the columns {found}, but a submission has {expected}: fetch it again")
     if repeated := table["id"][table["id"].duplicated()].tolist():
         raise ValueError(
             f"{sample} has {len(repeated)} ids more than once, such as {excerpt(repeated[0])}: fetch it again"
@@ -108,10 +107,6 @@ def _read(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OverflowError) as error:  # ValueError: also not UTF-8, empty, or rows that are too long
         raise ValueError(f"{path} cannot be read as CSV: {str(error).strip()}; fetch or write it again") from None
-
-
-def _few(names: pd.Index) -> str:
-    return excerpt(", ".join(map(str, names)), 200)
 
 
 def infer(models: Sequence[Path], data: str | None, out: Path, overrides: Sequence[str] = ()) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from datasets import concatenate_datasets
 
 from arena.data.dataset import Rows
+from arena.data.files import read_files
 from arena.data.predictions import Table, read_predictions, rows_of
-from arena.data.prepare import read_files
 from arena.data.task import Task
 from arena.inference.blend import Member, SavedBlend
 from arena.inference.find import find_models
@@ -21,19 +21,20 @@ from arena.tasks import TASKS
 
 
 def infer_blend(
-    saved: SavedBlend, data: str | None, out: Path, predictions: Mapping[str, Path], overrides: Sequence[str] = ()
+    saved: SavedBlend, data: str | None, out: Path, predictions: Sequence[str], overrides: Sequence[str] = ()
 ) -> None:
     """Writes a blend's probabilities of a test file's rows to `out`; `data`, `out` and errors are as in `infer`.
 
     Args:
-        predictions: by member, the file of its predictions of the test rows, for each member that is a file.
+        predictions: `NAME=FILE` for each member that is a file: its predictions of the test rows.
         overrides: settings of the judges to change.
     """
     used = [member for member, weight in zip(saved.members, saved.blend.weights, strict=True) if weight > 0]
     files = {member.name for member in used if member.kind == "file"}
-    if odd := files ^ predictions.keys():
+    named = {name: Path(path) for name, _, path in (word.partition("=") for word in predictions)}
+    if odd := files ^ named.keys():
         name = min(odd)
-        what = "is not one of its files" if name in predictions else "has no predictions of the test rows"
+        what = "is not one of its files" if name in named else "has no predictions of the test rows"
         raise ValueError(
             f"{name} {what}: give --predictions NAME=FILE for each of {', '.join(sorted(files)) or 'none'}"
         )
@@ -49,7 +50,7 @@ def infer_blend(
         raise ValueError("a blend without runs does not know where test rows are: name them with --data")
     task: Task = every[0].task if every else TASKS[saved.task]()
     settings = every[0].recipe.data if every else DataSettings(path=str(data))
-    tables = {name: read_predictions(path, task.columns) for name, path in predictions.items()}
+    tables = {name: read_predictions(path, task.columns) for name, path in named.items()}
 
     def predict(rows: Rows, parts: Path) -> np.ndarray:
         found = np.full((len(saved.members), len(rows), len(task.columns)), 1 / len(task.columns))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from arena import __version__
 from arena.config import change
 from arena.data.dataset import Rows
-from arena.data.prepare import read_files
+from arena.data.files import read_files
 from arena.data.tokens import tokenise
 from arena.distributed import device_name, let_segments_grow
 from arena.inference.evaluate import Evaluation

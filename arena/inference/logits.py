@@ -62,7 +62,7 @@ class Logits:
         known: bool (m,), which micro-batches have logits.
     """
 
-    def __init__(self, plan: PackPlan, width: int, parts: Parts | None = None) -> None:
+    def __init__(self, plan: PackPlan, width: int, parts: Parts | None) -> None:
         self.parts, self.width = parts, width
         self._ends = np.concatenate([[0], plan.micro_ends]).astype(np.int64)
         self.values = np.full((len(plan.examples), width), np.nan, dtype=np.float32)

@@ -9,6 +9,7 @@ import numpy as np
 
 from arena.data.cells import FieldError, excerpt, is_blank, whole_characters
 from arena.data.limits import Limits
+from arena.data.task import TokenTask
 from arena.data.text_encoder import TextEncoder, chat_family
 from arena.inference.causal import Source
 from arena.tasks import task_of
@@ -28,11 +29,13 @@ class PromptEncoder:
 
     def __init__(self, source: Source, tokenizer: Any) -> None:
         settings = source.recipe.prompt
-        self._task = task_of(source.recipe)
+        task = task_of(source.recipe)
+        if not isinstance(task, TokenTask):
+            raise ValueError(f"task={task.name} predicts {', '.join(task.columns)} and no text: leave this setting out")
+        self._task = task
         self._encoder = self._task.encoder(tokenizer, settings)
-        self._continued = None
-        if not source.tuned and chat_family(tokenizer, settings.chat) == "plain":
-            self._continued = TextEncoder(tokenizer)
+        self._texts = TextEncoder(tokenizer)
+        self._continues = not source.tuned and chat_family(tokenizer, settings.chat) == "plain"
         self.stop = sorted({*self._encoder.end_ids, tokenizer.eos_token_id} - {None})
 
     def columns(self, names: Sequence[str]) -> list[str]:
@@ -52,11 +55,15 @@ class PromptEncoder:
             raise FieldError(PROMPT, str(error)) from None
         return ids
 
+    def answer(self, text: str) -> np.ndarray:
+        """The int32 token ids of an answer with its end marker, as in training."""
+        return np.concatenate([self._texts.user_texts([text])[text], self._encoder.end_ids[:1]]).astype(np.int32)
+
     def _encode_prompt(self, text: Any) -> np.ndarray:
         if not isinstance(text, str) or is_blank(text):
             raise FieldError(PROMPT, f"is {excerpt(text)}; write a text, or leave the row out")
-        if self._continued is None:
+        if not self._continues:
             return self.encode({"instruction": text})
         text = whole_characters(text)
-        opening, _, _ = self._continued.chat("plain")
-        return np.concatenate([opening, self._continued.user_texts([text])[text]]).astype(np.int32)
+        opening, _, _ = self._texts.chat("plain")
+        return np.concatenate([opening, self._texts.user_texts([text])[text]]).astype(np.int32)

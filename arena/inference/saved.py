@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arena.config import change
-from arena.data.task import Task
+from arena.data.task import Task, TokenTask
 from arena.inference.find import JUDGE_FILE
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
@@ -192,12 +192,11 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
     model = merge(judge, settings, saved.task.classes).to(getattr(torch, dtype))
     model.config._attn_implementation = "eager"  # this package's attention is registered only where it is imported
     del model.config.arena_backend
-    model.config.use_cache = not saved.task.classes  # which generating needs
+    model.config.use_cache = isinstance(saved.task, TokenTask)  # which generating needs
     tokenizer = load_tokenizer(str(judge))
     model.config.pad_token_id = tokenizer.pad_token_id
-    if not saved.task.classes:
-        ends = saved.task.encoder(tokenizer, saved.recipe.prompt).end_ids
-        _end_answers(model.generation_config, ends)
+    if isinstance(saved.task, TokenTask):
+        _end_answers(model.generation_config, saved.task.encoder(tokenizer, saved.recipe.prompt).end_ids)
     with atomic_write(folder) as draft:
         model.save_pretrained(str(draft))
         # its recipe documents the prompt that the model expects

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,6 @@ def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool
         ValueError: the base is missing or gated, is stored with another quantisation than the settings ask for, or is
             not a decoder with replaceable attention; the message says what to do.
     """
-    options = loader_options(settings)
     folder = base_folder(settings.base, settings.revision, settings.dtype)
     config = base_config(settings, folder)
     if announce and (dropout := getattr(config, "attention_dropout", None)):
@@ -84,25 +84,46 @@ def load_base(settings: ModelSettings, classes: Sequence[str], *, announce: bool
         keep_head(config, HEAD)
     else:
         without_cache(config)
-    stored = stored_quantization(config) is not None
-    if stored:
-        del options["quantization_config"]  # the checkpoint's own config applies
-    kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-    with base_load_errors(settings.base), loading_quietly():
-        model, report = kind.from_pretrained(
-            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
-        )
-    check_loaded(settings.base, model, report, HEAD if classes else None)
+    kind, head = (AutoModelForSequenceClassification, HEAD) if classes else (AutoModelForCausalLM, None)
+    model, report = load_weights(kind, config, folder, settings, partial(check_loaded, settings.base, head=head))
     heads = own_heads(model.base_model_prefix, report, HEAD) if classes else []
     if heads and announce:
         console.print(
             f"{settings.base} has a head of its own ({', '.join(heads)}), which is not used: a new one is trained"
         )
-    if stored:
-        compute_in(model, getattr(torch, settings.dtype))
     model.name_or_path = model.config.name_or_path = base_path(settings.base)  # not the folder in the hub's cache
     take_over(model, settings)
     return model
+
+
+def load_weights(
+    kind: Any,
+    config: Any,
+    folder: Path,
+    settings: ModelSettings,
+    check: Callable[[PreTrainedModel, Mapping[str, Any]], None],
+    attention: str = NAME,
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A base's model, quantised as it is stored or as the settings say, and transformers' report of its weights.
+
+    Args:
+        kind: the class of transformers that loads it, such as `AutoModelForCausalLM`.
+        check: raises `ValueError` if the model and the report are not those of a whole base.
+        attention: transformers' name of the attention function.
+    """
+    options = loader_options(settings) | {"attn_implementation": attention}
+    stored = stored_quantization(config) is not None
+    if stored:
+        del options["quantization_config"]  # the checkpoint's own config applies
+    with base_load_errors(settings.base), loading_quietly():
+        model, report = kind.from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **SAFE_WEIGHTS, **options
+        )
+    check(model, report)
+    if stored:
+        compute_in(model, options["dtype"])
+    keep_layout(model)
+    return model, report
 
 
 def base_config(settings: ModelSettings, folder: Path | None = None) -> Any:
@@ -150,9 +171,8 @@ def take_over(model: PreTrainedModel, settings: ModelSettings) -> None:
         score = nn.Linear(model.score.in_features, model.config.num_labels, bias=False, dtype=torch.float32)
         nn.init.zeros_(score.weight)  # initial probabilities are uniform, whatever the scale of the hidden states
         model.score = score.to(next(model.parameters()).device)
-    keep_layout(model)
-    if classifies(model) and family_of(model.config).only_last_tokens:
-        only_last_tokens(backbone(model).layers[-1])
+        if family_of(model.config).only_last_tokens:
+            only_last_tokens(backbone(model).layers[-1])
     backbone(model).register_forward_pre_hook(_refuse_mask_and_cache, with_kwargs=True)
 
 

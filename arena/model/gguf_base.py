@@ -123,7 +123,7 @@ def _write_weights(file: Path, described: Path, dtype: str, draft: Path) -> None
         model, report = AutoModelForCausalLM.from_pretrained(
             place, gguf_file=file.name, output_loading_info=True, **options, **SAFE_WEIGHTS
         )
-    check_loaded(str(file), model, report, head="")
+    check_loaded(str(file), model, report, head=None)
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"model.base: {file} has values in {name} that {dtype} cannot hold: fetch it again")

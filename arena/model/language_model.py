@@ -93,8 +93,34 @@ class _FrozenHead(torch.autograd.Function):
 
 def _chunks(head: Any, states: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """States and targets, so many at once that their logits stay within `LOGITS_AT_ONCE`."""
-    rows = max(1, LOGITS_AT_ONCE // head.out_features)
+    rows = rows_at_once(head.out_features)
     return zip(states.split(rows), targets.split(rows), strict=True)
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """The positions whose logits are computed at once."""
+    return max(1, LOGITS_AT_ONCE // vocabulary)
+
+
+def bytes_of_losses(
+    targets: int, hidden: int, vocabulary: int, *, width: int, softcap: bool, trained: bool = False
+) -> int:
+    """The most bytes that `token_losses` and its backward hold, beside its arguments and a weight's finished gradient.
+
+    Args:
+        width: bytes of a number in the compute dtype.
+        softcap: whether the model has one.
+        trained: whether the head is.
+    """
+    logits = min(targets, rows_at_once(vocabulary)) * vocabulary
+    # at the backward of log-softmax, in float32: its output, its gradients, and with a soft cap that of tanh
+    chunk = 4 * logits * (4 if softcap else 3)
+    states = targets * hidden
+    if trained:  # beside a chunk autocast's copy of the weight and its gradient so far; later that of the chunk too
+        weight = width * vocabulary * hidden
+        return max(chunk + 2 * weight, 3 * weight) + width * states
+    # the gradient of each loss's state; in the backward also times the loss's own gradient, in float32 and as it leaves
+    return max(chunk + width * states, (width + 4 + width) * states)
 
 
 def _losses(states: Tensor, targets: Tensor, head: nn.Module, softcap: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA with fewer passes over the activations than peft's, and DoRA with less memory and in better precision.
+"""LoRA with fewer passes over the activations than peft's, DoRA with less memory and in better precision, and where.
 
 For LoRA, peft copies the frozen layer's result, multiplies by both adapters, scales that product and adds it: four
 passes over memory besides the products, and three more in the backward. A matrix product can scale and add while it
@@ -25,6 +25,36 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from arena.progress import console
+from arena.settings import LoraSettings, ModelSettings
+
+
+def adapted_layers(settings: LoraSettings, depth: int) -> list[int]:
+    """The layers that get adapters.
+
+    Args:
+        depth: the number of the base's layers.
+
+    Raises:
+        ValueError: the base has no such layer.
+    """
+    chosen = sorted(set(settings.layers or ())) or range(settings.first_layer, max(depth, settings.first_layer + 1))
+    if chosen[-1] >= depth:
+        key = "layers" if settings.layers else "first_layer"
+        raise ValueError(
+            f"model.lora.{key} names layer {chosen[-1]}, but the base has {depth} layers, 0 to {depth - 1}: name "
+            "one of these"
+        )
+    return list(chosen)
+
+
+def first_trained_layer(settings: ModelSettings, depth: int) -> int:
+    """The layer from which on there is a backward; `depth` if only the head is trained.
+
+    Arguments and errors are those of `adapted_layers`.
+    """
+    if settings.tune == "lora":
+        return adapted_layers(settings.lora, depth)[0]
+    return depth if settings.tune == "head" else 0
 
 
 def fuse_lora(model: nn.Module) -> None:

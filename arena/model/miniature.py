@@ -129,13 +129,11 @@ def _small_rope(rope: dict[str, Any], head_dim: int, part: float) -> dict[str, A
             small[name] = _small_rope(value, head_dim, part)
         elif name == "original_max_position_embeddings" and value:
             small[name] = ORIGINAL
+        elif isinstance(value, list):
+            small[name] = [value[first], *(value[at * len(value) // frequencies] for at in range(1, frequencies))]
         else:
-            small[name] = [value[first], *_evenly(value, frequencies)[1:]] if isinstance(value, list) else value
+            small[name] = value
     return small
-
-
-def _evenly(values: list[Any], count: int) -> list[Any]:
-    return [values[at * len(values) // count] for at in range(count)]
 
 
 def _shallow(config: PretrainedConfig) -> PretrainedConfig:

@@ -69,10 +69,14 @@ def check_loaded(base: str, model: nn.Module, report: Mapping[str, Any], head: s
     Raises:
         ValueError: weights are missing, or their shapes differ from the config.
     """
-    lacks = sorted(name for name in report["missing_keys"] if not name.startswith(f"{head}."))
+
+    def unused(name: str) -> bool:
+        return head is not None and name.startswith(f"{head}.")
+
+    lacks = sorted(name for name in report["missing_keys"] if not unused(name))
     if lacks:
         raise ValueError(f"model.base: {base!r} lacks {len(lacks)} weights, such as {lacks[0]}: fetch all of it again")
-    shapes = [each for each in sorted(report["mismatched_keys"]) if not each[0].startswith(f"{head}.")]
+    shapes = sorted(report["mismatched_keys"])
     for name, module in model.named_modules():  # the library does not check those of quantised layers
         if isinstance(module, Linear4bit | Linear8bitLt):
             weight, four = module.weight, isinstance(module, Linear4bit)
@@ -84,11 +88,9 @@ def check_loaded(base: str, model: nn.Module, report: Mapping[str, Any], head: s
             shape = weight.quant_state.shape if four else weight.shape
             shapes.append((f"{name}.weight", shape, (module.out_features, module.in_features)))
     if any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
-        shapes += [
-            each for each in _unquantised_shapes(model) if not each[0].startswith(f"{head}.")
-        ]  # nor, in early 5.x versions, those of other layers
+        shapes += _unquantised_shapes(model)  # nor, in early 5.x versions, those of other layers
     for name, stored, expected in shapes:
-        if tuple(stored) != tuple(expected):
+        if tuple(stored) != tuple(expected) and not unused(name):
             raise ValueError(
                 f"model.base: {base!r} has {name} of shape {tuple(stored)}, but {tuple(expected)} according to its "
                 "config.json: fetch both again"

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from arena.model.backbone import HEAD, backbone, classifies, load_base, underlying
 from arena.model.card import card_of
-from arena.model.layers import adapted_layers
-from arena.model.lora import install_dora
+from arena.model.lora import adapted_layers, install_dora
 from arena.model.memory.estimate import estimate_policies, shape_of
 from arena.model.memory.fused import install, set_policies
 from arena.model.safety import check_adapter, undamaged
@@ -68,7 +67,8 @@ def adapt(model: PreTrainedModel, settings: ModelSettings, budget: int = Packing
             parameter.data = parameter.data.float()
     if settings.checkpointing == "auto":
         card = card_of("cuda" if torch.cuda.is_available() else "cpu")
-        set_policies(model, estimate_policies(shape_of(backbone(model).config), settings, budget, card))
+        shape, classes = shape_of(backbone(model).config), classifies(model)
+        set_policies(model, estimate_policies(shape, settings, budget, card, classes=classes))
     else:
         set_policies(model, [settings.checkpointing] * len(backbone(model).layers))
     return model

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from arena.metrics import Score
 from arena.progress import console
 from arena.training.blending import Fitted
-from arena.training.scores import Score
 
 
 def print_blend(fitted: Fitted) -> None:

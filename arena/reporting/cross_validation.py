@@ -6,9 +6,9 @@ from statistics import mean, stdev
 
 from rich.table import Table
 
+from arena.metrics import Score
 from arena.progress import console
 from arena.training.cross_validation import CrossValidated
-from arena.training.scores import Score
 
 REFERENCES = {
     "prior_log_loss": "prior", "baseline_log_loss": "baseline", "base_log_loss": "base", "blend_log_loss": "blend"

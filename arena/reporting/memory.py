@@ -10,10 +10,11 @@ from transformers import PretrainedConfig
 from arena.model.backbone import base_config
 from arena.model.card import Card, resolve_dtype
 from arena.model.families import ARCHITECTURES
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import GIB, POLICIES, describe, estimate_policies, fit, need, shape_of
 from arena.progress import console
 from arena.settings import ModelSettings, Recipe
+from arena.tasks import task_of
 
 # memory as CUDA reports it, which is less than the nominal size
 CARDS = (
@@ -28,13 +29,13 @@ LAYERS = "layers by policy"
 HEADER = ("card", "dtype", "attention", "budget", "least GiB", LAYERS, "recomputed")
 
 
-def card_rows(recipe: Recipe, config: Any, cards: tuple[Card, ...] = CARDS) -> list[list[str]]:
-    """One row for each card, under `HEADER`: how the recipe runs there, or that it does not fit.
+def card_rows(recipe: Recipe, config: Any) -> list[list[str]]:
+    """One row for each of `CARDS`, under `HEADER`: how the recipe runs there, or that it does not fit.
 
     `least GiB` is the memory of a step with full recomputation; `recomputed` the share of a forward computed twice.
     """
     first_trained_layer(recipe.model, shape_of(config).layers)  # reports a layer that the base lacks
-    return [[card.name, *_row(recipe, config, card)] for card in cards]
+    return [[card.name, *_row(recipe, config, card)] for card in CARDS]
 
 
 def _row(recipe: Recipe, config: Any, card: Card) -> list[str]:
@@ -46,8 +47,9 @@ def _row(recipe: Recipe, config: Any, card: Card) -> list[str]:
         budget = fit(recipe, config, card).packing.budget
     except ValueError:
         return [dtype, attention, "does not fit", "", "", ""]
-    shape, least = shape_of(config), need(shape_of(config), recipe.model, budget, recipe.train.optimizer).total
-    policies = estimate_policies(shape, recipe.model, budget, card, recipe.train.optimizer)
+    shape, classes, optimizer = shape_of(config), bool(task_of(recipe).classes), recipe.train.optimizer
+    least = need(shape, recipe.model, budget, optimizer, classes=classes).total
+    policies = estimate_policies(shape, recipe.model, budget, card, optimizer, classes=classes)
     share = sum(map(shape.recompute_fraction, policies)) / shape.layers
     return [dtype, attention, f"{budget:,}", f"{least / GIB:.1f}", describe(policies), f"{share:.0%}"]
 

@@ -17,10 +17,9 @@ The texts are tokenised separately, with control tokens in them taken as plain t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -31,9 +30,9 @@ from arena.data.cells import FieldError, Labels, excerpt, is_blank, label_form, 
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.data.task import Encoded, Encoder, Task
-from arena.data.text_encoder import TextEncoder
-from arena.data.truncation import continuation_bytes, even_cap, shorten
-from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
+from arena.data.text_encoder import TextEncoder, as_ids
+from arena.data.truncation import check_room, continuation_bytes, even_cap, shorten
+from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.settings import Recipe
 from arena.tasks.baseline import text_baseline
@@ -60,12 +59,7 @@ class Classification(Task):
     name = "classification"
     rows = "texts"
     missing = "text"
-    metrics = MappingProxyType(
-        {
-            "log_loss": log_loss, "accuracy": accuracy, "brier": brier, "ece": calibration_error,
-            "classwise_ece": classwise_calibration_error,
-        }
-    )  # fmt: skip
+    metrics = METRICS
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
@@ -90,6 +84,9 @@ class Classification(Task):
             group_by=columns.text,
             reading=(classes, texts, columns.label),
         )
+
+    def numbers_rows(self, names: Collection[str]) -> bool:
+        return True
 
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """One word or number, the probabilities of all classes, or none."""
@@ -211,15 +208,11 @@ class ClassificationEncoder(Encoder):
         separator, cut = plain(template.separator), plain(template.cut)
         before = [prefix + plain(template.text), separator + plain(template.pair)][: len(task.texts)]
         self.constant_ids = [*before, separator + suffix]
-        self._around = [_ids(part) for part in self.constant_ids]
-        self._missing, self._cut = _ids(plain(template.missing)), _ids(cut)
+        self._around = [as_ids(part) for part in self.constant_ids]
+        self._missing, self._cut = as_ids(plain(template.missing)), as_ids(cut)
         self._room = settings.max_length - sum(map(len, self._around))
         least = len(task.texts) * (len(cut) + 2)  # a token before and after the mark
-        if self._room < least:
-            raise ValueError(
-                f"prompt.max_length {settings.max_length} is too small for this template, which takes at least "
-                f"{settings.max_length - self._room + least} tokens; raise max_length or shorten the template"
-            )
+        check_room(self._room, least, settings.max_length)
 
     def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[Texts]:
         """The token ids of each row's texts; the texts of all rows are tokenised in one call."""
@@ -238,7 +231,3 @@ class ClassificationEncoder(Encoder):
             examples.append([*pieces, self._around[-1]])
             tokens_cut.append(sum(lost for _, lost in shown))
         return Encoded.of(examples, [0] * len(rows), tokens_cut)
-
-
-def _ids(ids: Sequence[int]) -> np.ndarray:
-    return np.array(ids, dtype=np.int32)

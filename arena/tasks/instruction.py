@@ -28,13 +28,13 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from datasets import Features, List, Value
 
-from arena.data.cells import FieldError, Labels, excerpt, is_blank, read_json, whole_characters
+from arena.data.cells import FieldError, Labels, excerpt, read_answers, read_text
 from arena.data.limits import Limits
 from arena.data.messages import read_exchanges
 from arena.data.rows import Cells, required
-from arena.data.task import Encoded, Encoder, Task, TokenTargets
-from arena.data.text_encoder import TextEncoder, chat_family
-from arena.data.truncation import continuation_bytes, even_cap, shorten
+from arena.data.task import Encoded, TokenEncoder, TokenTargets, TokenTask
+from arena.data.text_encoder import TextEncoder, as_ids, chat_family
+from arena.data.truncation import check_room, continuation_bytes, even_cap, shorten
 from arena.metrics import perplexity, token_log_loss
 from arena.prompt_settings import PromptSettings
 from arena.settings import Recipe
@@ -50,7 +50,7 @@ Conversation = tuple[np.ndarray, list[Exchange]]  # a row's context, empty if th
 
 
 @dataclass(frozen=True)
-class Instruction(Task):
+class Instruction(TokenTask):
     """Answers to instructions. A checked row's `prompt` is its context, or null, and then the prompt of each exchange.
 
     Attributes:
@@ -95,10 +95,10 @@ class Instruction(Task):
         layout = _layout(list(cells))
         if layout == MESSAGES:
             return _read_messages(cells, limits)
-        context, prompt = (_read_text(cells, name) for name in ("context", layout[-1]))
+        context, prompt = (read_text(cells, name) for name in ("context", layout[-1]))
         if prompt is None:
             raise FieldError(layout[-1], "is empty or missing; write a text or leave the row out")
-        answer = self._read_answer(cells) if layout == QUESTION else _read_text(cells, "response")
+        answer = self._read_answer(cells) if layout == QUESTION else read_text(cells, "response")
         return {"prompt": [context, prompt], "response": [answer]}
 
     def has_input(self, row: Mapping[str, Any]) -> bool:
@@ -111,17 +111,9 @@ class Instruction(Task):
         return InstructionEncoder(tokenizer, settings, memo)
 
     def _read_answer(self, cells: Cells) -> str | None:
-        """The first of the answers, which may be SQuAD's list or object, JSON of it, or a plain text."""
-        cell = cells.get("answers")
-        if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
-            cell = read_json(cell, "answers")
-        if cell is None or isinstance(cell, str):
-            return _read_text({"answers": cell}, "answers")
-        texts = cell.get("text") if isinstance(cell, dict) else cell
-        if not isinstance(texts, list):
-            raise FieldError("answers", f"is {excerpt(cell)}; write SQuAD's list of answers, or one text")
-        first = texts[0] if texts else self.unanswerable
-        return _read_text(first if isinstance(first, dict) else {"text": first}, "text")
+        """The first of the answers; the phrase for a question that has none."""
+        answers = read_answers(cells)
+        return None if answers is None else read_text({"text": (answers or [self.unanswerable])[0]}, "text")
 
 
 def _layout(names: Sequence[str]) -> tuple[str, ...]:
@@ -134,16 +126,6 @@ def _layout(names: Sequence[str]) -> tuple[str, ...]:
         "is missing, and so are question and messages; give instruction and response, context, question and answers, "
         f"or messages. The columns found are {excerpt(', '.join(names), 200)}",
     )
-
-
-def _read_text(cells: Mapping[str, Any], field: str) -> str | None:
-    """A text; None if it is blank or missing."""
-    cell = cells.get(field)
-    if is_blank(cell):
-        return None
-    if not isinstance(cell, str):
-        raise FieldError(field, f"is {excerpt(cell)}; write a text")
-    return whole_characters(cell)
 
 
 def _read_messages(cells: Cells, limits: Limits) -> Cells:
@@ -163,7 +145,7 @@ class Shown(NamedTuple):
     tokens_cut: int
 
 
-class InstructionEncoder(Encoder):
+class InstructionEncoder(TokenEncoder):
     """Turns conversations into examples, for one tokenizer, template and length.
 
     What does not fit into `max_length` is omitted in this order: the last exchanges, except the first one; tokens of
@@ -199,21 +181,17 @@ class InstructionEncoder(Encoder):
             opening + instruction, context, separator, first, close[1:] + again, before_answer, close[:1],
             plain(template.cut),
         ]  # fmt: skip
-        pieces = map(_ids, self.constant_ids)
+        pieces = map(as_ids, self.constant_ids)
         self._prefix, self._context, self._gap, self._first, self._later, self._answer, self._end, self._cut = pieces
         self.end_ids = tuple(close[:1])
         self._room, self._least = settings.max_length - len(self._prefix), len(self._cut) + 2
         least = len(self._context) + len(self._gap) + self._around(0) + 3 * self._least
-        if self._room < least:
-            raise ValueError(
-                f"prompt.max_length {settings.max_length} is too small for this template, which takes at least "
-                f"{len(self._prefix) + least} tokens; raise max_length or shorten the template"
-            )
+        check_room(self._room, least, settings.max_length)
 
     def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[Conversation]:
         """The token ids of every text; the texts of all rows are tokenised in one call."""
         texts = dict.fromkeys(text for name in TEXTS for row in rows[name] for text in row if text is not None)
-        ids: dict[Any, np.ndarray] = {None: _ids([]), **self._texts.user_texts(texts)}
+        ids: dict[Any, np.ndarray] = {None: as_ids([]), **self._texts.user_texts(texts)}
         return [
             (ids[prompts[0]], [(ids[prompt], ids[own]) for prompt, own in zip(prompts[1:], responses, strict=True)])
             for prompts, responses in zip(*(rows[name] for name in TEXTS), strict=True)
@@ -235,7 +213,7 @@ class InstructionEncoder(Encoder):
 
     def prompts(self, rows: Sequence[Conversation]) -> list[np.ndarray]:
         """The int32 token ids that a model continues with the last response of each row; nothing is cut."""
-        asked = [(context, [*exchanges[:-1], (exchanges[-1][0], _ids([]))]) for context, exchanges in rows]
+        asked = [(context, [*exchanges[:-1], (exchanges[-1][0], as_ids([]))]) for context, exchanges in rows]
         return [np.concatenate(self._pieces(*each, ended=False)[0]) for each in asked]
 
     def _around(self, at: int) -> int:
@@ -265,7 +243,7 @@ class InstructionEncoder(Encoder):
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """The pieces of an example, and the places of its targets. The last response has no end unless `ended`."""
         pieces = [self._prefix, *([self._context, context, self._gap] if len(context) else [])]
-        size, places = sum(map(len, pieces)), [_ids([])]
+        size, places = sum(map(len, pieces)), [as_ids([])]
         for at, (prompt, response) in enumerate(exchanges):
             end = self._end if ended or at + 1 < len(exchanges) else self._end[:0]
             own = [self._later if at else self._first, prompt, self._answer, response, end]
@@ -279,7 +257,3 @@ class InstructionEncoder(Encoder):
 def _targets(exchanges: Sequence[Exchange], *, ended: bool) -> int:
     """The number of targets of exchanges: the tokens of each response, and its end marker."""
     return sum(len(response) + 1 for _, response in exchanges if len(response)) - (not ended)
-
-
-def _ids(ids: Sequence[int]) -> np.ndarray:
-    return np.array(ids, dtype=np.int32)

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -38,9 +37,9 @@ from arena.data.cells import FieldError, Labels, excerpt, is_blank, label_form, 
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.data.task import Encoded, Encoder, Masks, Task
-from arena.data.text_encoder import TextEncoder
-from arena.data.truncation import choose_cut, continuation_bytes, least_room, shorten
-from arena.metrics import accuracy, brier, calibration_error, classwise_calibration_error, log_loss
+from arena.data.text_encoder import TextEncoder, as_ids
+from arena.data.truncation import check_room, choose_cut, continuation_bytes, least_room, shorten
+from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.settings import ColumnSettings, Recipe
 from arena.tasks.baseline import SWAPPED, baseline_probabilities
@@ -79,12 +78,7 @@ class Preference(Task):
     group_by = "prompt"
     orders = 2
     missing = "response to judge"
-    metrics = MappingProxyType(
-        {
-            "log_loss": log_loss, "accuracy": accuracy, "brier": brier, "ece": calibration_error,
-            "classwise_ece": classwise_calibration_error,
-        }
-    )  # fmt: skip
+    metrics = METRICS
     tie = "tie"
 
     @classmethod
@@ -204,18 +198,14 @@ class PromptEncoder(Encoder):
         self._overhead = sum(map(len, self.headings)) + 3 * len(separator)
         self._room = settings.max_length - len(self.prefix) - len(self.suffix)
         least = least_room(self._overhead, len(self.cut), len(self.cut_turns))
-        if self._room < least:
-            raise ValueError(
-                f"prompt.max_length {settings.max_length} is too small for this template, which takes at least "
-                f"{settings.max_length - self._room + least} tokens; raise max_length or shorten the template"
-            )
+        check_room(self._room, least, settings.max_length)
         user, a, b = self.headings
         between = user, separator + a, separator + b, separator
-        self._user, self._answer_a, self._answer_b, self._end = map(_ids, between)
+        self._user, self._answer_a, self._answer_b, self._end = map(as_ids, between)
         self.missing = plain(template.missing)
-        self._missing, self._cut = _ids(self.missing), _ids(self.cut)
-        self._prefix, self._suffix = _ids(self.prefix), _ids(self.suffix)
-        self._prefix_cut = _ids(self.prefix + self.cut_turns)
+        self._missing, self._cut = as_ids(self.missing), as_ids(self.cut)
+        self._prefix, self._suffix = as_ids(self.prefix), as_ids(self.suffix)
+        self._prefix_cut = as_ids(self.prefix + self.cut_turns)
 
     def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[list[Fields]]:
         """The token ids of every field, by row and turn; the texts of all rows are tokenised in one call."""
@@ -259,7 +249,3 @@ class PromptEncoder(Encoder):
                 shown[at] = prompt, a, b
                 lost += lost_p + lost_a + lost_b
         return shown, first, lost
-
-
-def _ids(ids: Sequence[int]) -> np.ndarray:
-    return np.array(ids, dtype=np.int32)

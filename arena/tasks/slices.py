@@ -38,7 +38,7 @@ def conversation_slices(rows: Dataset) -> dict[str, Masks]:
     for batch in rows.select_columns(list(columns)).iter(AT_ONCE):
         for fields in zip(*(batch[name] for name in columns), strict=True):
             prompt, a, b = ("\n".join(text or "" for text in field) for field in fields)
-            turns.append(_turns(len(fields[0])))
+            turns.append(str(len(fields[0])) if len(fields[0]) < 3 else "3 or more")
             gaps.append(_gap(len(a), len(b)))
             languages.append(_language(prompt[:CHARACTERS]))
             codes.append("code" if any(CODE.search(text) for text in (prompt, a, b)) else "no code")
@@ -48,10 +48,6 @@ def conversation_slices(rows: Dataset) -> dict[str, Masks]:
         "language": _by_language(languages),
         "code": _masks(codes, ("code", "no code")),
     }
-
-
-def _turns(number: int) -> str:
-    return str(number) if number < 3 else "3 or more"
 
 
 def _gap(a: int, b: int) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from arena.inference.blend import Member, SavedBlend, save_blend
+from arena.metrics import Score, estimate
 from arena.progress import progress
 from arena.training.fit_blend import FOLDS, Part, cross_fitted, fit_blend
 from arena.training.members import Predicted, read_members
-from arena.training.scores import Score, estimate
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import pandas as pd
 import torch
 
 from arena.config import run_place, save_recipe
+from arena.data.files import data_file, read_files
 from arena.data.predictions import read_predictions, rows_of
-from arena.data.prepare import data_file, read_files
+from arena.metrics import Score, estimate
 from arena.progress import console
 from arena.settings import Recipe
 from arena.stopping import MORE_TO_DO, Stopped, stopping
 from arena.storage.files import atomic_write, write_json, write_text
 from arena.tasks import task_of
 from arena.training.run import run_fold
-from arena.training.scores import Score, estimate
 
 WAIT = 0.2  # seconds between two looks at processes
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from arena.data.cells import FieldError
 from arena.data.dataset import Rows
+from arena.data.files import data_file, read_files
 from arena.data.folds import load_or_assign_folds
 from arena.data.limits import Limits
 from arena.data.predictions import Table, read_labels, read_predictions, rows_of
-from arena.data.prepare import data_file, read_files
 from arena.data.rows import READERS, read_rows
 from arena.data.task import Task
 from arena.inference.blend import Member

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from arena.distributed import compute_in, is_out_of_memory
+from arena.model.backbone import classifies
 from arena.model.card import card_of
 from arena.model.classifier import loss_sum
 from arena.model.language_model import PackedModel
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import (
     FROZEN,
     GIB,
@@ -80,7 +81,9 @@ def choose_policies(classifier: PackedModel, loader: PackedLoader, recipe: Recip
     model, device = classifier.model, next(classifier.parameters()).device
     if device.type == "cpu":
         card, shape = card_of(device), shape_of(model.config)
-        policies = estimate_policies(shape, recipe.model, recipe.packing.budget, card, recipe.train.optimizer)
+        policies = estimate_policies(
+            shape, recipe.model, recipe.packing.budget, card, recipe.train.optimizer, classes=classifies(model)
+        )
         plan = RecomputePlan(policies, None, room(card))
     else:
         plan = _measured(classifier, loader, recipe)

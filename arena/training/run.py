@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from arena.config import run_place
-from arena.data.prepare import FoldData, data_file, prepare_fold
+from arena.data.files import data_file
+from arena.data.prepare import FoldData, prepare_fold
 from arena.distributed import deterministic, device_name, peak_memory, start
 from arena.inference.saved import SavedJudge, save_judge
 from arena.model.attention.varlen import used_backends
@@ -22,7 +23,7 @@ from arena.model.base_files import base_digest, check_ids, check_length
 from arena.model.card import card_of, with_dtype
 from arena.model.exactness import check_exact
 from arena.model.language_model import check_head
-from arena.model.layers import first_trained_layer
+from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.model.tuning import adapt
 from arena.packing.plan import PackPlan

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from arena.config import save_recipe
-from arena.overrides import read_yaml_file
 from arena.progress import console, escape_unprintable
+from arena.prompt_settings import read_yaml_file
 from arena.settings import ColumnSettings, Recipe
 from arena.storage.files import fingerprint, write_json, write_text
 from arena.training.checkpoint_manager import CheckpointManager
@@ -132,9 +132,9 @@ def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shown(value: Any, width: int = 60) -> str:
+def _shown(value: Any) -> str:
     text = value if isinstance(value, str) and value.strip() else json.dumps(value, ensure_ascii=False)
-    return escape_unprintable(text if len(text) <= width else f"{text[:width]}...")
+    return escape_unprintable(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 def finished_metrics(folder: Path, run: dict[str, str]) -> dict[str, Any] | None:

@@ -1,47 +1,20 @@
 """Scores of held-out rows: each metric with an interval, and log-loss and accuracy on slices of the rows.
 
-The intervals are 95% intervals of a bootstrap over groups: rows that share a prompt are drawn together, because they
-are not independent. A mean gets the percentile interval. Calibration errors are sums of absolute values, which noise
-makes larger (Kumar et al., 2019, arXiv:1909.10155), and drawing rows again adds as much noise once more: they get the
-basic interval, which takes that off.
+Rows that share a prompt are one group of the intervals, because they are not independent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from scipy.sparse import csr_matrix
 
 from arena.data.prepare import FoldData
 from arena.data.task import Masks
-from arena.metrics import agreement
+from arena.metrics import Score, Terms, agreement, estimate
 from arena.training.held_out import Predictions
-
-RESAMPLES, SEED = 1000, 0
-LEVEL = 0.95
-AT_ONCE = 2**22  # counts of groups that are drawn at once, which take 32 MiB
-
-Terms = tuple[np.ndarray, np.ndarray]  # of a metric, (n,) or (n, k), and the weight of each row, (n,)
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric of some rows.
-
-    Attributes:
-        low, high: the ends of its interval; None if the rows are of one group, which cannot be resampled.
-            That of a calibration error may lie below the value.
-        rows: how many rows count.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    rows: int
 
 
 def score_tables(
@@ -61,55 +34,6 @@ def score_tables(
         "last_step_scores": {name: asdict(score) for name, score in of_last.items()},
         "slices": _slice_scores(data, best.probabilities, base, slices, groups),
     }
-
-
-def estimate(terms: Mapping[Any, Terms], groups: Sequence[str]) -> dict[Any, Score]:
-    """Metrics with intervals, all from the same resamples. A metric that no row counts for is left out.
-
-    Args:
-        terms: `Metric.terms` by name, 0 for rows that do not count, and the weights of rows.
-        groups: the group of each row.
-    """
-    # sorted, so that the order of the rows does not matter
-    numbers, distinct = pd.factorize(np.array(groups, dtype=object), sort=True)
-    members = csr_matrix((np.ones(len(numbers)), (numbers, np.arange(len(numbers)))))
-    counted = {name: each for name, each in terms.items() if each[1].any()}
-    if not counted:
-        return {}
-    sums = [members @ np.column_stack(each).astype(np.float64) for each in counted.values()]
-    every = np.hstack(sums)
-    resampled = np.vstack([counts @ every for counts in _resamples(len(distinct))])
-    ends = np.cumsum([each.shape[1] for each in sums])[:-1]
-    scores = {}
-    for (name, (_, weights)), own, drawn in zip(counted.items(), sums, np.split(resampled, ends, axis=1), strict=True):
-        value = float(_value(own.sum(axis=0)))
-        low, high = _interval(value, drawn) if np.count_nonzero(own[:, -1]) > 1 else (None, None)
-        scores[name] = Score(value, low, high, int(np.count_nonzero(weights)))
-    return scores
-
-
-def _interval(value: float, resampled: np.ndarray) -> tuple[float, float]:
-    """The interval of a metric from the sums of each resample; one may have no row of a small slice."""
-    values = _value(resampled[resampled[:, -1] > 0])
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    is_mean = resampled.shape[1] == 2
-    return (low, high) if is_mean else (max(0.0, 2 * value - high), max(0.0, 2 * value - low))
-
-
-def _value(sums: np.ndarray) -> np.ndarray:
-    """The metric of sums of its terms and, last, of the weights; a mean may be negative."""
-    terms = sums[..., :-1]
-    total = terms[..., 0] if terms.shape[-1] == 1 else np.abs(terms).sum(axis=-1)
-    return np.asarray(total / sums[..., -1])
-
-
-def _resamples(n_groups: int) -> Iterator[np.ndarray]:
-    """How often each group is drawn in each resample: float64 (some, n_groups), `RESAMPLES` rows in all."""
-    rng, at_once = np.random.default_rng(SEED), max(1, AT_ONCE // n_groups)
-    for first in range(0, RESAMPLES, at_once):
-        some = min(at_once, RESAMPLES - first)
-        drawn = rng.integers(0, n_groups, (some, n_groups)) + n_groups * np.arange(some)[:, None]
-        yield np.bincount(drawn.reshape(-1), minlength=some * n_groups).reshape(some, n_groups).astype(np.float64)
 
 
 def _terms(data: FoldData, predictions: Predictions) -> dict[str, Terms]:

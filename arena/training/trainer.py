@@ -12,16 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from arena.background import ahead
 from arena.data.prepare import FoldData
-from arena.distributed import first_rank, on_first_rank, sum_gradients, total
+from arena.distributed import first_rank, on_first_rank, reusing_memory, sum_gradients, total
 from arena.model.backbone import attention_choice
 from arena.model.language_model import packed_model
-from arena.model.memory.reuse import reusing_memory
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.packing.tree import Prefixes
-from arena.progress import console, progress
+from arena.progress import ahead, console, progress
 from arena.settings import Recipe
 from arena.stopping import Stop, Stopped
 from arena.storage.manifest import damage, read_manifest

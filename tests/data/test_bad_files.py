@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from arena.model.tuning import adapt
 from arena.tasks.preference import CLASSES
 from tests.data import bad_files
 from tests.data.bad_files import KINDS, Kind
-from tests.helpers import PREFERENCE
+from tests.helpers import PREFERENCE, done_within
 
 SECONDS = 20  # in which each kind must be done with
 ROOT = Path(__file__).parents[2]
@@ -31,14 +30,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _no_hanging() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise AssertionError(f"not done after {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    with done_within(SECONDS):
+        yield
 
 
 @pytest.fixture(scope="module")

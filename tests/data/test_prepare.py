@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from arena.config import change
-from arena.data.prepare import FoldData, data_file, prepare_fold
+from arena.data.files import data_file
+from arena.data.prepare import FoldData, prepare_fold
 from arena.model.backbone import load_tokenizer
 from arena.tasks import task_of
 from tests.helpers import tiny_recipe

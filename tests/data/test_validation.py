@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from arena.config import change, load_recipe
+from arena.data.files import data_file
 from arena.data.hub import is_hub_name
-from arena.data.prepare import FoldData, data_file, prepare_fold
+from arena.data.prepare import FoldData, prepare_fold
 from arena.inference.infer import infer
 from arena.model.backbone import load_tokenizer
 from arena.settings import Recipe
@@ -94,18 +95,26 @@ def test_trained_with_held_out_rows_of_their_own(recipe: Recipe, tmp_path: Path)
 
 # Data sets of the hub
 
+SETS = {"someone/films": ["default"], "someone/many": ["short", "long-1.0"]}  # and the configurations of each
+
 
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub with one data set, whose labels are those of SST-2; the names that are asked for are returned."""
+    """A hub with one data set, whose labels are those of SST-2; the names that are asked for are returned.
+
+    A second one, `someone/many`, consists of two configurations and fails as the library does.
+    """
     texts = {"train": 30, "validation": 9, "test": 5}
     label = datasets.ClassLabel(names=["negative", "positive"])
     features = datasets.Features({"idx": datasets.Value("int32"), "sentence": datasets.Value("string"), "label": label})
     calls: list[str] = []
 
-    def load(name: str) -> datasets.DatasetDict:
-        calls.append(name)
-        if name != "someone/films":
-            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+    def load(name: str, part: str | None = None) -> datasets.DatasetDict:
+        calls.append(name if part is None else f"{name}, {part}")
+        known = names(name)
+        if part is None and len(known) > 1:
+            raise ValueError(f"Config name is missing.\nPlease pick one among the available configs: {known}")
+        if part is not None and part not in known:
+            raise ValueError(f"BuilderConfig '{part}' not found. Available: {known}")
         splits = {}
         for split, count in texts.items():
             known = [at % 2 if split != "test" else -1 for at in range(count)]
@@ -115,7 +124,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             )
         return datasets.DatasetDict(splits)
 
+    def names(name: str) -> list[str]:
+        if name not in SETS:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+        return SETS[name]
+
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", names)
     return calls
 
 
@@ -123,7 +138,7 @@ def test_a_data_set_of_the_hub_is_fetched_once(gemma2: Path, tmp_path: Path, mon
     calls = hub(monkeypatch)
     settings = ["data.path=someone/films", f"data.cache={tmp_path / 'cache'}", f"model.base={gemma2}"]
     recipe = load_recipe(
-        "gemma-3-270m-sst2", [*settings, "train.epochs=1", "train.batch_size=8", "prompt.max_length=192"]
+        "gemma-3-270m-sst2", [*settings, "train.max_steps=4", "train.batch_size=8", "prompt.max_length=192"]
     )
     metrics = run_fold(recipe, 0, tmp_path / "runs")
     assert (metrics["n_train"], metrics["n_eval"]) == (30, 9) and calls == ["someone/films"]
@@ -145,11 +160,77 @@ def test_a_data_set_that_cannot_be_fetched_is_named(tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_configuration_is_named_after_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = hub(monkeypatch)
+    for _ in range(2):
+        found = data_file("someone/many:long-1.0", "train", tmp_path)
+        assert found == tmp_path / "hub-someone--many--long-1.0/train.parquet" and len(pd.read_parquet(found)) == 30
+    assert calls == ["someone/many, long-1.0"]
+    assert data_file("someone/films:default", "test", tmp_path).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "someone/many",
+            "data.path: the data set someone/many consists of several configurations: name one after a colon, as in "
+            "data.path=someone/many:short; there are short, long-1.0",
+        ),
+        ("someone/many:long", "someone/many has no configuration 'long': .*; there are short, long-1.0$"),
+        ("someone/films:short", "films has no configuration 'short': .*=someone/films:default; there are default$"),
+        ("someone/none:short", r"no folder or file someone/none:short, and no data set .* \(Dataset 'someone/none' "),
+    ],
+)
+def test_a_configuration_that_is_missing_or_unknown(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        data_file(name, "train", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_failures_of_a_data_set_keep_their_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configurations that are right, or cannot be listed, are not blamed."""
+    hub(monkeypatch)
+
+    def fail(*_: object) -> None:
+        raise ValueError("this file is damaged")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    for name in ("someone/films", "someone/many:short"):
+        with pytest.raises(ValueError, match=r"can be fetched from the Hugging Face hub \(this file is damaged\)"):
+            data_file(name, "train", tmp_path)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", fail)
+    with pytest.raises(ValueError, match=r"hub \(this file is damaged\)"):
+        data_file("someone/many", "train", tmp_path)
+
+
 def test_what_may_be_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    assert is_hub_name("stanfordnlp/sst2") and is_hub_name("a.b/c-d_e")
-    for path in ("data/lmsys", "sst2", "a/b/c", "/a/b", "./a", "../a", "a/../b", "~/a", "a/b\n", "ä/b", "a/"):
+    for name in ("stanfordnlp/sst2", "a.b/c-d_e", "nyu-mll/glue:sst2", "a/b:20220301.en"):
+        assert is_hub_name(name)
+    for path in (
+        "data/glue:sst2",
+        "a/b:",
+        "a/b:c:d",
+        "a/b:c/d",
+        "a:b/c",
+        "a/b:c\n",
+        "data/lmsys",
+        "sst2",
+        "a/b/c",
+        "/a/b",
+        "./a",
+        "../a",
+        "a/../b",
+        "~/a",
+        "a/b\n",
+        "ä/b",
+        "a/",
+    ):
         assert not is_hub_name(path)
     with pytest.raises(ValueError, match="there is no folder or file data/lmsys; give one"):
         data_file("data/lmsys", "train", tmp_path)

@@ -8,8 +8,6 @@ import os
 import pty
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -20,12 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from arena import cli
+from arena.data.limits import Limits
+from arena.data.rows import read_rows
 from arena.inference import answers as writing
 from arena.inference.generate import Generator
 from arena.inference.sampling import Sampling
 from arena.inference.saved import export_judge
-from tests.helpers import tiny_recipe
+from tests.helpers import Processes, status_of_arena, tiny_recipe
 from tests.inference.test_judge import saved
 
 HOSTILE = [
@@ -37,44 +36,22 @@ HOSTILE = [
     "null",
     '\\N \\ud83d {"a": [1]}',
 ]
-# Imports once, then forks a real `arena generate` for each line of its input. It waits after each batch, so that there
-# is something to be cut.
-SERVER = """
-import json, os, sys, time
+# it waits after each batch, so that there is something to be cut
+SLOWED = """
+import time
 import arena.inference.answers
-from arena import cli
 from arena.storage import parts
 write = parts.Parts.write
 def slow(self, *args):
     write(self, *args)
     time.sleep(0.1)
 parts.Parts.write = slow
-print("ready", flush=True)
-for line in sys.stdin:
-    if line == "wait\\n":  # till then its id is not given to another process
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        continue
-    shown, *words = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        terminal = os.open(shown, os.O_RDWR | os.O_CREAT)
-        os.dup2(terminal, 1)
-        os.dup2(terminal, 2)
-        sys.argv = ["arena", "generate", *words]
-        cli.main()
-        sys.exit()
-    print(pid, flush=True)
 """
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
-    """`arena generate` in this process."""
-    monkeypatch.setattr(sys, "argv", ["arena", "generate", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    """The exit status of `arena generate` in this process."""
+    return status_of_arena(monkeypatch, "generate", *words)
 
 
 def prompts_in(folder: Path, rows: int = 24) -> Path:
@@ -125,6 +102,31 @@ def test_files_come_back_with_answers(gemma2: Path, tmp_path: Path, monkeypatch:
         shutil.rmtree(out.parent)
 
 
+def test_tab_separated_files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is quoted in them: an answer's tabs and line breaks become spaces, and its quotes stay."""
+    source, out = tmp_path / "in.tsv", tmp_path / "out.tsv"
+    source.write_text('prompt\tnote\nsay "hello"\t"\nbye\té\n', encoding="utf-8")
+    texts = ['a\tb\r\nc"d\n', "plain"]
+    monkeypatch.setattr(Generator, "answers", lambda *args, **more: [writing.Answer(text, "stop") for text in texts])
+    assert run(monkeypatch, gemma2, source, out) == 0
+    assert out.read_text(encoding="utf-8").splitlines() == [
+        "prompt\tnote\tanswer\tfinish", 'say "hello"\t"\ta b c"d \tstop', "bye\té\tplain\tstop"
+    ]  # fmt: skip
+    again = [cells for _, cells in read_rows(out, list, Limits())]
+    assert [cells["prompt"] for cells in again] == ['say "hello"', "bye"]  # type: ignore[index]
+
+
+def test_the_first_rows_alone(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = prompts_in(tmp_path), tmp_path / "out.jsonl"
+    assert run(monkeypatch, gemma2, source, out, "--max-new-tokens=2") == 0
+    every = read(out)
+    table = pa.Table.from_pylist(read(source))
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=5)
+    for given, wrote in ((source, out), (tmp_path / "in.parquet", tmp_path / "out.parquet")):
+        assert run(monkeypatch, gemma2, given, wrote, "--max-new-tokens=2", "--limit=7") == 0
+        assert read(wrote) == every[:7]
+
+
 def test_half_of_a_surrogate_pair_is_passed_on(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "hello", "odd": "\\ud83d"}\n{"prompt": "hello \\ud83d"}\n')
@@ -133,43 +135,9 @@ def test_half_of_a_surrogate_pair_is_passed_on(gemma2: Path, tmp_path: Path, mon
     assert first["odd"] == "\ud83d" and second["prompt"] == "hello \ud83d" and second["answer"]
 
 
-class Processes:
-    """Real processes of `arena generate`."""
-
-    def __init__(self) -> None:
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.server.stdout is not None
-        return self.server.stdout.readline().strip()
-
-    def _ask(self, line: str) -> int:
-        assert self.server.stdin is not None
-        self.server.stdin.write(line + "\n")
-        self.server.stdin.flush()
-        return int(self._line())
-
-    def start(self, shown: str | Path, *words: str | Path) -> int:
-        """Starts one that prints to a file or a terminal; its process id."""
-        return self._ask(json.dumps([str(shown), *map(str, words)]))
-
-    def status(self) -> int:
-        """The exit status of the process started last, once it has ended."""
-        return self._ask("wait")
-
-    def close(self) -> None:
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        self.server.wait(60)
-
-
 @pytest.fixture(scope="module")
-def processes() -> Iterator[Processes]:
-    found = Processes()
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    found = Processes(tmp_path_factory.mktemp("processes"), SLOWED)
     yield found
     found.close()
 
@@ -180,7 +148,7 @@ def saved_parts(folder: Path) -> list[Path]:
 
 def end_after(processes: Processes, folder: Path, words: list[str], count: int, number: signal.Signals) -> int:
     """Sends a signal to a process once there are so many parts; its exit status."""
-    pid, until = processes.start(folder / f"{number.name}.txt", *words), time.monotonic() + 300
+    pid, until = processes.start(folder / f"{number.name}.txt", "generate", *words), time.monotonic() + 300
     while len(saved_parts(folder)) < count:
         assert time.monotonic() < until and not (folder / "out.jsonl").exists()
         time.sleep(0.005)
@@ -249,6 +217,8 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "hello " * 600}) + "\n")
     (tmp_path / "columns.csv").write_text("id,text\n1,hello\n")
     (tmp_path / "answered.csv").write_text("prompt,finish\nhello,x\n")
+    (tmp_path / "scored.csv").write_text("prompt,answers,no_answer\nhello,x,0\n")
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "hello", "answers": ["x", 3]}\n')
     (tmp_path / "prompts.txt").write_text("hello\n")
     (tmp_path / "base").symlink_to(gemma2)
     before = sorted(tmp_path.rglob("*"))
@@ -267,7 +237,7 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("base long.jsonl out.jsonl", ["long.jsonl, line 1, prompt: has ", "positions for 512; shorten it"]),
         ("base columns.csv out.csv", ["1 problem", "instruction: is missing", "The columns found are", "id, text"]),
         ("base answered.csv out.csv", ["finish: is a column of the file, but answers are written there; rename it"]),
-        ("base prompts.txt out.txt", ["prompts.txt: name a file that ends in .csv, .jsonl, .parquet"]),
+        ("base prompts.txt out.txt", ["prompts.txt: name a file that ends in .csv, .tsv, .jsonl, .parquet"]),
         ("base nothing.csv out.csv", ["there is no file nothing.csv"]),
         ("base good.jsonl out.csv", ["out.csv: name a file that ends in .jsonl"]),
         ("base good.jsonl s3://b/out.jsonl", ["is a URL"]),
@@ -279,6 +249,15 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("base good.jsonl out.jsonl --top-k 3", ["top_p and top_k apply to sampling only"]),
         ("base good.jsonl out.jsonl --max-new-tokens 0", ["max_new_tokens is 0"]),
         ("base good.jsonl out.jsonl --batch 0", ["--batch is 0"]),
+        ("base good.jsonl out.jsonl --limit 0", ["--limit is 0: give the number of rows"]),
+        ("base --prompt x --score squad", ["--score, --held-out and --limit are for the rows of a file"]),
+        ("base good.jsonl out.jsonl --score squad", ["good.jsonl: no row has a reference answer in a column answers,"]),
+        ("base good.jsonl out.jsonl --score rouge", ["in a column response or messages or answers, with"]),
+        ("base good.jsonl out.jsonl --held-out", ["--held-out: a base is not in the folder of a fold"]),
+        ("base scored.csv out.csv --score squad", [
+            "no_answer: is a column of the file", "answers are written there; rename it"
+        ]),
+        ("base odd.jsonl out.jsonl --score squad", ["odd.jsonl, line 1, text: is 3; write a text"]),
         ("base good.jsonl out.jsonl model.dtyp=float32", ["model.dtyp: unknown key; did you mean 'dtype'?"]),
         ("base good.jsonl out.jsonl --fold 0", ["base is a base, but --fold 0 asks for a fold of a run"]),
         ("base --prompt \t", ["the prompt is"]),
@@ -323,11 +302,11 @@ def test_one_prompt_in_a_file_and_on_a_terminal(processes: Processes, gemma2: Pa
     (expected,) = Generator(gemma2, device="cpu").generate(["hello"], Sampling(40))
     assert len(expected.text) > 20
     words = [str(gemma2), "--prompt", "hello", "--max-new-tokens=40"]
-    processes.start(tmp_path / "shown.txt", *words)
+    processes.start(tmp_path / "shown.txt", "generate", *words)
     assert processes.status() == 0
     assert (tmp_path / "shown.txt").read_text() == expected.text + "\n"
     ours, theirs = pty.openpty()
-    processes.start(os.ttyname(theirs), *words)
+    processes.start(os.ttyname(theirs), "generate", *words)
     assert processes.status() == 0
     shown = os.read(ours, 100_000).decode().replace("\r\n", "\n")
     os.close(ours)

@@ -40,6 +40,17 @@ def one_by_one(base: Path, prompts: list[np.ndarray], stop: list[int]) -> list[l
     return answers
 
 
+def phrase_alone(base: Path, prompts: list[np.ndarray], answer: np.ndarray) -> np.ndarray:
+    """The log-probability that plain transformers gives to an answer's tokens after each prompt, without padding."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
+    tokens, logs = torch.from_numpy(answer).long(), []
+    for ids in prompts:
+        with torch.no_grad():
+            every = model(torch.from_numpy(np.concatenate([ids, answer]))[None].long()).logits[0].log_softmax(dim=-1)
+        logs.append(float(every[len(ids) - 1 : -1].gather(1, tokens[:, None]).sum()))
+    return np.array(logs)
+
+
 def ended(ids: np.ndarray, stop: list[int]) -> list[int]:
     """The ids of an answer in a batch, up to the one that ended it."""
     ends = np.flatnonzero(np.isin(ids, stop))
@@ -56,6 +67,12 @@ def test_batches_give_the_answers_of_transformers_one_by_one(family: str, tmp_pa
     expected = one_by_one(base, prompts, stop)
     assert [ended(ids, stop) for ids in together] == expected
     assert len({tuple(ids) for ids in expected}) > 3, "the prompts matter"
+    answer = generator.encoder.answer("unanswerable")
+    assert len(answer) > 2 and answer[-1] in stop
+    found, alone = np.log(generator.probabilities(prompts, "unanswerable")), phrase_alone(base, prompts, answer)
+    np.testing.assert_allclose(found, alone, atol=1e-5, rtol=1e-6)
+    for control in (phrase_alone(base, prompts, answer[:-1]), alone[::-1]):  # without the end; of other prompts
+        assert np.abs(found - control).max() > 1e-3
 
 
 def test_padding_without_a_mask_would_be_noticed(generator: Generator, gemma2: Path) -> None:
@@ -64,6 +81,19 @@ def test_padding_without_a_mask_would_be_noticed(generator: Generator, gemma2: P
     width = max(map(len, prompts))
     padded = [np.concatenate([np.full(width - len(ids), stop[0], np.int32), ids]) for ids in prompts]
     assert one_by_one(gemma2, padded, stop) != one_by_one(gemma2, prompts, stop)
+
+
+def test_a_phrases_probability_needs_its_own_logits_only(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few rows are computed at once."""
+    prompts, shapes = encoded(generator, PROMPTS), []
+    answer = generator.encoder.answer("unanswerable")
+    whole = generator.probabilities(prompts, "unanswerable")
+    vocabulary = generator.model.config.vocab_size
+    monkeypatch.setattr("arena.inference.generate.LOGITS_AT_ONCE", 2 * len(answer) * vocabulary + 1)
+    handle = generator.model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    np.testing.assert_allclose(np.log(generator.probabilities(prompts, "unanswerable")), np.log(whole), atol=1e-5)
+    handle.remove()
+    assert shapes == [(2, len(answer), vocabulary)] * 3
 
 
 def test_a_prompt_is_the_users_turn_and_its_text_is_plain(generator: Generator) -> None:
@@ -190,6 +220,11 @@ def test_logits_that_are_not_numbers_are_an_error(gemma2: Path) -> None:
 def test_settings_that_cannot_be_used(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampling(**settings)
+
+
+def test_a_task_that_gives_no_text_is_refused(gemma2: Path) -> None:
+    with pytest.raises(ValueError, match=r"task=preference predicts winner_model_a, .* and no text: leave"):
+        Generator(gemma2, ["task=preference"])
 
 
 def test_prompts_that_cannot_be_used(generator: Generator) -> None:

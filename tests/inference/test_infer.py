@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from arena import cli
 from arena.inference import infer as writing
 from arena.inference import judge
 from arena.inference.logits import LogitsCache
@@ -27,14 +23,12 @@ from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
 from arena.storage.files import write_json
 from arena.tasks.preference import CLASSES
-from tests.helpers import tiny_recipe, write_rows
+from tests.helpers import Processes, status_of_arena, tiny_recipe, write_rows
 
-# Imports once, then forks a real `arena infer` for each line of its input. Every micro-batch takes a little while and
-# has a shard of its own, so that there is something to be cut.
-SERVER = """
-import functools, json, os, sys, time
+# every micro-batch takes a little while and has a shard of its own, so that there is something to be cut
+SLOWED = """
+import functools, time
 import arena.inference.infer, arena.inference.judge as judge, arena.model.classifier as classifier
-from arena import cli
 from arena.inference.logits import LogitsCache
 judge.LogitsCache = functools.partial(LogitsCache, seconds=0)
 forward = classifier.PackedClassifier.forward
@@ -42,18 +36,6 @@ def slow(self, batch):
     time.sleep(0.02)
     return forward(self, batch)
 classifier.PackedClassifier.forward = slow
-print("ready", flush=True)
-for line in sys.stdin:
-    if line == "wait\\n":  # till then its id is not given to another process
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open("shown.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        sys.argv = ["arena", *json.loads(line)]
-        cli.main()
-        sys.exit()
-    print(pid, flush=True)
 """
 
 
@@ -76,33 +58,16 @@ def make_run(folder: Path, base: Path, folds: int = 2) -> Path:
     return folder
 
 
-class Infer:
+class Infer(Processes):
     """Real processes of `arena infer` in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.out = folder, folder / "submission.csv"
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self._line() == "ready"
+        super().__init__(folder, SLOWED)
+        self.out = folder / "submission.csv"
 
-    def _line(self) -> str:
-        assert self.server.stdout is not None
-        return self.server.stdout.readline().strip()
-
-    def _ask(self, line: str) -> int:
-        assert self.server.stdin is not None
-        self.server.stdin.write(line + "\n")
-        self.server.stdin.flush()
-        return int(self._line())
-
-    def start(self, *words: str) -> int:
-        return self._ask(json.dumps(["infer", *words]))
-
-    def status(self) -> int:
-        """Exit status of the process started last, once it has ended; minus the signal that killed it."""
-        return self._ask("wait")
+    def infer(self) -> int:
+        """Starts one; its process id."""
+        return self.start("shown.txt", "infer")
 
     def shown(self) -> str:
         return (self.folder / "shown.txt").read_text()
@@ -127,15 +92,13 @@ def folder(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def infer(folder: Path) -> Iterator[Infer]:
     processes = Infer(folder)
     yield processes
-    assert processes.server.stdin is not None
-    processes.server.stdin.close()
-    processes.server.wait(60)
+    processes.close()
 
 
 @pytest.fixture(scope="module")
 def whole(infer: Infer) -> bytes:
     """The submission of a run that nothing disturbs."""
-    infer.start()
+    infer.infer()
     assert infer.status() == 0, infer.shown()
     assert list(infer.folder.glob("*submission.csv?*")) == []  # neither shards nor lock are left
     return infer.out.read_bytes()
@@ -148,7 +111,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_submission(infer: Infer
     while killed < 20:
         infer.out.unlink(missing_ok=True)
         went_on += bool(infer.shards())
-        pid = infer.start()
+        pid = infer.infer()
         infer.wait_for(len(infer.shards()) + int(rng.integers(0, 6)))
         time.sleep(float(rng.uniform(0, 0.05)))
         os.kill(pid, signal.SIGKILL)
@@ -160,7 +123,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_submission(infer: Infer
         killed += 1
         assert not infer.out.exists() or infer.out.read_bytes() == whole  # complete or absent
     infer.out.unlink(missing_ok=True)
-    infer.start()
+    infer.infer()
     assert infer.status() == 0, infer.shown()
     assert infer.out.read_bytes() == whole
     assert went_on >= 5  # control: there was something to go on with
@@ -169,7 +132,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_submission(infer: Infer
 def test_it_resumes_from_parts(infer: Infer, whole: bytes) -> None:
     """A damaged shard is named and recomputed; the others are not touched."""
     infer.out.unlink(missing_ok=True)
-    pid = infer.start()
+    pid = infer.infer()
     infer.wait_for(6)
     os.kill(pid, signal.SIGKILL)
     infer.status()
@@ -179,13 +142,13 @@ def test_it_resumes_from_parts(infer: Infer, whole: bytes) -> None:
     data[-5] ^= 1
     shards[2].write_bytes(data)
     kept = {path.name for path in shards} - {shards[2].name}
-    pid = infer.start()
+    pid = infer.infer()
     infer.wait_for(len(shards) + 1)
     os.kill(pid, signal.SIGKILL)
     infer.status()
     assert f"{shards[2].name} is not used: it is damaged" in infer.shown()
     assert kept < {path.name for path in infer.shards()}
-    infer.start()
+    infer.infer()
     assert infer.status() == 0
     assert infer.out.read_bytes() == whole
 
@@ -195,7 +158,7 @@ def test_it_resumes_from_parts(infer: Infer, whole: bytes) -> None:
 def test_a_signal_ends_it_well(infer: Infer, whole: bytes, number: int, status: int) -> None:
     for shards in (0, 3, 8):
         infer.out.unlink(missing_ok=True)
-        pid = infer.start()
+        pid = infer.infer()
         infer.wait_for(len(infer.shards()) + shards)
         time.sleep(0.01)
         start = time.monotonic()
@@ -207,7 +170,7 @@ def test_a_signal_ends_it_well(infer: Infer, whole: bytes, number: int, status: 
         assert time.monotonic() - start < 10
         assert "the same command resumes from them" in infer.shown()
         assert not infer.out.exists()
-    infer.start()
+    infer.infer()
     assert infer.status() == 0
     assert infer.out.read_bytes() == whole
 
@@ -216,7 +179,7 @@ def test_a_second_one_at_the_same_submission_is_refused(
     infer: Infer, whole: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     infer.out.unlink(missing_ok=True)
-    pid = infer.start()
+    pid = infer.infer()
     infer.wait_for(2)
     assert run(monkeypatch, infer.folder) == 2
     assert f"process {pid} is using submission.csv" in capsys.readouterr().out
@@ -225,14 +188,9 @@ def test_a_second_one_at_the_same_submission_is_refused(
 
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> int:
-    """`arena infer` in this process."""
+    """The exit status of `arena infer` in this process."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["arena", "infer", *words])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return status_of_arena(monkeypatch, "infer", *words)
 
 
 def test_a_full_disk_leaves_the_old_submission_and_earlier_parts(

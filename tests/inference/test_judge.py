@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arena import cli
 from arena.inference import evaluate
 from arena.inference.infer import average
 from arena.inference.judge import Judge
@@ -25,7 +23,7 @@ from arena.model.safety import WEIGHTS
 from arena.settings import FORMER_POLICIES, Recipe
 from arena.storage.files import write_json
 from arena.tasks.preference import COLUMNS as CLASSES
-from tests.helpers import classifier, tiny_recipe
+from tests.helpers import arena, classifier, tiny_recipe
 
 
 def other_content(base: Path) -> None:
@@ -47,11 +45,6 @@ def saved(folder: Path, recipe: Recipe, seed: int = 0) -> Path:
 @pytest.fixture
 def base(gemma2: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(gemma2, tmp_path / "base"))
-
-
-def arena(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["arena", *words])
-    cli.main()
 
 
 @pytest.mark.parametrize("tune", ["lora", "head"])

@@ -1,8 +1,9 @@
-"""Answers of a model tuned on instructions: by its run and exported, to prompts laid out as in training."""
+"""Answers of a model tuned on instructions, to prompts laid out as in training; their scores, and held-out rows."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ from transformers import AutoModelForCausalLM
 
 from arena.data.cells import FieldError
 from arena.data.limits import Limits
+from arena.data.prepare import prepare_fold
 from arena.inference.answers import answer_file
 from arena.inference.generate import Answer, Generator
+from arena.inference.prompt_rows import Wanted, _held_out_ids, read_prompts
 from arena.inference.sampling import Sampling
-from arena.inference.saved import export_judge
-from arena.storage.files import fingerprint
+from arena.inference.saved import SavedJudge, as_json, export_judge
+from arena.model.backbone import load_tokenizer
+from arena.storage.files import fingerprint, write_json
+from arena.tasks import task_of
 from arena.tasks.instruction import Instruction
+from arena.training.held_out import write_oof
 from arena.training.run import run_fold
 from tests.helpers import make_base
+from tests.inference.test_answers import read
+from tests.inference.test_answers import run as generate
 from tests.tasks.test_instruction_run import tiny
 
 NEW = Sampling(12)
@@ -141,3 +149,172 @@ def test_other_weights_do_not_use_saved_parts(run: Path, tmp_path: Path, monkeyp
         generator = Generator(place, device="cpu")
         generator._open_parts(tmp_path, [generator.encode({"prompt": "a"}, NEW)], NEW, 100)
     assert len(set(keys)) == 3
+
+
+SQUAD: list[dict[str, Any]] = [
+    {"question": "which is better 3?", "answers": ["x", "The good answer."]},
+    {"question": "which is not 29?", "answers": ["answer"]},
+    {"question": "which is better 5?", "answers": []},
+    {"question": "which is not 7?", "answers": None},
+    {"question": "which is better 7?", "answers": ["Unanswerable."]},
+]  # the run answers "good answer" to what is better, and else "bad answer"
+
+
+@pytest.fixture(scope="module")
+def tuned(run: Path) -> Generator:
+    return Generator(run / "runs/tiny/fold0", device="cpu")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps({"context": f"text {at // 2}", **row}) + "\n" for at, row in enumerate(rows)))
+    return path
+
+
+def scored(generator: Generator, source: Path, score: str, **more: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows and the scores that answering a file writes."""
+    out = source.with_name(f"out{source.suffix}")
+    answer_file(generator, source, out, NEW, 60, Wanted(score, **more))
+    return read(out), json.loads(out.with_name(f"{out.name}.scores.json").read_text())
+
+
+def test_squad_scores_of_a_file(tuned: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows, scores = scored(tuned, write(tmp_path / "in.jsonl", SQUAD), "squad")
+    assert [row["answer"] for row in rows] == ["good answer", "bad answer"] * 2 + ["good answer"]
+    asked = [{key: row[key] for key in ("context", "question")} for row in rows]
+    alone = [float(tuned.probabilities([tuned.encode(row, NEW)], "unanswerable")[0]) for row in asked]
+    assert [math.log(row["no_answer"]) for row in rows] == pytest.approx([math.log(each) for each in alone], abs=1e-5)
+    assert scores["rows"] == 4 and scores["without_reference"] == 1 and scores["no_answer_phrase"] == "unanswerable"
+    shown = {part: {name: (score["value"], score["rows"]) for name, score in scores[part].items()}
+             for part in ("all", "has_answer", "no_answer", "always_abstaining")}  # fmt: skip
+    assert shown == {
+        "all": {"exact_match": (0.25, 4), "f1": (pytest.approx((1 + 2 / 3) / 4), 4)},
+        "has_answer": {"exact_match": (0.5, 2), "f1": (pytest.approx((1 + 2 / 3) / 2), 2)},
+        "no_answer": {"exact_match": (0, 2), "f1": (0, 2)},
+        "always_abstaining": {"exact_match": (0.5, 4), "f1": (0.5, 4)},
+    }
+    assert scores["best_thresholds"]["f1"]["value"] >= 0.5 and "cross_fitted_threshold" in scores
+    shown_text = " ".join(capsys.readouterr().out.split())
+    assert "scores of the answers" in shown_text and "1 rows have no reference" in shown_text
+
+
+def test_the_phrase_is_the_empty_answer(run: Path, tmp_path: Path) -> None:
+    tuned = Generator(run / "runs/tiny/fold0", ["prompt.template.unanswerable=GOOD answer."], device="cpu")
+    _, scores = scored(tuned, write(tmp_path / "in.jsonl", SQUAD[1:3]), "squad")
+    assert scores["no_answer"]["exact_match"]["value"] == 1 and scores["has_answer"]["f1"]["value"] == 2 / 3
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_references_of_each_kind_of_file(ending: str, tuned: Generator, tmp_path: Path) -> None:
+    """Of parquet only the columns that are needed are read."""
+    rows = [{"context": "", "title": "T", **row, "answers": {"text": row["answers"] or [], "answer_start": [0]}}
+            for row in SQUAD[:3]]  # fmt: skip
+    source, table = tmp_path / f"in{ending}", pd.DataFrame(rows)
+    if ending == ".parquet":
+        table.to_parquet(source)
+    elif ending == ".jsonl":
+        table.to_json(source, orient="records", lines=True)
+    else:
+        table["answers"] = table["answers"].map(json.dumps)
+        (
+            table.to_csv(source, index=False)
+            if ending == ".csv"
+            else source.write_text("\n".join("\t".join(each) for each in [list(table), *table.values.tolist()]) + "\n")
+        )
+    found = read_prompts(source, tuned, NEW, Wanted("squad"))
+    assert found.references == [["x", "The good answer."], ["answer"], []] and found.rows == [0, 1, 2]
+    assert read_prompts(source, tuned, NEW, Wanted("rouge", limit=2)).references == found.references[:2]
+    out = tmp_path / f"out{ending}"
+    answer_file(tuned, source, out, NEW, 60, Wanted("squad"))
+    if ending != ".tsv":
+        assert 0 < float(read(out)[0]["no_answer"]) < 1
+
+
+def test_rouge_compares_with_what_the_file_has(tuned: Generator, tmp_path: Path) -> None:
+    ask = {"role": "user", "content": "which is better 3?"}
+    chat = [{"messages": [ask, {"role": "assistant", "content": "good answers"}]}, {"messages": [ask]}]
+    rows, scores = scored(tuned, write(tmp_path / "chat.jsonl", chat), "rouge")
+    assert scores["all"]["rouge_l"]["value"] == 1 and scores["without_reference"] == 1 and scores["rows"] == 1
+    assert "no_answer" not in rows[0]
+    dolly = [
+        {"instruction": "which is better 3?", "response": "a good one"},
+        {"prompt": "which is not?", "response": ""},
+    ]
+    _, scores = scored(tuned, write(tmp_path / "dolly.jsonl", dolly), "rouge")
+    assert scores["all"]["rouge_l"]["value"] == pytest.approx(2 / 5) and scores["without_reference"] == 1
+    _, scores = scored(tuned, write(tmp_path / "squad.jsonl", SQUAD[2:3]), "rouge")
+    assert scores["all"]["rouge_l"]["value"] == 0 and scores["rows"] == 1  # compared with "unanswerable"
+
+
+def test_interrupted_it_resumes_to_the_same_bytes(
+    tuned: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write(tmp_path / "in.jsonl", SQUAD), tmp_path / "out.jsonl"
+    files = [out, tmp_path / "out.jsonl.scores.json"]
+    scored(tuned, source, "squad")
+    whole = [path.read_bytes() for path in files]
+    for path in files:
+        path.unlink()
+    computed, probabilities = [], Generator.probabilities
+
+    def interrupted(self: Generator, *args: Any) -> np.ndarray:
+        computed.append(args)
+        if len(computed) == 3:
+            raise SystemExit
+        return probabilities(self, *args)
+
+    monkeypatch.setattr(Generator, "probabilities", interrupted)
+    with pytest.raises(SystemExit):
+        scored(tuned, source, "squad")
+    assert not any(path.exists() for path in files)
+    scored(tuned, source, "squad")
+    assert [path.read_bytes() for path in files] == whole and len(computed) == 1 + 5
+    answer_file(tuned, source, out, NEW, 60)
+    assert not files[1].exists(), "scores of earlier answers do not stay beside new ones"
+
+
+def test_held_out_rows_are_those_of_the_fold(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(run)
+    own, out = run / "rows/train.csv", tmp_path / "out.csv"
+    every, ids = pd.read_csv(own), pd.read_csv("runs/tiny/fold0/oof.csv")["id"]
+    words = ("tiny", own, out, "--held-out", "--score=rouge", "--max-new-tokens=12")
+    assert generate(monkeypatch, *words) == 0
+    assert 10 < len(ids) < 30
+    assert pd.read_csv(out)["instruction"].tolist() == every["instruction"][sorted(ids - 1)].tolist()
+    scores = json.loads((tmp_path / "out.csv.scores.json").read_text())
+    assert scores["held_out"] and scores["rows"] == len(ids) and scores["all"]["rouge_l"]["value"] == 1
+    assert generate(monkeypatch, *words, "--limit=3") == 0
+    assert pd.read_csv(out)["instruction"].tolist() == every["instruction"][sorted(ids - 1)[:3]].tolist()
+    every.iloc[:30].to_csv(tmp_path / "other.csv", index=False)
+    for name, source, message in (
+        ("plain", own, "plain is not in the folder of a fold"),
+        ("tiny", tmp_path / "other.csv", "holds out rows of"),
+    ):
+        assert generate(monkeypatch, name, source, out, "--held-out") == 2
+        assert message in capsys.readouterr().out.replace("\n", " ")
+    content = own.read_bytes()
+    for changed, message in ((content + b"what?,x\n", "is no longer what"), (None, "needs the data that")):
+        own.write_bytes(changed) if changed else own.unlink()
+        assert generate(monkeypatch, "tiny", tmp_path / "other.csv", out, "--held-out") == 2
+        own.write_bytes(content)
+        assert message in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_held_out_rows_of_a_file_of_their_own(run: Path, tmp_path: Path) -> None:
+    """Rows of both files have the same numbers; `data.extra` belongs to the data too."""
+    for name, word in (("train", "good"), ("dev", "bad"), ("more", "hello")):
+        rows = [{"instruction": f"{word} {at}?", "response": word} for at in range(6)]
+        pd.DataFrame(rows).to_csv(tmp_path / f"{name}.csv", index=False)
+    recipe = tiny(tmp_path, run / "base", tmp_path, "data.validation=dev", f'data.extra=["{tmp_path}/more.csv"]')
+    task, folder = task_of(recipe), tmp_path / "run/fold0/model"
+    data = prepare_fold(recipe, task, 0, load_tokenizer(str(run / "base")))
+    folder.mkdir(parents=True)
+    write_json(folder / "judge.json", as_json(SavedJudge(folder, recipe, data.prior, data.trained_on, "")))
+    write_oof(folder.parent / "oof.csv", data, np.ones((6, 2)))
+    assert _held_out_ids(folder, tmp_path / "dev.csv") == {*"123456"}
+    with pytest.raises(ValueError, match=r"holds out rows of .*dev.csv, not of .*train.csv: name that file"):
+        _held_out_ids(folder, tmp_path / "train.csv")

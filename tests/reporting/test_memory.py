@@ -37,6 +37,19 @@ def test_layers_below_the_first_with_adapters_are_frozen() -> None:
     assert {row[4] for row in rows("gemma-2-9b", "model.tune=head").values()} == {"42 frozen"}
 
 
+def test_gemma_2_2b_fits_a_card_of_16_gb_as_a_judge_and_for_instructions() -> None:
+    """With whole micro-batches and room for more than the least, in float16 without flash-attn on a T4."""
+    for task in ("preference", "instruction"):
+        dtype, attention, budget, least, policies, recomputed = rows("gemma-2-2b", f"task={task}")["16 GB"]
+        assert (dtype, attention, budget) == ("float16", "blockwise", "16,384")
+        assert float(least) < 8 and "elementwise_and_mlp" in policies and int(recomputed.rstrip("%")) < 80
+    small = "packing.budget=1024", "prompt.max_length=1024"
+    judge, answers = (
+        float(rows("gemma-2-2b", f"task={task}", *small)["16 GB"][3]) for task in ("preference", "instruction")
+    )
+    assert 0.2 < answers - judge < 0.6  # the output layer's work
+
+
 def test_cards_that_are_too_small_are_marked() -> None:
     table = rows("gemma-2-2b", "model.tune=full", "model.quantization=none")
     assert table["40 GB"][2] == "does not fit" and table["80 GB"][2] == "16,384"

@@ -48,7 +48,8 @@ def test_defaults_are_what_an_override_takes() -> None:
     ("key", "kind"),
     [
         ("train.lr", "number > 0"), ("train.max_seconds", "number > 0 or null"), ("packing.share", "true or false"),
-        ("data.extra", "list of text or a group of path, labels, weight, smoothing, temperature"), ("data.synthetic_rows", "list of 2 integers or null"),
+        ("data.extra", "list of text or a group of path, labels, weight, smoothing, temperature"),
+        ("data.synthetic_rows", "list of 2 integers or null"),
         ("train.evaluate_every", "integer or epoch"), ("train.tracking.name", "text or null"),
         ("model.tune", "lora, head, full"), ("model.lora.dropout", "number >= 0 and < 1"),
     ],

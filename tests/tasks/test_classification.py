@@ -298,7 +298,7 @@ def recipe(gemma2: Path, tmp_path: Path) -> Recipe:
         "gemma-3-270m-sst2",
         [
             *places, "data.validation=dev", "prompt.max_length=192", "packing.budget=512", "train.batch_size=8",
-            "train.epochs=4", "train.lr=3e-3", "train.head_lr=1e-2", "train.evaluate_every=5",
+            "train.epochs=4", "train.max_steps=null", "train.lr=3e-3", "train.head_lr=1e-2", "train.evaluate_every=5",
             "model.checkpointing=none",
         ],
     )  # fmt: skip

@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 from accelerate.utils import LoggerType
 
-from arena import cli
 from arena.config import load_recipe
 from arena.inference.saved import read_judge
 from arena.reporting import report
@@ -29,7 +28,7 @@ from arena.tasks.preference import COLUMNS as CLASSES
 from arena.training import run as run_module
 from arena.training.references import _truth
 from arena.training.run import run_fold
-from tests.helpers import make_base, tiny_recipe, write_rows
+from tests.helpers import arena, make_base, tiny_recipe, write_rows
 
 SHORT = "train.epochs=0.3"
 
@@ -185,11 +184,10 @@ def test_without_truth_there_is_no_floor(tmp_path: Path, kind: str) -> None:
     assert _truth(path, ["1"], COLUMNS) is None
 
 
-def arena(monkeypatch: pytest.MonkeyPatch, folder: Path, base: Path, *words: str) -> None:
+def train(monkeypatch: pytest.MonkeyPatch, folder: Path, base: Path, *words: str) -> None:
     small = [f"model.base={base}", "prompt.max_length=128", "packing.budget=512", "data.folds=3", SHORT]
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["arena", "train", *small, *words])
-    cli.main()
+    arena(monkeypatch, "train", *small, *words)
 
 
 def test_a_picture_that_fails_is_a_warning_also_of_a_finished_run_and_settings_stand_around_flags(
@@ -198,7 +196,7 @@ def test_a_picture_that_fails_is_a_warning_also_of_a_finished_run_and_settings_s
     write_rows(tmp_path / "rows")
     monkeypatch.setattr(report, "draw_report", fails(ValueError("no backend")))
     for _ in range(2):
-        arena(monkeypatch, tmp_path, gemma2, "name=mine", "--data", "rows", "train.batch_size=9")
+        train(monkeypatch, tmp_path, gemma2, "name=mine", "--data", "rows", "train.batch_size=9")
         shown = capsys.readouterr().out
         assert (
             "warning: drawing report.png failed (ValueError: no backend); run the same command again to draw it"
@@ -212,11 +210,9 @@ def test_all_that_is_written_follows_the_umask(gemma2: Path, tmp_path: Path, mon
     before = os.umask(0o027)
     try:
         write_rows(tmp_path / "rows")
-        arena(monkeypatch, tmp_path, gemma2, "--data", "rows", f"train.mirror={tmp_path / 'away'}")
-        monkeypatch.setattr(sys, "argv", ["arena", "infer"])
-        cli.main()
-        monkeypatch.setattr(sys, "argv", ["arena", "export", "--out", "exported"])
-        cli.main()
+        train(monkeypatch, tmp_path, gemma2, "--data", "rows", f"train.mirror={tmp_path / 'away'}")
+        arena(monkeypatch, "infer")
+        arena(monkeypatch, "export", "--out", "exported")
     finally:
         os.umask(before)
     found = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
@@ -236,7 +232,7 @@ def test_a_path_that_is_not_utf8_is_refused_before_anything_is_done(
         [f"train.mirror={odd}"], [f"data.cache={odd}"],
     ):  # fmt: skip
         with pytest.raises(SystemExit) as end:
-            arena(monkeypatch, tmp_path, gemma2, *words)
+            train(monkeypatch, tmp_path, gemma2, *words)
         shown = capsys.readouterr().out
         assert end.value.code == 2 and r"K\udcf6ln" in shown and "is not UTF-8: rename" in shown, words
     with pytest.raises(ValueError, match="is not UTF-8"):

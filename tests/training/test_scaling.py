@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from arena.config import save_recipe
-from arena.packing.batch import PackedBatch
 from arena.storage.manifest import read_manifest
 from arena.training import optimizer as scaling_module
 from arena.training import step as step_module
@@ -24,7 +23,7 @@ from arena.training import trainer as trainer_module
 from arena.training.optimizer import FIRST_SCALE, LossScaling, trainable
 from arena.training.run import run_fold
 from tests.helpers import tiny_recipe
-from tests.training.test_trainer import CPU, StopError, free_port, log, log_lines, make, weights
+from tests.training.test_trainer import CPU, free_port, log, log_lines, make, stopped_after, weights
 
 HALF = "model.dtype=float16"
 TOO_HIGH = 2.0**26
@@ -148,16 +147,7 @@ def test_resumed_equals_uninterrupted(
     straight = make(tmp_path / "a", gemma2, *options)
     straight.run()
     cut = make(tmp_path / "b", gemma2, *options)
-    step = cut._step
-
-    def stop(batch: list[PackedBatch], start: float) -> dict[str, Any]:
-        if cut.done.step == stop_after:
-            raise StopError
-        return step(batch, start)
-
-    monkeypatch.setattr(cut, "_step", stop)
-    with pytest.raises(StopError):
-        cut.run()
+    stopped_after(cut, stop_after, monkeypatch)
     again = make(tmp_path / "b", gemma2, *options)
     again.run()
     assert log(straight) == log(again)

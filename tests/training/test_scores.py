@@ -9,15 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from arena import metrics as metrics_module
 from arena.data.prepare import FoldData, prepare_fold
-from arena.metrics import accuracy, calibration_error, classwise_calibration_error, log_loss
+from arena.metrics import accuracy, calibration_error, classwise_calibration_error, estimate, log_loss
 from arena.model.backbone import load_tokenizer
 from arena.tasks import task_of
 from arena.training import held_out as held_out_module
 from arena.training import scores as scores_module
 from arena.training.held_out import Predictions
 from arena.training.run import run_fold
-from arena.training.scores import estimate, score_tables
+from arena.training.scores import score_tables
 from tests.helpers import tiny_recipe
 
 
@@ -72,9 +73,9 @@ def test_neither_the_order_of_rows_nor_how_many_are_drawn_at_once_matters(monkey
 
     given = found(np.arange(300))
     assert found(rng.permutation(300)) == pytest.approx(given, rel=1e-12)
-    monkeypatch.setattr(scores_module, "AT_ONCE", 80 * 7)
+    monkeypatch.setattr(metrics_module, "AT_ONCE", 80 * 7)
     assert found(np.arange(300)) == pytest.approx(given, rel=1e-12)
-    monkeypatch.setattr(scores_module, "SEED", 1)  # the control
+    monkeypatch.setattr(metrics_module, "SEED", 1)  # the control
     assert found(np.arange(300)) != pytest.approx(given, rel=1e-12)
 
 

@@ -25,7 +25,7 @@ from arena.training.run import run_fold
 from arena.training.trainer import Trainer
 from tests.helpers import tiny_recipe
 from tests.storage.faulty import checkpoint
-from tests.training.test_trainer import StopError, log, log_lines, make, weights
+from tests.training.test_trainer import log, log_lines, make, stopped_after, weights
 
 
 def plan_of(examples: int, step_size: int) -> PackPlan:
@@ -69,20 +69,6 @@ def test_a_run_of_max_steps_is_the_run_of_as_many_examples(gemma2: Path, tmp_pat
     longer = make(tmp_path / "c", gemma2, "train.max_steps=11")
     assert longer.plan.n_steps == 11 and len(longer.plan.examples) == 88 > 2 * rows
     assert (np.bincount(longer.plan.examples // 2, minlength=60)[longer.data.train_rows] >= 2).all()
-
-
-def stopped_after(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a trainer up to the checkpoint of a step."""
-    take = trainer._step
-
-    def stop(batch: Any, start: float) -> dict[str, Any]:
-        if trainer.done.step == step:
-            raise StopError
-        return take(batch, start)
-
-    monkeypatch.setattr(trainer, "_step", stop)
-    with pytest.raises(StopError):
-        trainer.run()
 
 
 def test_without_the_optimizer_a_run_resumes_with_a_new_one(

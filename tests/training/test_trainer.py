@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from arena import progress as progress_module
@@ -31,7 +27,6 @@ from arena.training import step as step_module
 from arena.training.batches import plan_fold, training_order
 from arena.training.checkpoint import load_weights
 from arena.training.optimizer import trainable
-from arena.training.run import run_fold
 from arena.training.step import accumulate
 from arena.training.trainer import Trainer
 from tests.helpers import classifier, exact, pack, tiny_recipe, trainer_for, write_rows
@@ -115,6 +110,20 @@ class StopError(Exception):
     pass
 
 
+def stopped_after(trainer: Trainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a trainer up to the checkpoint of a step."""
+    take = trainer._step
+
+    def stop(batch: Any, start: float) -> dict[str, Any]:
+        if trainer.done.step == step:
+            raise StopError
+        return take(batch, start)
+
+    monkeypatch.setattr(trainer, "_step", stop)
+    with pytest.raises(StopError):
+        trainer.run()
+
+
 @pytest.mark.parametrize("stop_after", [2, 3, 4])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_resumed_equals_uninterrupted(
@@ -128,16 +137,7 @@ def test_resumed_equals_uninterrupted(
     eight_bit = any(each.dtype == torch.uint8 for state in straight.optimizer.state.values() for each in tensors(state))
     assert eight_bit == (optimizer == "adamw8bit")
     cut = make(tmp_path / "b", gemma2, *options)
-    step = cut._step
-
-    def stop(batch: list[PackedBatch], start: float) -> dict[str, Any]:
-        if cut.done.step == stop_after:
-            raise StopError
-        return step(batch, start)
-
-    monkeypatch.setattr(cut, "_step", stop)
-    with pytest.raises(StopError):
-        cut.run()
+    stopped_after(cut, stop_after, monkeypatch)
     again = make(tmp_path / "b", gemma2, *options)
     again.run()
     assert straight.plan.n_steps == 5
@@ -271,34 +271,3 @@ def free_port() -> int:
 
 def log_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_two_ranks_equal_one(gemma2: Path, tmp_path: Path) -> None:
-    """Two processes that share each step end with the same weights as one process, up to rounding."""
-    overrides = "model.quantization=none", "train.epochs=2"
-    recipe = tiny_recipe(tmp_path, gemma2, *overrides)
-    run_fold(recipe, 0, tmp_path / "alone")
-    (tmp_path / "recipe.yaml").write_text(save_recipe(recipe), encoding="utf-8")
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    command += ["-m", "arena.cli", "train", "--fold", "0", "--recipe", str(tmp_path / "recipe.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, *command, "--runs", str(tmp_path / "shared")],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (
-        load_file(tmp_path / runs / "demo/fold0/model/adapter_model.safetensors") for runs in ("alone", "shared")
-    )
-    flat = [torch.cat([adapter[name].reshape(-1) for name in sorted(one)]) for adapter in (one, two)]
-    assert one.keys() == two.keys()
-    assert relative(flat[1], flat[0]) < 1e-4
-    lines = [log_lines(tmp_path / runs / "demo/fold0/log.jsonl") for runs in ("alone", "shared")]
-    for key in ("loss", "grad_norm"):  # Adam would hide a gradient of the wrong scale, these do not
-        alone, shared = ([line[key] for line in each if key in line] for each in lines)
-        assert shared == pytest.approx(alone, rel=1e-4)
-    assert len(alone) == 10
-    metrics = json.loads((tmp_path / "shared/demo/fold0/metrics.json").read_text())
-    assert metrics["micro_batches"] % 2 == 0
-    assert "2 processes" in done.stdout and "training prior" in done.stdout
-    assert done.stdout.count("(metrics.json, oof.csv") == 1  # one rank speaks for all

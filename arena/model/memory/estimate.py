@@ -6,6 +6,9 @@ MLP if norms follow them (2 H); queries, keys, values and the attention output (
 queries and keys if there are any (Q + K); and the MLP's wide products (2 I). Policy `none` also saves the results of
 the norms (2 H) and of the activation (I). `elementwise_and_mlp` does not save the 2 I, and `full` saves the layer's
 input only. That is with adapters on all products; layers below the first trained one save nothing.
+
+A task without classes also computes logits and their gradient (`bytes_of_losses`), while no layer is at work: a step's
+peak is at the larger of the two.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import psutil
 
 from arena.model.card import Card
 from arena.model.families import family_of
-from arena.model.layers import adapted_layers, first_trained_layer
+from arena.model.language_model import bytes_of_losses, final_softcap
+from arena.model.lora import adapted_layers, first_trained_layer
 from arena.settings import LoraSettings, ModelSettings, Recipe
+from arena.tasks import task_of
 
 GIB = 2**30
 RESERVED = 0.9 * GIB  # the driver's context and the workspace of matrix products
@@ -38,7 +43,7 @@ FROZEN = "frozen"  # the policy of layers below the first trained one, which hav
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes, and which norms it has besides those before attention and MLP (see `Family`)."""
+    """A decoder's sizes, which norms it has besides those before attention and MLP (see `Family`), and its output."""
 
     hidden: int
     intermediate: int
@@ -49,6 +54,8 @@ class Shape:
     vocabulary: int
     closing_norms: bool
     query_key_norms: bool
+    softcap: bool  # of the logits of its vocabulary
+    tied: bool  # whether these have the weights of the embeddings
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
@@ -116,6 +123,8 @@ def shape_of(config: Any) -> Shape:
         vocabulary=config.vocab_size,
         closing_norms=family.closing_norms,
         query_key_norms=family.query_key_norms,
+        softcap=final_softcap(config) is not None,
+        tied=config.tie_word_embeddings,
     )
 
 
@@ -126,19 +135,23 @@ class Need:
     weights: float
     trained: float  # trainable weights, their gradients, the optimizer's moments
     layer_inputs: float
-    working: float  # one layer's forward and backward
+    working: float  # one layer's forward and backward, or the output layer's
 
     @property
     def total(self) -> float:
         return self.weights + self.trained + self.layer_inputs + self.working
 
 
-def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "adamw") -> Need:
-    """The memory that training takes with full recomputation and micro-batches of `tokens` tokens."""
-    width = _width(settings)
-    embeddings = shape.vocabulary * shape.hidden
+def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "adamw", *, classes: bool = True) -> Need:
+    """The memory that training takes with full recomputation and micro-batches of `tokens` tokens.
+
+    Args:
+        classes: whether the task has classes; otherwise all tokens are taken to be predicted.
+    """
+    width, full = _width(settings), settings.tune == "full"
+    embeddings = shape.vocabulary * shape.hidden * (1 if classes or shape.tied else 2)
     state = 4 + 4 + (2 if optimizer == "adamw8bit" else 8)
-    if settings.tune == "full":  # float32 weights and streams; autocast holds the products' weights once more
+    if full:  # float32 weights and streams; autocast holds the products' weights once more
         weights, trained = float(width * shape.linear_weights), float(state * (shape.linear_weights + embeddings))
     else:
         bytes_of = {"nf4": NF4, "int8": 1.0, "none": float(width)}[settings.quantization]
@@ -147,10 +160,16 @@ def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "a
     # at most all of one layer's activations, gradients of its wide tensors and streams, and two dequantised weights
     per_token = shape.saved_per_token("none") + 4 * shape.intermediate + 4 * shape.hidden
     dequantised = 2 * width * shape.hidden * shape.intermediate
-    stream = 4 if settings.tune == "full" else width
+    working = width * per_token * tokens + dequantised
+    if not classes:  # beside its losses the last layer's states, the normed ones, and those before targets
+        losses = bytes_of_losses(
+            tokens, shape.hidden, shape.vocabulary, width=width, softcap=shape.softcap, trained=full
+        )
+        working = max(working, losses + 3 * width * shape.hidden * tokens)
+    stream = 4 if full else width
     with_backward = shape.layers - first_trained_layer(settings, shape.layers)
     layer_inputs = stream * with_backward * shape.saved_per_token("full") * tokens
-    return Need(weights, trained, layer_inputs, width * per_token * tokens + dequantised)
+    return Need(weights, trained, layer_inputs, working)
 
 
 def room(card: Card) -> float:
@@ -171,9 +190,9 @@ def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
     settings = recipe.model
     if card.kind == "cpu":
         return recipe
-    shape, budget = shape_of(config), recipe.packing.budget
+    shape, budget, classes = shape_of(config), recipe.packing.budget, bool(task_of(recipe).classes)
     least = max(recipe.prompt.max_length, LEAST_BUDGET)
-    while (needed := need(shape, settings, budget, recipe.train.optimizer)).total > room(card):
+    while (needed := need(shape, settings, budget, recipe.train.optimizer, classes=classes)).total > room(card):
         if budget // 2 < least:
             smaller = "" if settings.quantization == "nf4" else ", or set model.tune=lora model.quantization=nf4"
             raise ValueError(
@@ -186,13 +205,14 @@ def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
 
 
 def estimate_policies(
-    shape: Shape, settings: ModelSettings, tokens: int, card: Card, optimizer: str = "adamw"
+    shape: Shape, settings: ModelSettings, tokens: int, card: Card, optimizer: str = "adamw", *, classes: bool = True
 ) -> list[str]:
     """A policy for each layer that recomputes as little as the estimated memory of a card allows.
 
     On a CPU, the frozen weights are taken to be loaded already. If nothing fits, every layer is recomputed.
     """
-    needed, width, allowed = need(shape, settings, tokens, optimizer), _width(settings), allowed_policies(settings)
+    needed, width = need(shape, settings, tokens, optimizer, classes=classes), _width(settings)
+    allowed = allowed_policies(settings)
     fixed = needed.total - (needed.weights if card.kind == "cpu" else 0.0)
     saved = {policy: float(width * tokens * shape.saved_per_token(policy)) for policy in allowed}
     fractions = {policy: shape.recompute_fraction(policy) for policy in allowed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,22 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from arena.config import load_recipe
-from arena.model.backbone import backbone
+from arena.model import language_model
+from arena.model.backbone import backbone, load_base
 from arena.model.card import Card
+from arena.model.classifier import loss_sum
 from arena.model.families import ARCHITECTURES
+from arena.model.language_model import PackedLanguageModel, bytes_of_losses, token_losses
 from arena.model.memory.estimate import FROZEN, GIB, POLICIES, describe, fit, mix_policies, need, room, shape_of
 from arena.model.memory.fused import PARTS, set_policies
 from arena.model.memory.recompute import _SavedTensor, _Scope
+from arena.model.tuning import adapt
+from arena.packing.batch import collate
 from arena.settings import LoraSettings
 from tests.helpers import classifier, exact, make_base, pack
+from tests.memory import LiveTensors
 
-NINE = ARCHITECTURES["google/gemma-2-9b-it"]
+NINE, TWO = ARCHITECTURES["google/gemma-2-9b-it"], ARCHITECTURES["google/gemma-2-2b-it"]
 
 
 def card(gib: float, capability: tuple[int, int] = (9, 0)) -> Card:
@@ -107,6 +114,70 @@ def test_a_frozen_layer_saves_nothing(policy: str, gemma2: Path, monkeypatch: py
     assert kept[0] == 0 < kept[1] <= kept[2]  # the first with adapters needs no gradient of its input
 
 
+def test_the_output_layer_by_hand() -> None:
+    """Of Gemma-2-2B, whose logits have a soft cap: 131 positions at once, and the gradient of 16,384 states."""
+    chunk, states = 131 * 256_000, 16_384 * 2304
+    found = bytes_of_losses(16_384, 2304, 256_000, width=2, softcap=True)
+    assert found == 4 * 4 * chunk + 2 * states == pytest.approx(0.57 * GIB, rel=0.01)
+    assert bytes_of_losses(16_384, 2304, 256_000, width=2, softcap=False) == found - 4 * chunk
+    assert bytes_of_losses(10, 2304, 256_000, width=2, softcap=True) == 4 * 4 * 10 * 256_000 + 2 * 10 * 2304
+    assert bytes_of_losses(10**6, 2304, 256_000, width=2, softcap=True) == 8 * 10**6 * 2304  # long batches
+    settings = load_recipe("gemma-2-2b").model
+    two, untied = shape_of(TWO), replace(shape_of(TWO), tied=False)
+    least = [need(two, settings, 512, classes=classes) for classes in (True, False)]
+    assert least[1].total - least[0].total == least[1].working - least[0].working > 0.3 * GIB
+    assert need(two, settings, 16_384) == need(two, settings, 16_384, classes=False)  # a layer's work is more
+    assert need(untied, settings, 512, classes=False).weights - least[1].weights == 2 * 256_000 * 2304
+    assert need(untied, settings, 512) == least[0]  # a classifier has no output layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [30.0, None])
+@pytest.mark.parametrize("trained", [False, True])
+def test_losses_take_what_the_estimate_says(
+    dtype: torch.dtype, softcap: float | None, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained head's weight is smaller than a chunk's logits, or larger. Larger chunks are the control."""
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", 2**16)
+    width, (least, most) = 4 if dtype == torch.float32 else 2, (0.94, 1.25) if trained else (0.98, 1.02)
+    for hidden in (16, 128):
+        head = torch.nn.Linear(hidden, 4096, bias=False).requires_grad_(trained)
+        head = head if trained else head.to(dtype)
+        states = torch.randn(100, hidden, dtype=torch.float32 if trained else dtype, requires_grad=True)
+        with LiveTensors() as live:
+            with torch.autocast("cpu", dtype, enabled=width == 2):
+                losses = token_losses(states, head, torch.arange(100), softcap)
+            losses.sum().backward()
+        sizes = {"width": width, "softcap": softcap is not None, "trained": trained}
+        assert least <= bytes_of_losses(100, hidden, 4096, **sizes) / live.peak <= most
+        with monkeypatch.context() as patch:
+            patch.setattr(language_model, "LOGITS_AT_ONCE", 2**18)
+            assert trained or bytes_of_losses(100, hidden, 4096, **sizes) > 2 * live.peak
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_a_language_model_takes_what_the_estimate_says(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With small layers under a large vocabulary, every layer recomputed; the control leaves the output layer out."""
+    monkeypatch.setattr(language_model, "LOGITS_AT_ONCE", 2**19)
+    base = make_base(tmp_path, vocab_size=8192, final_logit_softcapping=30.0)
+    settings = exact(base, dtype=dtype, checkpointing="full")
+    model = PackedLanguageModel(adapt(load_base(settings, ()), settings)).train()
+    ids = [torch.arange(10, 74).numpy() + at for at in range(4)]
+    batch = collate([{"input_ids": each, "labels": each} for each in ids])
+    for parameter in model.parameters():  # as from a step's second micro-batch on
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    with LiveTensors() as live:
+        with torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32"):
+            losses = model(batch)
+        loss_sum(losses, batch.targets).backward()
+    shape = shape_of(model.model.config)
+    found, without = (need(shape, settings, 256, classes=classes) for classes in (False, True))
+    assert live.peak == pytest.approx(found.layer_inputs + found.working, rel=0.01)
+    assert without.layer_inputs + without.working < 0.5 * live.peak
+
+
 def test_more_memory_means_less_recomputed() -> None:
     shape = shape_of(NINE)
     saved = {policy: shape.saved_per_token(policy) * 2.0 * 16384 for policy in POLICIES}
@@ -137,6 +208,15 @@ def test_the_mix_is_the_best_of_all() -> None:
         )
         found = sum(fractions[each] for each in mix_policies(saved, fractions, 3, free))
         assert found <= best + 0.16  # whole layers: one step may be taken where another would have fitted better
+
+
+def test_the_budget_of_instructions_is_halved_earlier() -> None:
+    """At short micro-batches of a model whose layers are small beside its vocabulary."""
+    budgets = [
+        fit(load_recipe("gemma-2-2b", [f"task={task}", "prompt.max_length=512"]), TWO, card(4.2)).packing.budget
+        for task in ("preference", "instruction")
+    ]
+    assert budgets == [2048, 1024]
 
 
 @pytest.mark.parametrize(("gib", "budget"), [(79, 16384), (22.5, 16384), (15, 8192), (11, 4096)])

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from arena.model.memory.reuse import _glibc, reusing_memory
+from arena.distributed import _glibc, reusing_memory
 from tests.memory import anonymous
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or _glibc() is None, reason="of effect with glibc only")
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[1]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SIZE = 2**26  # bytes, more than glibc keeps by itself
 
@@ -58,7 +58,7 @@ def measure() -> dict[str, int]:
 
 
 def test_freed_memory_is_reused_within_and_returned_at_the_end() -> None:
-    code = "import json, tests.model.memory.test_reuse as test; print(json.dumps(test.measure()))"
+    code = "import json, tests.test_reuse as test; print(json.dumps(test.measure()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["outside"] > 1000 and found["for a GPU"] > found["outside"] / 2
