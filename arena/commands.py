@@ -118,10 +118,7 @@ class Infer:
     ] = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
-    predictions: Annotated[
-        tuple[str, ...],
-        arg(metavar="NAME=FILE ...", help="Of a blend's members that are files, their test predictions."),
-    ] = ()
+    predictions: Annotated[tuple[str, ...], arg(metavar="NAME=FILE ...", help="Of a blend's files, for the test.")] = ()
 
     def run(self) -> None:
         from arena.distributed import fix_threads
@@ -146,10 +143,7 @@ class Blend:
     """Fit a blend of runs and of files of predictions on labelled rows, and write it for `arena infer`."""
 
     members: Positional[
-        Annotated[
-            tuple[str, ...],
-            words_arg("MEMBER ...", "Runs, files of predictions, or baseline; named where needed, as in mine=FILE."),
-        ]
+        Annotated[tuple[str, ...], words_arg("MEMBER ...", "Runs, files of predictions, or baseline; as NAME=FILE.")]
     ] = ()
     labels: Annotated[
         str | None, arg(metavar="PATH", help="The labelled rows.", help_behavior_hint="(those of the first run)")

@@ -42,7 +42,7 @@ class ExtraSettings(Settings):
 
 class TeacherSettings(Settings):
     path: Place = Field(
-        description="file of predictions of the training rows, by judges that had not seen them, such as oof.csv of cv"
+        description="file of predictions of the training rows by judges that had not seen them, such as oof.csv of cv"
     )
     weight: float = Field(1.0, gt=0, le=1, description="share of the prediction in a row's label")
     temperature: float = Field(1.0, gt=0, description="above 1, predictions are made more even")

@@ -14,22 +14,20 @@ def print_blend(fitted: Fitted) -> None:
     """Prints the log-loss of each member, the gain of each part that was tried, and the blend's own scores."""
     table = Table(
         title=f"{fitted.rows:,} labelled rows in {fitted.groups:,} groups, with 95% intervals", title_justify="left",
-        caption="each part was tried on rows that did not fit it, and taken if its gain exceeds its standard error",
+        caption="A part is tried on rows that did not fit it, and taken if it gains more than its standard error. "
+        "The blend's own score is of rows that neither fitted nor chose it.",
         caption_justify="left",
     )  # fmt: skip
-    for name in ("", "log-loss", "interval", "gain", "interval", ""):
-        table.add_column(name, justify="left" if name == "" else "right")
+    for name in ("", "log-loss", "interval", ""):
+        table.add_column(name, justify="right" if name else "left")
     for name, score in fitted.alone.items():
-        table.add_row(name, *_cells(score), "", "", "")
+        table.add_row(name, *_cells(score), "alone")
     table.add_section()
-    first = fitted.saved.members[fitted.first].name
-    table.add_row(first, "", "", "", "", "begins the blend")
+    table.add_row(fitted.saved.members[fitted.first].name, "", "", "begins the blend")
     for name, gain, taken in fitted.parts:
-        words = f"+ {name}"
-        table.add_row(words, "", "", *_cells(gain, sign="+"), "taken" if taken else "left out")
+        table.add_row(f"+ {name}", *_cells(gain, sign="+"), f"gain, {'taken' if taken else 'left out'}")
     table.add_section()
-    own = fitted.scores["log_loss"]
-    table.add_row(Text("the blend", style="bold"), *_cells(own), "", "", "fitted and chosen without these rows")
+    table.add_row(Text("the blend", style="bold"), *_cells(fitted.scores["log_loss"]), "of other rows' fits")
     console.print(table)
     blend = fitted.saved.blend
     weights = ", ".join(f"{m.name} {w:.3f}" for m, w in zip(fitted.saved.members, blend.weights, strict=True))
