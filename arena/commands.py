@@ -9,35 +9,11 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from arena.config import judge_settings, load_recipe, recipe_names, refuse_both, run_place
+from arena.config import judge_settings, load_recipe, refuse_both, run_place
+from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
-from arena.settings import Recipe
 from arena.stopping import Stopped
 from arena.storage.files import local_path
-
-
-def words_arg(metavar: str, text: str) -> Any:
-    """The help of a command's words."""
-    return arg(metavar=metavar, help=text, help_behavior_hint="")
-
-
-Name = Annotated[
-    str,
-    arg(
-        metavar="RECIPE",
-        help=f"A built-in recipe ({', '.join(recipe_names())}), a YAML file, or a run whose settings to use.",
-    ),
-]
-Judged = Annotated[
-    str, arg(metavar="RUN", help="A run or its recipe, by name or path, or the folder of one fold or judge.")
-]
-Data = Annotated[
-    str | None,
-    arg(metavar="PATH", help="Folder with train and test files, or one file.", help_behavior_hint="(the recipe's)"),
-]
-Overrides = Positional[
-    Annotated[tuple[str, ...], words_arg("[KEY=VALUE ...]", "Settings to change, such as train.batch_size=32.")]
-]
 
 INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.attention", "data.cache", "data.max_")
 
@@ -60,7 +36,7 @@ class Train:
 
         if self.fresh:
             refuse_both("--fresh", self.overrides, "train.resume")
-        recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
+        recipe = recipe_with_rows(self.recipe, self.runs, self.data, self.overrides)
         folder = run_place(self.runs, f"{recipe.name}/fold{self.fold}")
         try:
             metrics = run_fold(recipe, self.fold, self.runs, fresh=self.fresh)
@@ -93,7 +69,7 @@ class Cv:
 
         if self.fresh:
             refuse_both("--fresh", self.overrides, "train.resume")
-        recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
+        recipe = recipe_with_rows(self.recipe, self.runs, self.data, self.overrides)
         folder = run_place(self.runs, recipe.name)
         try:
             result = cross_validate(recipe, self.runs, at_once=self.at_once, fresh=self.fresh)
@@ -145,9 +121,7 @@ class Blend:
     members: Positional[
         Annotated[tuple[str, ...], words_arg("MEMBER ...", "Runs, files of predictions, or baseline; as NAME=FILE.")]
     ] = ()
-    labels: Annotated[
-        str | None, arg(metavar="PATH", help="The labelled rows.", help_behavior_hint="(those of the first run)")
-    ] = None
+    labels: Labels = None
     out: Annotated[Path, arg(help="The blend to write.")] = Path("blend.json")
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     seed: Annotated[int, arg(help="The seed of the division of rows into folds.")] = 0
@@ -161,6 +135,21 @@ class Blend:
             raise ValueError("name the members, such as `arena blend demo baseline`")
         print_blend(blend_members(self.members, self.labels, self.out, self.runs, self.seed))
         console.print(f"written: {self.out}; apply it with `arena infer --recipe {self.out}`")
+
+
+@dataclass
+class Compare:
+    """Compare two runs or files of predictions on the labelled rows of both: settings, metrics and slices."""
+
+    members: Positional[Annotated[tuple[str, ...], words_arg("ONE OTHER", "Two members, as of `arena blend`.")]] = ()
+    labels: Labels = None
+    runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
+
+    def run(self) -> None:
+        from arena.reporting.blend import print_comparison
+        from arena.training.comparing import compare
+
+        print_comparison(compare(self.members, self.labels, self.runs))
 
 
 @dataclass
@@ -179,7 +168,7 @@ class Inspect:
         from arena.reporting.inspect import inspect_fold, picture_endings
 
         local_path(self.out, "--out", picture_endings())
-        recipe = _recipe(self.recipe, self.runs, self.data, self.overrides)
+        recipe = recipe_with_rows(self.recipe, self.runs, self.data, self.overrides)
         inspect_fold(recipe, self.fold, self.step, self.out)
 
 
@@ -278,22 +267,10 @@ COMMANDS: Commands = {
     "cv": Cv,
     "infer": Infer,
     "blend": Blend,
+    "compare": Compare,
     "inspect": Inspect,
     "export": Export,
     "generate": Generate,
     "memory": Memory,
     "settings": Settings,
 }
-
-
-def _recipe(name: str, runs: Path, data: str | None, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe of a name or a run, with the rows of `data`; otherwise the demo's rows are written on first use."""
-    from arena.demo.synthetic import ensure_demo
-    from arena.inference.find import recipe_of
-
-    recipe = load_recipe(recipe_of(name, runs), overrides)
-    if data is None:
-        ensure_demo(recipe)
-        return recipe
-    refuse_both(f"--data {data}", overrides, "data", "data.path", "data.synthetic_rows")
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data, "synthetic_rows": None})})

@@ -185,6 +185,32 @@ def estimate(terms: Mapping[Any, Terms], groups: Sequence[str]) -> dict[Any, Sco
         terms: `Metric.terms` by name, 0 for rows that do not count, and the weights of rows.
         groups: the group of each row.
     """
+    scores = {}
+    for name, (own, drawn) in _resampled(terms, groups).items():
+        value = float(_value(own.sum(axis=0)))
+        low, high = _interval(value, drawn) if np.count_nonzero(own[:, -1]) > 1 else (None, None)
+        scores[name] = Score(value, low, high, int(np.count_nonzero(terms[name][1])))
+    return scores
+
+
+def differences(first: Mapping[Any, Terms], second: Mapping[Any, Terms], groups: Sequence[str]) -> dict[Any, Score]:
+    """The metrics of `first` minus those of `second` on the same rows, with percentile intervals."""
+    both = {(0, name): each for name, each in first.items()} | {(1, name): each for name, each in second.items()}
+    sums, found = _resampled(both, groups), {}
+    for name in (name for name in first if (0, name) in sums and (1, name) in sums):
+        (one, of_one), (other, of_other) = sums[0, name], sums[1, name]
+        value = float(_value(one.sum(axis=0)) - _value(other.sum(axis=0)))
+        low, high, rows = None, None, int(np.count_nonzero(first[name][1]))
+        if np.count_nonzero(one[:, -1]) > 1:
+            kept = (of_one[:, -1] > 0) & (of_other[:, -1] > 0)
+            drawn = _value(of_one[kept]) - _value(of_other[kept])
+            low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+        found[name] = Score(value, low, high, rows)
+    return found
+
+
+def _resampled(terms: Mapping[Any, Terms], groups: Sequence[str]) -> dict[Any, tuple[np.ndarray, np.ndarray]]:
+    """By metric that some row counts for, the sums of its terms and weights in each group and in each resample."""
     # sorted, so that the order of the rows does not matter
     numbers, distinct = pd.factorize(np.array(groups, dtype=object), sort=True)
     members = csr_matrix((np.ones(len(numbers)), (numbers, np.arange(len(numbers)))))
@@ -194,13 +220,8 @@ def estimate(terms: Mapping[Any, Terms], groups: Sequence[str]) -> dict[Any, Sco
     sums = [members @ np.column_stack(each).astype(np.float64) for each in counted.values()]
     every = np.hstack(sums)
     resampled = np.vstack([counts @ every for counts in _resamples(len(distinct))])
-    ends = np.cumsum([each.shape[1] for each in sums])[:-1]
-    scores = {}
-    for (name, (_, weights)), own, drawn in zip(counted.items(), sums, np.split(resampled, ends, axis=1), strict=True):
-        value = float(_value(own.sum(axis=0)))
-        low, high = _interval(value, drawn) if np.count_nonzero(own[:, -1]) > 1 else (None, None)
-        scores[name] = Score(value, low, high, int(np.count_nonzero(weights)))
-    return scores
+    drawn = np.split(resampled, np.cumsum([each.shape[1] for each in sums])[:-1], axis=1)
+    return dict(zip(counted, zip(sums, drawn, strict=True), strict=True))
 
 
 def _interval(value: float, resampled: np.ndarray) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from arena import cli, commands
+from arena import cli, options
 from arena.config import recipe_names
 from tests.helpers import arena, write_rows
 
@@ -29,7 +29,7 @@ def test_version_and_misspelt_commands(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_help_lists_the_recipes_of_the_folder() -> None:
     for name in recipe_names():
-        assert name in str(commands.Name.__metadata__)
+        assert name in str(options.Name.__metadata__)
 
 
 def test_a_misspelt_flag_gets_the_nearest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,14 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 
 from arena.metrics import (
     BINS,
+    METRICS,
     accuracy,
     agreement,
     brier,
     calibration_error,
     classwise_calibration_error,
+    differences,
+    estimate,
     log_loss,
     softmax,
 )
@@ -97,3 +100,21 @@ def test_softmax_of_large_logits() -> None:
     found = softmax(np.array([[1000.0, 1000.0, 0.0]], dtype=np.float32))
     assert found.tolist() == [[0.5, 0.5, 0.0]]
     assert found.dtype == np.float64
+
+
+def test_paired_differences_are_narrower_than_those_of_two_samples() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.eye(3)[rng.integers(0, 3, 400)]
+    one = softmax(2 * labels + rng.normal(size=(400, 3)))
+    other = softmax(np.log(one) + 0.3 * rng.normal(size=(400, 3)))
+    first, second = ({name: (metric.terms(labels, p), np.ones(400)) for name, metric in METRICS.items()}
+                     for p in (one, other))  # fmt: skip
+    groups = [str(row // 2) for row in range(400)]
+    apart, paired = (estimate(each, groups) for each in (first, second)), differences(first, second, groups)
+    a, b = apart
+    for name, found in paired.items():
+        assert found.value == pytest.approx(a[name].value - b[name].value)
+        assert found.low is not None and found.high is not None and found.low < found.high
+    width = (paired["log_loss"].high or 0) - (paired["log_loss"].low or 0)
+    assert width < 0.6 * ((a["log_loss"].high or 0) - (a["log_loss"].low or 0))
+    assert {(each.value, each.low, each.high) for each in differences(first, first, groups).values()} == {(0, 0, 0)}

@@ -1,4 +1,4 @@
-"""What a blend gains, as a table on the terminal."""
+"""What a blend gains, and how two members differ, as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.text import Text
 from arena.metrics import Score
 from arena.progress import console
 from arena.training.blending import Fitted
+from arena.training.comparing import Comparison
 
 
 def print_blend(fitted: Fitted) -> None:
@@ -35,6 +36,24 @@ def print_blend(fitted: Fitted) -> None:
         f"{blend.pool} pool, weights: {weights}; sharpness {blend.sharpness:.3f}; bias "
         + ", ".join(f"{each:+.3f}" for each in blend.bias)
     )
+
+
+def print_comparison(found: Comparison) -> None:
+    """Prints the settings in which two members differ, their metrics side by side, and slices that differ."""
+    one, other = found.names
+    if found.settings:
+        console.print(f"settings, {one} there and {other} here: " + "; ".join(found.settings))
+    table = Table("", title=f"{found.rows:,} labelled rows", title_justify="left")
+    for name in (one, other, "difference", "interval"):
+        table.add_column(name, justify="right")
+    for name, (first, second) in found.scores.items():
+        table.add_row(name, f"{first.value:.4f}", f"{second.value:.4f}", *_cells(found.differences[name], sign="+"))
+    for at, ((kind, value), score) in enumerate(found.slices.items()):
+        if at == 0:
+            table.add_section()
+        table.add_row(f"{kind}: {value}", "", f"{score.rows:,} rows", *_cells(score, sign="+"))
+    table.caption = f"differences: {one} minus {other}, of the slices in log-loss, with 95% intervals by group"
+    console.print(table)
 
 
 def _cells(score: Score, sign: str = "") -> tuple[str, str]:

@@ -12,6 +12,7 @@ import pytest
 from arena.config import save_recipe
 from arena.metrics import log_loss
 from arena.tasks.preference import COLUMNS
+from arena.training.comparing import compare
 from arena.training.cross_validation import cross_validate
 from tests.helpers import arena, tiny_recipe
 
@@ -96,6 +97,23 @@ def test_files_and_labels_without_texts(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(SystemExit):
             arena(monkeypatch, "blend", *words)
         assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_two_members_are_compared(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Shown) -> None:
+    monkeypatch.chdir(tmp_path)
+    oof = pd.read_csv(run / "runs/tiny/oof.csv", dtype={"id": str})
+    oof.assign(**dict.fromkeys(COLUMNS, 1 / 3)).to_csv("even.csv", index=False)
+    found = compare([str(run / "runs/tiny"), "even.csv"], None, tmp_path)
+    one, other = found.scores["log_loss"]
+    assert other.value == pytest.approx(np.log(3)) and found.rows == 60
+    assert found.differences["log_loss"].value == pytest.approx(one.value - other.value)
+    mean = sum(each.value * each.rows for name, each in found.slices.items() if name[0] == "turns") / found.rows
+    assert mean == pytest.approx(found.differences["log_loss"].value)
+    arena(monkeypatch, "compare", run / "runs/tiny", "even.csv")
+    assert "differences: tiny minus even" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        arena(monkeypatch, "compare", "even.csv")
+    assert "name two members" in capsys.readouterr().out
 
 
 @pytest.mark.slow
