@@ -124,6 +124,11 @@ class Template(Settings):
     cut_turns: str = Field("[earlier turns left out]\n\n", min_length=1, description="mark for omitted turns")
 
 
+def built_in_templates() -> set[str]:
+    """The names of the templates that come with the package."""
+    return {path.stem for path in (RECIPES / "templates").glob("*.yaml")}
+
+
 class PromptSettings(Settings):
     template: Template = Field(description="a built-in template's name, the path of a YAML file, or fields as below")
     chat: Literal["auto", "gemma", "chatml", "llama3", "plain"] = Field(

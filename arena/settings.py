@@ -24,10 +24,9 @@ class ColumnSettings(Settings):
     text: str = Field("sentence", description="classification: the column of the text")
     pair: str | None = Field(None, description="classification: the column of the second text, if rows are pairs")
     label: str = Field("label", description="classification: the column of the label: a class's name or number, from 0")
-    prompt: str = Field("prompt", description="preference: the column of the prompt")
-    response_a: str = Field("response_a", description="preference: the column of the first answer")
-    response_b: str = Field("response_b", description="preference: the column of the second answer")
-    winner: str = Field("winner", description="preference: the column of the label as a word, such as model_a or tie")
+    names: dict[str, str] = Field(
+        {}, description="preference: by the name of a column, what it is called in the files, as in {prompt: question}"
+    )
 
 
 class ExtraSettings(Settings):

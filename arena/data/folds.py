@@ -40,7 +40,8 @@ def assign_folds(rows: Rows, n_folds: int, seed: int, groups: list[str] | None =
     numbers, distinct = pd.factorize(np.array(every, dtype=object), sort=True)
     if len(distinct) < n_folds:
         raise ValueError(
-            f"{len(distinct)} different {rows.task.group_by}s cannot fill {n_folds} folds; use fewer folds or more data"
+            f"{len(distinct)} groups of rows (by {rows.task.group_by}) cannot fill {n_folds} folds: lower data.folds, "
+            "or use more data"
         )
     classes = rows.labels.argmax(axis=1) if rows.task.classes else np.zeros(len(rows), dtype=np.int64)
     if np.bincount(classes).max() < n_folds:

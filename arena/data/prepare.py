@@ -19,7 +19,7 @@ from arena.data.files import data_file, read_files
 from arena.data.folds import leaking, load_or_assign_folds
 from arena.data.task import Task
 from arena.data.tokens import TokenStore, join, tokenise
-from arena.prompt_settings import Template
+from arena.prompt_settings import PromptSettings, Template, built_in_templates
 from arena.settings import DataSettings, Recipe
 from arena.storage.files import fingerprint
 
@@ -99,7 +99,7 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         ValueError: a file cannot be used, the fold does not exist, or the template has placeholders; no incomplete
             file is left behind.
     """
-    _refuse_placeholders(recipe.prompt.template)
+    _check_template(recipe.prompt.template, task)
     settings, cache = recipe.data, Path(recipe.data.cache)
     rows, held_out, train, notes = split_rows(settings, task, fold)
     taught = rows.labels if settings.teacher is None else taught_by(rows, settings.teacher, task, train)
@@ -111,7 +111,7 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     if omitted := int((chosen & ~has_input).sum()):
         notes.append(f"{omitted:,} training rows have no {task.missing} and are omitted")
     train_rows = np.flatnonzero(chosen & has_input)
-    _check_rows(fold, train_rows, held_out, has_input, task)
+    _check_rows(fold, train_rows, held_out, has_input, task, notes)
     orders = task.orders if recipe.train.swap != "never" or recipe.judge.swap else 1
     labels = np.concatenate([rows.labels, *(each.labels for each in extra)])
     taught = np.concatenate([taught, *(each.taught for each in extra)])
@@ -202,15 +202,29 @@ def _numbers(keys: Sequence[str]) -> np.ndarray:
     return np.asarray(np.unique(np.array(keys, dtype=object), return_inverse=True)[1])
 
 
-def _check_rows(fold: int, train_rows: np.ndarray, held_out: np.ndarray, has_input: np.ndarray, task: Task) -> None:
+def _check_rows(
+    fold: int, train_rows: np.ndarray, held_out: np.ndarray, has_input: np.ndarray, task: Task, notes: list[str]
+) -> None:
     if not len(train_rows) or not len(held_out):
-        raise ValueError(f"fold {fold} has {len(train_rows)} rows to train on and {len(held_out)} to score: add rows")
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise ValueError(
+            f"fold {fold} has {len(train_rows)} rows to train on and {len(held_out)} to score{why}: add rows"
+        )
     if not has_input[held_out].any():
         raise ValueError(f"no row of fold {fold} has a {task.missing}: use other data or fewer folds")
 
 
-def _refuse_placeholders(template: Template) -> None:
-    """Refuses placeholders, which would appear literally in every prompt. Judges trained that way still work."""
+def _check_template(template: Template, task: Task) -> None:
+    """Refuses another task's built-in template, and placeholders, which would appear literally in every prompt.
+
+    Judges that were trained that way still work.
+    """
+    for name in built_in_templates() - set(task.templates) if task.templates else ():
+        if template == PromptSettings.model_validate({"template": name}).template:
+            raise ValueError(
+                f"prompt.template={name} is not for task={task.name}: set prompt.template={task.templates[0]}, or "
+                "write your own"
+            )
     for name, words in template:
         if found := PLACEHOLDER.search(words):
             raise ValueError(

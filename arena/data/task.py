@@ -148,6 +148,7 @@ class Task(ABC):
         group_by: the column of texts by which rows are grouped: rows of a group are never in two folds.
         orders: in how many orders a row can be shown.
         missing: in words, what a row lacks if `has_input` is false.
+        templates: the built-in templates for its prompts, the usual one first; none: any.
         metrics: by name, computed on the held-out rows for `metrics.json`; `train.best_metric` names the one that
             chooses the best checkpoint. `log_loss` must be one of them.
         tie: the class of a tie, if there is one: agreement is also given without ties.
@@ -163,6 +164,7 @@ class Task(ABC):
     group_by: str
     orders: int = 1
     missing: str
+    templates: tuple[str, ...] = ()
     metrics: Mapping[str, Metric]
     tie: str | None = None
 

@@ -102,6 +102,8 @@ def _word(kind: Any) -> str:
         return f"list of {_word(parts[0])}" if several else f"list of {len(parts)} {_word(parts[0])}s"
     if hasattr(kind, "__metadata__"):  # Annotated
         return _word(parts[0])
+    if origin is dict:
+        return "a group of your own names"
     if issubclass(kind, BaseModel):
         return f"a group of {', '.join(kind.model_fields)}"
     return WORDS[kind]

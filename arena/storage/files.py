@@ -48,8 +48,12 @@ def atomic_write(target: Path) -> Iterator[Path]:
     removed. The rename is atomic for a file; an existing directory is moved out of the way before it is removed. File
     modes follow the umask, whatever modes the writing library sets.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SCRATCH, dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=SCRATCH, dir=target.parent))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        error.strerror = f"{error.strerror}: {target.parent} cannot be written to; name another place"
+        raise
     try:
         draft = scratch / target.name
         with _os_errors(target):

@@ -59,6 +59,7 @@ class Classification(Task):
     name = "classification"
     rows = "texts"
     missing = "text"
+    templates = ("classify",)
     metrics = METRICS
 
     @classmethod

@@ -67,6 +67,7 @@ class Instruction(TokenTask):
     rows = "instructions"
     group_by = "prompt"
     missing = "response"
+    templates = ("instruct",)
     metrics = MappingProxyType({"log_loss": token_log_loss, "perplexity": perplexity})
 
     @classmethod

@@ -41,7 +41,7 @@ from arena.data.text_encoder import TextEncoder, as_ids
 from arena.data.truncation import check_room, choose_cut, continuation_bytes, least_room, shorten
 from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
-from arena.settings import ColumnSettings, Recipe
+from arena.settings import Recipe
 from arena.tasks.baseline import SWAPPED, baseline_probabilities
 from arena.tasks.layouts import ANNOTATIONS, CHOSEN, TURNS, Layout, columns_of, layout_of
 from arena.tasks.layouts import WINNER as WORD
@@ -78,20 +78,19 @@ class Preference(Task):
     group_by = "prompt"
     orders = 2
     missing = "response to judge"
+    templates = ("judge", "compact")
     metrics = METRICS
     tie = "tie"
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
         columns = recipe.data.columns
-        names = {name: getattr(columns, name) for name in (*TURNS, WORD)}
-        plain = columns.model_copy(update={name: name for name in names})
-        if recipe.classes or plain != ColumnSettings():
-            raise ValueError(
-                "classes and data.columns.text, pair and label are for task=classification: leave them out, or set task"
-            )
-        changed = tuple((name, given) for name, given in names.items() if name != given)
-        return cls(changed, changed)
+        others = recipe.data.model_copy(update={"columns": columns.model_copy(update={"names": {}})})
+        super().of(recipe.model_copy(update={"data": others}))  # refuses settings of other tasks
+        if odd := columns.names.keys() - {*TURNS, WORD}:
+            raise ValueError(f"data.columns.names has {min(odd)}, but can only name {', '.join((*TURNS, WORD))}")
+        renamed = tuple(sorted(columns.names.items()))
+        return cls(renamed, renamed)
 
     def numbers_rows(self, names: Collection[str]) -> bool:
         """In other layouts than the competition's, ids are rare."""

@@ -14,16 +14,18 @@ from arena.data.files import data_file, read_files
 from arena.data.folds import load_or_assign_folds
 from arena.data.limits import Limits
 from arena.data.predictions import Table, read_labels, read_predictions, rows_of
+from arena.data.prepare import held_out_file
 from arena.data.rows import READERS, read_rows
 from arena.data.task import Task
 from arena.inference.blend import Member
 from arena.inference.find import find_models
 from arena.inference.saved import check_classes, read_judge
 from arena.progress import console, progress
-from arena.settings import DataSettings
-from arena.tasks.preference import Preference
+from arena.settings import DataSettings, Recipe
+from arena.tasks import TASKS
 
 BASELINE = "baseline"
+DEFAULT_TASK = str(Recipe.model_fields["task"].default)
 
 
 @dataclass(frozen=True)
@@ -99,20 +101,20 @@ def _member(word: str, runs: Path) -> Member:
 
 
 def _task(members: Sequence[Member]) -> tuple[Task, DataSettings | None]:
-    """The task of the runs, and the data of the first one; without runs it is preference."""
+    """The task of the runs, and the data of the first one; without runs it is that of recipes that name none."""
     judges = [read_judge(find_models(member.path, Path())[0]) for member in members if member.kind == "run"]
     for judge in judges:
         check_classes(judge)
         if judge.task != judges[0].task:
             raise ValueError(f"{judge.folder.parents[1]} and {judges[0].folder.parents[1]} predict different things")
-    return (judges[0].task, judges[0].recipe.data) if judges else (Preference(), None)
+    return (judges[0].task, judges[0].recipe.data) if judges else (TASKS[DEFAULT_TASK](), None)
 
 
 def _labelled(path: str | None, task: Task, settings: DataSettings | None) -> _Labelled:
     if path is None and settings is None:
         raise ValueError("name the file of labelled rows with --labels: only runs know theirs")
     settings = settings or DataSettings(path=str(path))
-    file = data_file(path or settings.path, "train", settings.cache)
+    file = held_out_file(settings) if path is None else data_file(path, "train", settings.cache)
     if not _has_texts(file, task):
         table = read_labels(file, task)
         return _Labelled(settings, file, table, {each: each for each in table}, None)

@@ -36,7 +36,7 @@ OUTSIDE_IDENTITY = {
 # settings that did not always exist: with these values, runs from before them keep their identity
 LATER: dict[str, Any] = {
     "task": "preference", "classes": [], "data.columns": ColumnSettings().model_dump(), "data.validation": None,
-    "data.teacher": None,
+    "data.teacher": None, "data.columns.names": {},
     "model.lora.first_layer": 0, "model.lora.layers": None, "packing.group": False,
     "prompt.template.text": "", "prompt.template.pair": "", "prompt.template.classes": "",
     "prompt.template.context": "", "prompt.template.response": "", "prompt.template.unanswerable": "unanswerable",

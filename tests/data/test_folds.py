@@ -110,7 +110,7 @@ def test_the_same_seed_gives_the_same_folds_in_any_row_order() -> None:
 
 
 def test_too_little_to_fill_the_folds_is_an_error() -> None:
-    with pytest.raises(ValueError, match="2 different prompts cannot fill 3 folds"):
+    with pytest.raises(ValueError, match=r"2 groups of rows \(by prompt\) cannot fill 3 folds: lower data.folds"):
         assign_folds(dataset(["a", "A", "b", " b"]), 3, seed=0)
     with pytest.raises(ValueError, match="no label has 3 rows"):
         assign_folds(dataset(["a", "b", "c"], [0, 1, 2]), 3, seed=0)

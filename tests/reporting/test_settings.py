@@ -14,7 +14,7 @@ def leaves(tree: dict[str, Any], above: str = "") -> set[str]:
     return {
         key
         for name, value in tree.items()
-        for key in (leaves(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}"})
+        for key in (leaves(value, f"{above}{name}.") if isinstance(value, dict) and value else {f"{above}{name}"})
     }
 
 

@@ -139,7 +139,7 @@ def test_chats(tmp_path: Path) -> None:
         (messages(("user", "a"), ("system", "b")), 'has the role "system" where assistant is due'),
         (messages(("user", None), ("assistant", "b")), "has a user's turn without text"),
         (messages(), "has a user's turn without text"),
-        ({"messages": [{"role": "user", "content": 4}]}, "content: is 4; write a text"),
+        ({"messages": [{"role": "user", "content": 4}]}, "messages: has a content that is 4; write a text"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:

@@ -121,7 +121,7 @@ def test_label_studio_counts_what_the_annotator_said(tmp_path: Path) -> None:
 
 def test_columns_of_other_names(tmp_path: Path) -> None:
     rows = [{"id": "1", "question": "Hi", "left": "Yes", "right": "No", "vote": "left"}]
-    names = "data.columns={prompt: question, response_a: left, response_b: right, winner: vote}"
+    names = "data.columns.names={prompt: question, response_a: left, response_b: right, winner: vote}"
     [row] = read(write(tmp_path / "train.csv", rows), names)
     assert (row["prompt"], row["response_a"], row["response_b"], row["label"]) == (["Hi"], ["Yes"], ["No"], [1, 0, 0])
     assert "prompt" in complaint(tmp_path / "train.csv")
