@@ -40,5 +40,5 @@ def data_file(path: str | Path, kind: str, cache: str | Path | None = None) -> P
 
 def read_files(paths: Sequence[str | Path], task: Task, settings: DataSettings, labels: Labels) -> Rows:
     """`read_dataset` with a recipe's cache and limits."""
-    limits = Limits(settings.max_row_characters, settings.max_turns)
-    return read_dataset([Path(path) for path in paths], Path(settings.cache), task, labels=labels, limits=limits)
+    files, limits = [Path(path) for path in paths], Limits.of(settings)
+    return read_dataset(files, Path(settings.cache), task, labels=labels, limits=limits)

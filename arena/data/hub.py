@@ -39,12 +39,14 @@ def hub_folder(name: str, cache: Path) -> Path:
         console.print(f"fetching the data set {name} from the Hugging Face hub")
         try:
             splits = datasets.load_dataset(found["data_set"], found["part"])
-        except (OSError, ValueError) as error:  # OSError: also not found, not allowed, and no network
+        # OSError: also not found, not allowed, and no network
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             if isinstance(error, ValueError):
                 _check_configuration(found["data_set"], found["part"])
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
                 f"data.path: there is no folder or file {name}, and no data set of that name can be fetched from the "
-                f"Hugging Face hub ({str(error).strip().splitlines()[0]}); give a folder with DATA= or --data"
+                f"Hugging Face hub ({reason}); give a folder with DATA= or --data"
             ) from None
         with atomic_write(folder) as draft:
             draft.mkdir()
@@ -59,9 +61,13 @@ def _check_configuration(data_set: str, part: str | None) -> None:
 
     try:
         known = datasets.get_dataset_config_names(data_set)
-    except (OSError, ValueError):  # what is wrong is something else, which loading has reported
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+    ):  # what is wrong is something else, which loading has reported
         return
-    if part not in known and (part is not None or len(known) > 1):
+    if part not in known and (part is not None or (len(known) > 1 and "default" not in known)):
         wrong = "consists of several configurations" if part is None else f"has no configuration {part!r}"
         raise ValueError(
             f"data.path: the data set {data_set} {wrong}: name one after a colon, as in data.path={data_set}:"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from arena.data.cells import FieldError
-from arena.settings import MAX_ROW_CHARACTERS, MAX_TURNS
+from arena.settings import MAX_ROW_CHARACTERS, MAX_TURNS, DataSettings
 
 FEWEST_AT_ONCE = 16  # rows of parquet decoded at once, however large their column is
 DECODED_BYTES = 2**28  # the rows decoded at once may take this much, as far as column sizes tell
@@ -26,6 +26,11 @@ class Limits:
 
     max_row_characters: int = MAX_ROW_CHARACTERS
     max_turns: int = MAX_TURNS
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> Self:
+        """Those that a recipe sets."""
+        return cls(settings.max_row_characters, settings.max_turns)
 
     def check_row(self, characters: int) -> None:
         """Raises `FieldError` for a row with more characters than allowed."""

@@ -33,7 +33,9 @@ from arena.storage.files import atomic_write, file_digest, local_path, write_jso
 from arena.storage.lock import locked
 
 ENDS_FIELD = re.compile(r"[\t\r\n]+")  # in a file of tab-separated values
-SETTING = re.compile(r"(model|prompt)\.[a-z_.]+=")
+PLACES = ("data.path", "data.validation", "data.extra", "data.cache")  # where the data that were trained on are now
+LIMITS = ("data.max_row_characters", "data.max_turns")
+GROUPS = re.compile(r"(model|prompt)\.[a-z_.]+")  # of the other settings
 
 
 def answer(
@@ -46,13 +48,16 @@ def answer(
         words: the model, two files unless there is a prompt, and settings `key=value`.
         tokens, runs, fold: as for `Generator`.
     """
-    settings = [word for word in words if SETTING.match(word)]
+    settings = [word for word in words if _is_setting(word)]
     names = [word for word in words if word not in settings]
     if len(names) != (3 if prompt is None else 1):
         raise ValueError(
             "give a model and two files, MODEL IN OUT, or a model and --prompt TEXT, but not "
-            f"{' '.join(names) or 'nothing'}{'' if prompt is None else ' and --prompt'}"
+            f"{' '.join(names) or 'nothing'}{'' if prompt is None else ' and --prompt'}; after them can stand settings "
+            f"of model and prompt, {', '.join(LIMITS)}, and with --held-out {', '.join(PLACES)}"
         )
+    if not wanted.held_out and (places := [word for word in settings if word.partition("=")[0] in PLACES]):
+        raise ValueError(f"{places[0]} says where held-out rows are: leave it out, or add --held-out")
     if prompt is not None and wanted != Wanted():
         raise ValueError("--score, --held-out and --limit are for the rows of a file: leave them out with --prompt")
     if tokens < 1:
@@ -63,6 +68,11 @@ def answer(
         answer_file(make(), Path(names[1]), Path(names[2]), sampling, tokens, wanted)
     else:
         answer_prompt(make, prompt, sampling)
+
+
+def _is_setting(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return bool(equals) and (key in PLACES + LIMITS or GROUPS.fullmatch(key) is not None)
 
 
 def answer_file(
@@ -108,7 +118,7 @@ def answer_file(
             added = [dict(zip(wanted.columns, each, strict=True)) for each in cells]
             scores_file.unlink(missing_ok=True)  # of earlier answers
             with atomic_write(out) as draft:
-                WRITERS[kind](source, draft, dict(zip(prompts.rows, added, strict=True)))
+                WRITERS[kind](source, draft, dict(zip(prompts.rows, added, strict=True)), generator.encoder.limits)
             if wanted.score is not None:
                 write_json(scores_file, scores := _score(wanted, prompts, answers, phrase))
             shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
@@ -187,9 +197,9 @@ def _score(wanted: Wanted, prompts: Prompts, answers: Sequence[Answer], phrase: 
 Added = Mapping[int, Cells]  # what is added to each row that was answered, by its number in the file
 
 
-def _answered(source: Path, added: Added) -> Iterator[Cells]:
+def _answered(source: Path, added: Added, limits: Limits) -> Iterator[Cells]:
     last = max(added)
-    for number, (_, cells) in enumerate(read_rows(source, list, Limits())):
+    for number, (_, cells) in enumerate(read_rows(source, list, limits)):
         if number in added:
             assert not isinstance(cells, FieldError), "the rows were checked"
             yield {**cells, **added[number]}
@@ -197,31 +207,34 @@ def _answered(source: Path, added: Added) -> Iterator[Cells]:
             return
 
 
-def _write_csv(source: Path, draft: Path, added: Added) -> None:
+def _write_csv(source: Path, draft: Path, added: Added, limits: Limits) -> None:
+    """A lone carriage return ends a row for readers, but Python before 3.13 does not quote it by itself."""
     with draft.open("w", encoding="utf-8", newline="") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        for number, cells in enumerate(_answered(source, added)):
-            if number == 0:
-                writer.writerow(cells)
-            writer.writerow(cells.values())
+        as_needed, quoted = (
+            csv.writer(handle, lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+        )
+        for number, cells in enumerate(_answered(source, added, limits)):
+            for fields in (cells.keys(), cells.values()) if number == 0 else (cells.values(),):
+                writer = quoted if any("\r" in str(field) for field in fields) else as_needed
+                writer.writerow(fields)
 
 
-def _write_tsv(source: Path, draft: Path, added: Added) -> None:
+def _write_tsv(source: Path, draft: Path, added: Added, limits: Limits) -> None:
     """Nothing is quoted there: what would end a field or a row becomes a space."""
     with draft.open("w", encoding="utf-8", newline="") as handle:
-        for number, cells in enumerate(_answered(source, added)):
+        for number, cells in enumerate(_answered(source, added, limits)):
             for fields in (cells.keys(), cells.values()) if number == 0 else (cells.values(),):
                 handle.write("\t".join(ENDS_FIELD.sub(" ", str(each)) for each in fields) + "\n")
 
 
-def _write_jsonl(source: Path, draft: Path, added: Added) -> None:
+def _write_jsonl(source: Path, draft: Path, added: Added, limits: Limits) -> None:
     with draft.open("w", encoding="utf-8", newline="\n") as handle:
-        for cells in _answered(source, added):
+        for cells in _answered(source, added, limits):
             line = json.dumps(cells, ensure_ascii=False)
             handle.write((line if is_utf8(line) else json.dumps(cells)) + "\n")
 
 
-def _write_parquet(source: Path, draft: Path, added: Added) -> None:
+def _write_parquet(source: Path, draft: Path, added: Added, limits: Limits) -> None:
     types = {name: pa.array([cell]).type for name, cell in next(iter(added.values())).items()}
     with pq.ParquetFile(source) as file:
         schema = file.schema_arrow
@@ -241,7 +254,7 @@ def _write_parquet(source: Path, draft: Path, added: Added) -> None:
                 writer.write_table(table)
 
 
-WRITERS: dict[str, Callable[[Path, Path, Added], None]] = {
+WRITERS: dict[str, Callable[[Path, Path, Added, Limits], None]] = {
     ".csv": _write_csv,
     ".tsv": _write_tsv,
     ".jsonl": _write_jsonl,

@@ -131,7 +131,7 @@ class Generator:
             phrase: what a model says that has no answer, whose probability each `Answer` gets.
 
         Raises:
-            FloatingPointError: a row's logits are not numbers.
+            FloatingPointError: a prompt's logits are not numbers, or infinite.
             ValueError: a batch is too large for the memory, or another process answers the same prompts.
             Stopped: a signal arrived; the batches answered so far are in `parts`.
         """
@@ -187,7 +187,9 @@ class Generator:
             )
         if choice.broken is not None and choice.broken.any():
             row = rows[int(choice.broken.nonzero()[0])]
-            raise FloatingPointError(f"the logits of row {row + 1} are not numbers: use model.dtype=float32")
+            raise FloatingPointError(
+                f"the logits of answered prompt {row + 1} are not numbers: use model.dtype=float32"
+            )
         return np.ascontiguousarray(whole[:, width:].cpu().numpy(), dtype="<i4")
 
     @torch.inference_mode()
@@ -205,11 +207,12 @@ class Generator:
                     input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False,
                     logits_to_keep=len(answer),
                 ).logits.float()  # fmt: skip
-                logs = logits.gather(-1, tokens.expand(len(some), -1, 1))[..., 0] - logits.logsumexp(dim=-1)
+                whole = logits.logsumexp(dim=-1)
+                logs = logits.gather(-1, tokens.expand(len(some), -1, 1))[..., 0] - whole
+            if not whole.isfinite().all():
+                raise FloatingPointError("logits are not numbers: use model.dtype=float32")
             found.append(logs.double().sum(dim=-1).exp().cpu().numpy().astype("<f8"))
-        if np.isnan(probabilities := np.concatenate(found)).any():
-            raise FloatingPointError("logits are not numbers: use model.dtype=float32")
-        return probabilities
+        return np.concatenate(found)
 
     def _padded(self, prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Token ids (rows, tokens), padded on the left, and their mask."""

@@ -18,8 +18,10 @@ from arena.data.prepare import held_out_file, split_identity, split_rows
 from arena.data.rows import read_rows
 from arena.data.task import Task
 from arena.inference.generate import Generator
+from arena.inference.prompts import PROMPT
 from arena.inference.sampling import Sampling
 from arena.inference.saved import read_judge
+from arena.settings import DataSettings
 from arena.storage.files import file_digest, fingerprint
 from arena.tasks import task_of
 
@@ -75,19 +77,20 @@ def read_prompts(source: Path, generator: Generator, sampling: Sampling, wanted:
         BadRowsError: rows or the file cannot be used.
         ValueError: no row has a reference to compare with, or the model holds out no rows of this file.
     """
-    held_out = _held_out_ids(generator.folder, source) if wanted.held_out else None
+    held_out = _held_out_ids(generator.folder, source, generator.recipe.data) if wanted.held_out else None
+    limits = generator.encoder.limits
     columns, task = REFERENCES.get(wanted.score or "", ()), task_of(generator.recipe)
     found, bad = Prompts(), BadRowsError()
 
     def choose(names: list[str]) -> list[str]:
         _check_free(names, wanted)
-        own = generator.encoder.columns(names)
+        own = generator.encoder.columns(_asked(names, wanted))
         if source.suffix.lower() != ".parquet":
             return names
         needed = {*own, *columns, *(["context"] if columns else []), *(["id"] if wanted.held_out else [])}
         return [name for name in names if name in needed]  # other columns are passed on unread
 
-    for number, (where, cells) in enumerate(read_rows(source, choose, Limits())):
+    for number, (where, cells) in enumerate(read_rows(source, choose, limits)):
         if len(found.rows) == wanted.limit:
             break
         try:
@@ -96,8 +99,8 @@ def read_prompts(source: Path, generator: Generator, sampling: Sampling, wanted:
             if held_out is not None and _id(cells, number) not in held_out:
                 continue
             _check_free(cells, wanted)
-            ids = generator.encode(cells, sampling)
-            references = _references(cells, columns, task) if columns else None
+            ids = generator.encode({name: cells[name] for name in _asked(cells, wanted)}, sampling)
+            references = _references(cells, columns, task, limits) if columns else None
         except FieldError as problem:
             bad.add(source, where, problem)
             continue
@@ -122,28 +125,34 @@ def _check_free(names: Iterable[str], wanted: Wanted) -> None:
             raise FieldError(name, "is a column of the file, but answers are written there; rename it")
 
 
+def _asked(names: Iterable[str], wanted: Wanted) -> list[str]:
+    """The columns that a prompt may be made of; a held-out row's are those of training, which knows no `prompt`."""
+    return [name for name in names if not (wanted.held_out and name == PROMPT)]
+
+
 def _id(cells: Mapping[str, Any], number: int) -> str:
     """The id of a row as in training."""
     return read_id(cells["id"]) if "id" in cells else str(number + 1)
 
 
-def _references(cells: Mapping[str, Any], columns: tuple[str, ...], task: Task) -> list[str] | None:
+def _references(cells: Mapping[str, Any], columns: tuple[str, ...], task: Task, limits: Limits) -> list[str] | None:
     column = next((name for name in columns if name in cells), None)
     if column == "answers":
         answers = read_answers(cells)
     elif column == "messages":
-        answers = task.read_texts({"messages": cells["messages"]}, Limits())["response"][-1:]
+        answers = task.read_texts({"messages": cells["messages"]}, limits)["response"][-1:]
     else:
         answers = [cells.get("response")]
     texts = [text for each in answers or [] if (text := read_text({"text": each}, "text")) is not None]
     return texts if texts or answers == [] else None
 
 
-def _held_out_ids(folder: Path | None, source: Path) -> set[str]:
+def _held_out_ids(folder: Path | None, source: Path, settings: DataSettings) -> set[str]:
     """The ids of the rows of a file that a fold held out.
 
     Args:
         folder: the fold's `model` folder.
+        settings: where its data are now.
 
     Raises:
         ValueError: it is not in a fold, which holds out other rows or had other data.
@@ -155,12 +164,15 @@ def _held_out_ids(folder: Path | None, source: Path) -> set[str]:
             "name a run or a fold, or leave --held-out out"
         )
     saved = read_judge(folder, exported=True)
-    settings, task = saved.recipe.data, saved.task
+    task = saved.task
     try:
         own = held_out_file(settings)
         parts = [split_rows(settings, task, 0)[0], *(each.rows for each in read_extra(settings, task))]
     except ValueError as error:
-        raise ValueError(f"--held-out needs the data that {folder.parent} was trained on: {error}") from None
+        raise ValueError(
+            f"--held-out needs the data that {folder.parent} was trained on; name where they are now with "
+            f"data.path=PLACE ({error})"
+        ) from None
     if fingerprint(split_identity(parts, settings)) != saved.trained_on:
         raise ValueError(f"--held-out: {own} is no longer what {folder.parent} was trained on: restore its data")
     if file_digest(own) != file_digest(source):

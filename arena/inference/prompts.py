@@ -9,21 +9,24 @@ import numpy as np
 
 from arena.data.cells import FieldError, excerpt, is_blank, whole_characters
 from arena.data.limits import Limits
+from arena.data.rows import required
 from arena.data.task import TokenTask
 from arena.data.text_encoder import TextEncoder, chat_family
 from arena.inference.causal import Source
 from arena.tasks import task_of
 
 PROMPT = "prompt"  # the column of prompts
+CONTEXT = "context"  # of an instruction
 
 
 class PromptEncoder:
     """The token ids of rows, up to where the answer begins, as in training.
 
-    Rows have the columns of the model's task, without an answer, or a `prompt` in place of an instruction. A base
-    without chat markers continues a `prompt` as a text.
+    Rows have the columns of the model's task, without an answer, or a `prompt` in place of an instruction, perhaps with
+    a `context`. A base without chat markers continues a `prompt` as a text.
 
     Attributes:
+        limits: how large a row may be.
         stop: the tokens that end an answer.
     """
 
@@ -35,19 +38,24 @@ class PromptEncoder:
         self._task = task
         self._encoder = self._task.encoder(tokenizer, settings)
         self._texts = TextEncoder(tokenizer)
+        self.limits = Limits.of(source.recipe.data)
         self._continues = not source.tuned and chat_family(tokenizer, settings.chat) == "plain"
         self.stop = sorted({*self._encoder.end_ids, tokenizer.eos_token_id} - {None})
 
     def columns(self, names: Sequence[str]) -> list[str]:
-        """Those of a file's columns that a prompt is made of. Raises `FieldError` if one is missing."""
-        return [PROMPT] if PROMPT in names else list(self._task.file_columns(names))
+        """Those of a file's columns that a prompt is made of. Raises `FieldError` if one is missing or too many."""
+        if PROMPT not in names:
+            return required(self._task.file_columns(names), names)
+        self._check_alone(names)
+        return [PROMPT, *([CONTEXT] if CONTEXT in names else [])]
 
     def encode(self, cells: Mapping[str, Any]) -> np.ndarray:
         """The int32 token ids of a row. Raises `FieldError` for one that cannot be used."""
         try:
             if PROMPT in cells:
-                return self._encode_prompt(cells[PROMPT])
-            row = self._task.read_texts(dict(cells), Limits())
+                self._check_alone(list(cells))
+                return self._encode_prompt(cells)
+            row = self._task.read_texts(dict(cells), self.limits)
             (ids,) = self._encoder.prompts(self._encoder.tokenise({name: [row[name]] for name in self._task.texts}))
         except FieldError:
             raise
@@ -59,11 +67,28 @@ class PromptEncoder:
         """The int32 token ids of an answer with its end marker, as in training."""
         return np.concatenate([self._texts.user_texts([text])[text], self._encoder.end_ids[:1]]).astype(np.int32)
 
-    def _encode_prompt(self, text: Any) -> np.ndarray:
+    def _check_alone(self, names: Sequence[str]) -> None:
+        """Raises `FieldError` if there are the columns of the task too, beside a `prompt`."""
+        try:
+            others = [name for name in self._task.file_columns(names) if name != CONTEXT]
+        except FieldError:  # they are in none of the task's layouts
+            return
+        raise FieldError(
+            PROMPT, f"is there along with {', '.join(others)}, but a row is one prompt: remove the column that is not "
+            "to be answered, or rename it"
+        )  # fmt: skip
+
+    def _encode_prompt(self, cells: Mapping[str, Any]) -> np.ndarray:
+        text = cells[PROMPT]
         if not isinstance(text, str) or is_blank(text):
             raise FieldError(PROMPT, f"is {excerpt(text)}; write a text, or leave the row out")
         if not self._continues:
-            return self.encode({"instruction": text})
+            return self.encode({"instruction": text, CONTEXT: cells.get(CONTEXT)})
+        if not is_blank(cells.get(CONTEXT)):
+            raise FieldError(
+                CONTEXT, "is there beside a prompt that is continued as a text, where it has no place: write it into "
+                "the prompt, and leave the column out"
+            )  # fmt: skip
         text = whole_characters(text)
         opening, _, _ = self._texts.chat("plain")
         return np.concatenate([opening, self._texts.user_texts([text])[text]]).astype(np.int32)

@@ -22,8 +22,8 @@ from transformers import (
 class Sampling:
     """The length of answers, and how their tokens are chosen.
 
-    What is drawn for a row depends on the seed and on its position among all rows, and not on the rows beside it in a
-    batch.
+    What is drawn for a row depends on the seed and on its position among those answered, and not on the rows beside it
+    in a batch.
 
     Attributes:
         max_new_tokens: the most tokens of an answer.
@@ -71,7 +71,7 @@ class Choice(LogitsProcessor):
         width: the tokens before the first step.
 
     Attributes:
-        broken: bool (rows,): a logit was not a number.
+        broken: bool (rows,): a logit was not a number, or +inf, as where float16 overflows.
     """
 
     def __init__(self, uniform: Tensor | None, width: int) -> None:
@@ -79,7 +79,7 @@ class Choice(LogitsProcessor):
         self.broken: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        broken = scores.isnan().any(dim=-1)
+        broken = (scores.isnan() | (scores == math.inf)).any(dim=-1)
         self.broken = broken if self.broken is None else self.broken | broken
         if self.uniform is None:
             return scores

@@ -72,6 +72,7 @@ class Instruction(TokenTask):
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
+        super().of(recipe)  # refuses settings of other tasks
         phrase = recipe.prompt.template.unanswerable
         return cls(phrase, (phrase,))
 

@@ -2,9 +2,9 @@
 
 `step-<n>` holds the run after step n: trained weights, optimizer (unless `train.save_optimizer` is false), schedule,
 random states and the counts of `Done`.
-`evaluation-<n>` holds the predictions of these weights for the held-out rows. Each is written to a scratch folder,
-synced and renamed, with a manifest of the SHA-256 of every file; a checkpoint that differs from its manifest is never
-loaded.
+`evaluation-<n>` holds the predictions of these weights for the held-out rows, and `base` those of a language model
+before training. Each is written to a scratch folder, synced and renamed, with a manifest of the SHA-256 of every file;
+a checkpoint that differs from its manifest is never loaded.
 """
 
 from __future__ import annotations

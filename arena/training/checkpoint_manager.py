@@ -86,6 +86,11 @@ class CheckpointManager:
         """The folder of a step's evaluation, whether it exists or not."""
         return self.folder / f"{EVALUATION}{number:08d}"
 
+    @property
+    def base(self) -> Path:
+        """The folder of the evaluation of the base before training, which ranks no checkpoint."""
+        return self.folder / "base"
+
     def load_evaluation(self, number: int) -> tuple[dict[str, Any], np.ndarray]:
         """The facts and the (n, C) probabilities of an evaluated step."""
         return read_manifest(self.evaluation(number)), read_evaluation(self.evaluation(number))

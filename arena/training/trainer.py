@@ -108,7 +108,7 @@ class Trainer:
         """
         base = None
         if not self.data.task.classes:
-            place, stop = self.checkpoints.evaluation(0), self._own_stop
+            place, stop = self.checkpoints.base, self._own_stop
             base = self.held_out.predict_of_base(place, self.classifier, self.accelerator, stop)
         self.resume()
         self.classifier.train()

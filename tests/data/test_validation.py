@@ -207,6 +207,20 @@ def test_other_failures_of_a_data_set_keep_their_reason(tmp_path: Path, monkeypa
         data_file("someone/many", "train", tmp_path)
 
 
+def test_an_error_without_words_is_named_by_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one of the library's own kinds; a data set with a default configuration needs none to be named."""
+    hub(monkeypatch)
+    monkeypatch.setitem(SETS, "someone/films", ["default", "other"])
+    for error in (datasets.exceptions.DatasetGenerationError(), ValueError("  ")):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", fail)
+        with pytest.raises(ValueError, match=rf"Hugging Face hub \({type(error).__name__}\)"):
+            data_file("someone/films", "train", tmp_path)
+
+
 def test_what_may_be_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

@@ -116,6 +116,32 @@ def test_tab_separated_files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [cells["prompt"] for cells in again] == ['say "hello"', "bye"]  # type: ignore[index]
 
 
+def test_a_lone_carriage_return_ends_no_row_of_csv(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_bytes(b'prompt,"no\rte"\n"a\rb",c\nd,e\n')
+    answers = {0: {"answer": "x"}, 1: {"answer": "y\rz"}}
+    writing._write_csv(source, out, answers, Limits())
+    names, rows = ("prompt", "no\rte", "answer"), [("a\rb", "c", "x"), ("d", "e", "y\rz")]
+    assert [cells for _, cells in read_rows(out, list, Limits())] == [
+        dict(zip(names, row, strict=True)) for row in rows
+    ]
+
+
+def test_a_held_out_row_is_asked_as_in_training(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which knows no column `prompt`; the limits are the recipe's."""
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": "hello", "question": "good", "context": "bad"}) + "\n")
+    monkeypatch.setattr("arena.inference.prompt_rows._held_out_ids", lambda *args: {"1"})
+    generator = Generator(gemma2, device="cpu")
+    (ids,) = writing.read_prompts(source, generator, Sampling(2), writing.Wanted(held_out=True)).ids
+    assert ids.tolist() == generator.encode({"question": "good", "context": "bad"}, Sampling(2)).tolist()
+    with pytest.raises(ValueError, match="line 1, prompt: is there along with question"):
+        writing.read_prompts(source, generator, Sampling(2), writing.Wanted())
+    small = Generator(gemma2, ["data.max_row_characters=9"], device="cpu")
+    with pytest.raises(ValueError, match=r"data\.max_row_characters is 9"):
+        writing.read_prompts(source, small, Sampling(2), writing.Wanted())
+
+
 def test_the_first_rows_alone(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = prompts_in(tmp_path), tmp_path / "out.jsonl"
     assert run(monkeypatch, gemma2, source, out, "--max-new-tokens=2") == 0
@@ -239,6 +265,8 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("base answered.csv out.csv", ["finish: is a column of the file, but answers are written there; rename it"]),
         ("base prompts.txt out.txt", ["prompts.txt: name a file that ends in .csv, .tsv, .jsonl, .parquet"]),
         ("base nothing.csv out.csv", ["there is no file nothing.csv"]),
+        ("base good.jsonl out.jsonl data.path=x", ["data.path=x says where held-out rows are: leave it out, or add"]),
+        ("base good.jsonl out.jsonl data.folds=3", ["data.max_turns, and with --held-out data.path, data.val"]),
         ("base good.jsonl out.csv", ["out.csv: name a file that ends in .jsonl"]),
         ("base good.jsonl s3://b/out.jsonl", ["is a URL"]),
         ("base good.jsonl good.jsonl", ["good.jsonl would be replaced by its answers"]),

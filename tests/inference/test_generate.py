@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
+from arena.data.cells import FieldError
 from arena.inference.generate import Answer, Generator, plan_batches
 from arena.inference.sampling import Sampling
 from tests.helpers import CONFIGS, make_base
@@ -201,8 +202,50 @@ def test_logits_that_are_not_numbers_are_an_error(gemma2: Path) -> None:
         return states.masked_fill((args[0] == token)[..., None], float("nan"))
 
     broken.model.get_input_embeddings().register_forward_hook(spoil)
-    with pytest.raises(FloatingPointError, match=r"the logits of row 2 are not numbers: use model\.dtype=float32"):
+    with pytest.raises(
+        FloatingPointError, match=r"the logits of answered prompt 2 are not numbers: use model\.dtype=float32"
+    ):
         broken.generate(["hello", "z"], Sampling(2))
+
+
+def test_infinite_logits_are_an_error(gemma2: Path) -> None:
+    """As where float16 overflows; the phrase would otherwise be improbable."""
+    broken = Generator(gemma2, device="cpu")
+    prompts = encoded(broken, ["hello"])
+
+    def overflow(module: Any, args: Any, out: Any) -> None:
+        out.logits[..., 0] = torch.inf
+
+    broken.model.register_forward_hook(overflow)
+    with pytest.raises(FloatingPointError, match="the logits of answered prompt 1 are not numbers"):
+        broken.batch(prompts, [0], Sampling(2))
+    with pytest.raises(FloatingPointError, match="logits are not numbers"):
+        broken.probabilities(prompts, "unanswerable")
+
+
+def test_a_prompt_may_have_a_context_but_no_other_question(generator: Generator, gemma2: Path) -> None:
+    asked = {"prompt": "hello", "context": "good"}
+    expected = generator.encode({"instruction": "hello", "context": "good"}, Sampling(NEW))
+    assert generator.encode(asked, Sampling(NEW)).tolist() == expected.tolist()
+    assert expected.tolist() != generator.encode({"prompt": "hello", "context": " "}, Sampling(NEW)).tolist()
+    assert generator.encoder.columns(["id", "context", "prompt"]) == ["prompt", "context"]
+    raw = Generator(gemma2, ["prompt.chat=plain"], device="cpu")
+    with pytest.raises(FieldError, match="context: is there beside a prompt that is continued as a text"):
+        raw.encode(asked, Sampling(NEW))
+    for other in ("instruction", "question", "messages"):
+        with pytest.raises(FieldError, match=f"prompt: is there along with {other}, .*: remove the column"):
+            generator.encoder.columns(["prompt", "context", other])
+        with pytest.raises(FieldError, match=f"along with {other}"):
+            generator.encode({"prompt": "hello", other: "x"}, Sampling(NEW))
+    with pytest.raises(FieldError, match='context: is missing; the columns found are "question"'):
+        generator.encoder.columns(["question"])
+
+
+def test_rows_are_read_within_the_limits_of_the_recipe(gemma2: Path) -> None:
+    small = Generator(gemma2, ["data.max_turns=1"], device="cpu")
+    chat = [{"role": role, "content": "hello"} for role in ("user", "assistant", "user")]
+    with pytest.raises(FieldError, match=r"messages: has 2 turns, but data\.max_turns is 1"):
+        small.encode({"messages": chat}, Sampling(NEW))
 
 
 @pytest.mark.parametrize(

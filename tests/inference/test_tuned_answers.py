@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from arena.config import change
 from arena.data.cells import FieldError
 from arena.data.limits import Limits
 from arena.data.prepare import prepare_fold
@@ -131,7 +132,8 @@ def test_rows_without_a_question(run: Path) -> None:
         ({"text": "x"}, "instruction: is missing, and so are question and messages"),
         ({"instruction": " ", "context": "x"}, "instruction: is empty or missing"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages: has the role"),
-        ({"prompt": None, "instruction": "x"}, "prompt: is null"),
+        ({"prompt": None}, "prompt: is null"),
+        ({"prompt": None, "instruction": "x"}, "prompt: is there along with instruction"),
     ):
         with pytest.raises(FieldError, match=message):
             generator.encode(row, NEW)
@@ -315,6 +317,13 @@ def test_held_out_rows_of_a_file_of_their_own(run: Path, tmp_path: Path) -> None
     folder.mkdir(parents=True)
     write_json(folder / "judge.json", as_json(SavedJudge(folder, recipe, data.prior, data.trained_on, "")))
     write_oof(folder.parent / "oof.csv", data, np.ones((6, 2)))
-    assert _held_out_ids(folder, tmp_path / "dev.csv") == {*"123456"}
+    assert _held_out_ids(folder, tmp_path / "dev.csv", recipe.data) == {*"123456"}
     with pytest.raises(ValueError, match=r"holds out rows of .*dev.csv, not of .*train.csv: name that file"):
-        _held_out_ids(folder, tmp_path / "train.csv")
+        _held_out_ids(folder, tmp_path / "train.csv", recipe.data)
+    (tmp_path / "moved").mkdir()
+    for name in ("train", "dev", "more"):
+        (tmp_path / f"{name}.csv").rename(tmp_path / f"moved/{name}.csv")
+    with pytest.raises(ValueError, match=r"name where they are now with data\.path=PLACE"):
+        _held_out_ids(folder, tmp_path / "moved/dev.csv", recipe.data)
+    moved = change(recipe, [f"data.path={tmp_path}/moved", f'data.extra=["{tmp_path}/moved/more.csv"]']).data
+    assert _held_out_ids(folder, tmp_path / "moved/dev.csv", moved) == {*"123456"}

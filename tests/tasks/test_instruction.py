@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from arena.config import load_recipe
 from arena.data.dataset import Rows, read_dataset
 from arena.data.task import Encoded
 from arena.prompt_settings import PromptSettings
+from arena.tasks import task_of
 from arena.tasks.instruction import Instruction, InstructionEncoder
 from tests.helpers import make_tokenizer, prompt_settings
 
@@ -63,6 +65,13 @@ def predicted(tokenizer: Any, encoded: Encoded) -> list[str]:
             text += tokenizer.decode([token])
         shown.append(text + "}" * inside)
     return shown
+
+
+@pytest.mark.parametrize(("setting", "key"), [("classes=[a, b]", "classes"), ("data.columns.text=x", "data.columns")])
+def test_settings_of_other_tasks_are_refused(setting: str, key: str) -> None:
+    recipe = load_recipe("gemma-3-270m-dolly", [setting])
+    with pytest.raises(ValueError, match=f"^{key} is set, but task=instruction has its own"):
+        task_of(recipe)
 
 
 def test_dolly_in_every_kind_of_file(tmp_path: Path) -> None:

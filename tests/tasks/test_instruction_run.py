@@ -28,8 +28,10 @@ from arena.packing.plan import plan_evaluation
 from arena.packing.tree import find_prefixes
 from arena.reporting.report import draw_report, print_report
 from arena.settings import Recipe
+from arena.stopping import Stopped
 from arena.tasks import task_of
 from arena.training.batches import plan_fold, step_targets, training_order
+from arena.training.checkpoint_manager import CheckpointManager
 from arena.training.held_out import HeldOut
 from arena.training.run import run_fold
 from arena.training.trainer import Trainer
@@ -176,6 +178,28 @@ def test_resumed_equals_uninterrupted(recipe: Recipe, tmp_path: Path, monkeypatc
     assert resumed["base_log_loss"] == whole["base_log_loss"] and resumed["log_loss"] == whole["log_loss"]
     first, second = (tmp_path / f"{name}/tiny/fold0/oof.csv" for name in ("whole", "parts"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_run_that_ends_within_its_first_step_resumes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same numbers: what the base predicts is no checkpoint that could be the best, or be removed as one."""
+    short = {"epochs": 0.1, "evaluate_every": 1, "keep_last": 1}
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=short)})
+    whole = run_fold(recipe, 0, tmp_path / "whole")
+
+    def end(*args: object) -> None:
+        raise Stopped("ended within a step", 143)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("arena.training.trainer.accumulate", end)
+        run_fold(recipe, 0, tmp_path / "parts")
+    checkpoints = CheckpointManager(tmp_path / "parts/tiny/fold0/checkpoints")
+    assert checkpoints.steps() == [0] and checkpoints.best is None
+    resumed = run_fold(recipe, 0, tmp_path / "parts")
+    for key in ("log_loss", "base_log_loss", "best_step", "steps"):
+        assert resumed[key] == whole[key]
+    assert (tmp_path / "parts/tiny/fold0/checkpoints/base").is_dir()
 
 
 @pytest.mark.parametrize("budget", [128, 4096])
