@@ -23,7 +23,7 @@ from arena.training.run import run_fold
 from benchmarks.machine import made_by, provenance
 from benchmarks.tables import table
 
-# By a file's name, what differs from the recipe: an epoch of about as many tokens as two cores read in half an hour.
+# By a file's name, what differs from the recipe: by epochs or steps, as many tokens as about half an hour takes.
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "mtbench_human": ("train.epochs=0.75",),
     "hh_helpful": (
@@ -142,7 +142,7 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
     """A panel for each set: the log-loss of the held-out rows by step, and the references as lines."""
     every = result["votes"]
     figure, axes = new_figure(-(-len(every) // 2), min(2, len(every)), figsize=(11, 3.6 * -(-len(every) // 2)))
-    flat = axes.flat if len(every) > 1 else [axes]
+    flat = list(axes.flat) if len(every) > 1 else [axes]
     for axis, (name, metrics) in zip(flat, every.items(), strict=False):
         shown = pd.DataFrame(metrics["train_curve"], columns=["step", "loss"]).rolling(SMOOTHED, on="step").mean()
         axis.plot(shown["step"], shown["loss"], color="0.75", label=f"judge, training, mean of {SMOOTHED} steps")
@@ -154,5 +154,7 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
                 axis.axhline(metrics[key], color=colour, linestyle="--", label=words)
         axis.set(title=name, xlabel="step", ylabel="log-loss")
         axis.legend(fontsize="small")
+    for axis in flat[len(every) :]:
+        axis.set_visible(False)
     with atomic_write(path) as draft:
         figure.savefig(draft, dpi=120, format="png")
