@@ -23,7 +23,7 @@ from arena.training.run import run_fold
 from benchmarks.machine import made_by, provenance
 from benchmarks.tables import table
 
-# By a file's name, what differs from the recipe: an epoch of about as many tokens as two cores read in half an hour.
+# By a file's name, what differs from the recipe: by epochs or steps, as many tokens as two cores read in half an hour.
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "mtbench_human": ("train.epochs=0.75",),
     "hh_helpful": (
