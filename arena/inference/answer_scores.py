@@ -23,8 +23,8 @@ WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 NAMES = {"exact_match": "exact match", "f1": "F1", "rouge_l": "ROUGE-L"}
 PARTS = {
     "all": "all rows",
-    "has_answer": "with an answer",
-    "no_answer": "without an answer",
+    "with_answer": "with an answer",
+    "without_answer": "without an answer",
     "always_abstaining": "always abstaining",
     "cross_fitted_threshold": "threshold of the other half",
 }
@@ -74,8 +74,8 @@ def squad_scores(
         found, threshold = best_threshold(values, ~has_answer, no_answer)
         best[name] = {"value": found, "threshold": threshold}
         terms["all", name] = values, ones
-        terms["has_answer", name] = values * has_answer, has_answer
-        terms["no_answer", name] = values * ~has_answer, ~has_answer
+        terms["with_answer", name] = values * has_answer, has_answer
+        terms["without_answer", name] = values * ~has_answer, ~has_answer
         terms["always_abstaining", name] = (~has_answer).astype(float), ones
         if len(set(groups)) > 1:
             terms["cross_fitted_threshold", name] = cross_fitted(values, ~has_answer, no_answer, groups), ones

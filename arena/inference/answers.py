@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,15 +113,15 @@ def answer_file(
             prompts = read_prompts(source, generator, sampling, wanted)
             asked = phrase if wanted.score == "squad" else None
             answers = generator.answers(prompts.ids, sampling, tokens=tokens, parts=parts, phrase=asked)
-            if file_digest(source) != digest:
-                raise ValueError(f"{source} was changed meanwhile: the same command answers the prompts that changed")
+            _check_same(source, digest)
             cells = ((answer.text, answer.finish, answer.no_answer)[: len(wanted.columns)] for answer in answers)
             added = [dict(zip(wanted.columns, each, strict=True)) for each in cells]
-            scores_file.unlink(missing_ok=True)  # of earlier answers
             with atomic_write(out) as draft:
                 WRITERS[kind](source, draft, dict(zip(prompts.rows, added, strict=True)), generator.encoder.limits)
+                _check_same(source, digest)  # also while it was copied
+                scores_file.unlink(missing_ok=True)  # of earlier answers
             if wanted.score is not None:
-                write_json(scores_file, scores := _score(wanted, prompts, answers, phrase))
+                write_json(scores_file, scores := _score(wanted, prompts, answers, phrase, generator, sampling))
             shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     except (Stopped, SystemExit):
         if parts.is_dir():
@@ -135,6 +136,11 @@ def answer_file(
         console.print(
             f"written: {scores_file}; {scores['without_reference']:,} rows have no reference and do not count"
         )
+
+
+def _check_same(source: Path, digest: str) -> None:
+    if file_digest(source) != digest:
+        raise ValueError(f"{source} was changed meanwhile: run the same command again, which answers all of its rows")
 
 
 def answer_prompt(generator: Callable[[], Generator], prompt: str, sampling: Sampling) -> None:
@@ -171,12 +177,15 @@ class _Terminal(_Plain):
         super().on_finalized_text(escape_unprintable(text), stream_end)
 
 
-def _score(wanted: Wanted, prompts: Prompts, answers: Sequence[Answer], phrase: str) -> dict[str, Any]:
+def _score(
+    wanted: Wanted, prompts: Prompts, answers: Sequence[Answer], phrase: str, generator: Generator, sampling: Sampling
+) -> dict[str, Any]:
     """What `OUT.scores.json` holds: the scores of the answers of rows with a reference."""
     every = zip(answers, prompts.references, prompts.groups, strict=True)
     known = [(answer, each, group) for answer, each, group in every if each is not None]
     facts = {
-        "score": wanted.score, "held_out": wanted.held_out, "rows": len(known),
+        "score": wanted.score, "model": str(generator.folder or generator.recipe.model.base),
+        "held_out": wanted.held_out, "limit": wanted.limit, "sampling": asdict(sampling), "rows": len(known),
         "without_reference": len(answers) - len(known),
     }  # fmt: skip
     texts, groups = [answer.text for answer, _, _ in known], [group for _, _, group in known]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
@@ -22,7 +23,7 @@ from arena import __version__
 from arena.data.cells import FieldError
 from arena.distributed import compute_in, device_name, is_out_of_memory, let_segments_grow
 from arena.inference.causal import find_source, load_causal
-from arena.inference.prompts import PROMPT, PromptEncoder
+from arena.inference.prompts import PROMPT, PromptEncoder, plan_batches
 from arena.inference.sampling import Sampling
 from arena.model.backbone import base_config, load_tokenizer
 from arena.model.base_files import base_digest, positions
@@ -234,6 +235,11 @@ class Generator:
             if not is_out_of_memory(error):
                 raise
             rows, width = ids.shape
+            if rows == 1:
+                raise ValueError(
+                    f"a prompt of {width:,} tokens is too long for the memory: shorten it, or set "
+                    "model.quantization=nf4"
+                ) from error
             raise ValueError(
                 f"{rows} prompts of up to {width:,} tokens are too many for the memory: lower --batch"
             ) from error
@@ -263,26 +269,8 @@ class Generator:
             "phrase": phrase,
             "package": __version__,
         }
-        return open_parts(folder, made_from, f"{device_name(self.device)}, torch {torch.__version__}")
-
-
-def plan_batches(lengths: Sequence[int], new: int, tokens: int) -> list[list[int]]:
-    """Which rows are in each batch, the longest first.
-
-    Args:
-        lengths: the tokens of each row's prompt.
-        new: the tokens that may follow each.
-        tokens: in a batch at most, unless it has one row only.
-    """
-    batches: list[list[int]] = []
-    room = 0
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if room == 0:
-            batches.append([])
-            room = max(1, tokens // (lengths[row] + new))
-        batches[-1].append(row)
-        room -= 1
-    return batches
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        return open_parts(folder, made_from, f"{device_name(self.device)}, {versions}")
 
 
 def _read_parts(parts: Parts, batches: list[list[int]], most: int) -> dict[int, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def read_prompts(source: Path, generator: Generator, sampling: Sampling, wanted:
     held_out = _held_out_ids(generator.folder, source, generator.recipe.data) if wanted.held_out else None
     limits = generator.encoder.limits
     columns, task = REFERENCES.get(wanted.score or "", ()), task_of(generator.recipe)
-    found, bad = Prompts(), BadRowsError()
+    room, found, bad = _room(generator, sampling, wanted), Prompts(), BadRowsError()
 
     def choose(names: list[str]) -> list[str]:
         _check_free(names, wanted)
@@ -99,7 +99,7 @@ def read_prompts(source: Path, generator: Generator, sampling: Sampling, wanted:
             if held_out is not None and _id(cells, number) not in held_out:
                 continue
             _check_free(cells, wanted)
-            ids = generator.encode({name: cells[name] for name in _asked(cells, wanted)}, sampling)
+            ids = generator.encode({name: cells[name] for name in _asked(cells, wanted)}, room)
             references = _references(cells, columns, task, limits) if columns else None
         except FieldError as problem:
             bad.add(source, where, problem)
@@ -117,6 +117,14 @@ def read_prompts(source: Path, generator: Generator, sampling: Sampling, wanted:
             f"{wanted.score} compares: name a file that has them, or leave --score out"
         )
     return found
+
+
+def _room(generator: Generator, sampling: Sampling, wanted: Wanted) -> Sampling:
+    """With the tokens that may follow a prompt: an answer, or the phrase whose probability is computed."""
+    if wanted.score != "squad":
+        return sampling
+    phrase = generator.encoder.answer(generator.recipe.prompt.template.unanswerable)
+    return replace(sampling, max_new_tokens=max(sampling.max_new_tokens, len(phrase) - 1))
 
 
 def _check_free(names: Iterable[str], wanted: Wanted) -> None:
@@ -143,7 +151,8 @@ def _references(cells: Mapping[str, Any], columns: tuple[str, ...], task: Task, 
         answers = task.read_texts({"messages": cells["messages"]}, limits)["response"][-1:]
     else:
         answers = [cells.get("response")]
-    texts = [text for each in answers or [] if (text := read_text({"text": each}, "text")) is not None]
+    name = column or "response"
+    texts = [text for each in answers or [] if (text := read_text({name: each}, name)) is not None]
     return texts if texts or answers == [] else None
 
 
@@ -167,15 +176,18 @@ def _held_out_ids(folder: Path | None, source: Path, settings: DataSettings) -> 
     task = saved.task
     try:
         own = held_out_file(settings)
-        parts = [split_rows(settings, task, 0)[0], *(each.rows for each in read_extra(settings, task))]
+        is_same = file_digest(own) == file_digest(source)
+        parts = (
+            [split_rows(settings, task, 0)[0], *(each.rows for each in read_extra(settings, task))] if is_same else []
+        )
     except ValueError as error:
         raise ValueError(
             f"--held-out needs the data that {folder.parent} was trained on; name where they are now with "
             f"data.path=PLACE ({error})"
         ) from None
+    if not is_same:
+        raise ValueError(f"--held-out: {folder.parent} holds out rows of {own}, not of {source}: name that file")
     if fingerprint(split_identity(parts, settings)) != saved.trained_on:
         raise ValueError(f"--held-out: {own} is no longer what {folder.parent} was trained on: restore its data")
-    if file_digest(own) != file_digest(source):
-        raise ValueError(f"--held-out: {folder.parent} holds out rows of {own}, not of {source}: name that file")
     with predictions.open(encoding="utf-8", newline="") as handle:
         return {row["id"] for row in csv.DictReader(handle)}

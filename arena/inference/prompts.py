@@ -1,4 +1,4 @@
-"""The token ids of prompts, up to where the model's answer begins."""
+"""The token ids of prompts, up to where the model's answer begins, and which prompts are answered together."""
 
 from __future__ import annotations
 
@@ -92,3 +92,22 @@ class PromptEncoder:
         text = whole_characters(text)
         opening, _, _ = self._texts.chat("plain")
         return np.concatenate([opening, self._texts.user_texts([text])[text]]).astype(np.int32)
+
+
+def plan_batches(lengths: Sequence[int], new: int, tokens: int) -> list[list[int]]:
+    """Which rows are in each batch, the longest first.
+
+    Args:
+        lengths: the tokens of each row's prompt.
+        new: the tokens that may follow each.
+        tokens: in a batch at most, unless it has one row only.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if room == 0:
+            batches.append([])
+            room = max(1, tokens // (lengths[row] + new))
+        batches[-1].append(row)
+        room -= 1
+    return batches

@@ -157,5 +157,6 @@ def check_head(config: PretrainedConfig, base: str) -> None:
     if not (ours - expected).abs().max() <= TOLERANCE * expected.abs().max():
         raise ValueError(
             f"model.base: {base!r} computes its logits in a way that this package does not know, so it cannot be tuned "
-            f"on instructions: {config.model_type} is not among the families whose output layer is linear"
+            f"on instructions: {config.model_type} is not among the families whose output layer is linear; "
+            "use another base"
         )

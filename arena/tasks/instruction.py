@@ -115,7 +115,7 @@ class Instruction(TokenTask):
     def _read_answer(self, cells: Cells) -> str | None:
         """The first of the answers; the phrase for a question that has none."""
         answers = read_answers(cells)
-        return None if answers is None else read_text({"text": (answers or [self.unanswerable])[0]}, "text")
+        return None if answers is None else read_text({"answers": (answers or [self.unanswerable])[0]}, "answers")
 
 
 def _layout(names: Sequence[str]) -> tuple[str, ...]:
@@ -150,9 +150,10 @@ class Shown(NamedTuple):
 class InstructionEncoder(TokenEncoder):
     """Turns conversations into examples, for one tokenizer, template and length.
 
-    What does not fit into `max_length` is omitted in this order: the last exchanges, except the first one; tokens of
-    the context; then of prompt and response, which share the room evenly. A truncated context or prompt shows the cut
-    mark; a truncated response ends without its end marker.
+    What does not fit into `max_length` is omitted in this order: tokens of the context, down to a few with the cut
+    mark; the last exchanges, except the first one; then tokens of prompt and response, which share the room evenly. The
+    context gets the room that is left. A truncated context or prompt shows the cut mark; a truncated response ends
+    without its end marker.
 
     Args:
         settings: template, chat markers, `max_length`.

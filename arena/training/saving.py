@@ -93,4 +93,7 @@ class Saving:
 
     def _require_folder(self) -> None:
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} was removed while the run was using it: nothing can be saved there")
+            raise FileNotFoundError(
+                f"{self.folder} was removed while the run was using it: nothing can be saved there; "
+                "run the same command again, which begins anew"
+            )

@@ -101,7 +101,11 @@ def test_scores_are_those_of_the_published_definition() -> None:
         has_answer = [bool(each) for each in references]
         exact = published(answers, references, lambda *each: float(normalised(each[0]) == normalised(each[1])))
         for name, values in (("exact_match", exact), ("f1", published(answers, references, published_f1))):
-            for part, rows in (("all", [True] * 60), ("has_answer", has_answer), ("no_answer", np.invert(has_answer))):
+            for part, rows in (
+                ("all", [True] * 60),
+                ("with_answer", has_answer),
+                ("without_answer", np.invert(has_answer)),
+            ):
                 own = np.array(values)[np.array(rows)]
                 score = found[part][name]
                 assert score["value"] == pytest.approx(own.mean(), abs=1e-12) and score["rows"] == len(own)
@@ -172,5 +176,5 @@ def test_the_table_names_every_part() -> None:
     assert len(cells) == 6 and cells[-1] == "best threshold"
     assert "chosen on these rows" in str(score_table(scores).caption)
     alone = squad_scores(["", ""], [[], []], np.zeros(2), ["a", "a"])  # one group, none with an answer
-    assert set(alone) == {"all", "no_answer", "always_abstaining", "best_thresholds"}
+    assert set(alone) == {"all", "without_answer", "always_abstaining", "best_thresholds"}
     assert list(score_table(alone).columns[2].cells) == [""] * 4

@@ -142,6 +142,15 @@ def test_a_held_out_row_is_asked_as_in_training(gemma2: Path, tmp_path: Path, mo
         writing.read_prompts(source, small, Sampling(2), writing.Wanted())
 
 
+def test_a_phrase_needs_positions_too(gemma2: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": "hello", "answers": ["x"]}) + "\n")
+    generator = Generator(gemma2, [f"prompt.template.unanswerable={'hello ' * 600}"], device="cpu")
+    assert writing.read_prompts(source, generator, Sampling(2), writing.Wanted("rouge")).rows == [0]
+    with pytest.raises(ValueError, match="but the model has positions for 512"):
+        writing.read_prompts(source, generator, Sampling(2), writing.Wanted("squad"))
+
+
 def test_the_first_rows_alone(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = prompts_in(tmp_path), tmp_path / "out.jsonl"
     assert run(monkeypatch, gemma2, source, out, "--max-new-tokens=2") == 0
@@ -285,7 +294,7 @@ def files(gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("base scored.csv out.csv --score squad", [
             "no_answer: is a column of the file", "answers are written there; rename it"
         ]),
-        ("base odd.jsonl out.jsonl --score squad", ["odd.jsonl, line 1, text: is 3; write a text"]),
+        ("base odd.jsonl out.jsonl --score squad", ["odd.jsonl, line 1, answers: is 3; write a text"]),
         ("base good.jsonl out.jsonl model.dtyp=float32", ["model.dtyp: unknown key; did you mean 'dtype'?"]),
         ("base good.jsonl out.jsonl --fold 0", ["base is a base, but --fold 0 asks for a fold of a run"]),
         ("base --prompt \t", ["the prompt is"]),
@@ -323,6 +332,15 @@ def test_a_file_that_is_changed_meanwhile(
     assert "was changed meanwhile" in capsys.readouterr().out and not out.exists()
     assert run(monkeypatch, gemma2, source, out, "--max-new-tokens", "2") == 0
     assert [row["prompt"] for row in read(out)] == ["another"]
+    write, whole = writing.WRITERS[".jsonl"], out.read_bytes()
+
+    def change_late(*args: Any) -> None:
+        write(*args)
+        source.write_text('{"prompt": "a third"}\n')
+
+    monkeypatch.setitem(writing.WRITERS, ".jsonl", change_late)
+    assert run(monkeypatch, gemma2, source, out, "--max-new-tokens", "2") == 2
+    assert "was changed meanwhile" in capsys.readouterr().out and out.read_bytes() == whole
 
 
 def test_one_prompt_in_a_file_and_on_a_terminal(processes: Processes, gemma2: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
 from arena.data.cells import FieldError
-from arena.inference.generate import Answer, Generator, plan_batches
+from arena.inference.generate import Answer, Generator
+from arena.inference.prompts import plan_batches
 from arena.inference.sampling import Sampling
 from tests.helpers import CONFIGS, make_base
 
@@ -239,6 +240,12 @@ def test_a_prompt_may_have_a_context_but_no_other_question(generator: Generator,
             generator.encode({"prompt": "hello", other: "x"}, Sampling(NEW))
     with pytest.raises(FieldError, match='context: is missing; the columns found are "question"'):
         generator.encoder.columns(["question"])
+
+
+def test_a_lack_of_memory_names_what_helps(generator: Generator) -> None:
+    for rows, message in ((1, "a prompt of 9 tokens is too long for the memory: shorten it, or"), (2, "lower --batch")):
+        with pytest.raises(ValueError, match=message), generator._computing(torch.zeros(rows, 9)):
+            raise torch.OutOfMemoryError
 
 
 def test_rows_are_read_within_the_limits_of_the_recipe(gemma2: Path) -> None:

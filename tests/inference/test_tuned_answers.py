@@ -187,11 +187,11 @@ def test_squad_scores_of_a_file(tuned: Generator, tmp_path: Path, capsys: pytest
     assert [math.log(row["no_answer"]) for row in rows] == pytest.approx([math.log(each) for each in alone], abs=1e-5)
     assert scores["rows"] == 4 and scores["without_reference"] == 1 and scores["no_answer_phrase"] == "unanswerable"
     shown = {part: {name: (score["value"], score["rows"]) for name, score in scores[part].items()}
-             for part in ("all", "has_answer", "no_answer", "always_abstaining")}  # fmt: skip
+             for part in ("all", "with_answer", "without_answer", "always_abstaining")}  # fmt: skip
     assert shown == {
         "all": {"exact_match": (0.25, 4), "f1": (pytest.approx((1 + 2 / 3) / 4), 4)},
-        "has_answer": {"exact_match": (0.5, 2), "f1": (pytest.approx((1 + 2 / 3) / 2), 2)},
-        "no_answer": {"exact_match": (0, 2), "f1": (0, 2)},
+        "with_answer": {"exact_match": (0.5, 2), "f1": (pytest.approx((1 + 2 / 3) / 2), 2)},
+        "without_answer": {"exact_match": (0, 2), "f1": (0, 2)},
         "always_abstaining": {"exact_match": (0.5, 4), "f1": (0.5, 4)},
     }
     assert scores["best_thresholds"]["f1"]["value"] >= 0.5 and "cross_fitted_threshold" in scores
@@ -202,7 +202,7 @@ def test_squad_scores_of_a_file(tuned: Generator, tmp_path: Path, capsys: pytest
 def test_the_phrase_is_the_empty_answer(run: Path, tmp_path: Path) -> None:
     tuned = Generator(run / "runs/tiny/fold0", ["prompt.template.unanswerable=GOOD answer."], device="cpu")
     _, scores = scored(tuned, write(tmp_path / "in.jsonl", SQUAD[1:3]), "squad")
-    assert scores["no_answer"]["exact_match"]["value"] == 1 and scores["has_answer"]["f1"]["value"] == 2 / 3
+    assert scores["without_answer"]["exact_match"]["value"] == 1 and scores["with_answer"]["f1"]["value"] == 2 / 3
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -288,6 +288,7 @@ def test_held_out_rows_are_those_of_the_fold(
     assert 10 < len(ids) < 30
     assert pd.read_csv(out)["instruction"].tolist() == every["instruction"][sorted(ids - 1)].tolist()
     scores = json.loads((tmp_path / "out.csv.scores.json").read_text())
+    assert scores["limit"] is None and scores["sampling"]["max_new_tokens"] == 12 and scores["model"].endswith("model")
     assert scores["held_out"] and scores["rows"] == len(ids) and scores["all"]["rouge_l"]["value"] == 1
     assert generate(monkeypatch, *words, "--limit=3") == 0
     assert pd.read_csv(out)["instruction"].tolist() == every["instruction"][sorted(ids - 1)[:3]].tolist()
@@ -299,9 +300,12 @@ def test_held_out_rows_are_those_of_the_fold(
         assert generate(monkeypatch, name, source, out, "--held-out") == 2
         assert message in capsys.readouterr().out.replace("\n", " ")
     content = own.read_bytes()
-    for changed, message in ((content + b"what?,x\n", "is no longer what"), (None, "needs the data that")):
+    for changed, source, message in (
+        (content + b"what?,x\n", own, "is no longer what"),
+        (None, tmp_path / "other.csv", "needs the data that"),
+    ):
         own.write_bytes(changed) if changed else own.unlink()
-        assert generate(monkeypatch, "tiny", tmp_path / "other.csv", out, "--held-out") == 2
+        assert generate(monkeypatch, "tiny", source, out, "--held-out") == 2
         own.write_bytes(content)
         assert message in capsys.readouterr().out.replace("\n", " ")
 

@@ -139,7 +139,7 @@ def test_chats(tmp_path: Path) -> None:
         ({**DOLLY, "instruction": " "}, "instruction: is empty or missing; write a text"),
         ({**DOLLY, "response": 5}, "response: is 5; write a text"),
         ({"question": "q", "answers": 5}, r"answers: is 5; write SQuAD's list of answers, or one text"),
-        ({"question": "q", "answers": [5]}, "text: is 5; write a text"),
+        ({"question": "q", "answers": [5]}, "answers: is 5; write a text"),
         ({"question": "q", "answers": '{"text"'}, "answers: is .* which is not JSON"),
         ({"messages": "hello"}, "messages: is .* not JSON"),
         ({"messages": ["hello"]}, "messages: is a list; write a list of objects with role and content"),
