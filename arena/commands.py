@@ -94,7 +94,7 @@ class Infer:
     ] = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
-    predictions: Annotated[tuple[str, ...], arg(metavar="NAME=FILE ...", help="Of a blend's files, for the test.")] = ()
+    predictions: Annotated[tuple[str, ...], arg(metavar="name=FILE ...", help="Of a blend's files, for the test.")] = ()
 
     def run(self) -> None:
         from arena.distributed import fix_threads
@@ -119,7 +119,7 @@ class Blend:
     """Fit a blend of runs and of files of predictions on labelled rows, and write it for `arena infer`."""
 
     members: Positional[
-        Annotated[tuple[str, ...], words_arg("MEMBER ...", "Runs, files of predictions, or baseline; as NAME=FILE.")]
+        Annotated[tuple[str, ...], words_arg("MEMBER ...", "Runs, files of predictions, or baseline; as name=FILE.")]
     ] = ()
     labels: Labels = None
     out: Annotated[Path, arg(help="The blend to write.")] = Path("blend.json")

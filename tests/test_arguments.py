@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from arena.cli import Train
 from arena.command_line import settings_first
+from arena.commands import Train
 from benchmarks.small import Small
 
 

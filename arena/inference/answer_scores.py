@@ -126,8 +126,7 @@ def rouge_l() -> Callable[[str, str], float]:
         from rouge_score.rouge_scorer import RougeScorer
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"--score rouge needs the package rouge-score ({error}): run "
-            "`.venv/bin/pip install --constraint constraints.txt rouge-score`"
+            f"--score rouge needs the package rouge-score ({error}): run `pip install rouge-score`"
         ) from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return lambda reference, answer: float(scorer.score(reference, answer)["rougeL"].fmeasure)

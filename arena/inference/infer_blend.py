@@ -26,7 +26,7 @@ def infer_blend(
     """Writes a blend's probabilities of a test file's rows to `out`; `data`, `out` and errors are as in `infer`.
 
     Args:
-        predictions: `NAME=FILE` for each member that is a file: its predictions of the test rows.
+        predictions: `name=FILE` for each member that is a file: its predictions of the test rows.
         overrides: settings of the judges to change.
     """
     used = [member for member, weight in zip(saved.members, saved.blend.weights, strict=True) if weight > 0]
@@ -36,7 +36,7 @@ def infer_blend(
         name = min(odd)
         what = "is not one of its files" if name in named else "has no predictions of the test rows"
         raise ValueError(
-            f"{name} {what}: give --predictions NAME=FILE for each of {', '.join(sorted(files)) or 'none'}"
+            f"{name} {what}: give --predictions name=FILE for each of {', '.join(sorted(files)) or 'none'}"
         )
     judges = {
         member.name: [read_judge(model, overrides) for model in find_models(member.path, Path())]

@@ -19,14 +19,14 @@ def test_sets_are_trained_once_and_written_to_a_page(
     recipe = tiny_recipe(tmp_path, gemma2, "train.evaluate_every=1")
     (tmp_path / "tiny.yaml").write_text(save_recipe(recipe))
     rows = next(Path(recipe.data.path).glob("train.*"))
-    files = tuple(Path(shutil.copy(rows, tmp_path / f"{name}{rows.suffix}")) for name in ("mine", "hh_helpful"))
+    files = tuple(Path(shutil.copy(rows, tmp_path / f"{name}{rows.suffix}")) for name in ("mine", "llmfao_soft"))
     votes = Votes(files, recipe=str(tmp_path / "tiny.yaml"), fold=1, runs=tmp_path / "runs", out=tmp_path / "docs")
     paths = votes.run()
     assert [path.name for path in paths] == ["votes.json", "votes.md", "votes.png"]
     result, page = json.loads(paths[0].read_text()), paths[1].read_text()
-    assert result["votes"]["hh_helpful"]["n_train"] == result["votes"]["mine"]["n_train"]
-    assert result["votes"]["hh_helpful"]["steps"] < result["votes"]["mine"]["steps"]  # of a share of the rows
-    assert "- `hh_helpful`: `train.epochs=0.24`" in page and "- `mine`" not in page
+    assert result["votes"]["llmfao_soft"]["n_train"] == result["votes"]["mine"]["n_train"]
+    assert result["votes"]["llmfao_soft"]["steps"] < result["votes"]["mine"]["steps"]  # of a share of the rows
+    assert "- `llmfao_soft`: `train.epochs=0.65`" in page and "- `mine`" not in page
     for name, metrics in result["votes"].items():
         assert f"| {name} | {metrics['n_train']:,} |" in page
         assert f"| {metrics['last_step_scores']['log_loss']['value']:.3f} |" in page

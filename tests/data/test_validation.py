@@ -74,7 +74,7 @@ def test_extra_rows_that_share_a_prompt_with_held_out_rows_are_left_out(recipe: 
     extra.to_csv(tmp_path / "extra.csv", index=False)
     data = prepare(change(recipe, [f"data.extra=[{tmp_path / 'extra.csv'}]"]))
     assert data.train_rows.tolist()[-2:] == [73, 74] and 72 not in data.train_rows
-    assert "0 repeat a row and 1 have a prompt of the held-out fold" in data.notes[1]
+    assert "0 repeat a row, 1 have a prompt of the held-out rows, and 0 nearly one" in data.notes[1]
 
 
 def test_other_held_out_rows_are_another_run(recipe: Recipe, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_rouge_l_by_hand() -> None:
 
 def test_without_the_package_rouge_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(ValueError, match=r"needs the package rouge-score .*pip install --constraint .* rouge-score"):
+    with pytest.raises(ValueError, match=r"needs the package rouge-score .*pip install rouge-score"):
         rouge_l()
 
 

@@ -110,7 +110,7 @@ def test_settings_that_came_later_change_the_identity_only_where_they_are_used(t
     tree = recipe.model_dump(mode="json")
     del tree["task"], tree["model"]["lora"]["first_layer"], tree["model"]["lora"]["layers"], tree["packing"]["group"]
     del tree["train"]["max_steps"], tree["train"]["best_metric"], tree["train"]["deterministic"]
-    del tree["classes"], tree["data"]["columns"], tree["data"]["validation"]
+    del tree["classes"], tree["data"]["columns"], tree["data"]["validation"], tree["data"]["teacher"]
     for name in ("text", "pair", "classes", "context", "response", "unanswerable"):
         del tree["prompt"]["template"][name]
     groups = {
