@@ -43,10 +43,10 @@ def infer_blend(
         for member in used
         if member.kind == "run"
     }
-    every = [judge for some in judges.values() for judge in some]
-    if every:
-        check_alike(every)
-    elif data is None:
+    for folds in judges.values():  # different runs may have been trained on different data
+        check_alike(folds)
+    every = [judge for folds in judges.values() for judge in folds]
+    if not every and data is None:
         raise ValueError("a blend without runs does not know where test rows are: name them with --data")
     task: Task = every[0].task if every else TASKS[saved.task]()
     settings = every[0].recipe.data if every else DataSettings(path=str(data))

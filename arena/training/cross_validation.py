@@ -6,16 +6,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from arena.config import run_place, save_recipe
 from arena.data.files import data_file, read_files
-from arena.data.predictions import read_predictions, rows_of
 from arena.metrics import Score, estimate
 from arena.progress import console
 from arena.settings import Recipe
@@ -23,6 +24,7 @@ from arena.stopping import MORE_TO_DO, Stopped, stopping
 from arena.storage.files import atomic_write, write_json, write_text
 from arena.tasks import task_of
 from arena.training.run import run_fold
+from arena.training.scores import of_means
 
 WAIT = 0.2  # seconds between two looks at processes
 
@@ -76,18 +78,16 @@ def _union(recipe: Recipe, folder: Path, folds: list[dict[str, Any]]) -> CrossVa
     places = [folder / f"fold{fold}" for fold in range(recipe.data.folds)]
     best = [place / "oof.csv" for place in places]
     last = [path if (path := place / "oof-last.csv").is_file() else place / "oof.csv" for place in places]
-    groups, scored = rows.groups(), []
-    for files in (best, last):
-        table = {name: each for file in files for name, each in read_predictions(file, task.columns).items()}
-        predicted = rows_of(table, rows.ids)
+    groups, scored, whole = rows.groups(), [], [_joined(files) for files in (best, last)]
+    for table in whole:
+        predicted = table.set_index("id").loc[rows.ids, list(task.columns)].to_numpy(dtype=np.float64)
         terms = {
             name: (metric.terms(rows.labels, predicted), metric.weights(predicted))
             for name, metric in task.metrics.items()
         }
-        scored.append(estimate(terms, groups))
-    whole = pd.concat([pd.read_csv(file, dtype={"id": str}).assign(fold=at) for at, file in enumerate(best)])
+        scored.append(of_means(task, estimate(terms, groups)))
     with atomic_write(folder / "oof.csv") as draft:
-        whole.to_csv(draft, index=False, lineterminator="\n")
+        whole[0].to_csv(draft, index=False, lineterminator="\n")
     result = CrossValidated(folds, *scored)
     shown = {
         name: {key: asdict(score) for key, score in each.items()}
@@ -95,6 +95,12 @@ def _union(recipe: Recipe, folder: Path, folds: list[dict[str, Any]]) -> CrossVa
     }
     write_json(folder / "cv.json", {"recipe": recipe.name, "folds": folds, **shown})
     return result
+
+
+def _joined(files: Sequence[Path]) -> pd.DataFrame:
+    """The folds' own files of predictions, with the number of the fold."""
+    tables = [pd.read_csv(file, dtype={"id": str}, keep_default_na=False) for file in files]
+    return pd.concat([table.assign(fold=fold) for fold, table in enumerate(tables)])
 
 
 def _train_side_by_side(recipe: Recipe, runs: Path, at_once: int, fresh: bool, gpus: int) -> None:

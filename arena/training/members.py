@@ -96,8 +96,10 @@ def _member(word: str, runs: Path) -> Member:
         return Member(name or BASELINE, "baseline", "")
     if Path(path).suffix.lower() in READERS:
         return Member(name or Path(path).stem, "file", str(Path(path).resolve()))
-    place = find_models(path, runs)[0].resolve().parents[1]
-    return Member(name or place.name, "run", str(place))
+    model = find_models(path, runs)[0].resolve()
+    run, fold = model.parents[1], model.parent
+    one = Path(path).resolve() in (fold, model, fold / "recipe.yaml")  # a single fold was named
+    return Member(name or run.name, "run", str(fold if one else run))
 
 
 def _task(members: Sequence[Member]) -> tuple[Task, DataSettings | None]:

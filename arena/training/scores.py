@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from arena.data.prepare import FoldData
-from arena.data.task import Masks
+from arena.data.task import Masks, Task
 from arena.metrics import Score, Terms, agreement, estimate
 from arena.training.held_out import Predictions
 
@@ -27,8 +27,8 @@ def score_tables(
     or those of the `base`, as in `held_out.scores`.
     """
     groups, slices = data.held_out.groups(), {**_token_slices(data), **data.task.slices(data.held_out.table)}
-    of_best = _of_means(data, estimate(_terms(data, best), groups))
-    of_last = of_best if last is best else _of_means(data, estimate(_terms(data, last), groups))
+    of_best = of_means(data.task, estimate(_terms(data, best), groups))
+    of_last = of_best if last is best else of_means(data.task, estimate(_terms(data, last), groups))
     return {
         "scores": {name: asdict(score) for name, score in of_best.items()},
         "last_step_scores": {name: asdict(score) for name, score in of_last.items()},
@@ -60,11 +60,11 @@ def _terms(data: FoldData, predictions: Predictions) -> dict[str, Terms]:
     return terms
 
 
-def _of_means(data: FoldData, scores: Mapping[str, Score]) -> dict[str, Score]:
+def of_means(task: Task, scores: Mapping[str, Score]) -> dict[str, Score]:
     """The scores of weighted means as those of the task's metrics."""
     found = dict(scores)
-    for name in data.task.metrics.keys() & scores.keys():
-        score, of_mean = scores[name], data.task.metrics[name].of_mean
+    for name in task.metrics.keys() & scores.keys():
+        score, of_mean = scores[name], task.metrics[name].of_mean
         low, high = (None if end is None else of_mean(end) for end in (score.low, score.high))
         found[name] = Score(of_mean(score.value), low, high, score.rows)
     return found

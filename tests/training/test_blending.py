@@ -10,11 +10,16 @@ import pandas as pd
 import pytest
 
 from arena.config import save_recipe
+from arena.inference.blend import Blend, SavedBlend
+from arena.inference.infer_blend import infer_blend
 from arena.metrics import log_loss
 from arena.tasks.preference import COLUMNS
 from arena.training.comparing import compare
 from arena.training.cross_validation import cross_validate
+from arena.training.members import read_members
+from arena.training.run import run_fold
 from tests.helpers import arena, tiny_recipe
+from tests.tasks.test_instruction_run import tiny, write_dolly
 
 Shown = pytest.CaptureFixture[str]
 
@@ -114,6 +119,31 @@ def test_two_members_are_compared(run: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SystemExit):
         arena(monkeypatch, "compare", "even.csv")
     assert "name two members" in capsys.readouterr().out
+
+
+def test_language_models_are_cross_validated_too(gemma2: Path, tmp_path: Path) -> None:
+    recipe = tiny(tmp_path, gemma2, write_dolly(tmp_path / "rows"), "train.max_steps=2")
+    found = cross_validate(recipe, tmp_path / "runs")
+    sums = pd.read_csv(tmp_path / "runs/tiny/oof.csv")[["nll", "tokens"]].sum()
+    assert found.best["log_loss"].value == pytest.approx(sums["nll"] / sums["tokens"])
+    assert found.best["perplexity"].value == pytest.approx(np.exp(sums["nll"] / sums["tokens"]))
+
+
+def test_a_fold_that_is_named_is_one_member_and_a_run_all_of_its_folds(run: Path) -> None:
+    whole, one = (read_members([str(run / f"runs/tiny{name}")], None, run) for name in ("", "/fold1"))
+    assert (len(whole.labels), whole.members[0].path) == (60, str(run / "runs/tiny"))
+    assert len(one.labels) == len(pd.read_csv(run / "runs/tiny/fold1/oof.csv")) < 60
+    assert Path(one.members[0].path).name == "fold1"
+
+
+def test_runs_of_a_blend_may_have_other_data_than_each_other(run: Path, gemma2: Path, tmp_path: Path) -> None:
+    """Whatever `arena blend` takes, `arena infer` applies."""
+    other = tiny_recipe(run, gemma2, "data.folds=2", "data.fold_seed=1", "name=other", "train.max_steps=1")
+    run_fold(other, 0, tmp_path / "runs")
+    members = read_members([str(run / "runs/tiny"), str(tmp_path / "runs/other")], None, run).members
+    blend = SavedBlend("preference", members, Blend("log", (0.5, 0.5), 1.0, (0.0, 0.0, 0.0)), {})
+    infer_blend(blend, str(run / "rows"), tmp_path / "blended.csv", ())
+    assert len(pd.read_csv(tmp_path / "blended.csv")) == 12
 
 
 @pytest.mark.slow
