@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from arena.command_line import command
 from arena.config import judge_settings, load_recipe, refuse_both, run_place
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
@@ -134,7 +135,7 @@ class Blend:
         if not self.members:
             raise ValueError("name the members, such as `arena blend demo baseline`")
         print_blend(blend_members(self.members, self.labels, self.out, self.runs, self.seed))
-        console.print(f"written: {self.out}; apply it with `arena infer --recipe {self.out}`")
+        console.print(f"written: {self.out}; apply it with `{command('arena', 'infer', '--recipe', str(self.out))}`")
 
 
 @dataclass

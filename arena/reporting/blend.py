@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from arena.metrics import Score
 from arena.progress import console
+from arena.reporting.report import score_cells
 from arena.training.blending import Fitted
 from arena.training.comparing import Comparison
 
@@ -22,13 +22,13 @@ def print_blend(fitted: Fitted) -> None:
     for name in ("", "log-loss", "interval", ""):
         table.add_column(name, justify="right" if name else "left")
     for name, score in fitted.alone.items():
-        table.add_row(name, *_cells(score), "alone")
+        table.add_row(name, *score_cells(score), "alone")
     table.add_section()
     table.add_row(fitted.saved.members[fitted.first].name, "", "", "begins the blend")
     for name, gain, taken in fitted.parts:
-        table.add_row(f"+ {name}", *_cells(gain, sign="+"), f"gain, {'taken' if taken else 'left out'}")
+        table.add_row(f"+ {name}", *score_cells(gain, sign="+"), f"gain, {'taken' if taken else 'left out'}")
     table.add_section()
-    table.add_row(Text("the blend", style="bold"), *_cells(fitted.scores["log_loss"]), "of other rows' fits")
+    table.add_row(Text("the blend", style="bold"), *score_cells(fitted.scores["log_loss"]), "fitted without these rows")
     console.print(table)
     blend = fitted.saved.blend
     weights = ", ".join(f"{m.name} {w:.3f}" for m, w in zip(fitted.saved.members, blend.weights, strict=True))
@@ -42,20 +42,17 @@ def print_comparison(found: Comparison) -> None:
     """Prints the settings in which two members differ, their metrics side by side, and slices that differ."""
     one, other = found.names
     if found.settings:
-        console.print(f"settings, {one} there and {other} here: " + "; ".join(found.settings))
+        console.print(f"settings that differ ({one} there, {other} here): " + "; ".join(found.settings))
     table = Table("", title=f"{found.rows:,} labelled rows", title_justify="left")
     for name in (one, other, "difference", "interval"):
         table.add_column(name, justify="right")
     for name, (first, second) in found.scores.items():
-        table.add_row(name, f"{first.value:.4f}", f"{second.value:.4f}", *_cells(found.differences[name], sign="+"))
+        table.add_row(
+            name, f"{first.value:.4f}", f"{second.value:.4f}", *score_cells(found.differences[name], sign="+")
+        )
     for at, ((kind, value), score) in enumerate(found.slices.items()):
         if at == 0:
             table.add_section()
-        table.add_row(f"{kind}: {value}", "", f"{score.rows:,} rows", *_cells(score, sign="+"))
+        table.add_row(f"{kind}: {value}", "", f"{score.rows:,} rows", *score_cells(score, sign="+"))
     table.caption = f"differences: {one} minus {other}, of the slices in log-loss, with 95% intervals by group"
     console.print(table)
-
-
-def _cells(score: Score, sign: str = "") -> tuple[str, str]:
-    interval = "" if score.low is None or score.high is None else f"{score.low:{sign}.4f} to {score.high:{sign}.4f}"
-    return f"{score.value:{sign}.4f}", interval

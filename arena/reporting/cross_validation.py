@@ -6,8 +6,8 @@ from statistics import mean, stdev
 
 from rich.table import Table
 
-from arena.metrics import Score
 from arena.progress import console
+from arena.reporting.report import score_cells
 from arena.training.cross_validation import CrossValidated
 
 REFERENCES = {
@@ -47,9 +47,5 @@ def _of_all_rows(result: CrossValidated) -> Table:
     for name in ("best step", "interval", "last step", "interval"):
         table.add_column(name, justify="right")
     for name, score in result.best.items():
-        table.add_row(name, *_cells(score), *_cells(result.last[name]))
+        table.add_row(name, *score_cells(score), *score_cells(result.last[name]))
     return table
-
-
-def _cells(score: Score) -> tuple[str, str]:
-    return f"{score.value:.4f}", "" if score.low is None else f"{score.low:.4f} to {score.high:.4f}"

@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from arena.metrics import Score
 from arena.progress import console
 
 COMPARISONS = (
@@ -158,6 +159,12 @@ def _cells(score: dict[str, Any] | None) -> tuple[str, str]:
         return "", ""
     interval = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
     return f"{score['value']:.3f}", interval
+
+
+def score_cells(score: Score, sign: str = "") -> tuple[str, str]:
+    """A score and its interval as text, to four digits; `sign` is + where a plus is shown."""
+    interval = "" if score.low is None or score.high is None else f"{score.low:{sign}.4f} to {score.high:{sign}.4f}"
+    return f"{score.value:{sign}.4f}", interval
 
 
 def remark(metrics: dict[str, Any]) -> str | None:
