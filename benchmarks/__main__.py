@@ -14,6 +14,7 @@ from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
 from benchmarks.real_base import RealBase
 from benchmarks.small import Small
+from benchmarks.submission import Submission
 from benchmarks.technique_report import Techniques
 from benchmarks.votes import Votes
 
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "gpu": Gpu,
     "techniques": Techniques,
     "votes": Votes,
+    "submission": Submission,
     "collect": Collect,
     "demo-base": DemoBase,
 }

@@ -1,0 +1,196 @@
+"""What comes after one fold, on demo data, whose best possible log-loss is known: `python -m benchmarks submission`.
+
+Judges of all folds, their average, a blend of them with the baseline, and students that learn from their predictions
+judge the demo's test rows. What is reported is the cross-entropy of the true probabilities with what was predicted,
+less their entropy: 0 would be perfect, and no label's luck is in it. Every run is resumed where it was stopped, and a
+finished one is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from tyro.conf import arg
+
+from arena.config import change, load_recipe
+from arena.data.predictions import read_predictions, rows_of
+from arena.demo.synthetic import ensure_demo, write_demo
+from arena.inference.find import find_models
+from arena.inference.infer import infer, write_submission
+from arena.inference.infer_blend import infer_blend
+from arena.metrics import Terms, differences, estimate
+from arena.progress import console
+from arena.settings import Recipe
+from arena.storage.files import local_path, write_json, write_text
+from arena.tasks.preference import COLUMNS
+from arena.training.blending import Fitted, blend_members
+from arena.training.cross_validation import cross_validate
+from arena.training.members import BASELINE
+from arena.training.run import run_fold
+from benchmarks.machine import made_by, provenance
+from benchmarks.tables import table
+
+MORE_SEED = 1000  # of the unlabelled rows, away from the seeds of training
+ONE_ORDER = ("judge.swap=false",)  # the labels of many rows are judged in one order, for half of the time
+SINGLE, AVERAGE, BLENDED, SOFT, MORE, LONGER = (
+    "one fold", "five folds averaged", "blended with the baseline", "student on soft labels",
+    "student on more rows too", "hard labels, as many steps",
+)  # fmt: skip
+REFERENCES = {AVERAGE: SINGLE, BLENDED: AVERAGE, SOFT: SINGLE, MORE: SOFT, LONGER: SINGLE}
+MEANS = {"what": "{what}", "above the entropy, mean": "{mean:+.4f}", "seeds": "{seeds}"}
+FOUND = {
+    "seed": "{seed}", "what": "{what}", "above the entropy": "{value:+.4f}", "interval": "{low:+.4f} to {high:+.4f}",
+    "gain": "{gain:+.4f}", "its interval": "{gain_low:+.4f} to {gain_high:+.4f}", "over": "{over}",
+}  # fmt: skip
+PARTS = {
+    "seed": "{seed}", "part": "{part}", "gain": "{value:+.4f}", "interval": "{low:+.4f} to {high:+.4f}",
+    "taken": "{taken}",
+}  # fmt: skip
+
+
+@dataclass
+class Submission:
+    """Train all folds of the demo, blend them, teach students, and compare them with the known truth."""
+
+    seeds: Annotated[int, arg(help="How often everything is trained, each time with other seeds.")] = 3
+    unlabelled: Annotated[int, arg(help="Further rows without labels that students learn from.")] = 10_000
+    more_seeds: Annotated[int, arg(help="For how many of the seeds.")] = 1
+    runs: Annotated[Path, arg(help="The folder of the runs.")] = Path("runs/submission")
+    out: Annotated[Path, arg(help="The folder for submission.json and .md.")] = Path("docs")
+
+    def run(self) -> list[Path]:
+        """Trains what is not trained yet, writes the two files and gives their paths."""
+        local_path(self.out, "--out")
+        found = []
+        for seed in range(self.seeds):
+            recipe = load_recipe("demo", [f"name=seed{seed}", f"seed={seed}", f"data.fold_seed={seed}"])
+            recipe = change(recipe, [f"data.path={self.runs / 'demo'}", f"data.cache={self.runs / 'cache'}"])
+            ensure_demo(change(recipe, ["seed=0"]))  # all seeds train on the same rows
+            unlabelled = self.unlabelled if seed < self.more_seeds else 0
+            found.append(measure(recipe, self.runs, unlabelled))
+        paths = [self.out / f"submission.{ending}" for ending in ("json", "md")]
+        result = {**provenance(), "unlabelled": self.unlabelled, "seeds": found}
+        write_json(paths[0], result)
+        write_text(paths[1], as_page(result))
+        console.print(f"written: {', '.join(map(str, paths))}")
+        return paths
+
+
+def measure(recipe: Recipe, runs: Path, unlabelled: int) -> dict[str, Any]:
+    """What is predicted with one seed, beside the truth.
+
+    Args:
+        unlabelled: the number of further rows for a student; 0: no such student.
+    """
+    folder = runs / recipe.name
+    folds = cross_validate(recipe, runs).folds
+    files = [predicted(recipe, runs, fold) for fold in range(recipe.data.folds)]
+    fitted = blend_members([str(folder), BASELINE], None, folder / "blend.json", runs)
+    averaged, blended = folder / "averaged.csv", folder / "blended.csv"
+    ids, mean = mean_of(files)
+    write_submission(averaged, ids, mean, COLUMNS, None)
+    # the run is not to judge the test rows again
+    members = tuple(replace(each, kind="file" if each.kind == "run" else each.kind) for each in fitted.saved.members)
+    used = [f"{recipe.name}={averaged}"] if fitted.saved.blend.weights[0] > 0 else []
+    infer_blend(replace(fitted.saved, members=members), recipe.data.path, blended, used)
+    by_name = {SINGLE: [files[0]], AVERAGE: files, BLENDED: [blended]}
+    for what, student in students(recipe, runs, unlabelled):
+        run_fold(student, 0, runs)
+        by_name[what] = [predicted(student, runs, 0)]
+    return {
+        "seed": recipe.seed,
+        "device": folds[0]["device"],
+        "found": excesses(Path(recipe.data.path) / "truth.csv", by_name),
+        "parts": parts_of(fitted),
+        "blend": {key: asdict(score) for key, score in fitted.scores.items()},
+    }
+
+
+def students(recipe: Recipe, runs: Path, unlabelled: int) -> Iterator[tuple[str, Recipe]]:
+    """The recipes of students whose first fold is trained on the rows of the first judge's."""
+    folder = runs / recipe.name
+    taught = [f"data.teacher={{path: {folder / 'oof.csv'}, weight: 1}}"]
+    yield SOFT, change(recipe, [f"name={recipe.name}-soft", *taught])
+    if not unlabelled:
+        return
+    rows, labels = runs / "unlabelled", folder / "unlabelled.csv"
+    if not rows.exists():
+        write_demo(rows, 0, unlabelled, MORE_SEED)
+    if not labels.is_file():
+        infer(find_models(str(folder), runs), str(rows / "test.csv"), labels, ONE_ORDER)
+    more = [*taught, f"data.extra=[{{path: {rows / 'test.csv'}, labels: {labels}}}]"]
+    yield MORE, change(recipe, [f"name={recipe.name}-more", *more])
+    trained = (recipe.data.synthetic_rows or (0, 0))[0] * (1 - 1 / recipe.data.folds)
+    epochs = recipe.train.epochs * (1 + unlabelled / trained)
+    yield LONGER, change(recipe, [f"name={recipe.name}-longer", f"train.epochs={epochs:.3f}"])
+
+
+def predicted(recipe: Recipe, runs: Path, fold: int) -> Path:
+    """A fold's predictions of the test rows, in a file."""
+    place = runs / recipe.name / f"fold{fold}"
+    if not (out := place / "test.csv").is_file():
+        infer([place / "model"], recipe.data.path, out)
+    return out
+
+
+def excesses(truth: Path, by_name: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, Any]]:
+    """By name, how far the mean of files of predictions is above the entropy, and how much less than its reference.
+
+    Intervals are 95% intervals by row.
+    """
+    true, terms = read_predictions(truth, COLUMNS), dict[str, Terms]()
+    for name, files in by_name.items():
+        ids, mean = mean_of(files)
+        labels = rows_of(true, ids)
+        terms[name] = (labels * np.log(labels / mean)).sum(axis=1), np.ones(len(ids))
+    values, found = estimate(terms, ids), dict[str, dict[str, Any]]()
+    for name, score in values.items():
+        found[name] = asdict(score)
+        if over := REFERENCES.get(name):
+            gain = differences({"gain": terms[over]}, {"gain": terms[name]}, ids)["gain"]
+            found[name] |= {"over": over, "gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+    return found
+
+
+def mean_of(files: Sequence[Path]) -> tuple[list[str], np.ndarray]:
+    """The ids of predicted rows, and the mean of files of predictions, float64 (n, C)."""
+    tables = [read_predictions(file, COLUMNS) for file in files]
+    ids = list(tables[0])
+    return ids, np.mean([rows_of(each, ids) for each in tables], axis=0)
+
+
+def parts_of(fitted: Fitted) -> list[dict[str, Any]]:
+    """What was tried for the blend, on labelled rows that did not fit it."""
+    return [{"part": name, **asdict(score), "taken": taken} for name, score, taken in fitted.parts]
+
+
+def as_page(result: dict[str, Any]) -> str:
+    """The Markdown page."""
+    nothing = dict.fromkeys(("over", "gain", "gain_low", "gain_high"))
+    seeds, rows, parts = result["seeds"], list[dict[str, Any]](), list[dict[str, Any]]()
+    for each in seeds:
+        rows += [{"seed": each["seed"], "what": what, **nothing, **found} for what, found in each["found"].items()]
+        parts += [{"seed": each["seed"], **part, "taken": "yes" if part["taken"] else "no"} for part in each["parts"]]
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["what"], []).append(row["value"])
+    means = [{"what": what, "mean": np.mean(several), "seeds": len(several)} for what, several in values.items()]
+    sections = [
+        f"# From one fold to the best submission, {result['date'][:10]}", made_by(seeds[0]["device"], result),
+        "The demo's test rows, scored by the probabilities that its labels are drawn from: cross-entropy above their "
+        "entropy, in nats; 0 would be perfect. `gain` is what a step takes off what it is compared with. Intervals "
+        "are 95% intervals by row. Each seed has other folds, another order of the rows and another head.",
+        table(MEANS, means),
+        "A student is trained on the rows of the first fold, with the predictions of judges that had not seen a row "
+        f"in place of its label; then on {result['unlabelled']:,} further rows too, whose labels the five folds "
+        "predicted. Its control is trained on hard labels for as many steps.",
+        table(FOUND, rows),
+        "The parts that were tried for the blends, with their gains in log-loss on labelled rows that did not fit "
+        "them:",
+        table(PARTS, parts),
+    ]  # fmt: skip
+    return "\n\n".join(sections) + "\n"
