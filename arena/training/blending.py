@@ -80,4 +80,4 @@ def _fit(known: Predicted, seed: int) -> Fitted:
 
 
 def _words(part: Part, members: Sequence[Member]) -> str:
-    return part.added if isinstance(part.added, str) else members[part.added].name
+    return " and ".join(each if isinstance(each, str) else members[each].name for each in part.added)

@@ -1,8 +1,10 @@
 """Fits blends on labelled rows, with scores that no row's own label has touched.
 
 A blend grows by one part at a time: a temperature, a bias for each class, a further member, or another pool. The part
-that gains most, on rows that did not fit it, is taken if that is more than the gain's standard error. For the score of
-the result, all of this is repeated without the rows that are scored.
+that gains most, on rows that did not fit it, is taken if that is more than the gain's standard error. Where none is, a
+member and a temperature are tried together: the weights of a logarithmic pool without one sum to 1, so that a member
+can only take weight from the others. For the score of the result, all of this is repeated without the rows that are
+scored.
 """
 
 from __future__ import annotations
@@ -42,12 +44,12 @@ class Part:
     """A part that was tried.
 
     Attributes:
-        added: `temperature`, `bias`, `linear pool`, or the number of a member.
+        added: `temperature`, `bias`, `linear pool`, or the number of a member; several are tried together.
         gains: float64 (n,), by how much it lowers the log-loss of each row, which did not fit it.
         taken: whether the blend has it.
     """
 
-    added: str | int
+    added: tuple[str | int, ...]
     gains: np.ndarray
     taken: bool
 
@@ -67,15 +69,16 @@ def fit_blend(
     best = int(np.argmin([log_loss(labels, each) for each in members]))
     parts, tried = Parts((best,)), list[Part]()
     losses = _losses(labels, members[best])
-    while candidates := list(_further(parts, len(members))):
+    ahead = 1
+    while candidates := list(_further(parts, len(members), ahead)):
         found = [_losses(labels, cross_predicted(more, labels, members, folds)) for _, more in candidates]
         at = int(np.argmin([each.mean() for each in found]))
-        helps = (gains := losses - found[at]).mean() > standard_error(gains, groups)
-        if not helps:
+        if (gains := losses - found[at]).mean() > standard_error(gains, groups):
+            tried = [each for each in tried if each.taken] + [Part(candidates[at][0], gains, True)]
+            parts, losses, ahead = candidates[at][1], found[at], 1
+        else:
             tried += [Part(added, losses - each, False) for (added, _), each in zip(candidates, found, strict=True)]
-            break
-        tried.append(Part(candidates[at][0], gains, True))
-        parts, losses = candidates[at][1], found[at]
+            ahead += 1
     return fit_parts(parts, labels, members), best, tried
 
 
@@ -152,16 +155,22 @@ def fit_parts(parts: Parts, labels: np.ndarray, members: np.ndarray) -> Blend:
     return Blend(parts.pool, tuple(every.tolist()), 1.0 if parts.pool == "log" else scale, tuple(bias.tolist()))
 
 
-def _further(parts: Parts, members: int) -> Iterator[tuple[str | int, Parts]]:
-    """The blends with one part more, and what that is."""
+def _further(parts: Parts, members: int, ahead: int) -> Iterator[tuple[tuple[str | int, ...], Parts]]:
+    """The blends with one part more, or `ahead` parts, and what they are."""
+    others = set(range(members)) - set(parts.members)
+    if ahead == 2 and not parts.temperature:
+        for member in others:
+            yield (member, "temperature"), replace(parts, members=(*parts.members, member), temperature=True)
+    if ahead > 1:
+        return
     if not parts.temperature:
-        yield "temperature", replace(parts, temperature=True)
+        yield ("temperature",), replace(parts, temperature=True)
     if not parts.bias:
-        yield "bias", replace(parts, bias=True)
+        yield ("bias",), replace(parts, bias=True)
     if parts.pool == "log" and len(parts.members) > 1:
-        yield "linear pool", replace(parts, pool="linear")
-    for member in set(range(members)) - set(parts.members):
-        yield member, replace(parts, members=(*parts.members, member))
+        yield ("linear pool",), replace(parts, pool="linear")
+    for member in others:
+        yield (member,), replace(parts, members=(*parts.members, member))
 
 
 def _losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

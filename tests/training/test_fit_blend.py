@@ -53,12 +53,27 @@ def test_parts_are_taken_only_if_they_help() -> None:
     labels, members = make(3000)
     noise = softmax(np.random.default_rng(1).normal(size=(1, 3000, 3)))
     blend, _, tried = fit_blend(labels, np.concatenate([members, noise]), np.arange(3000))
-    assert {part.added for part in tried if part.taken} >= {"temperature"}
+    assert {part.added for part in tried if part.taken} >= {("temperature",)}
     assert all(part.gains.mean() > 0 for part in tried if part.taken)
     assert min(blend.weights[:2]) > 0.8 and blend.weights[2] < 0.05
     labels = np.eye(3)[[np.random.default_rng(row).choice(3, p=each) for row, each in enumerate(members[0])]]
     _, _, tried = fit_blend(labels, members[:1], np.arange(3000))  # calibrated already
-    assert {part.added for part in tried} == {"temperature", "bias"} and not any(part.taken for part in tried)
+    assert {part.added for part in tried} == {("temperature",), ("bias",)} and not any(part.taken for part in tried)
+
+
+def test_a_member_that_needs_a_temperature_is_found() -> None:
+    """Weights that sum to 1 take confidence from a calibrated member for the sake of a timid one, which loses."""
+    labels, (first, second) = make(3000)
+    members = np.stack([first, softmax(0.01 * np.log(second))])
+    rows = np.arange(3000)
+    calibrated = fit_parts(Parts((0,), temperature=True), labels, members)(members)
+    members[0] = calibrated
+    blend, best, tried = fit_blend(labels, members, rows)
+    assert best == 0 and next(part.added for part in tried if part.taken) == (1, "temperature")
+    assert log_loss(labels, blend(members)) < log_loss(labels, calibrated) - 0.05
+    for alone in (Parts((0, 1)), Parts((0,), temperature=True)):
+        found = log_loss(labels, cross_predicted(alone, labels, members, divide(rows, 0)))
+        assert found > log_loss(labels, calibrated) - 0.002
 
 
 def test_no_row_sets_its_own_weights() -> None:
