@@ -200,3 +200,22 @@ def test_judges_on_one_base_load_it_once_and_plan_once(
     loaded.clear()
     found = average([cards[0], read_judge(whole), cards[2]], rows)
     assert np.array_equal(found, (expected[0] + between + expected[2]) / 3) and len(loaded) == 3
+
+
+def test_exchanged_answers_exchange_the_probabilities(base: Path, tmp_path: Path) -> None:
+    """To the bit in one batch, where both orders of a row are those of its exchanged twin, and 1e-5 in another."""
+    recipe = tiny_recipe(tmp_path, base, "packing.budget=4096")
+    straight = pd.read_csv(tmp_path / "rows" / "test.csv").assign(id=lambda rows: "s" + rows["id"].astype(str))
+    swapped = straight.rename(columns={"response_a": "response_b", "response_b": "response_a"})
+    swapped = swapped.assign(id=swapped["id"].str.replace("s", "x"))
+    files = {"one": straight, "other": swapped, "both": pd.concat([straight, swapped])}
+    for name, rows in files.items():
+        rows.to_csv(tmp_path / f"{name}.csv", index=False)
+    judge = Judge(saved(tmp_path / "run", recipe))
+    one, other, both = (judge.probabilities(judge.read(tmp_path / f"{name}.csv")) for name in files)
+    exchanged = [1, 0, 2]
+    assert np.array_equal(both[len(one) :], both[: len(one)][:, exchanged])
+    assert other == pytest.approx(one[:, exchanged], rel=1e-5)
+    single = Judge(tmp_path / "run" / "model", ["judge.swap=false"])  # control: one order has a position bias
+    alone = single.probabilities(single.read(tmp_path / "both.csv"))
+    assert np.abs(alone[len(one) :] - alone[: len(one)][:, exchanged]).max() > 1e-3
