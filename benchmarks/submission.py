@@ -123,10 +123,10 @@ def students(recipe: Recipe, runs: Path, unlabelled: int) -> Iterator[tuple[str,
     if not labels.is_file():
         infer(find_models(str(folder), runs), str(rows / "test.csv"), labels, ONE_ORDER)
     more = [*taught, f"data.extra=[{{path: {rows / 'test.csv'}, labels: {labels}}}]"]
-    yield MORE, change(recipe, [f"name={recipe.name}-more", *more])
-    trained = (recipe.data.synthetic_rows or (0, 0))[0] * (1 - 1 / recipe.data.folds)
-    epochs = recipe.train.epochs * (1 + unlabelled / trained)
-    yield LONGER, change(recipe, [f"name={recipe.name}-longer", f"train.epochs={epochs:.3f}"])
+    taught_more = change(recipe, [f"name={recipe.name}-more", *more])
+    yield MORE, taught_more
+    steps = run_fold(taught_more, 0, runs)["steps"]
+    yield LONGER, change(recipe, [f"name={recipe.name}-longer", f"train.max_steps={steps}"])
 
 
 def predicted(recipe: Recipe, runs: Path, fold: int) -> Path:
