@@ -14,10 +14,11 @@ import tyro
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from arena.bundle import wheels
+from arena.bundle.needed import PLATFORMS, Target, closure, read_list
 from benchmarks import collect
 from benchmarks.__main__ import main
 from benchmarks.collect import Collect
-from benchmarks.needed import PLATFORMS, Target, closure, read_list
 from benchmarks.start import dependencies
 from tests.benchmarks.wheels import install, make_wheel
 
@@ -61,7 +62,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             make_wheel(folder, name.replace("-", "_"), "7.0" if name == "unknown" else number, requires)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(collect.subprocess, "run", pip)
+    monkeypatch.setattr(wheels.subprocess, "run", pip)
     return calls
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from arena.bundle.needed import Target, closure
 from benchmarks.collect import THERE
-from benchmarks.needed import Target, closure
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
