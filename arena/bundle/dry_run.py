@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from arena.bundle.kaggle import IMAGE, MARKER, NOTEBOOK, with_values
 from arena.bundle.needed import Target, closure, read_list
 from arena.bundle.wheels import fill, name_of, reusable
-from arena.bundle.write import requirements, show
+from arena.bundle.write import requirements, show_sizes
 from arena.data.files import data_file, read_files
 from arena.demo.synthetic import write_demo
 from arena.inference.find import find_models
@@ -75,7 +75,7 @@ def dry_run(bundle: Path, data: str | None, has_file: Path | None) -> None:
         rows = read_files([test], saved.task, saved.recipe.data, "ignored")
         sample = test.parent / "sample_submission.csv"
         check_submission(out, rows.ids, saved.task.columns, sample if sample.exists() else None)
-    show(bundle)
+    show_sizes(bundle)
     console.print(f"the dry run left a valid submission of {len(rows):,} rows")
 
 

@@ -15,14 +15,15 @@ MARKER, NOTEBOOK = "arena-bundle.json", "submit.ipynb"
 MACHINE = "NvidiaTeslaT4"
 # where Kaggle has bases that recipes name, if they were seen there
 SOURCES = {"google/gemma-2-9b-it": "google/gemma-2/transformers/gemma-2-9b-it/2"}
+CODE: dict[str, Any] = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": []}
 SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 README = """# {name}
 
-Made by `arena bundle`; {judges}. Everything that the notebook needs but Kaggle's image, the
-competition's files and the base model.
+Made by `arena bundle` of {judges}. It has all that the notebook needs but Kaggle's image, the competition's
+files and the base model.
 
-1. Accept the rules of the competition ({competition}) and, if it asks for one, the base's licence on Kaggle.
+1. On Kaggle, accept the rules of {competition}, and the base's licence if it has one.
 2. `kaggle datasets create --path . --dir-mode zip` uploads this folder as {owner}/{name}, and
    `kaggle datasets version --path . --dir-mode zip --message again` a later one.
 3. `kaggle kernels push --path .` uploads `{notebook}` with its inputs and runs it on two T4 without internet.
@@ -99,13 +100,10 @@ class Upload:
         source = Path(__file__).with_name("submit.py").read_text(encoding="utf-8")
         values = {"DEADLINE": self.deadline, "BASE": self.place, "SETTINGS": list(self.settings)}
         first, *cells = re.split(r"^# %% ?", with_values(source, values), flags=re.MULTILINE)
-        text = [{"cell_type": "markdown", "metadata": {}, "source": first.strip().strip('"').strip()}]
-        code = [
-            {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [], "source": f"# {cell.strip()}"}
-            for cell in cells
-        ]
+        text = {"cell_type": "markdown", "metadata": {}, "source": first.strip().strip('"').strip()}
+        code = [{**CODE, "source": f"# {cell.strip()}"} for cell in cells]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        return {"cells": [*text, *code], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
+        return {"cells": [text, *code], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
 
     def readme(self, judges: str, python: str) -> str:
         """A page on how to upload the folder."""

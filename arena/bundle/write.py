@@ -62,8 +62,9 @@ def write_bundle(models: Sequence[Path], out: Path, asked: Asked) -> None:
         write_json(draft / "kernel-metadata.json", upload.kernel_metadata())
         write_json(draft / NOTEBOOK, upload.notebook())
         write_json(draft / MARKER, {"python": asked.python, "base": upload.place, "judges": list(map(str, models))})
-        write_text(draft / "README.md", upload.readme(f"judges: {', '.join(map(str, models))}", asked.python))
-    show(out)
+        write_text(draft / "README.md", upload.readme(", ".join(map(str, models)), asked.python))
+    show_sizes(out)
+    console.print(f"written: {out}; {out / 'README.md'} says how to upload it")
 
 
 def upload_of(judges: Sequence[SavedJudge], asked: Asked) -> Upload:
@@ -125,12 +126,12 @@ def requirements(wheels: Sequence[Path]) -> str:
     return "".join(f"{name}=={version} --hash=sha256:{digest}\n" for name, version, digest in versions)
 
 
-def show(out: Path) -> None:
-    """Prints what is in a bundle, with sizes."""
+def show_sizes(out: Path) -> None:
+    """Prints how large a bundle and its parts are."""
     parts = [*sorted(out.glob("wheels/*.whl")), *sorted(out.glob("judges/*/model"))]
     for part in parts:
         console.print(f"{size_of(part):8.2f} MiB  {part.relative_to(out)}", soft_wrap=True)
-    console.print(f"written: {out}, {size_of(out):.1f} MiB; {out / 'README.md'} says how to upload it")
+    console.print(f"{size_of(out):8.2f} MiB  {out}", soft_wrap=True)
 
 
 def size_of(place: Path) -> float:
