@@ -100,7 +100,7 @@ class Upload:
         source = Path(__file__).with_name("submit.py").read_text(encoding="utf-8")
         values = {"DEADLINE": self.deadline, "BASE": self.place, "SETTINGS": list(self.settings)}
         first, *cells = re.split(r"^# %% ?", with_values(source, values), flags=re.MULTILINE)
-        text = {"cell_type": "markdown", "metadata": {}, "source": first.strip().strip('"').strip()}
+        text: dict[str, Any] = {"cell_type": "markdown", "metadata": {}, "source": first.strip().strip('"').strip()}
         code = [{**CODE, "source": f"# {cell.strip()}"} for cell in cells]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         return {"cells": [text, *code], "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
