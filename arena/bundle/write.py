@@ -15,7 +15,7 @@ from arena.bundle.own import own_wheel
 from arena.bundle.wheels import check_requirements, fill, name_of, requirements_of, reusable
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.model.base_files import DEMO_BASE
-from arena.model.gguf_base import is_gguf
+from arena.model.gguf_base import OLDEST, is_gguf
 from arena.model.packaged import PACKAGED
 from arena.model.tuning import is_whole
 from arena.progress import console
@@ -23,7 +23,7 @@ from arena.storage.files import atomic_write, file_digest, write_json, write_tex
 
 OF_THE_IMAGE = ("torch", "torchvision", "torchaudio", "triton")  # with the nvidia-* packages, built for each other
 BUDGET = 8192  # tokens of a micro-batch at most, for the 15 GiB of a T4
-GGUF = ["gguf>=0.17", "transformers>=5.18"]  # earlier versions read other tokenizers from Gemma's files
+GGUF = ("gguf", f"transformers>={OLDEST}")  # what reads a GGUF file
 
 
 @dataclass(frozen=True)

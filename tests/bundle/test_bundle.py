@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         install(site, name, version, requires)
     monkeypatch.syspath_prepend(site)
     own = ["torch>=2.8", "top>=2", "here>=1", 'other; sys_platform == "win32"']
-    monkeypatch.setattr(write, "own_wheel", lambda folder: make_wheel(folder, "arena_judge", "0.1.0", own))
+    made = make_wheel(tmp_path, "arena_judge", "0.1.0", own)  # once, as it holds the time of day
+    monkeypatch.setattr(write, "own_wheel", lambda folder: Path(shutil.copy(made, folder)))
     (tmp_path / "there.txt").write_text("# a list\ntorch==2.10.0+cu128\nhere==1.0\n")
 
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
