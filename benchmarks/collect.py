@@ -96,7 +96,7 @@ def collect(
     with atomic_write(out) as draft:
         draft.mkdir()
         wheels = fill(draft, lacking, target, [*reusable(before, lacking, target), *added])
-        check_requirements(wheels, wanted, target, there)
+        check_requirements(wheels, wanted, target, there, hint="--extra adds a package")
     for wheel in (out / wheel.name for wheel in wheels):
         console.print(f"{wheel.stat().st_size / 2**20:8.2f} MiB  {wheel.name}", soft_wrap=True)
     if gone := sorted({wheel.name for wheel in before} - {wheel.name for wheel in wheels}):

@@ -34,16 +34,14 @@ def only(found: list[Path], what: str) -> Path:
 
 
 bundle = only(below("arena-bundle.json"), "bundle").parent
-# a base and the bundle may hold a test.csv of their own
-tests = [each for each in below("test.csv", "test.parquet", "test.jsonl") if bundle not in each.parents]
-test = only(tests, "test file")
+test = only(below("test.csv", "test.parquet", "test.jsonl"), "test file")
 install = ["install", "--quiet", "--no-index", "--no-deps", "--require-hashes", "--find-links", str(bundle / "wheels")]
 subprocess.run([sys.executable, "-m", "pip", *install, "-r", str(bundle / "requirements.txt")], check=True)
 
 # %% Judge
 words = [*SETTINGS, f"data.cache={tempfile.mkdtemp()}"]
 if BASE:
-    inside = [each for each in below("config.json", "*.gguf") if f"/{BASE.lower()}/" in f"{each.as_posix().lower()}"]
+    inside = [each for each in below("config.json", "*.gguf") if f"/{BASE.lower()}/" in each.as_posix().lower()]
     base = only(inside, f"base in {BASE}")
     words.append(f"model.base={base if base.suffix == '.gguf' else base.parent}")
 cards: list[str] = []

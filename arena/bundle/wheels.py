@@ -91,8 +91,14 @@ def requirements_of(wheel: Path) -> list[str]:
     return found[0].requires or []
 
 
-def check_requirements(wheels: Sequence[Path], wanted: Iterable[Requirement], target: Target, there: Versions) -> None:
-    """Raises `ValueError` where what is wanted, or what a wheel needs, is neither among the wheels nor there."""
+def check_requirements(
+    wheels: Sequence[Path], wanted: Iterable[Requirement], target: Target, there: Versions, *, hint: str
+) -> None:
+    """Raises `ValueError` where what is wanted, or what a wheel needs, is neither among the wheels nor there.
+
+    Args:
+        hint: what the user can do about it.
+    """
     collected = {name_of(wheel): wheel for wheel in wheels}
     known = dict(there) | {name: parse_wheel_filename(wheel.name)[1] for name, wheel in collected.items()}
     todo = [("arena", each) for each in wanted]
@@ -108,4 +114,4 @@ def check_requirements(wheels: Sequence[Path], wanted: Iterable[Requirement], ta
             more = [(wheel.name, new) for new in target.applying(requirements_of(wheel), extra)]
             todo += [pair for pair in more if pair not in todo]
     if problems:
-        raise ValueError(f"{'; '.join(dict.fromkeys(problems))}: --extra adds a package")
+        raise ValueError(f"{'; '.join(dict.fromkeys(problems))}: {hint}")

@@ -116,7 +116,7 @@ def gather(
             "torch, built for its driver: take versions of arena and of the image that go together"
         )
     wheels = fill(folder, lacking, target, reusable(known, lacking, target))
-    check_requirements(wheels, wanted, target, there)
+    check_requirements(wheels, wanted, target, there, hint="--has-file names a list of what else is there")
     return wheels
 
 

@@ -186,13 +186,13 @@ def test_a_requirement_of_a_wheel_alone_is_seen(tmp_path: Path, fetched: list[li
     )
     there = {"top": None}
     with pytest.raises(ValueError, match=r"^unknown-7.0-py3-none-any.whl needs deeper.*, and it is neither"):
-        collect.check_requirements([wheel], [], TARGET, there)
-    collect.check_requirements([wheel], [], Target("3.13"), there)
+        collect.check_requirements([wheel], [], TARGET, there, hint="")
+    collect.check_requirements([wheel], [], Target("3.13"), there, hint="")
     asked = [Requirement("unknown[more]")]
     more = make_wheel(tmp_path, "unknown", "8.0", ['deep; extra == "more"', 'unknown[more]; extra == "more"'])
     with pytest.raises(ValueError, match="needs deep"):
-        collect.check_requirements([more], asked, TARGET, there)
-    collect.check_requirements([more], [Requirement("unknown")], TARGET, there)
+        collect.check_requirements([more], asked, TARGET, there, hint="")
+    collect.check_requirements([more], [Requirement("unknown")], TARGET, there, hint="")
 
 
 @pytest.mark.parametrize(
