@@ -36,10 +36,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train cv infer inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
+.PHONY: help setup train cv infer kaggle-bundle inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 	@echo "  variables: FOLD=0 RECIPE=demo DATA=folder ARGS='--fresh train.batch_size=80'"
 
 setup: .venv/ready  ## create .venv and install the pinned versions
@@ -52,6 +52,9 @@ cv: .venv/ready $(BASE)  ## train and score every fold
 
 infer: .venv/ready $(BASE)  ## judge the test file with the trained folds, write submission.csv
 	$(BIN)/arena infer $(FLAGS)
+
+kaggle-bundle: .venv/ready $(BASE)  ## write a folder to upload to Kaggle, ARGS="--owner NAME"
+	$(BIN)/arena bundle $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
 
 inspect: .venv/ready $(BASE)  ## look at one real batch
 	$(BIN)/arena inspect --fold $(call quoted,$(FOLD)) $(FLAGS)

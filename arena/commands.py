@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from arena.bundle.command import Bundle
 from arena.command_line import command
 from arena.config import judge_settings, load_recipe, refuse_both, run_place
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
@@ -271,6 +272,7 @@ COMMANDS: Commands = {
     "compare": Compare,
     "inspect": Inspect,
     "export": Export,
+    "bundle": Bundle,
     "generate": Generate,
     "memory": Memory,
     "settings": Settings,

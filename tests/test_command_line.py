@@ -29,7 +29,7 @@ SETTING = re.compile(r"(?<![\w./-])((?:[a-z]+\.)+[a-z_]+)=([^\s,;:)`]*[^\s,;:)`.
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 VARIABLE = re.compile(r"\b(?!KEY=)([A-Z]{3,})=(\S*)")
 QUOTED = re.compile(r"`([^`]+)`")
-OTHERS = {"--local-dir", "--merge"}  # flags of other programs
+OTHERS = {"--local-dir", "--merge", "--path", "--dir-mode", "--message", "--hash"}  # flags of other programs
 KNOWN_TO_HF = ["auth login", "download google/gemma-2-9b-it --local-dir FOLDER"]
 
 

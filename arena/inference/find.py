@@ -112,7 +112,7 @@ def _of_run(run: Path, fold: int | None) -> list[Path]:
         if fold not in folds:
             raise ValueError(f"{run} has no fold {fold}: it has {', '.join(map(str, folds))}")
         return [_finished(folds[fold])]
-    done = [path for path in folds.values() if (path / "metrics.json").is_file()]
+    done = [path for path in folds.values() if _is_finished(path)]
     if not done:
         raise ValueError(f"there is no finished fold under {run}: {_how_to_finish(next(iter(folds.values())))}")
     for path in folds.values():
@@ -131,9 +131,15 @@ def _only(model: Path, folder: Path, name: str, fold: int | None) -> Path:
 
 def _finished(fold: Path) -> Path:
     """The model of a fold."""
-    if not (fold / "metrics.json").is_file():
+    if not _is_finished(fold):
         raise ValueError(f"{fold} is not finished: {_how_to_finish(fold)}")
     return fold / "model"
+
+
+def _is_finished(fold: Path) -> bool:
+    """Whether a fold was scored; its `model` alone, without the files of its training, was copied from one that was."""
+    copied = (fold / "model" / JUDGE_FILE).is_file() and not (fold / "run.json").exists()
+    return copied or (fold / "metrics.json").is_file()
 
 
 def _how_to_finish(fold: Path) -> str:

@@ -14,10 +14,11 @@ import tyro
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from arena.bundle import wheels
+from arena.bundle.needed import PLATFORMS, Target, closure, read_list
 from benchmarks import collect
 from benchmarks.__main__ import main
 from benchmarks.collect import Collect
-from benchmarks.needed import PLATFORMS, Target, closure, read_list
 from benchmarks.start import dependencies
 from tests.benchmarks.wheels import install, make_wheel
 
@@ -61,7 +62,7 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             make_wheel(folder, name.replace("-", "_"), "7.0" if name == "unknown" else number, requires)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(collect.subprocess, "run", pip)
+    monkeypatch.setattr(wheels.subprocess, "run", pip)
     return calls
 
 
@@ -185,13 +186,13 @@ def test_a_requirement_of_a_wheel_alone_is_seen(tmp_path: Path, fetched: list[li
     )
     there = {"top": None}
     with pytest.raises(ValueError, match=r"^unknown-7.0-py3-none-any.whl needs deeper.*, and it is neither"):
-        collect.check_requirements([wheel], [], TARGET, there)
-    collect.check_requirements([wheel], [], Target("3.13"), there)
+        collect.check_requirements([wheel], [], TARGET, there, hint="")
+    collect.check_requirements([wheel], [], Target("3.13"), there, hint="")
     asked = [Requirement("unknown[more]")]
     more = make_wheel(tmp_path, "unknown", "8.0", ['deep; extra == "more"', 'unknown[more]; extra == "more"'])
     with pytest.raises(ValueError, match="needs deep"):
-        collect.check_requirements([more], asked, TARGET, there)
-    collect.check_requirements([more], [Requirement("unknown")], TARGET, there)
+        collect.check_requirements([more], asked, TARGET, there, hint="")
+    collect.check_requirements([more], [Requirement("unknown")], TARGET, there, hint="")
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ import pytest
 import tyro
 from packaging.tags import Tag, sys_tags
 
+from arena.bundle.needed import read_list
 from benchmarks import start
 from benchmarks.collect import Collect
-from benchmarks.needed import read_list
 from tests.benchmarks.wheels import PYTHON, make_wheel
 
 SCRIPT = """

@@ -6,13 +6,13 @@ import sys
 import venv
 import zipfile
 from collections.abc import Mapping, Sequence
-from importlib.metadata import distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from arena.bundle.dry_run import link_packages
+from arena.bundle.needed import Target, closure
 from benchmarks.collect import THERE
-from benchmarks.needed import Target, closure
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -55,8 +55,5 @@ def bare_machine(folder: Path) -> Path:
     """
     venv.create(folder, symlinks=True)
     site = folder / "lib" / f"python{PYTHON}" / "site-packages"
-    for name in closure([Requirement(each) for each in THERE], Target(PYTHON), {}):
-        package = distribution(name)
-        for entry in {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}:
-            (site / entry).symlink_to(Path(str(package.locate_file(entry))))
+    link_packages(closure([Requirement(each) for each in THERE], Target(PYTHON), {}), site)
     return folder / "bin" / "python"

@@ -190,6 +190,16 @@ def test_the_hint_resumes_the_fold_in_its_place(tmp_path: Path, monkeypatch: pyt
         assert "only be resumed in its original place: move it back" in hint(name)
 
 
+def test_the_models_alone_are_a_run_too() -> None:
+    """Copied without the files of their training; a fold that is being trained has some of those."""
+    for number in (0, 2):
+        shutil.copytree(RUNS / f"demo/fold{number}/model", f"copied/fold{number}/model")
+    assert found("copied") == ["copied/fold0/model", "copied/fold2/model"]
+    assert found("copied/fold2") == found("copied", fold=2) == ["copied/fold2/model"]
+    Path("copied/fold0/run.json").write_text("{}")
+    assert found("copied") == ["copied/fold2/model"]
+
+
 def test_a_run_is_trained_on_with_its_own_recipe() -> None:
     assert recipe_of("mine", RUNS) == recipe_of("runs/mine", RUNS) == "runs/mine/fold1/recipe.yaml"
     for name in ("demo", "gemma-2-9b", "recipe-of-mine.yaml", "nope", "bench", "runs/mine/fold1/recipe.yaml"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -191,6 +192,23 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> int:
     """The exit status of `arena infer` in this process."""
     monkeypatch.chdir(folder)
     return status_of_arena(monkeypatch, "infer", *words)
+
+
+def test_the_models_alone_judge_the_same_and_are_exported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, without recipes, scores and training rows; one fold of two gives other numbers."""
+    assert run(monkeypatch, folder, "--out", str(tmp_path / "all.csv")) == 0
+    for fold in (0, 1):
+        shutil.copytree(folder / f"runs/demo/fold{fold}/model", tmp_path / f"judges/fold{fold}/model")
+    shutil.copy(folder / "rows/test.csv", tmp_path)
+    data = ("--data", "test.csv", f"data.cache={tmp_path / 'cache'}")
+    for name, judged in (("judges", "copied.csv"), ("judges/fold1/model", "one.csv")):
+        assert run(monkeypatch, tmp_path, "--recipe", name, "--out", judged, *data) == 0
+    assert (tmp_path / "copied.csv").read_bytes() == (tmp_path / "all.csv").read_bytes()
+    assert (tmp_path / "one.csv").read_bytes() != (tmp_path / "all.csv").read_bytes()
+    assert status_of_arena(monkeypatch, "export", "--recipe", "judges/fold1/model", "--out", "plain") == 0
+    assert (tmp_path / "plain/model.safetensors").is_file()
 
 
 def test_a_full_disk_leaves_the_old_submission_and_earlier_parts(

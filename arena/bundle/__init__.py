@@ -1,0 +1,1 @@
+"""A folder to upload to Kaggle: wheels, judges, a notebook and metadata."""
