@@ -103,6 +103,16 @@ def prior_of(judges: Sequence[SavedJudge]) -> np.ndarray:
     return np.asarray(np.mean([saved.prior for saved in judges], axis=0))
 
 
+def in_order(judge: Judge, rows: Rows, order: int) -> tuple[np.ndarray, Callable[[np.ndarray], Evaluation]]:
+    """The tokens of each row in one order, and what plans the evaluation of some of the rows in it."""
+    store, packing = judge.tokens(rows), judge.recipe.packing
+    planned = partial(
+        Evaluation, rows.task, store, orders=[order], budget=packing.budget, ids=rows.ids,
+        prefixes=prefixes_for(store, packing, Path(judge.recipe.data.cache)),
+    )  # fmt: skip
+    return store.lengths[order :: store.orders], planned
+
+
 class ByWorth:
     """The passes over some rows.
 
@@ -144,16 +154,11 @@ class ByWorth:
 
     def _pass(self, judge: Judge, number: int) -> bool:
         """Judges the rows in one order; False if there was not enough time."""
-        order, settings = self.passes[number][1], judge.recipe.packing
-        store, name = judge.tokens(self.rows), judge.folder.resolve().parent.name
-        lengths = store.lengths[order :: store.orders]
-        evaluation = partial(
-            Evaluation, self.rows.task, store, orders=[order], budget=settings.budget, ids=self.rows.ids,
-            prefixes=prefixes_for(store, settings, Path(judge.recipe.data.cache)),
-        )  # fmt: skip
+        order, name = self.passes[number][1], judge.folder.resolve().parent.name
+        lengths, evaluation = in_order(judge, self.rows, order)
         cache = judge.logits_cache(self.parts / name)
         with stopping() as stop, self.pace.showing(f"{name}, order {order}", int(lengths[self.which].sum())):
-            for chunk in self._chunks(number, lengths, settings.budget):
+            for chunk in self._chunks(number, lengths, judge.recipe.packing.budget):
                 tokens, seconds = self.pace.tokens, self.pace.seconds
                 with self.pace.measuring():
                     found = evaluation(chunk).probabilities(
