@@ -1,7 +1,7 @@
-"""Judges rows in the order of what it is worth: each row once, then again where it changes most, until time is up.
+"""Judges rows in the order of what it is worth: each row once, then again where it gains most, until time is up.
 
 A *pass* is one judge in one order of the rows. The first pass judges every row. Each further one begins with the rows
-that are closest so far, in chunks that are packed by themselves.
+that are closest so far for their length, in chunks that are packed by themselves.
 """
 
 from __future__ import annotations
@@ -19,21 +19,36 @@ from arena.inference.evaluate import Evaluation
 from arena.inference.infer import LoadedJudge
 from arena.inference.judge import Judge
 from arena.inference.saved import SavedJudge
+from arena.packing.bins import cost
 from arena.packing.tree import prefixes_for
 from arena.stopping import stopping
 from arena.storage.files import atomic_write
 
-CHUNK = 20  # micro-batches' worth of tokens, which fill their micro-batches nearly as well as all rows together
+CHUNK = 20  # micro-batches' worth of tokens at most, which fill them to 97.5%
+CHUNKS = 8  # of a pass, at least, where there are few rows
 REPORT_SECONDS = 60.0  # at least, between two reports within a pass
 
 
-def worth(probabilities: np.ndarray) -> np.ndarray:
-    """How much each row is expected to gain from being judged once more, (n,), of its probabilities (n, C) so far.
+def worth(probabilities: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """How much each row is expected to gain from being judged once more, for its cost: (n,).
 
     Averaging lessens the variance of the predictions. If that of the logits is the same for all rows, then the log-loss
     decreases in proportion to 1 - sum(p^2): most where the classes are close, not at all where one is certain.
+
+    Args:
+        probabilities: (n, C), the mean so far.
+        costs: (n,), the time that it takes.
     """
-    return np.asarray(1 - np.square(probabilities).sum(axis=1))
+    return np.asarray((1 - np.square(probabilities).sum(axis=1)) / costs)
+
+
+def chunks(probabilities: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Rows of these probabilities and tokens, those with most `worth` first, in chunks of about as many tokens."""
+    order = np.argsort(-worth(probabilities, cost(np.zeros_like(lengths), lengths)), kind="stable")
+    ends = np.cumsum(lengths[order])
+    count = max(CHUNKS, round(ends[-1] / (CHUNK * budget)))
+    parts = np.split(order, np.searchsorted(ends, ends[-1] * np.arange(1, count) / count))
+    return [part for part in parts if len(part)]
 
 
 @dataclass(frozen=True)
@@ -176,9 +191,9 @@ class ByWorth:
         """The rows of a pass: all together in the first one, whose plan begins with the costliest micro-batches."""
         if number == 0:
             return [self.which]
-        ranked = self.which[np.argsort(-worth(self.tally.mean(self._prior)[self.which]), kind="stable")]
-        size = max(1, round(CHUNK * budget / float(lengths[self.which].mean())))
-        return [ranked[start : start + size] for start in range(0, len(ranked), size)]
+        return [
+            self.which[each] for each in chunks(self.tally.mean(self._prior)[self.which], lengths[self.which], budget)
+        ]
 
     def _report_at_times(self) -> None:
         since = self._clock()

@@ -98,4 +98,4 @@ def _say_what_was_done(submission: Submission, judges: Sequence[SavedJudge], tal
             f"{missing:,} of {wanted:,} rows were not judged even once and have the training prior: give more time, "
             "more GPUs or a smaller model"
         )
-    submission.announce(f"{len(judges)} folds in the time that there was")
+    submission.announce(f"{len(judges)} fold{'s' if len(judges) > 1 else ''} in the time that there was")

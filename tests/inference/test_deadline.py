@@ -16,7 +16,7 @@ import pytest
 
 from arena.distributed import start_process
 from arena.inference import by_worth, deadline, infer_deadline, shares
-from arena.inference.by_worth import Tally, worth
+from arena.inference.by_worth import CHUNK, Tally, chunks, worth
 from arena.inference.deadline import Deadline, Pace, deadline_from, seconds_of
 from arena.inference.infer import LoadedJudge, average, submission_of
 from arena.inference.infer_deadline import infer_within
@@ -95,7 +95,6 @@ def clock(folder: Path, loaded: LoadedJudge, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(PackedClassifier, "forward", slow)
     monkeypatch.setattr(by_worth, "LoadedJudge", lambda data: loaded)
-    monkeypatch.setattr(by_worth, "CHUNK", 2)
     monkeypatch.chdir(folder)
     return clock
 
@@ -144,12 +143,24 @@ def test_deadlines_are_kept_with_a_twentieth_to_spare(
         assert (f"{unjudged} of 24 rows were not judged even once" in shown) == (part < 0.25) == (unjudged > 0)
         assert "the same command goes on from there" in shown
     assert 0 < done[0] < 24 <= done[1] < done[2] < 48
-    again = np.abs(written[2] - written[1]).max(axis=1) > 1e-9
-    assert worth(written[1][again]).mean() > worth(written[1][~again]).mean()  # the closest rows came first
     assert np.abs(written[2] - whole).max() > 1e-3  # control of the first comparison
     monkeypatch.setattr(deadline, "CAUTION", 0.0)  # control: a micro-batch that does not fit is begun
     infer(seconds := 0.2 * everything)
     assert clock.now > 0.95 * seconds
+
+
+def test_each_chunk_has_the_rows_that_gain_most_for_their_time() -> None:
+    rng = np.random.default_rng(0)
+    close, sure = [0.35, 0.35, 0.3], [0.9, 0.05, 0.05]
+    lengths, probabilities = np.array([500, 100, 100, 500, 100]), np.array([close, sure, close, sure, close])
+    assert np.concatenate(chunks(probabilities, lengths, 10)).tolist() == [2, 4, 1, 0, 3]
+    lengths, probabilities = rng.integers(100, 2000, 1000), rng.dirichlet([1, 1, 1], 1000)
+    found = chunks(probabilities, lengths, 5000)
+    np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(1000))
+    sums = [lengths[each].sum() for each in found]
+    assert len(found) == round(lengths.sum() / (CHUNK * 5000)) and max(sums) - min(sums) < 4000
+    means = [worth(probabilities[each], lengths[each]).mean() for each in found]
+    assert means == sorted(means, reverse=True)
 
 
 def job_for(folder: Path, tmp_path: Path, started: float) -> Job:
