@@ -21,6 +21,7 @@ from arena.inference.judge import Judge
 from arena.inference.saved import SavedJudge
 from arena.packing.bins import cost
 from arena.packing.tree import prefixes_for
+from arena.progress import console, duration
 from arena.stopping import stopping
 from arena.storage.files import atomic_write
 
@@ -146,7 +147,7 @@ class ByWorth:
         self.passes = passes_of(judges)
         self.tally = Tally.empty(len(rows), len(rows.task.columns), len(self.passes))
         self._prior, self._loaded = prior_of(judges), LoadedJudge(judges[0].recipe.data)
-        self._report, self._clock, self._reported = report, pace.deadline.clock, 0.0
+        self._report, self._clock, self._reported = report, pace.deadline.clock, float("-inf")
 
     def run(self) -> Tally:
         """Judges until everything is done or time is up.
@@ -185,15 +186,17 @@ class ByWorth:
                 if not np.isfinite(found).all():
                     return False
                 self._report_at_times()
+        if number == 0 and (seconds := self.tally.seconds[0]):  # 0 if an earlier process has done it all
+            every, left = duration(seconds * len(self.passes)), duration(max(0.0, self.pace.deadline.left()))
+            console.print(f"all {len(self.passes)} passes take about {every}; for the others there are {left}")
         return True
 
     def _chunks(self, number: int, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
         """The rows of a pass: all together in the first one, whose plan begins with the costliest micro-batches."""
         if number == 0:
             return [self.which]
-        return [
-            self.which[each] for each in chunks(self.tally.mean(self._prior)[self.which], lengths[self.which], budget)
-        ]
+        so_far = self.tally.mean(self._prior)[self.which]
+        return [self.which[each] for each in chunks(so_far, lengths[self.which], budget)]
 
     def _report_at_times(self) -> None:
         since = self._clock()

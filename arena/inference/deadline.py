@@ -71,9 +71,10 @@ def deadline_from(seconds: float, parts: Path) -> Deadline:
         deadline = Deadline(seconds, float(given))
     else:
         deadline = Deadline(seconds, psutil.Process().create_time())
-        earlier = Deadline(seconds, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else deadline
-        if earlier.left(spare=0) > 0:
-            deadline = earlier
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if saved is not None and Deadline(seconds, saved).left(spare=0) > 0:
+            deadline = Deadline(seconds, saved)
+            console.print(f"the time counts from an earlier call: delete {parts} to begin anew")
     write_json(path, deadline.started)
     console.print(f"{duration(max(0.0, deadline.left(spare=0)))} of {duration(seconds)} are left")
     return deadline

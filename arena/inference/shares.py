@@ -28,7 +28,7 @@ from arena.inference.saved import SavedJudge, read_judge
 from arena.model.backbone import load_tokenizer
 from arena.packing.bins import cost, longest_first
 from arena.packing.tree import prefixes_for
-from arena.progress import console, quiet, warn
+from arena.progress import console, duration, quiet, warn
 from arena.stopping import stopping
 from arena.storage.files import write_json
 
@@ -103,6 +103,7 @@ def judge_side_by_side(job: Job, judges: Sequence[SavedJudge], rows: Rows, repor
         job.tally(share).unlink(missing_ok=True)
         job.log(share).unlink(missing_ok=True)
     deadline, reported = Deadline(job.seconds, job.started), time.monotonic()
+    wanted = int(rows.has_input.sum()) * len(nothing.rows)
     with _running(job) as running, stopping() as stop:
         while _are_running(running, job):
             if stop():
@@ -113,7 +114,9 @@ def judge_side_by_side(job: Job, judges: Sequence[SavedJudge], rows: Rows, repor
                     process.kill()  # one that is late may not end by itself
                 break
             if time.monotonic() - reported >= REPORT_SECONDS:
-                report(_joined(job, nothing))
+                report(tally := _joined(job, nothing))
+                judged, left = tally.rows.sum(), duration(max(0.0, deadline.left(spare=0)))
+                console.print(f"{judged:,} of {wanted:,} judgements so far, deadline in {left}")
                 reported = time.monotonic()
             time.sleep(WAIT)
     tally = _joined(job, nothing)
@@ -139,7 +142,7 @@ def _running(job: Job) -> Iterator[list[subprocess.Popen[bytes]]]:
         for share in range(job.processes):
             words = ["arena.inference.shares", str(path), str(share)]
             running.append(start_process(words, job.log(share), share if gpus else None))
-        console.print(f"{job.processes} processes judge a share of the rows each: their output is in {job.log(0)} ff.")
+        console.print(f"{job.processes} processes share the rows: their output is in {job.parts}/share*.log")
         yield running
     finally:
         for process in running:
@@ -176,6 +179,8 @@ def main(path: str, share: str) -> None:
     threading.Thread(target=_end_with, args=[job.parent], daemon=True).start()
     quiet()
     fix_threads()
+    if not torch.cuda.is_available():  # the processes have the same cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // job.processes))
     judge_share(job, int(share))
 
 

@@ -43,13 +43,15 @@ def test_other_words_are_refused(text: str) -> None:
 
 
 def test_it_counts_from_the_first_process_or_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = time.time()
     first = deadline_from(1e6, tmp_path)
+    assert "an earlier call" not in capsys.readouterr().out
     assert first.started < now and first.left() < 0.95 * 1e6
     (tmp_path / "started.json").write_text(f"{now - 100}")
     assert deadline_from(1e6, tmp_path).started == now - 100  # it resumes
+    assert f"counts from an earlier call: delete {tmp_path} to begin anew" in capsys.readouterr().out
     assert deadline_from(50, tmp_path).started == first.started  # that deadline has passed: this is another one
     monkeypatch.setenv("ARENA_STARTED", str(int(now) - 500))
     assert deadline_from(1e6, tmp_path).started == int(now) - 500
@@ -260,5 +262,5 @@ def test_two_processes(
     one, two = (pd.read_csv(folder / name) for name in ("one.csv", "two.csv"))
     assert one["id"].tolist() == two["id"].tolist()
     np.testing.assert_allclose(one[COLUMNS], two[COLUMNS], atol=1e-6)
-    assert "2 processes judge a share" in capsys.readouterr().out
+    assert "2 processes share the rows" in capsys.readouterr().out
     assert not (folder / "two.csv.parts").exists()
