@@ -114,7 +114,7 @@ class Infer:
             raise ValueError("--at-once is for work before a deadline: give one too, such as --deadline 9h")
         if is_blend(self.recipe):
             if self.deadline is not None:
-                raise ValueError(f"{self.recipe} is a blend, and --deadline is for one run: name it with --recipe")
+                raise ValueError(f"{self.recipe} is a blend, and --deadline is for one run: name a run of it")
             infer_blend(read_blend(Path(self.recipe)), self.data, self.out, self.predictions, settings)
             return
         if self.predictions:

@@ -186,6 +186,8 @@ class ByWorth:
                 if not np.isfinite(found).all():
                     return False
                 self._report_at_times()
+                if stop():  # the signal arrived after the last micro-batch
+                    raise stop.stopped()
         if number == 0 and (seconds := self.tally.seconds[0]):  # 0 if an earlier process has done it all
             every, left = duration(seconds * len(self.passes)), duration(max(0.0, self.pace.deadline.left()))
             console.print(f"all {len(self.passes)} passes take about {every}; for the others there are {left}")

@@ -14,11 +14,12 @@ from rich.table import Table
 
 from arena.distributed import check_at_once
 from arena.inference.by_worth import ByWorth, Tally, passes_of, prior_of
-from arena.inference.deadline import STARTED_FILE, Pace, deadline_from, seconds_of
-from arena.inference.infer import Submission, check_submission, resumable, submission_of
+from arena.inference.deadline import Pace, deadline_from, seconds_of
+from arena.inference.infer import Submission, resumable, submission_of
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.inference.shares import Job, judge_side_by_side
 from arena.progress import console, duration, warn
+from arena.storage.files import fingerprint
 
 RESERVED = 3  # times as long as the first submission took is kept for writing the last one
 
@@ -44,38 +45,49 @@ def infer_within(
     check_at_once(at_once)
     judges = [read_judge(model, overrides) for model in models]
     check_alike(judges)
-    prior = prior_of(judges)
     with resumable(out) as parts:
         submission = submission_of(judges[0].task, judges[0].recipe.data, data, out)
-        resumes = (parts / STARTED_FILE).is_file()
         deadline, since = deadline_from(seconds, parts), time.monotonic()
-        if not (resumes and _is_valid(submission)):
-            submission.write(np.tile(prior, (len(submission.rows), 1)))
-            console.print(f"{out} is valid from now on: until rows are judged, they have the training prior")
+        written = _Written(submission, judges, parts)
         pace = Pace(deadline, RESERVED * (time.monotonic() - since))
-
-        def report(tally: Tally) -> None:
-            submission.write(tally.mean(prior))
-
         if at_once == 1:
             every = np.arange(len(submission.rows))
-            tally = ByWorth(judges, submission.rows, every, pace, parts, report).run()
+            ByWorth(judges, submission.rows, every, pace, parts, written.report).run()
         else:
             job = Job(
                 [str(model) for model in models], list(overrides), data, str(out), seconds, deadline.started,
                 pace.reserve, str(parts), at_once, os.getpid(),
             )  # fmt: skip
-            tally = judge_side_by_side(job, judges, submission.rows, report)
-        _say_what_was_done(submission, judges, tally, parts)
+            judge_side_by_side(job, judges, submission.rows, written.report)
+        _say_what_was_done(submission, judges, written.tally, parts)
 
 
-def _is_valid(submission: Submission) -> bool:
-    """Whether there is a valid submission already, as one that an earlier process has improved."""
-    try:
-        check_submission(submission.out, submission.rows.ids, submission.rows.task.columns, submission.known)
-    except ValueError:
-        return False
-    return True
+class _Written:
+    """The submission, and the tally that it was written from, which is saved for a process that resumes.
+
+    Until such a process has judged as much again, with what was saved, the submission stays as it was.
+    """
+
+    def __init__(self, submission: Submission, judges: Sequence[SavedJudge], parts: Path) -> None:
+        rows, files = submission.rows, [path for judge in judges for path in sorted(judge.folder.rglob("*"))]
+        state = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        key = fingerprint(rows.fingerprint, state, [judge.recipe.model_dump(mode="json") for judge in judges])
+        self._submission, self._prior, self._saved = submission, prior_of(judges), parts / f"tally-{key}.npz"
+        self.tally = Tally.empty(len(rows), len(rows.task.columns), len(passes_of(judges)))
+        if self._saved.is_file():
+            self.tally = Tally.load(self._saved)
+        self.report(self.tally)
+        console.print(
+            f"{submission.out} is valid from now on: {int((self.tally.count > 0).sum()):,} of {len(rows):,} rows are "
+            "judged, the others have the training prior"
+        )
+
+    def report(self, tally: Tally) -> None:
+        """Writes what was judged, unless it is less than before."""
+        if tally.rows.sum() >= self.tally.rows.sum():
+            self.tally = tally
+            self._submission.write(tally.mean(self._prior))
+            tally.save(self._saved)
 
 
 def _say_what_was_done(submission: Submission, judges: Sequence[SavedJudge], tally: Tally, parts: Path) -> None:

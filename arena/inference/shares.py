@@ -86,7 +86,7 @@ def judge_share(job: Job, share: int) -> None:
     ByWorth(judges, rows, which, pace, Path(job.parts), lambda tally: tally.save(job.tally(share))).run()
 
 
-def judge_side_by_side(job: Job, judges: Sequence[SavedJudge], rows: Rows, report: Report) -> Tally:
+def judge_side_by_side(job: Job, judges: Sequence[SavedJudge], rows: Rows, report: Report) -> None:
     """Starts the processes and joins what they have judged once all have ended, or once it is too late to wait.
 
     Args:
@@ -119,9 +119,7 @@ def judge_side_by_side(job: Job, judges: Sequence[SavedJudge], rows: Rows, repor
                 console.print(f"{judged:,} of {wanted:,} judgements so far, deadline in {left}")
                 reported = time.monotonic()
             time.sleep(WAIT)
-    tally = _joined(job, nothing)
-    report(tally)
-    return tally
+    report(_joined(job, nothing))
 
 
 def _share_tokens(judge: SavedJudge, rows: Rows) -> TokenStore:

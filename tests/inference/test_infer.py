@@ -166,12 +166,13 @@ def test_killed_before_a_deadline_it_leaves_a_valid_submission_and_resumes(infer
         assert infer.status() == -signal.SIGKILL
         writing.check_submission(infer.out, ids, COLUMNS, rows / "sample_submission.csv")
         assert (len(set(map(tuple, numbers(infer.out.read_bytes())))) > 1) == is_judged
-        assert ("valid from now on" in infer.shown()) == (not is_judged)  # what is there is not replaced by the prior
+        assert "submission.csv is valid from now on: 0 of 24 rows are judged" in infer.shown()
     kept = set(infer.shards())
     infer.start(*words)
     infer.wait_for(len(kept) + 1, or_submission=False)
     assert kept < set(infer.shards())
     assert infer.status() == 0, infer.shown()
+    assert "submission.csv is valid from now on: 24 of 24 rows are judged" in infer.shown()
     np.testing.assert_allclose(numbers(infer.out.read_bytes()), numbers(whole), atol=1e-6)
     assert list(infer.folder.glob("*submission.csv?*")) == []
 
