@@ -97,6 +97,8 @@ class Infer:
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
     predictions: Annotated[tuple[str, ...], arg(metavar="name=FILE ...", help="Of a blend's files, for the test.")] = ()
+    deadline: Annotated[str | None, arg(help="Judge as much as fits into this time, such as 8.5h or 30m.")] = None
+    at_once: Annotated[int | None, arg(help="Processes before a deadline; by default one for each GPU.")] = None
 
     def run(self) -> None:
         from arena.distributed import fix_threads
@@ -104,16 +106,25 @@ class Infer:
         from arena.inference.find import find_models
         from arena.inference.infer import infer
         from arena.inference.infer_blend import infer_blend
+        from arena.inference.infer_deadline import infer_within
 
         fix_threads()
         local_path(self.out, "--out", [".csv"])
         settings = judge_settings(self.overrides, INFER_SETTINGS)
+        if self.at_once is not None and self.deadline is None:
+            raise ValueError("--at-once is for work before a deadline: give one too, such as --deadline 9h")
         if is_blend(self.recipe):
+            if self.deadline is not None:
+                raise ValueError(f"{self.recipe} is a blend, and --deadline is for one run: name a run of it")
             infer_blend(read_blend(Path(self.recipe)), self.data, self.out, self.predictions, settings)
             return
         if self.predictions:
             raise ValueError(f"{self.recipe} is not a blend, and has no place for --predictions: leave them out")
-        infer(find_models(self.recipe, self.runs, self.overrides), self.data, self.out, settings)
+        models = find_models(self.recipe, self.runs, self.overrides)
+        if self.deadline is not None:
+            infer_within(self.deadline, models, self.data, self.out, settings, self.at_once)
+            return
+        infer(models, self.data, self.out, settings)
 
 
 @dataclass

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
@@ -50,6 +51,30 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
     set_seed(seed)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one rank tokenises while the others wait
     return Accelerator(log_with=None if track == "none" else track, project_dir=folder, kwargs_handlers=[patience])
+
+
+def check_at_once(at_once: int) -> None:
+    """Raises `ValueError` unless there can be so many processes at once, each on a GPU of its own if there are any."""
+    gpus = torch.cuda.device_count()
+    if at_once < 1 or (gpus and at_once > gpus):
+        raise ValueError(f"--at-once is {at_once}: give a number from 1{f' to {gpus}, the GPUs here' if gpus else ''}")
+
+
+def start_process(words: Sequence[str], log: Path, gpu: int | None) -> subprocess.Popen[bytes]:
+    """Starts `python -m WORDS` on one of the visible GPUs, with its output at the end of a log."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", *words], stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+            env={**os.environ, **own}, start_new_session=True,
+        )  # fmt: skip
+
+
+def last_line(log: Path) -> str:
+    """The last line of a process's output, which says why it failed, and where the rest is."""
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{said[-1] if said else 'no output'} (see {log})"
 
 
 def is_main() -> bool:

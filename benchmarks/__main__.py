@@ -10,6 +10,7 @@ from typing import Any
 from arena import cli
 from arena.stopping import MORE_TO_DO
 from benchmarks.collect import Collect
+from benchmarks.deadline import Deadline
 from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
 from benchmarks.real_base import RealBase
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "techniques": Techniques,
     "votes": Votes,
     "submission": Submission,
+    "deadline": Deadline,
     "collect": Collect,
     "demo-base": DemoBase,
 }

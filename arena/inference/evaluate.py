@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from arena.data.task import Task
 from arena.data.tokens import TokenStore
 from arena.distributed import compute_in, reusing_memory
+from arena.inference.deadline import Pace
 from arena.inference.logits import SECONDS, Logits, LogitsCache
 from arena.metrics import softmax
 from arena.model.classifier import by_example
@@ -61,6 +62,7 @@ class Evaluation:
         title: str = "judging",
         logits_cache: LogitsCache | None = None,
         stop: Stop | None = None,
+        pace: Pace | None = None,
     ) -> np.ndarray:
         """A model's predictions: probabilities of classes, or without classes what `by_example` gives.
 
@@ -71,9 +73,11 @@ class Evaluation:
             logits_cache: stores logits as they are computed, and supplies those of an earlier, identical call. The
                 probabilities are bit for bit the same as without it.
             stop: is checked after each micro-batch.
+            pace: says which micro-batches there is time for, and counts and shows those that are done.
 
         Returns:
-            float64 (len(rows), C), the mean over the orders, each as of the row in order 0; C as in `Task.columns`.
+            float64 (len(rows), C), the mean over the orders, each as of the row in order 0; C as in `Task.columns`. NaN
+            for rows for which `pace` had no time.
 
         Raises:
             FloatingPointError: a logit is not finite; the message names the row, and its micro-batch is not cached.
@@ -89,8 +93,10 @@ class Evaluation:
         facts |= {"orders": list(self.orders), "of_orders": self.store.orders}
         with nullcontext() if logits_cache is None else logits_cache.open(self.plan, facts) as parts:
             logits = Logits(self.plan, len(self.task.columns), parts)
-            self._compute(classifier, dtype, title, logits, stop, logits_cache.seconds if logits_cache else SECONDS)
-        ordered = logits.complete()[_places(self.plan.examples, self._examples, len(self.store))]
+            seconds = logits_cache.seconds if logits_cache else SECONDS
+            self._compute(classifier, dtype, title, logits, stop, seconds, pace)
+        values = logits.complete() if pace is None else logits.values
+        ordered = values[_places(self.plan.examples, self._examples, len(self.store))]
         predicted = softmax(ordered) if self.task.classes else ordered.astype(np.float64)
         by_order = predicted.reshape(len(self._distinct), len(self.orders), -1)
         in_order_0 = [self.task.reorder(by_order[:, at], order) for at, order in enumerate(self.orders)]
@@ -105,23 +111,30 @@ class Evaluation:
         return result
 
     def _compute(
-        self, classifier: nn.Module, dtype: str, title: str, logits: Logits, stop: Stop | None, seconds: float
-    ) -> None:
+        self, classifier: nn.Module, dtype: str, title: str, logits: Logits, stop: Stop | None, seconds: float,
+        pace: Pace | None,
+    ) -> None:  # fmt: skip
         """Computes the micro-batches without logits. Whatever ends it early, those that were complete are cached."""
         device = next(classifier.parameters()).device
         loader = PackedLoader(self.store, None, self.plan, pin=device.type == "cuda")
         todo = np.flatnonzero(~logits.known).tolist()
         known = len(self._examples) - sum(len(self.plan.micro_batch(index)) for index in todo)
         collector = _Collector(self, logits, seconds)
+        shown = progress(title, len(self._examples), "examples", known) if pace is None else nullcontext(_not_shown)
+        costs = self.plan.costs(self.store.lengths)
         was_training = classifier.training
         classifier.eval()
         try:
-            with reusing_memory(device), progress(title, len(self._examples), "examples", known) as advance:
+            with reusing_memory(device), shown as advance:
                 for index, micro_batch in zip(todo, ahead(map(loader.micro_batch, todo)), strict=True):
+                    if pace is not None and not pace.fits(costs[index]):
+                        break
                     with compute_in(device, dtype):
                         placed = micro_batch.to(device)
                         collector.add(index, by_example(classifier(placed), placed))
                     advance(micro_batch.batch_size)
+                    if pace is not None:
+                        pace.add(int(self.plan.logical_tokens[index]), costs[index])
                     if stop is not None and stop():
                         raise stop.stopped()
         finally:
@@ -132,6 +145,10 @@ class Evaluation:
         """An example's row, for messages."""
         row = example // self.store.orders
         return f"row {row}" if self.ids is None else f"row {row}, id {self.ids[row]!r}"
+
+
+def _not_shown(count: int) -> None:
+    """In place of `progress`, where a `Pace` shows it."""
 
 
 class _Collector:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -141,35 +142,70 @@ def predict_file(
         predict: gives the probabilities of rows, and may save what it has so far in a folder.
         made_by: what predicts, in words.
     """
+    with resumable(out) as parts:
+        submission = submission_of(task, settings, data, out)
+        submission.write(predict(submission.rows, parts))
+        shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
+        submission.announce(made_by)
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[Path]:
+    """Locks a submission, and yields a folder for what is saved until it is complete; an early end names that folder.
+
+    Raises:
+        ValueError: another process is writing `out`.
+    """
     parts = out.with_name(f"{out.name}.parts")
     try:
         with locked(out):
-            _predict_file(task, settings, data, out, predict, made_by, parts)
+            yield parts
     except (Stopped, SystemExit):
         if parts.is_dir():
             console.print(f"the results so far are saved in {parts}: the same command resumes from them")
         raise
 
 
-def _predict_file(
-    task: Task, settings: DataSettings, data: str | None, out: Path, predict: Callable[[Rows, Path], np.ndarray],
-    made_by: str, parts: Path,
-) -> None:  # fmt: skip
+@dataclass(frozen=True)
+class Submission:
+    """A submission of a test file's rows.
+
+    Attributes:
+        out: where it is written.
+        sample: where the competition's sample submission would be.
+    """
+
+    out: Path
+    rows: Rows
+    sample: Path
+
+    @property
+    def known(self) -> Path | None:
+        """The sample submission, if there is one."""
+        return self.sample if os.path.lexists(self.sample) else None
+
+    def write(self, probabilities: np.ndarray) -> None:
+        """Writes the rows' probabilities (n, C), checked; errors are as in `write_submission`."""
+        write_submission(self.out, self.rows.ids, probabilities, self.rows.task.columns, self.known)
+
+    def announce(self, made_by: str) -> None:
+        """Says what was written."""
+        console.print(
+            f"written: {self.out}, {len(self.rows):,} rows from {made_by}; "
+            f"{int((~self.rows.has_input).sum()):,} rows have no {self.rows.task.missing} and got the training prior"
+        )
+        if self.known is None:
+            console.print(f"there is no {self.sample}, so columns and ids were checked against the test file only")
+
+
+def submission_of(task: Task, settings: DataSettings, data: str | None, out: Path) -> Submission:
+    """The rows of a test file and where to write their predictions; arguments and errors are as in `predict_file`."""
     if data is None and Path(settings.path).is_file():
         raise ValueError(f"the judge was trained on the file {settings.path}: name the test file with DATA= or --data")
     test = data_file(data or settings.path, "test", settings.cache)
-    rows = read_files([test], task, settings, "ignored")
-    sample = test.parent / "sample_submission.csv"
-    known = sample if os.path.lexists(sample) else None
-    check_output(out, rows.ids, task.columns, known)
-    write_submission(out, rows.ids, predict(rows, parts), task.columns, known)
-    shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
-    console.print(
-        f"written: {out}, {len(rows):,} rows from {made_by}; "
-        f"{int((~rows.has_input).sum()):,} rows have no {task.missing} and got the training prior"
-    )
-    if known is None:
-        console.print(f"there is no {sample}, so columns and ids were checked against the test file only")
+    submission = Submission(out, read_files([test], task, settings, "ignored"), test.parent / "sample_submission.csv")
+    check_output(out, submission.rows.ids, task.columns, submission.known)
+    return submission
 
 
 def average(judges: Sequence[SavedJudge], rows: Rows, parts: Path | None = None) -> np.ndarray:
@@ -181,17 +217,34 @@ def average(judges: Sequence[SavedJudge], rows: Rows, parts: Path | None = None)
         parts: a folder that caches the logits of each judge, from which the same call resumes.
     """
     total = np.zeros((len(rows), len(rows.task.columns)))
-    judge: Judge | None = None
-    first = judges[0].recipe.data  # its cache serves all
+    loaded = LoadedJudge(judges[0].recipe.data)
     for saved in judges:
-        saved = replace(saved, recipe=saved.recipe.model_copy(update={"data": first}))
-        if judge is None or not judge.switch(saved):
-            judge = None  # two large models may not fit at once
-            _free_memory()
-            judge = Judge(saved)
+        judge = loaded.become(saved)
         console.print(f"{saved.folder} ({judge.recipe.model.base}): judging {len(rows):,} rows")
         total += judge.probabilities(rows, parts=parts / saved.folder.resolve().parent.name if parts else None)
+        del judge  # before the next one is loaded
     return total / len(judges)
+
+
+class LoadedJudge:
+    """One judge at a time in memory. Callers keep no reference to it, because two large models may not fit at once.
+
+    Args:
+        data: the settings of data for all judges, whose cache serves all.
+    """
+
+    def __init__(self, data: DataSettings) -> None:
+        self._data = data
+        self._judge: Judge | None = None
+
+    def become(self, saved: SavedJudge) -> Judge:
+        """The judge, on the base that is loaded if it can be."""
+        saved = replace(saved, recipe=saved.recipe.model_copy(update={"data": self._data}))
+        if self._judge is None or not self._judge.switch(saved):
+            self._judge = None
+            _free_memory()
+            self._judge = Judge(saved)
+        return self._judge
 
 
 def _free_memory() -> None:

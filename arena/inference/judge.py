@@ -15,7 +15,7 @@ from arena import __version__
 from arena.config import change
 from arena.data.dataset import Rows
 from arena.data.files import read_files
-from arena.data.tokens import tokenise
+from arena.data.tokens import TokenStore, tokenise
 from arena.distributed import device_name, let_segments_grow
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
@@ -122,7 +122,7 @@ class Judge:
         known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.saved.prior}
         if parts is None:
             return evaluation.probabilities(self.classifier, **known)
-        logits_cache = LogitsCache(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
+        logits_cache = self.logits_cache(parts)
         with stopping() as stop:
             probabilities = evaluation.probabilities(self.classifier, **known, logits_cache=logits_cache, stop=stop)
         if stop():  # the signal arrived after the last micro-batch
@@ -131,18 +131,26 @@ class Judge:
 
     def evaluation(self, rows: Rows) -> Evaluation:
         """The plan by which this judge evaluates rows; that of the last rows is kept for other judges on its base."""
-        cache = Path(self.recipe.data.cache)
-        orders = self.task.orders if self.recipe.judge.swap else 1
-        store = tokenise(rows, self.tokenizer, self.recipe.prompt, cache, orders=orders)
-        check_ids(underlying(self.classifier.model).config, store, self.tokenizer, self.recipe.model.base)
+        store = self.tokens(rows)
         key = store.fingerprint, self.recipe.packing
         if self._planned is None or self._planned[0] != key:
+            prefixes = prefixes_for(store, self.recipe.packing, Path(self.recipe.data.cache))
             evaluation = Evaluation(
-                self.task, store, np.arange(len(rows)), orders=range(orders), budget=self.recipe.packing.budget,
-                prefixes=prefixes_for(store, self.recipe.packing, cache), has_input=rows.has_input, ids=rows.ids,
+                self.task, store, np.arange(len(rows)), orders=range(store.orders), budget=self.recipe.packing.budget,
+                prefixes=prefixes, has_input=rows.has_input, ids=rows.ids,
             )  # fmt: skip
             self._planned = key, evaluation
         return self._planned[1]
+
+    def tokens(self, rows: Rows) -> TokenStore:
+        """The token ids of rows, in all orders in which this judge is shown them; errors are as in `probabilities`."""
+        store = tokens_of(self.saved, rows, self.tokenizer)
+        check_ids(underlying(self.classifier.model).config, store, self.tokenizer, self.recipe.model.base)
+        return store
+
+    def logits_cache(self, parts: Path) -> LogitsCache:
+        """A cache of this judge's logits in a folder."""
+        return LogitsCache(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
 
     def _identity(self) -> dict[str, Any]:
         """What determines this judge's logits besides tokens and plan: its files, its base, and the model settings."""
@@ -154,3 +162,9 @@ class Judge:
             "settings": settings,
             "package": __version__,
         }
+
+
+def tokens_of(saved: SavedJudge, rows: Rows, tokenizer: Any) -> TokenStore:
+    """The token ids of rows in all orders in which a judge, which need not be loaded, is shown them."""
+    orders = saved.task.orders if saved.recipe.judge.swap else 1
+    return tokenise(rows, tokenizer, saved.recipe.prompt, Path(saved.recipe.data.cache), orders=orders)

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from arena.packing.bins import Items, best_fit, longest_first, sharing_items, single_items
+from arena.packing.bins import Items, best_fit, cost, longest_first, sharing_items, single_items
 from arena.packing.tree import Prefixes, Tree, grow_tree
 from arena.storage.files import fingerprint
 
@@ -87,6 +87,13 @@ class PackPlan:
         start = self.micro_ends[index - 1] if index else 0
         members, shared = self.micro_batch(index), self.shared[start : self.micro_ends[index]]
         return _tree_within(lengths[members].tolist(), shared.tolist(), self.budget)
+
+    def costs(self, lengths: np.ndarray) -> np.ndarray:
+        """float64 (m,), what each micro-batch costs in tokens of linear layers, given the length of every example."""
+        ends = lengths[self.examples]
+        starts = np.zeros_like(ends) if self.shared is None else np.minimum(self.shared, ends)
+        total = np.concatenate([[0.0], np.cumsum(cost(starts, ends))])
+        return np.diff(total[np.concatenate([[0], self.micro_ends])])
 
     def of_step(self, index: int, rank: int = 0) -> range:
         """The micro-batches of one step for `rank`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import torch
 
 from arena.config import run_place, save_recipe
 from arena.data.files import data_file, read_files
+from arena.distributed import check_at_once, last_line, start_process
 from arena.metrics import Score, estimate
 from arena.progress import console
 from arena.settings import Recipe
@@ -61,11 +61,9 @@ def cross_validate(recipe: Recipe, runs: Path, *, at_once: int = 1, fresh: bool 
         raise ValueError("data.validation holds out a file, so there are no folds: leave it out, or use `arena train`")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("start `arena cv` as one process: --at-once trains folds on several GPUs")
-    gpus = torch.cuda.device_count()
-    if at_once < 1 or (gpus and at_once > gpus):
-        raise ValueError(f"--at-once is {at_once}: give a number from 1{f' to {gpus}, the GPUs here' if gpus else ''}")
+    check_at_once(at_once)
     if at_once > 1:
-        _train_side_by_side(recipe, runs, at_once, fresh, gpus)
+        _train_side_by_side(recipe, runs, at_once, fresh, torch.cuda.device_count())
         fresh = False  # the folds are there, and are only read
     folds = [run_fold(recipe, fold, runs, fresh=fresh) for fold in range(recipe.data.folds)]
     return _union(recipe, run_place(runs, recipe.name), folds)
@@ -131,12 +129,10 @@ def _train_side_by_side(recipe: Recipe, runs: Path, at_once: int, fresh: bool, g
 
 def _check(fold: int, status: int, folder: Path) -> None:
     """Raises an error if a fold's process has not finished it."""
-    log = folder / f"fold{fold}.log"
     if status == MORE_TO_DO:
         raise Stopped(f"fold {fold} reached train.max_seconds", MORE_TO_DO)
     if status != 0:
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise ValueError(f"fold {fold} ended with status {status}: {said[-1] if said else 'no output'} (see {log})")
+        raise ValueError(f"fold {fold} ended with status {status}: {last_line(folder / f'fold{fold}.log')}")
     console.print(f"fold {fold} is finished")
 
 
@@ -145,10 +141,5 @@ def _start(folder: Path, runs: Path, fold: int, gpu: int | None, fresh: bool) ->
         f"fold {fold} begins{'' if gpu is None else f' on GPU {gpu}'}: its output is in {folder}/fold{fold}.log"
     )
     words = ["train", "--recipe", str(folder / "cv-recipe.yaml"), "--fold", str(fold), "--runs", str(runs)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": visible.split(",")[gpu] if visible else str(gpu)}
-    with (folder / f"fold{fold}.log").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "arena.cli", *words, *(["--fresh"] if fresh else [])],
-            stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **own}, start_new_session=True,
-        )  # fmt: skip
+    words += ["--fresh"] if fresh else []
+    return start_process(["arena.cli", *words], folder / f"fold{fold}.log", gpu)

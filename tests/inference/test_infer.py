@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
 from arena.storage.files import write_json
-from arena.tasks.preference import CLASSES
+from arena.tasks.preference import CLASSES, COLUMNS
 from tests.helpers import Processes, status_of_arena, tiny_recipe, write_rows
 
 # every micro-batch takes a little while and has a shard of its own, so that there is something to be cut
@@ -76,10 +78,10 @@ class Infer(Processes):
     def shards(self) -> list[Path]:
         return sorted(self.folder.glob("submission.csv.parts/fold*/[!.]*/[!.]*.part"))
 
-    def wait_for(self, count: int) -> None:
+    def wait_for(self, count: int, *, or_submission: bool = True) -> None:
         """Until there are so many shards, or the submission is there."""
         until = time.monotonic() + 60
-        while len(self.shards()) < count and not self.out.exists() and time.monotonic() < until:
+        while len(self.shards()) < count and not (or_submission and self.out.exists()) and time.monotonic() < until:
             time.sleep(0.002)
         assert time.monotonic() < until
 
@@ -152,6 +154,33 @@ def test_it_resumes_from_parts(infer: Infer, whole: bytes) -> None:
     infer.infer()
     assert infer.status() == 0
     assert infer.out.read_bytes() == whole
+
+
+def test_killed_before_a_deadline_it_leaves_a_valid_submission_and_resumes(infer: Infer, whole: bytes) -> None:
+    infer.out.unlink(missing_ok=True)
+    rows, words = infer.folder / "rows", ("shown.txt", "infer", "--deadline", "1h")
+    ids = pd.read_csv(rows / "test.csv", dtype={"id": str})["id"].tolist()
+    for parts, is_judged in ((1, False), (12, True)):  # the first pass has fewer than 12
+        pid = infer.start(*words)
+        infer.wait_for(parts, or_submission=False)
+        os.kill(pid, signal.SIGKILL)
+        assert infer.status() == -signal.SIGKILL
+        writing.check_submission(infer.out, ids, COLUMNS, rows / "sample_submission.csv")
+        assert (len(set(map(tuple, numbers(infer.out.read_bytes())))) > 1) == is_judged
+        assert "submission.csv is valid from now on: 0 of 24 rows are judged" in infer.shown()
+    kept = set(infer.shards())
+    infer.start(*words)
+    infer.wait_for(len(kept) + 1, or_submission=False)
+    assert kept < set(infer.shards())
+    assert infer.status() == 0, infer.shown()
+    assert "submission.csv is valid from now on: 24 of 24 rows are judged" in infer.shown()
+    np.testing.assert_allclose(numbers(infer.out.read_bytes()), numbers(whole), atol=1e-6)
+    assert list(infer.folder.glob("*submission.csv?*")) == []
+
+
+def numbers(submission: bytes) -> np.ndarray:
+    """The probabilities in a submission."""
+    return pd.read_csv(io.BytesIO(submission))[list(COLUMNS)].to_numpy()
 
 
 @pytest.mark.slow  # and in `make torture`
