@@ -166,7 +166,7 @@ def _predict_file(
     shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     console.print(
         f"written: {out}, {len(rows):,} rows from {made_by}; "
-        f"{int((~rows.has_input).sum()):,} rows have no {task.missing} and got the training prior"
+        f"{int((~rows.has_input).sum()):,} rows have no {task.missing} and got mean labels of the training rows"
     )
     if known is None:
         console.print(f"there is no {sample}, so columns and ids were checked against the test file only")

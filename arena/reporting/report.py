@@ -84,6 +84,8 @@ def print_report(metrics: dict[str, Any]) -> None:
     if "scores" in metrics:
         console.print(score_table(metrics))
         console.print(slice_table(metrics["slices"]))
+        if metrics.get("kinds"):  # runs of earlier versions have none
+            console.print(kind_table(metrics["kinds"]))
     elif known := [key for key in ("perplexity", "accuracy", "brier", "ece", "classwise_ece") if key in metrics]:
         console.print(", ".join(f"{NAMES.get(key, key)} {metrics[key]:.3f}" for key in known))
     if "macro_f1" in metrics:
@@ -140,6 +142,23 @@ def slice_table(slices: dict[str, dict[str, dict[str, Any]]]) -> Table:
             for key in shown:
                 cells += [*_cells(scores[key]), _cells(scores[f"{other}_{key}"])[0]]
             table.add_row(kind if at == 0 else "", value, *cells, end_section=at == len(values) - 1)
+    return table
+
+
+def kind_table(kinds: dict[str, dict[str, Any]]) -> Table:
+    """What training rows say of kinds of special rows, and what that gains on the held-out ones."""
+    table = Table(
+        "kind of rows", title="special rows: labels in training, and the log-loss that they gain", title_justify="left",
+        caption="counts and gains of a kind include its mirror image, with A and B exchanged; "
+        "scores are without these gains", caption_justify="left",
+    )  # fmt: skip
+    for name in ("training rows", "mean label", "held out", "gain", "standard error", ""):
+        table.add_column(name, justify="right")
+    for name, each in kinds.items():
+        gain, error = ("" if each[key] is None else f"{each[key]:+.4f}" for key in ("gain", "standard_error"))
+        mean = " ".join(f"{value:.2f}" for value in each["mean"])
+        counts = f"{each['train_rows']:,}", mean, f"{each['held_out_rows']:,}"
+        table.add_row(name, *counts, gain, error.lstrip("+"), "taken" if each["taken"] else "not taken")
     return table
 
 
