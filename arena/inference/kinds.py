@@ -49,4 +49,5 @@ def print_kinds(kinds: Sequence[Kind], rows: Rows) -> None:
     for kind in kinds:
         if count := int((rows.kinds == rows.task.kinds.index(kind.name)).sum()):
             mean = " ".join(f"{each:.2f}" for each in kind.mean)
-            console.print(f"{count:,} rows of kind `{kind.name}`: {mean} from {kind.rows:,} training rows")
+            rows_of = f"{count:,} row{'s' if count > 1 else ''} of kind `{kind.name}`"
+            console.print(f"{rows_of}: {mean} from {kind.rows:,} training row{'s' if kind.rows > 1 else ''}")

@@ -84,10 +84,10 @@ def print_report(metrics: dict[str, Any]) -> None:
     if "scores" in metrics:
         console.print(score_table(metrics))
         console.print(slice_table(metrics["slices"]))
-        if metrics.get("kinds"):  # runs of earlier versions have none
-            console.print(kind_table(metrics["kinds"]))
     elif known := [key for key in ("perplexity", "accuracy", "brier", "ece", "classwise_ece") if key in metrics]:
         console.print(", ".join(f"{NAMES.get(key, key)} {metrics[key]:.3f}" for key in known))
+    if metrics.get("kinds"):  # runs of earlier versions have none
+        console.print(kind_table(metrics["kinds"]))
     if "macro_f1" in metrics:
         console.print(f"macro F1 {metrics['macro_f1']:.3f}")
         if len(metrics["confusion"]) <= MOST_CLASSES:

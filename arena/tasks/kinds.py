@@ -15,7 +15,7 @@ KINDS = ("both empty", "A empty", "B empty", "same answers", "A refused", "B ref
 EXCHANGED = (0, 2, 1, 3, 5, 4, 7, 6)  # the kind of the same conversation with A and B exchanged
 LONG = 4, 8000  # a very long answer has more than so many times the other's characters, and more than so many
 REFUSAL = re.compile(
-    r"\W*(?:(?:I['’]?m|I am)(?: so| very| really)? sorry|sorry|I apologi[sz]e|my apologies)\b\W{0,2}but\b",
+    r"\W*(?:(?:I['’]?m|I am)(?: so| very| really)? sorry|sorry|I apologi[sz]e|my apologies)\b\W{0,3}but\b",
     re.IGNORECASE,
 )
 
