@@ -12,7 +12,9 @@ from pydantic import Field
 from arena.data.dataset import Rows
 from arena.progress import console
 
-PSEUDO_COUNT = 10  # of training rows that a judge's own prediction counts like
+# of training rows that a judge's own prediction counts like. On people's votes, with a simple model for a judge, the
+# gain was largest between 3 and 10, and its ratio to its standard error from 10 on
+PSEUDO_COUNT = 10
 
 
 @dataclass(frozen=True)

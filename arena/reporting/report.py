@@ -148,17 +148,17 @@ def slice_table(slices: dict[str, dict[str, dict[str, Any]]]) -> Table:
 def kind_table(kinds: dict[str, dict[str, Any]]) -> Table:
     """What training rows say of kinds of special rows, and what that gains on the held-out ones."""
     table = Table(
-        "kind of rows", title="special rows: labels in training, and the log-loss that they gain", title_justify="left",
-        caption="counts and gains of a kind include its mirror image, with A and B exchanged; "
-        "scores are without these gains", caption_justify="left",
+        "kind", title="special rows: their labels in training, and by how much these lower the log-loss",
+        title_justify="left", caption_justify="left",
+        caption="rows are those that are of the kind in any order; scores are of the judge alone",
     )  # fmt: skip
-    for name in ("training rows", "mean label", "held out", "gain", "standard error", ""):
+    for name in ("rows", "mean label", "held out", "gain ± standard error", "taken"):
         table.add_column(name, justify="right")
     for name, each in kinds.items():
-        gain, error = ("" if each[key] is None else f"{each[key]:+.4f}" for key in ("gain", "standard_error"))
+        gain = "" if each["gain"] is None else f"{each['gain']:+.4f} ± {each['standard_error']:.4f}"
         mean = " ".join(f"{value:.2f}" for value in each["mean"])
         counts = f"{each['train_rows']:,}", mean, f"{each['held_out_rows']:,}"
-        table.add_row(name, *counts, gain, error.lstrip("+"), "taken" if each["taken"] else "not taken")
+        table.add_row(name, *counts, gain, "yes" if each["taken"] else "no")
     return table
 
 

@@ -13,7 +13,7 @@ from arena.inference.kinds import Kind, with_kinds
 from arena.metrics import log_loss
 from arena.training.fit_blend import standard_error
 
-LEAST = 10  # groups of held-out rows: a standard error from fewer may well be off by a third, and one from one is 0
+LEAST = 10  # groups of held-out rows: a standard error from fewer is often off by a third, and from one it is 0
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ def fit_kinds(data: FoldData, probabilities: np.ndarray) -> list[FittedKind]:
     for kind in kinds:
         chosen = np.isin(data.kinds, orders[kind.name])
         held_out = chosen[data.eval_rows]
-        gain, error = _gain(gains[held_out], groups[held_out])
-        helps = gain is not None and error is not None and gain > error
-        taken = not data.has_input[chosen].any() or (helps and len(set(groups[held_out])) >= LEAST)
-        found.append(FittedKind(kind, int(held_out.sum()), gain, error, taken))
+        count, own = int(held_out.sum()), groups[held_out]
+        gain = float(gains[held_out].mean()) if count else None
+        error = standard_error(gains[held_out], own) if count else None
+        helps = gain is not None and error is not None and gain > error and len(set(own)) >= LEAST
+        found.append(FittedKind(kind, count, gain, error, taken=helps or not data.has_input[chosen].any()))
     return found
 
 
@@ -89,8 +90,3 @@ def _kind(name: str, data: FoldData, rows: np.ndarray, orders: Sequence[int]) ->
     shown = [data.task.reorder(labels[kinds == kind], order) for order, kind in enumerate(orders)]
     count = int(np.isin(kinds, orders).sum())  # rows that all orders show as of the kind count once
     return Kind(name, count, tuple(np.concatenate(shown).mean(axis=0).tolist())) if count else None
-
-
-def _gain(gains: np.ndarray, groups: np.ndarray) -> tuple[float | None, float | None]:
-    """The mean gain and its standard error; None without rows."""
-    return (float(gains.mean()), standard_error(gains, groups)) if len(gains) else (None, None)
