@@ -60,6 +60,13 @@ def test_what_the_judge_knows_already_is_not_taken(chances: tuple[float, ...]) -
     assert [each.name for each in taken(wrong)] == ["A empty", "B empty"]
 
 
+def test_a_gain_within_its_standard_error_is_not_taken() -> None:
+    for others, is_taken in ((8, False), (1, True)):
+        data = fold(LOST, [*[("A empty", B)] * 13, *[("A empty", A)] * others])
+        found = fit_kinds(data, np.tile(EVEN, (13 + others, 1)))[0]
+        assert found.gain is not None and found.gain > 0 and found.taken == is_taken
+
+
 @pytest.mark.parametrize(("prompts", "is_taken"), [(LEAST, True), (LEAST - 1, False)])
 def test_few_prompts_are_too_few_however_many_rows(prompts: int, is_taken: bool) -> None:
     assert bool(taken(fit_kinds(fold(LOST, LOST, prompts), np.tile(EVEN, (30, 1))))) == is_taken
