@@ -244,6 +244,10 @@ class TrainSettings(Settings):
 
 class JudgeSettings(Settings):
     swap: bool = Field(True, description="average the probabilities of both orders")
+    kinds: bool = Field(
+        True,
+        description="predict special rows, such as those with an empty answer, by what training rows say of them too",
+    )
 
 
 class Recipe(Settings):

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 
 from arena.config import load_recipe
+from arena.inference.kinds import PSEUDO_COUNT
+from arena.inference.saved import read_judge
 from arena.metrics import log_loss
 from arena.tasks.preference import COLUMNS as CLASSES
 from arena.training.run import run_fold
@@ -91,7 +93,7 @@ def test_an_unfinished_run_of_another_recipe_is_not_touched(gemma2: Path, tmp_pa
     assert run_fold(recipe, 0, tmp_path / "runs")["steps"] == 5  # its own recipe goes on with it
 
 
-def test_rows_that_cannot_be_judged_get_the_prior(
+def test_rows_that_cannot_be_judged_get_the_mean_label_of_such_rows_and_the_prior(
     gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every kind of odd row of the competition's files, in training and in the test file."""
@@ -114,10 +116,15 @@ def test_rows_that_cannot_be_judged_get_the_prior(
     assert "3 rows have no response to judge" in capsys.readouterr().out
     submission = pd.read_csv("submission.csv", dtype={"id": str}).set_index("id")
     assert len(submission) == 12 + len(odd)
-    prior = json.loads(Path("runs/demo/fold0/model/judge.json").read_text())["prior"]
+    judge = read_judge(Path("runs/demo/fold0/model"))
+    (empty,) = [kind for kind in judge.kinds if kind.name == "both empty"]
+    assert empty.mean == (0, 0, 1) and empty.rows in (2, 3)  # one may be held out
+    table = json.loads(Path("runs/demo/fold0/metrics.json").read_text())["kinds"]
+    assert table["both empty"]["train_rows"] == empty.rows and table["both empty"]["taken"]
+    smoothed = (empty.rows * np.array(empty.mean) + PSEUDO_COUNT * judge.prior) / (empty.rows + PSEUDO_COUNT)
     for at in (0, 1, 2):
-        np.testing.assert_allclose(submission.loc[f"odd{at}"], prior, atol=1e-8)
-    assert np.abs(submission.loc["odd3"].to_numpy() - prior).max() > 1e-6
+        np.testing.assert_allclose(submission.loc[f"odd{at}"], smoothed, atol=1e-8)
+    assert np.abs(submission.loc["odd3"].to_numpy() - judge.prior).max() > 1e-6
 
 
 def test_extra_rows_are_trained_on_but_never_scored(gemma2: Path, tmp_path: Path) -> None:

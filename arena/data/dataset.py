@@ -127,12 +127,21 @@ class Rows:
     @cached_property
     def has_input(self) -> NDArray[np.bool_]:
         """bool (len(rows),): `Task.has_input` of each row."""
-        texts = self.task.texts
-        flags: list[bool] = []
-        for batch in self.table.select_columns(list(texts)).iter(batch_size=ROWS_AT_ONCE):
-            rows = zip(*(batch[name] for name in texts), strict=True)
-            flags += [self.task.has_input(dict(zip(texts, row, strict=True))) for row in rows]
-        return np.array(flags, dtype=np.bool_)
+        return np.fromiter(map(self.task.has_input, self._texts()), np.bool_, len(self))
+
+    @cached_property
+    def kinds(self) -> NDArray[np.int8]:
+        """int8 (len(rows),): `Task.kind` of each row."""
+        if not self.task.kinds:
+            return np.full(len(self), -1, dtype=np.int8)
+        return np.fromiter(map(self.task.kind, self._texts()), np.int8, len(self))
+
+    def _texts(self) -> Iterator[dict[str, Any]]:
+        """The columns `Task.texts` of each row."""
+        names = self.task.texts
+        for batch in self.table.select_columns(list(names)).iter(batch_size=ROWS_AT_ONCE):
+            for texts in zip(*(batch[name] for name in names), strict=True):
+                yield dict(zip(names, texts, strict=True))
 
 
 def read_dataset(

@@ -50,6 +50,8 @@ class FoldData:
         fingerprint: changes when the rows, the fold or the prompt settings change.
         trained_on: fingerprint of the files and of the split, the same for all folds.
         notes: messages about omitted rows.
+        omitted: rows that would be trained on if they had input.
+        extra: the rows of `data.extra`.
         groups: int64 (rows,), the number of each row's group; None unless `packing.group` is set.
         taught: float64 (rows, C), what training aims at if that is not the labels: they may be weighted, smoothed, or
             a teacher's.
@@ -66,6 +68,8 @@ class FoldData:
     fingerprint: str
     trained_on: str
     notes: list[str]
+    omitted: np.ndarray
+    extra: tuple[Rows, ...] = ()
     groups: np.ndarray | None = None
     taught: np.ndarray | None = None
 
@@ -85,6 +89,11 @@ class FoldData:
         taught = self.labels if self.taught is None else self.taught
         by_order = np.stack([self.task.reorder(taught, order) for order in orders], axis=1)
         return by_order.reshape(len(self.store), -1).astype(np.float32)
+
+    @cached_property
+    def kinds(self) -> np.ndarray:
+        """int8 (rows,): `Task.kind` of each row."""
+        return np.concatenate([part.kinds for part in (self.rows, *self.extra)])
 
     @cached_property
     def held_out(self) -> Rows:
@@ -108,8 +117,8 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     parts, selected = [rows, *(each.rows for each in extra)], [train, *kept]
     ids = [*rows.ids, *(f"{name} ({each.origin})" for each in extra for name in each.rows.ids)]
     has_input, chosen = np.concatenate([part.has_input for part in parts]), np.concatenate(selected)
-    if omitted := int((chosen & ~has_input).sum()):
-        notes.append(f"{omitted:,} training rows have no {task.missing} and are omitted")
+    if len(omitted := np.flatnonzero(chosen & ~has_input)):
+        notes.append(f"{len(omitted):,} training rows have no {task.missing} and are omitted")
     train_rows = np.flatnonzero(chosen & has_input)
     _check_rows(fold, train_rows, held_out, has_input, task, notes)
     orders = task.orders if recipe.train.swap != "never" or recipe.judge.swap else 1
@@ -130,6 +139,8 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         fingerprint=fingerprint(split, fold, recipe.prompt.identity()),
         trained_on=fingerprint(split),
         notes=notes,
+        omitted=omitted,
+        extra=tuple(parts[1:]),
         groups=_numbers([key for part in parts for key in part.groups()]) if recipe.packing.group else None,
     )
 

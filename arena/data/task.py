@@ -152,6 +152,7 @@ class Task(ABC):
         metrics: by name, computed on the held-out rows for `metrics.json`; `train.best_metric` names the one that
             chooses the best checkpoint. `log_loss` must be one of them.
         tie: the class of a tie, if there is one: agreement is also given without ties.
+        kinds: of special rows, of which training rows say more than a judge may have learned; a row is of one at most.
     """
 
     name: str
@@ -167,6 +168,7 @@ class Task(ABC):
     templates: tuple[str, ...] = ()
     metrics: Mapping[str, Metric]
     tie: str | None = None
+    kinds: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
@@ -210,6 +212,10 @@ class Task(ABC):
     def has_input(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has anything to predict from. Other rows are not trained on, and get the training prior."""
 
+    def kind(self, row: Mapping[str, Any]) -> int:
+        """The number of a row's kind in `kinds`; -1: none."""
+        return -1
+
     @abstractmethod
     def encoder(
         self, tokenizer: Any, settings: PromptSettings, memo: MutableMapping[bytes, np.ndarray] | None = None
@@ -240,6 +246,11 @@ class Task(ABC):
         """Probabilities (..., C) of rows as they are for the same rows in another order, or back."""
         assert order == 0, f"{self.name} has one order"
         return values
+
+    def reorder_kind(self, kind: int, order: int) -> int:
+        """The kind of rows of a kind as they are in another order, or back."""
+        assert order == 0, f"{self.name} has one order"
+        return kind
 
     def slices(self, rows: Dataset) -> Mapping[str, Masks]:
         """By property of a row, such as its language, the rows with each of its values, which are scored separately."""

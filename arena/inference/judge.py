@@ -18,6 +18,7 @@ from arena.data.files import read_files
 from arena.data.tokens import TokenStore, tokenise
 from arena.distributed import device_name, let_segments_grow
 from arena.inference.evaluate import Evaluation
+from arena.inference.kinds import print_kinds, with_kinds
 from arena.inference.logits import LogitsCache
 from arena.inference.saved import SavedJudge, check_classes, read_judge
 from arena.model.adapters import activate, active_judge, add_trained, incompatible_setting, unload
@@ -109,7 +110,9 @@ class Judge:
 
         Returns:
             float64 (len(rows), C) in the order of the rows; for preference the classes are A, B, tie. A row without
-            input, such as one without any response, gets the prior, the mean label of the training rows.
+            input, such as one without any response, gets the prior, the mean label of the training rows. Rows of a
+            kind that the judge knows are drawn to that kind's mean label, unless `judge.kinds=false`; how many is
+            printed.
 
         Raises:
             FloatingPointError: a row's logits are not finite; the message names its id.
@@ -118,6 +121,14 @@ class Judge:
         """
         if not isinstance(rows, Rows) or rows.task != self.task:
             raise ValueError(f"rows is a {type(rows).__name__}: give what this judge's `read` returns for your files")
+        own = self._own(rows, parts)
+        if not self.saved.kinds or not self.recipe.judge.kinds:
+            return own
+        print_kinds(self.saved.kinds, rows)
+        return with_kinds(self.saved.kinds, rows, own)
+
+    def _own(self, rows: Rows, parts: Path | None) -> np.ndarray:
+        """The model's own probabilities of rows."""
         evaluation = self.evaluation(rows)
         known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.saved.prior}
         if parts is None:

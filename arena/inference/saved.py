@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from arena.config import change
 from arena.data.task import Task, TokenTask
 from arena.inference.find import JUDGE_FILE
+from arena.inference.kinds import Kind
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import HEAD_FILE, is_whole, load_trained, save_model, with_adapter, with_head
@@ -35,6 +37,7 @@ class SavedJudge:
         prior: (C,), what is predicted for rows without input, as in `FoldData`.
         trained_on: fingerprint of the training data without the fold, equal for folds that may be averaged.
         base: `base_digest` of the base that the weights were trained on.
+        kinds: of special rows, by which predictions change; none: all are the model's own.
     """
 
     folder: Path
@@ -42,6 +45,7 @@ class SavedJudge:
     prior: np.ndarray
     trained_on: str
     base: str
+    kinds: tuple[Kind, ...] = ()
 
     @property
     def task(self) -> Task:
@@ -78,6 +82,7 @@ def as_json(saved: SavedJudge) -> dict[str, Any]:
         "prior": saved.prior.tolist(),
         "trained_on": saved.trained_on,
         "base": saved.base,
+        "kinds": [asdict(kind) for kind in saved.kinds],
     }
 
 
@@ -101,7 +106,8 @@ def read_judge(folder: Path, overrides: Sequence[str] = (), *, exported: bool = 
             _rename_policy(facts["recipe"]["model"])
             recipe = Recipe.model_validate(facts["recipe"])
             prior = np.asarray(facts["prior"], dtype=np.float64)
-            saved = SavedJudge(folder, recipe, prior, facts["trained_on"], facts["base"])
+            kinds = TypeAdapter(tuple[Kind, ...]).validate_python(facts.get("kinds", []))  # absent from earlier judges
+            saved = SavedJudge(folder, recipe, prior, facts["trained_on"], facts["base"], kinds)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): train the fold again") from None
     if saved is None:
@@ -113,7 +119,11 @@ def read_judge(folder: Path, overrides: Sequence[str] = (), *, exported: bool = 
         task = saved.task
     except ValueError as error:
         raise ValueError(f"{path}: {error}, or use the version of arena that wrote it") from None
-    _check_prior(path, saved.prior, task)
+    _check_mean(path, "prior", saved.prior, task)
+    for kind in saved.kinds:
+        _check_mean(path, f"mean label of {kind.name!r}", np.array(kind.mean), task)
+        if kind.name not in task.kinds:
+            raise ValueError(f"{path} is damaged (rows are of no kind {kind.name!r}): train the fold again")
     if facts.get("exported") and not exported:
         raise ValueError(
             f"{folder} was written by `arena export` for transformers: load it with "
@@ -162,11 +172,11 @@ def _rename_policy(model: dict[str, Any]) -> None:
         model["checkpointing"] = FORMER_POLICIES[policy]
 
 
-def _check_prior(path: Path, prior: np.ndarray, task: Task) -> None:
-    """Raises `ValueError` unless the prior is a probability for each class, or 0 without classes."""
-    good = prior.shape == (len(task.columns),) and np.isfinite(prior).all() and (prior >= 0).all()
-    if not good or abs(prior.sum() - bool(task.classes)) > 1e-6:
-        raise ValueError(f"{path} is damaged (the prior is {str(prior)[:100]}): train the fold again")
+def _check_mean(path: Path, what: str, mean: np.ndarray, task: Task) -> None:
+    """Raises `ValueError` unless a mean label is a probability for each class, or 0 without classes."""
+    good = mean.shape == (len(task.columns),) and np.isfinite(mean).all() and (mean >= 0).all()
+    if not good or abs(mean.sum() - bool(task.classes)) > 1e-6:
+        raise ValueError(f"{path} is damaged (the {what} is {str(mean)[:100]}): train the fold again")
 
 
 def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: Sequence[str] = ()) -> None:

@@ -86,6 +86,8 @@ def print_report(metrics: dict[str, Any]) -> None:
         console.print(slice_table(metrics["slices"]))
     elif known := [key for key in ("perplexity", "accuracy", "brier", "ece", "classwise_ece") if key in metrics]:
         console.print(", ".join(f"{NAMES.get(key, key)} {metrics[key]:.3f}" for key in known))
+    if metrics.get("kinds"):  # runs of earlier versions have none
+        console.print(kind_table(metrics["kinds"]))
     if "macro_f1" in metrics:
         console.print(f"macro F1 {metrics['macro_f1']:.3f}")
         if len(metrics["confusion"]) <= MOST_CLASSES:
@@ -140,6 +142,23 @@ def slice_table(slices: dict[str, dict[str, dict[str, Any]]]) -> Table:
             for key in shown:
                 cells += [*_cells(scores[key]), _cells(scores[f"{other}_{key}"])[0]]
             table.add_row(kind if at == 0 else "", value, *cells, end_section=at == len(values) - 1)
+    return table
+
+
+def kind_table(kinds: dict[str, dict[str, Any]]) -> Table:
+    """What training rows say of kinds of special rows, and what that gains on the held-out ones."""
+    table = Table(
+        "kind", title="special rows: their labels in training, and by how much these lower the log-loss",
+        title_justify="left", caption_justify="left",
+        caption="rows are those that are of the kind in any order; scores are of the judge alone",
+    )  # fmt: skip
+    for name in ("rows", "mean label", "held out", "gain ± standard error", "taken"):
+        table.add_column(name, justify="right")
+    for name, each in kinds.items():
+        gain = "" if each["gain"] is None else f"{each['gain']:+.4f} ± {each['standard_error']:.4f}"
+        mean = " ".join(f"{value:.2f}" for value in each["mean"])
+        counts = f"{each['train_rows']:,}", mean, f"{each['held_out_rows']:,}"
+        table.add_row(name, *counts, gain, "yes" if each["taken"] else "no")
     return table
 
 

@@ -43,6 +43,7 @@ from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.settings import Recipe
 from arena.tasks.baseline import SWAPPED, baseline_probabilities
+from arena.tasks.kinds import EXCHANGED, KINDS, kind_of
 from arena.tasks.layouts import ANNOTATIONS, CHOSEN, TURNS, Layout, columns_of, layout_of
 from arena.tasks.layouts import WINNER as WORD
 from arena.tasks.slices import conversation_slices
@@ -81,6 +82,7 @@ class Preference(Task):
     templates = ("judge", "compact")
     metrics = METRICS
     tie = "tie"
+    kinds = KINDS
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
@@ -144,6 +146,9 @@ class Preference(Task):
         """Whether at least one of a row's answers has text that is not blank."""
         return any(text and text.strip() for text in [*row["response_a"], *row["response_b"]])
 
+    def kind(self, row: Mapping[str, Any]) -> int:
+        return kind_of(row["response_a"], row["response_b"])
+
     def encoder(
         self, tokenizer: Any, settings: PromptSettings, memo: MutableMapping[bytes, np.ndarray] | None = None
     ) -> PromptEncoder:
@@ -151,6 +156,9 @@ class Preference(Task):
 
     def reorder(self, values: np.ndarray, order: int) -> np.ndarray:
         return values[..., SWAPPED] if order == 1 else values
+
+    def reorder_kind(self, kind: int, order: int) -> int:
+        return EXCHANGED[kind] if order == 1 else kind
 
     def slices(self, rows: Dataset) -> dict[str, Masks]:
         return conversation_slices(rows)

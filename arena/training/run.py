@@ -36,6 +36,7 @@ from arena.storage.lock import locked
 from arena.storage.mirror import Mirror
 from arena.tasks import task_of
 from arena.training.checkpoint_manager import ranking_by
+from arena.training.fit_kinds import fit_kinds, kind_table, taken
 from arena.training.held_out import scores, write_oof
 from arena.training.log import start_tracking, tracking, upload_model
 from arena.training.optimizer import trainable
@@ -129,16 +130,23 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             accelerator.state.destroy_process_group()
         metrics = {"recipe": recipe.name, "fold": fold}
         if main:
-            save_judge(model, tokenizer, SavedJudge(folder / "model", saved, data.prior, data.trained_on, run["base"]))
-            write_oof(folder / "oof.csv", data, trained.best.probabilities)
-            if trained.best_step != trained.done.step:
-                write_oof(folder / "oof-last.csv", data, trained.last.probabilities)
-            metrics |= _effort(data, trainer.plan, trained, model, trainer.device)
+            found = fit_kinds(data, trained.best.probabilities)
+            judge = SavedJudge(folder / "model", saved, data.prior, data.trained_on, run["base"], taken(found))
+            save_judge(model, tokenizer, judge)
+            _write_predictions(folder, data, trained)
+            metrics |= _effort(data, trainer.plan, trained, model, trainer.device) | {"kinds": kind_table(found)}
             metrics |= {**scores(data, trained.best.probabilities, trained.base), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
             upload_model(accelerator, recipe, fold, folder / "model")
     return metrics
+
+
+def _write_predictions(folder: Path, data: FoldData, trained: Trained) -> None:
+    """Those of the held-out rows, by the best checkpoint, and by the last one if that is another."""
+    write_oof(folder / "oof.csv", data, trained.best.probabilities)
+    if trained.best_step != trained.done.step:
+        write_oof(folder / "oof-last.csv", data, trained.last.probabilities)
 
 
 def _finish(

@@ -32,6 +32,7 @@ OUTSIDE_IDENTITY = {
     # the content of files counts, and has its own fingerprints
     "data": ("cache", "path", "synthetic_rows", "max_row_characters", "max_turns"),
     "model": ("base", "checkpointing"),
+    "judge": ("kinds",),  # changes what a finished judge predicts, not what it is or its figures
 }
 # settings that did not always exist: with these values, runs from before them keep their identity
 LATER: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from arena.config import change
 from arena.inference import evaluate
 from arena.inference.infer import average
 from arena.inference.judge import Judge
+from arena.inference.kinds import Kind, with_kinds
 from arena.inference.saved import SavedJudge, as_json, export_judge, read_judge, save_judge
 from arena.model import tuning
 from arena.model.backbone import load_tokenizer
@@ -33,11 +36,11 @@ def other_content(base: Path) -> None:
     save_file(changed, base / WEIGHTS, metadata={"format": "pt"})
 
 
-def saved(folder: Path, recipe: Recipe, seed: int = 0) -> Path:
+def saved(folder: Path, recipe: Recipe, seed: int = 0, kinds: tuple[Kind, ...] = ()) -> Path:
     """A judge of random adapters in a finished fold's folder."""
     base, prior = recipe.model.base, np.array([0.3, 0.3, 0.4])
     model = classifier(recipe.model, seed).model
-    save_judge(model, load_tokenizer(base), SavedJudge(folder / "model", recipe, prior, "x", base_digest(base)))
+    save_judge(model, load_tokenizer(base), SavedJudge(folder / "model", recipe, prior, "x", base_digest(base), kinds))
     write_json(folder / "metrics.json", {})
     return folder / "model"
 
@@ -133,6 +136,53 @@ def test_a_judge_with_a_former_name_of_a_recompute_policy_is_read(
     write_json(model / "judge.json", earlier)
     with pytest.raises(ValueError, match="is damaged"):
         read_judge(model)
+
+
+KINDS = Kind("both empty", 3, (0.0, 0.25, 0.75)), Kind("A empty", 41, (0.02, 0.93, 0.05))
+
+
+def test_rows_of_a_kind_are_drawn_to_its_mean_label_unless_that_is_switched_off(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others, and all of a judge that knows no kinds, are to the bit what the model says."""
+    recipe = tiny_recipe(tmp_path, base, "model.quantization=none")
+    path = tmp_path / "rows/test.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.loc[[2, 5], "response_a"] = '[""]'
+    table.loc[[3, 5], "response_b"] = "[null]"
+    table.to_csv(path, index=False)
+    cards = [read_judge(saved(tmp_path / f"{len(kinds)}", recipe, kinds=kinds)) for kinds in ((), KINDS)]
+    judge = Judge(cards[0])
+    rows = judge.read(path)
+    own = judge.probabilities(rows)
+    judge.switch(replace(cards[1], recipe=change(recipe, ["judge.kinds=false"])))
+    assert np.array_equal(judge.probabilities(rows), own) and "of kind" not in capsys.readouterr().out
+    judge.switch(cards[1])
+    found = judge.probabilities(rows)
+    assert np.array_equal(found, with_kinds(KINDS, rows, own))
+    assert np.flatnonzero((found != own).any(axis=1)).tolist() == [2, 5]
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-12)
+    shown = capsys.readouterr().out
+    assert "1 row of kind `A empty`: 0.02 0.93 0.05 from 41 training rows" in shown and shown.count("of kind") == 2
+
+
+def test_kinds_are_read_as_they_were_written_and_an_earlier_judge_has_none(base: Path, tmp_path: Path) -> None:
+    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base), kinds=KINDS)
+    assert read_judge(model).kinds == KINDS
+    card = as_json(read_judge(model))
+    write_json(model / "judge.json", {name: value for name, value in card.items() if name != "kinds"})
+    assert read_judge(model).kinds == ()
+    good = card["kinds"][0]
+    for odd in (
+        {"name": "A green"},
+        {"mean": [0.5, 0.6, -0.1]},
+        {"mean": [0.5, 0.5]},
+        {"rows": 0},
+        {"rows": "many"},
+    ):
+        write_json(model / "judge.json", {**card, "kinds": [good | odd]})
+        with pytest.raises(ValueError, match=r"judge\.json is damaged"):
+            read_judge(model)
 
 
 def test_infer_and_export_take_exactly_what_is_named(

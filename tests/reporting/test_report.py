@@ -60,3 +60,19 @@ def test_scores_and_slices_are_shown_and_the_last_step_beside_another_best(
     (part,) = [line for line in shown if "3 or more" in line]
     assert "turns" not in part and part.count("0.250 to 0.750") == 2 and "1.080" in part
     assert any("new_metric" in line for line in shown)
+
+
+def test_kinds_of_special_rows_are_shown_if_there_are_any(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_width", 160)
+    kind = {"train_rows": 1041, "mean": [0.021, 0.93, 0.049], "held_out_rows": 10, "gain": 0.25, "standard_error": 0.01}
+    nothing = {"held_out_rows": 0, "gain": None, "standard_error": None}
+    print_report(METRICS | {"kinds": {"A empty": kind | {"taken": True}, "last": kind | nothing | {"taken": False}}})
+    lines = capsys.readouterr().out.splitlines()
+    (first,), (last,) = ([line for line in lines if name in line] for name in ("A empty", "last"))
+    assert all(each in first for each in ("1,041", "0.02 0.93 0.05", "+0.2500 ± 0.0100", "yes"))
+    assert "no" in last and "±" not in last
+    for none in ({}, {"kinds": {}}):  # of an earlier version, and without such rows
+        print_report(METRICS | none)
+        assert "special rows" not in capsys.readouterr().out
