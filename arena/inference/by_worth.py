@@ -18,6 +18,7 @@ from arena.inference.deadline import Pace
 from arena.inference.evaluate import Evaluation
 from arena.inference.infer import LoadedJudge
 from arena.inference.judge import Judge
+from arena.inference.kinds import with_kinds
 from arena.inference.saved import SavedJudge
 from arena.packing.bins import cost
 from arena.packing.tree import prefixes_for
@@ -114,9 +115,10 @@ def passes_of(judges: Sequence[SavedJudge]) -> list[tuple[int, int]]:
     ]
 
 
-def prior_of(judges: Sequence[SavedJudge]) -> np.ndarray:
-    """What the judges together say about rows without input, (C,)."""
-    return np.asarray(np.mean([saved.prior for saved in judges], axis=0))
+def prior_of(judges: Sequence[SavedJudge], rows: Rows) -> np.ndarray:
+    """What the judges together say about rows of which they have read nothing, (n, C)."""
+    priors = [with_kinds(saved.used_kinds, rows, np.tile(saved.prior, (len(rows), 1))) for saved in judges]
+    return np.asarray(np.mean(priors, axis=0))
 
 
 def in_order(judge: Judge, rows: Rows, order: int) -> tuple[np.ndarray, Callable[[np.ndarray], Evaluation]]:
@@ -146,7 +148,7 @@ class ByWorth:
         self.which = which[rows.has_input[which]]
         self.passes = passes_of(judges)
         self.tally = Tally.empty(len(rows), len(rows.task.columns), len(self.passes))
-        self._prior, self._loaded = prior_of(judges), LoadedJudge(judges[0].recipe.data)
+        self._prior, self._loaded = prior_of(judges, rows), LoadedJudge(judges[0].recipe.data)
         self._report, self._clock, self._reported = report, pace.deadline.clock, float("-inf")
 
     def run(self) -> Tally:
@@ -180,7 +182,7 @@ class ByWorth:
                     found = evaluation(chunk).probabilities(
                         judge.classifier, dtype=judge.recipe.model.dtype, logits_cache=cache, stop=stop, pace=self.pace
                     )
-                self.tally.add(number, chunk, found)
+                self.tally.add(number, chunk, with_kinds(judge.saved.used_kinds, self.rows, found, chunk))
                 self.tally.tokens[number] += self.pace.tokens - tokens
                 self.tally.seconds[number] += self.pace.seconds - seconds
                 if not np.isfinite(found).all():

@@ -192,7 +192,8 @@ class Submission:
         """Says what was written."""
         console.print(
             f"written: {self.out}, {len(self.rows):,} rows from {made_by}; "
-            f"{int((~self.rows.has_input).sum()):,} rows have no {self.rows.task.missing} and got mean labels of the training rows"
+            f"{int((~self.rows.has_input).sum()):,} rows have no {self.rows.task.missing} and got mean labels of the "
+            "training rows"
         )
         if self.known is None:
             console.print(f"there is no {self.sample}, so columns and ids were checked against the test file only")

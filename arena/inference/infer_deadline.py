@@ -16,6 +16,7 @@ from arena.distributed import check_at_once
 from arena.inference.by_worth import ByWorth, Tally, passes_of, prior_of
 from arena.inference.deadline import Pace, deadline_from, seconds_of
 from arena.inference.infer import Submission, resumable, submission_of
+from arena.inference.kinds import print_kinds
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.inference.shares import Job, judge_side_by_side
 from arena.progress import console, duration, warn
@@ -47,6 +48,8 @@ def infer_within(
     check_alike(judges)
     with resumable(out) as parts:
         submission = submission_of(judges[0].task, judges[0].recipe.data, data, out)
+        for judge in judges:
+            print_kinds(judge.used_kinds, submission.rows)
         deadline, since = deadline_from(seconds, parts), time.monotonic()
         written = _Written(submission, judges, parts)
         pace = Pace(deadline, RESERVED * (time.monotonic() - since))
@@ -72,7 +75,7 @@ class _Written:
         rows, files = submission.rows, [path for judge in judges for path in sorted(judge.folder.rglob("*"))]
         state = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         key = fingerprint(rows.fingerprint, state, [judge.recipe.model_dump(mode="json") for judge in judges])
-        self._submission, self._prior, self._saved = submission, prior_of(judges), parts / f"tally-{key}.npz"
+        self._submission, self._prior, self._saved = submission, prior_of(judges, rows), parts / f"tally-{key}.npz"
         self.tally = Tally.empty(len(rows), len(rows.task.columns), len(passes_of(judges)))
         if self._saved.is_file():
             self.tally = Tally.load(self._saved)

@@ -122,10 +122,8 @@ class Judge:
         if not isinstance(rows, Rows) or rows.task != self.task:
             raise ValueError(f"rows is a {type(rows).__name__}: give what this judge's `read` returns for your files")
         own = self._own(rows, parts)
-        if not self.saved.kinds or not self.recipe.judge.kinds:
-            return own
-        print_kinds(self.saved.kinds, rows)
-        return with_kinds(self.saved.kinds, rows, own)
+        print_kinds(self.saved.used_kinds, rows)
+        return with_kinds(self.saved.used_kinds, rows, own)
 
     def _own(self, rows: Rows, parts: Path | None) -> np.ndarray:
         """The model's own probabilities of rows."""

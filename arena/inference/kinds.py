@@ -32,15 +32,20 @@ class Kind:
     mean: tuple[float, ...]
 
 
-def with_kinds(kinds: Sequence[Kind], rows: Rows, probabilities: np.ndarray) -> np.ndarray:
+def with_kinds(
+    kinds: Sequence[Kind], rows: Rows, probabilities: np.ndarray, which: np.ndarray | None = None
+) -> np.ndarray:
     """A judge's probabilities of rows, of which those of the kinds are drawn to the kind's mean label.
 
     That is the mean of the kind's training rows and of `PSEUDO_COUNT` rows that are labelled as the judge predicts:
     the more rows are known, the less the judge counts. Rows of no kind keep their probabilities.
+
+    Args:
+        which: the rows that the probabilities are of; None: all.
     """
-    result = probabilities.copy()
+    result, numbers = probabilities.copy(), rows.kinds if which is None else rows.kinds[which]
     for kind in kinds:
-        found = rows.kinds == rows.task.kinds.index(kind.name)
+        found = numbers == rows.task.kinds.index(kind.name)
         known = kind.rows * np.array(kind.mean) + PSEUDO_COUNT * probabilities[found]
         result[found] = known / (kind.rows + PSEUDO_COUNT)
     return result

@@ -51,6 +51,11 @@ class SavedJudge:
     def task(self) -> Task:
         return task_of(self.recipe)
 
+    @property
+    def used_kinds(self) -> tuple[Kind, ...]:
+        """The kinds, unless `judge.kinds=false`."""
+        return self.kinds if self.recipe.judge.kinds else ()
+
     def check_base(self, settings: ModelSettings) -> None:
         """Checks by content that a base is the one that the judge was trained on.
 

@@ -7,7 +7,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from arena.inference.by_worth import CHUNK, Tally, chunks, worth
 from arena.inference.deadline import Deadline, Pace, deadline_from, seconds_of
 from arena.inference.infer import LoadedJudge, average, submission_of
 from arena.inference.infer_deadline import infer_within
+from arena.inference.judge import Judge
+from arena.inference.kinds import Kind
 from arena.inference.saved import SavedJudge, read_judge
 from arena.inference.shares import Job, deal, judge_share, judge_side_by_side
 from arena.model.classifier import PackedClassifier
@@ -152,6 +155,25 @@ def test_deadlines_are_kept_with_a_twentieth_to_spare(
     monkeypatch.setattr(deadline, "CAUTION", 0.0)  # control: a micro-batch that does not fit is begun
     infer(seconds := 0.2 * everything)
     assert clock.now > 0.95 * seconds
+
+
+def test_special_rows_are_predicted_as_without_a_deadline(
+    infer: Callable[..., np.ndarray], folder: Path, whole: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_kinds(model: Path, overrides: Sequence[str] = ()) -> SavedJudge:
+        kinds = (Kind("same answers", 40, (0.1, 0.1, 0.8)), Kind("A very long", 5, (0.6, 0.2, 0.2)))
+        return replace(read_judge(model, overrides), kinds=kinds)
+
+    monkeypatch.setattr(infer_deadline, "read_judge", with_kinds)
+    monkeypatch.setattr(LoadedJudge, "become", lambda self, saved: Judge(saved))
+    judges = [with_kinds(each.folder) for each in judges_in(folder)]
+    submission = submission_of(judges[0].task, judges[0].recipe.data, None, folder / "x.csv")
+    expected = average(judges, submission.rows)
+    found = infer(1e9, "kinds")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    special = submission.rows.kinds >= 0
+    changed = np.abs(found - whole).max(axis=1) > 1e-3
+    assert special.any() and np.array_equal(changed, special)
 
 
 def test_each_chunk_has_the_rows_that_gain_most_for_their_time() -> None:
