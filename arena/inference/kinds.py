@@ -12,8 +12,8 @@ from pydantic import Field
 from arena.data.dataset import Rows
 from arena.progress import console
 
-# of training rows that a judge's own prediction counts like. On people's votes, with a simple model for a judge, the
-# gain was largest between 3 and 10, and its ratio to its standard error from 10 on
+# of training rows that a judge's own prediction counts like. With a simple model for a judge, one of four kinds of rows
+# in people's votes lost with 3 or fewer, none with 5 or 10, and three of them gained less with 20 or more
 PSEUDO_COUNT = 10
 
 
