@@ -132,7 +132,7 @@ def as_page(result: dict[str, Any]) -> str:
     parts = [
         "# What the order of work before a deadline is worth", made_by(result["device"], result),
         f"Log-loss of {result['rows']:,} rows that the judges were not trained on, after so much of the time of each "
-        "pass, all earlier passes being complete. The expected gain is 1 - sum(p^2); `arena infer --deadline` begins "
+        "pass, all earlier passes being complete. The expected gain is 1 - sum(p^2); arena begins "
         "with the rows where it is largest for the time that they take.",
         table(columns, lines),
     ]  # fmt: skip
