@@ -36,6 +36,7 @@ from benchmarks.tables import table
 
 MORE_SEED = 1000  # of the unlabelled rows, away from the seeds of training
 SETTINGS = ("train.epochs=3", "train.evaluate_every=0")  # after one epoch a judge of the demo is far from its best
+TAUGHT = 0.5  # of a student's label on rows that have one of their own; alone, the predictions only repeat their errors
 ONE_ORDER = ("judge.swap=false",)  # the labels of many rows are judged in one order, for half of the time
 SINGLE, AVERAGE, BLENDED, SOFT, MORE = (
     "one fold", "five folds averaged", "blended with the baseline", "student on soft labels",
@@ -114,7 +115,7 @@ def measure(recipe: Recipe, runs: Path, unlabelled: int) -> dict[str, Any]:
 def students(recipe: Recipe, runs: Path, unlabelled: int) -> Iterator[tuple[str, Recipe]]:
     """The recipes of students whose first fold is trained on the rows of the first judge's."""
     folder = runs / recipe.name
-    taught = [f"data.teacher={{path: {folder / 'oof.csv'}, weight: 1}}"]
+    taught = [f"data.teacher={{path: {folder / 'oof.csv'}, weight: {TAUGHT}}}"]
     yield SOFT, change(recipe, [f"name={recipe.name}-soft", *taught])
     if not unlabelled:
         return
@@ -183,8 +184,8 @@ def as_page(result: dict[str, Any]) -> str:
         "entropy, in nats; 0 would be perfect. `gain` is what a step takes off what it is compared with. Intervals "
         "are 95% intervals by row. Each seed has other folds, another order of the rows and another head.",
         table(MEANS, means),
-        "A student is trained on the rows of the first fold, with the predictions of judges that had not seen a row "
-        f"in place of its label; then on {result['unlabelled']:,} further rows too, whose labels the five folds "
+        "A student is trained on the rows of the first fold, with the mean of a row's label and of what a judge that "
+        f"had not seen it predicts; then on {result['unlabelled']:,} further rows too, whose labels the five folds "
         "predicted, in about as many steps. Both are compared with the first fold, whose labels are hard.",
         table(FOUND, rows),
         "The parts that were tried for the blends, with their gains in log-loss on labelled rows that did not fit "
