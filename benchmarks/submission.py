@@ -62,7 +62,7 @@ class Submission:
     unlabelled: Annotated[int, arg(help="Further rows without labels that students learn from.")] = 10_000
     more_seeds: Annotated[int, arg(help="For how many of the seeds.")] = 1
     runs: Annotated[Path, arg(help="The folder of the runs.")] = Path("runs/submission")
-    out: Annotated[Path, arg(help="The folder for submission.json and .md.")] = Path("docs")
+    out: Annotated[Path, arg(help="The folder for bench-submission.json and .md.")] = Path("docs")
 
     def run(self) -> list[Path]:
         """Trains what is not trained yet, writes the two files and gives their paths."""
@@ -74,7 +74,7 @@ class Submission:
             ensure_demo(change(recipe, ["seed=0"]))  # all seeds train on the same rows
             unlabelled = self.unlabelled if seed < self.more_seeds else 0
             found.append(measure(recipe, self.runs, unlabelled))
-        paths = [self.out / f"submission.{ending}" for ending in ("json", "md")]
+        paths = [self.out / f"bench-submission.{ending}" for ending in ("json", "md")]
         result = {**provenance(), "unlabelled": self.unlabelled, "seeds": found}
         write_json(paths[0], result)
         write_text(paths[1], as_page(result))
