@@ -119,7 +119,7 @@ def students(recipe: Recipe, runs: Path, unlabelled: int) -> Iterator[tuple[str,
     yield SOFT, change(recipe, [f"name={recipe.name}-soft", *taught])
     if not unlabelled:
         return
-    rows, labels = runs / "unlabelled", folder / "unlabelled.csv"
+    rows, labels = runs / f"unlabelled-{unlabelled}", folder / f"unlabelled-{unlabelled}.csv"
     if not rows.exists():
         write_demo(rows, 0, unlabelled, MORE_SEED)
     if not labels.is_file():

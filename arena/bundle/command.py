@@ -52,6 +52,8 @@ class Bundle:
         from arena.inference.find import find_models
 
         out = local_path(self.out, "--out")
+        if self.data is not None and not self.dry_run:
+            raise ValueError("--data names the test file of a dry run: leave it out, or add --dry-run")
         if self.judges:
             if self.owner is None:
                 raise ValueError("--owner is your name on Kaggle, under which the bundle is uploaded: give it")
@@ -60,6 +62,7 @@ class Bundle:
             write_bundle(models, out, asked)
         elif not self.dry_run:
             tried = command("arena", "bundle", "--dry-run", "--out", str(out))
-            raise ValueError(f"name the judges, such as `arena bundle demo`, or try out a bundle with `{tried}`")
+            written = command("arena", "bundle", "demo", "--owner", "NAME")
+            raise ValueError(f"name the judges, as in `{written}`, or try out a bundle with `{tried}`")
         if self.dry_run:
             dry_run(out, self.data, self.has_file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from arena.bundle.kaggle import IMAGE, MARKER, NOTEBOOK, with_values
 from arena.bundle.needed import Target, closure, read_list
 from arena.bundle.wheels import fill, name_of, reusable
 from arena.bundle.write import requirements, show_sizes
+from arena.command_line import command
 from arena.data.files import data_file, read_files
 from arena.demo.synthetic import write_demo
 from arena.inference.find import find_models
@@ -27,9 +29,10 @@ from arena.inference.saved import SavedJudge, read_judge
 from arena.model.base_files import base_folder
 from arena.model.gguf_base import is_gguf
 from arena.progress import console
-from arena.settings import ModelSettings
+from arena.settings import ModelSettings, Recipe
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+PREFERENCE = str(Recipe.model_fields["task"].default)  # the demo's task
 ROWS = 24  # of the demo, where no test file is named
 WITHOUT_NETWORK = ["unshare", "--net", "--map-root-user"]
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
@@ -59,7 +62,8 @@ def dry_run(bundle: Path, data: str | None, has_file: Path | None) -> None:
         ValueError: `bundle` is not a bundle, its notebook failed, or left no valid submission.
     """
     if not (bundle / MARKER).is_file():
-        raise ValueError(f"{bundle} is not a bundle: write one first, with `arena bundle RUN --out {bundle}`")
+        written = command("arena", "bundle", "demo", "--owner", "NAME", "--out", str(bundle))
+        raise ValueError(f"{bundle} is not a bundle: write one first, as with `{written}`")
     saved = read_judge(find_models(str(bundle / "judges"), Path("runs"))[0])
     with tempfile.TemporaryDirectory(prefix="arena-dry-run-") as temporary:
         place = Path(temporary)
@@ -82,6 +86,8 @@ def dry_run(bundle: Path, data: str | None, has_file: Path | None) -> None:
 def lay_test_file(folder: Path, data: str | None, saved: SavedJudge) -> Path:
     """Puts a test file, and the sample beside it, where the competition's would be."""
     if data is None:
+        if saved.recipe.task != PREFERENCE:
+            raise ValueError(f"the judges are of the task {saved.recipe.task}: name a test file for them with --data")
         write_demo(folder, 1, ROWS, seed=0)
         return folder / "test.csv"
     test = data_file(data, "test", saved.recipe.data.cache)
@@ -162,13 +168,14 @@ def run_notebook(notebook: Path, place: Path, python: Path, values: Mapping[str,
         (place / name).mkdir()
     copy = place / notebook.name
     copy.write_text(with_values_in_notebook(notebook.read_text(encoding="utf-8"), values), encoding="utf-8")
-    off = subprocess.run([*WITHOUT_NETWORK, "true"], capture_output=True, check=False).returncode == 0
+    off = shutil.which(WITHOUT_NETWORK[0]) is not None
+    off = off and subprocess.run([*WITHOUT_NETWORK, "true"], capture_output=True, check=False).returncode == 0
     console.print(f"network: {'off (unshare)' if off else 'proxies that refuse, as unshare is not allowed here'}")
     own = {"HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "PIP_CONFIG_FILE": os.devnull}
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), NOWHERE)
     env = {name: os.environ[name] for name in KEPT if name in os.environ} | proxies | own
-    command = [*(WITHOUT_NETWORK if off else []), str(python), "-c", CELLS, str(copy)]
-    done = subprocess.run(command, cwd=place / "working", env=env, check=False)
+    words = [*(WITHOUT_NETWORK if off else []), str(python), "-c", CELLS, str(copy)]
+    done = subprocess.run(words, cwd=place / "working", env=env, check=False)
     if done.returncode:
         raise ValueError(f"the notebook failed (status {done.returncode}): what it printed above says why")
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arena.inference.deadline import seconds_of
+
 IMAGE = Path(__file__).with_name("image.txt")
 MARKER, NOTEBOOK = "arena-bundle.json", "submit.ipynb"
 # the name of two T4 for `kaggle kernels push`, as in docs/kernels.md of Kaggle/kaggle-api (2026-01-30)
@@ -58,8 +60,7 @@ class Upload:
                 raise ValueError(f"{option} {slug!r}: give the name as it is in Kaggle's addresses, such as my-judges")
         if not 6 <= len(self.name) <= 50 or self.name != self.name.lower():
             raise ValueError(f"--name {self.name}: Kaggle takes names of 6 to 50 small letters, digits and hyphens")
-        if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", self.deadline):
-            raise ValueError(f"--deadline {self.deadline}: write a time such as 8.5h or 30m")
+        seconds_of(self.deadline)
         if self.source and self.source.count("/") not in (1, 4):
             raise ValueError(
                 f"--base {self.source}: name a model as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION, or a dataset as "

@@ -6,7 +6,6 @@ bundle's dataset, the competition and the base model have to be among the inputs
 
 # %% What may be changed
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ INPUT = Path("/kaggle/input")
 OUT = Path("/kaggle/working/submission.csv")
 DEADLINE = "8.5h"  # since this notebook judges; Kaggle stops it after 9 hours
 BASE = ""  # where the base is below INPUT, such as gemma-2/transformers/gemma-2-9b-it/2; empty: the judges need none
-SETTINGS: list[str] = []  # such as packing.budget=8192, which takes less memory
+SETTINGS: list[str] = []  # such as packing.budget=8192, which takes less memory, or model.dtype=float32
 
 
 # %% Find the inputs, and install what the image lacks
@@ -39,21 +38,18 @@ install = ["install", "--quiet", "--no-index", "--no-deps", "--require-hashes", 
 subprocess.run([sys.executable, "-m", "pip", *install, "-r", str(bundle / "requirements.txt")], check=True)
 
 # %% Judge
-words = [*SETTINGS, f"data.cache={tempfile.mkdtemp()}"]
+words = [f"data.cache={tempfile.mkdtemp()}"]
 if BASE:
     inside = [each for each in below("config.json", "*.gguf") if f"/{BASE.lower()}/" in each.as_posix().lower()]
     base = only(inside, f"base in {BASE}")
     words.append(f"model.base={base if base.suffix == '.gguf' else base.parent}")
-cards: list[str] = []
-if shutil.which("nvidia-smi"):
-    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    cards = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
-if any(float(each) < 8 for each in cards):  # a T4 has no bfloat16
-    words.append("model.dtype=float16")
-limits = ["--deadline", DEADLINE, "--at-once", str(max(1, len(cards)))]
-judge = ["infer", "--recipe", str(bundle / "judges"), "--data", str(test), "--out", str(OUT), *limits, *words]
+limits = ["--deadline", DEADLINE]  # one process for each GPU
+places = ["--recipe", str(bundle / "judges"), "--data", str(test), "--out", str(OUT)]
+judge = [sys.executable, "-m", "arena.cli", "infer", *places, *limits, *words, *SETTINGS]
 offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # what is missing is not to be waited for
-subprocess.run([sys.executable, "-m", "arena.cli", *judge], check=True, env=offline)
+OUT.unlink(missing_ok=True)
+if status := subprocess.run(judge, check=False, env=offline).returncode:
+    print(f"judging ended with status {status}: the submission has what was judged before")
 
 # %% Look at the submission
 print(*OUT.read_text(encoding="utf-8").splitlines()[:5], sep="\n")

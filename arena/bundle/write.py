@@ -85,10 +85,13 @@ def upload_of(judges: Sequence[SavedJudge], asked: Asked) -> Upload:
             f"where Kaggle has the base {base} is not known: give its model there with "
             "--base OWNER/MODEL/FRAMEWORK/VARIATION/VERSION, or upload its folder as a dataset: --base OWNER/NAME"
         )
-    smaller = max(judge.recipe.packing.budget for judge in judges) > BUDGET >= first.prompt.max_length
-    settings = (f"packing.budget={BUDGET}",) if smaller else ()
+    recipes = [judge.recipe for judge in judges]
+    longest, budget = max(each.prompt.max_length for each in recipes), max(each.packing.budget for each in recipes)
+    settings = [f"packing.budget={BUDGET}"] if budget > BUDGET >= longest else []
+    if "bfloat16" in {each.model.dtype for each in recipes}:  # which a T4 has not
+        settings.append("model.dtype=auto")
     name = asked.name or f"arena-{first.name}".lower().replace("_", "-").replace(".", "-")
-    return Upload(asked.owner, name, asked.competition, asked.deadline, source, settings)
+    return Upload(asked.owner, name, asked.competition, asked.deadline, source, tuple(settings))
 
 
 def needed_of_base(judges: Sequence[SavedJudge]) -> list[Requirement]:

@@ -159,15 +159,17 @@ class ByWorth:
             FloatingPointError, ValueError: as in `Judge.probabilities`.
         """
         loading, in_time = 0.0, len(self.which) > 0
-        for fold, saved in enumerate(self.judges):
-            if not in_time or not self.pace.has(loading):
-                break
-            since = self._clock()
-            judge = self._loaded.become(saved)
-            loading = self._clock() - since
-            in_time = all(self._pass(judge, number) for number, each in enumerate(self.passes) if each[0] == fold)
-            del judge  # before the next one is loaded
-        self._report(self.tally)
+        try:
+            for fold, saved in enumerate(self.judges):
+                if not in_time or not self.pace.has(loading):
+                    break
+                since = self._clock()
+                judge = self._loaded.become(saved)
+                loading = self._clock() - since
+                in_time = all(self._pass(judge, number) for number, each in enumerate(self.passes) if each[0] == fold)
+                del judge  # before the next one is loaded
+        finally:  # also of what was judged before an error
+            self._report(self.tally)
         return self.tally
 
     def _pass(self, judge: Judge, number: int) -> bool:
@@ -190,8 +192,9 @@ class ByWorth:
                 self._report_at_times()
                 if stop():  # the signal arrived after the last micro-batch
                     raise stop.stopped()
-        if number == 0 and (seconds := self.tally.seconds[0]):  # 0 if an earlier process has done it all
-            every, left = duration(seconds * len(self.passes)), duration(max(0.0, self.pace.deadline.left()))
+        if number == 0 and (own := self.tally.tokens[0]):  # 0 if an earlier process has done it all
+            whole = self.tally.seconds[0] * lengths[self.which].sum() / own
+            every, left = duration(whole * len(self.passes)), duration(max(0.0, self.pace.deadline.left()))
             console.print(f"all {len(self.passes)} passes take about {every}; for the others there are {left}")
         return True
 

@@ -72,10 +72,10 @@ def deadline_from(seconds: float, parts: Path) -> Deadline:
     else:
         deadline = Deadline(seconds, psutil.Process().create_time())
         saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if saved is not None and Deadline(seconds, saved).left(spare=0) > 0:
-            deadline = Deadline(seconds, saved)
-            console.print(f"the time counts from an earlier call: delete {parts} to begin anew")
-    write_json(path, deadline.started)
+        if saved is not None and saved["seconds"] == seconds and Deadline(**saved).left() > 0:
+            deadline = Deadline(**saved)
+            console.print(f"the time counts from an earlier call: delete {path} to begin anew")
+    write_json(path, {"seconds": seconds, "started": deadline.started})
     console.print(f"{duration(max(0.0, deadline.left(spare=0)))} of {duration(seconds)} are left")
     return deadline
 

@@ -19,6 +19,8 @@ from arena.inference.saved import check_alike, read_judge
 from arena.settings import DataSettings
 from arena.tasks import TASKS
 
+AS_FITTED = "judge.kinds=false"  # out-of-fold predictions are the judges' own
+
 
 def infer_blend(
     saved: SavedBlend, data: str | None, out: Path, predictions: Sequence[str], overrides: Sequence[str] = ()
@@ -39,7 +41,7 @@ def infer_blend(
             f"{name} {what}: give --predictions name=FILE for each of {', '.join(sorted(files)) or 'none'}"
         )
     judges = {
-        member.name: [read_judge(model, overrides) for model in find_models(member.path, Path())]
+        member.name: [read_judge(model, [*overrides, AS_FITTED]) for model in find_models(member.path, Path())]
         for member in used
         if member.kind == "run"
     }

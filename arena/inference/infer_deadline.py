@@ -19,6 +19,7 @@ from arena.inference.infer import Submission, resumable, submission_of
 from arena.inference.kinds import print_kinds
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.inference.shares import Job, judge_side_by_side
+from arena.model.card import card_of, with_dtype
 from arena.progress import console, duration, warn
 from arena.storage.files import fingerprint
 
@@ -46,6 +47,11 @@ def infer_within(
     check_at_once(at_once)
     judges = [read_judge(model, overrides) for model in models]
     check_alike(judges)
+    if len({judge.recipe.judge.swap for judge in judges}) > 1:
+        raise ValueError("some judges read both orders of a row and some one: set judge.swap=true or judge.swap=false")
+    card = card_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for judge in judges:  # before a submission is replaced
+        judge.check_base(with_dtype(judge.recipe, card).model)
     with resumable(out) as parts:
         submission = submission_of(judges[0].task, judges[0].recipe.data, data, out)
         for judge in judges:

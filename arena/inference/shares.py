@@ -104,22 +104,24 @@ def judge_side_by_side(job: Job, judges: Sequence[SavedJudge], rows: Rows, repor
         job.log(share).unlink(missing_ok=True)
     deadline, reported = Deadline(job.seconds, job.started), time.monotonic()
     wanted = int(rows.has_input.sum()) * len(nothing.rows)
-    with _running(job) as running, stopping() as stop:
-        while _are_running(running, job):
-            if stop():
-                raise stop.stopped()
-            if deadline.left(SPARE / 2) < 0:
-                warn("not all processes ended in time: what they saved by now is used")
-                for process in running:
-                    process.kill()  # one that is late may not end by itself
-                break
-            if time.monotonic() - reported >= REPORT_SECONDS:
-                report(tally := _joined(job, nothing))
-                judged, left = tally.rows.sum(), duration(max(0.0, deadline.left(spare=0)))
-                console.print(f"{judged:,} of {wanted:,} judgements so far, deadline in {left}")
-                reported = time.monotonic()
-            time.sleep(WAIT)
-    report(_joined(job, nothing))
+    try:
+        with _running(job) as running, stopping() as stop:
+            while _are_running(running, job):
+                if stop():
+                    raise stop.stopped()
+                if deadline.left(SPARE / 2) < 0:
+                    warn("not all processes ended in time: what they saved by now is used")
+                    for process in running:
+                        process.kill()  # one that is late may not end by itself
+                    break
+                if time.monotonic() - reported >= REPORT_SECONDS:
+                    report(tally := _joined(job, nothing))
+                    judged, left = tally.rows.sum(), duration(max(0.0, deadline.left(spare=0)))
+                    console.print(f"{judged:,} of {wanted:,} judgements so far, deadline in {left}")
+                    reported = time.monotonic()
+                time.sleep(WAIT)
+    finally:  # also of what was judged before one failed
+        report(_joined(job, nothing))
 
 
 def _share_tokens(judge: SavedJudge, rows: Rows) -> TokenStore:

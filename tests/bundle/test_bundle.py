@@ -139,6 +139,12 @@ def test_where_the_base_is(tmp_path: Path) -> None:
     upload = upload_of([known], ASKED)
     assert upload.kernel_metadata()["model_sources"] == ["google/gemma-2/transformers/gemma-2-9b-it/2"]
     assert upload.place == "gemma-2/transformers/gemma-2-9b-it/2" and upload.settings == ("packing.budget=8192",)
+    half = upload_of(
+        [known, judge(tmp_path / "half", "model.base=google/gemma-2-9b-it", "model.dtype=bfloat16")], ASKED
+    )
+    assert half.settings == ("packing.budget=8192", "model.dtype=auto")
+    long = judge(tmp_path / "long", "model.base=google/gemma-2-9b-it", "packing.budget=16384", "prompt.max_length=9000")
+    assert upload_of([known, long], ASKED).settings == ()  # a row may need more
     mine = judge(tmp_path / "mine", "model.base=/bases/mine")
     with pytest.raises(ValueError, match=r"where Kaggle has the base /bases/mine is not known: .*--base OWNER/NAME"):
         upload_of([mine], ASKED)
@@ -163,7 +169,8 @@ def test_a_base_that_comes_as_packages_is_bundled_with_what_reads_it(tmp_path: P
     [
         ({"owner": "some one"}, "--owner 'some one'"),
         ({"name": "short"}, "--name short: Kaggle takes names of 6 to 50"),
-        ({"deadline": "8.5 hours"}, "--deadline 8.5 hours: write a time such as 8.5h"),
+        ({"deadline": "8.5 hours"}, "--deadline 8.5 hours is not a time: write"),
+        ({"deadline": "30m8h"}, "--deadline 30m8h is not a time"),
         ({"source": "google/gemma-2/transformers"}, "--base google/gemma-2/transformers: name a model as OWNER/MODEL"),
     ],
 )
@@ -183,8 +190,8 @@ def test_the_image_s_list_has_a_torch_that_suffices_and_not_what_arena_alone_nee
 class Kaggle:
     """The notebook's cells in this process, with the commands that they would run."""
 
-    def __init__(self, folder: Path, upload: Upload, cards: str) -> None:
-        self.inputs, self.out, self.cards = folder / "input", folder / "submission.csv", cards
+    def __init__(self, folder: Path, upload: Upload, status: int = 0) -> None:
+        self.inputs, self.out, self.status = folder / "input", folder / "submission.csv", status
         self.ran: list[list[str]] = []
         for name in ("competitions/c/test.csv", "datasets/me/mine/arena-bundle.json"):
             self.put(name)
@@ -199,13 +206,13 @@ class Kaggle:
 
     def command(self, words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         self.ran.append(words)
-        self.out.write_text("id,winner_model_a\n")
-        return subprocess.CompletedProcess(words, 0, self.cards, "")
+        if "infer" in words and self.status != 2:
+            self.out.write_text("id,winner_model_a\n")
+        return subprocess.CompletedProcess(words, self.status if "infer" in words else 0, "", "")
 
     def run(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """The words of `arena infer`."""
         monkeypatch.setattr(subprocess, "run", self.command)
-        monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/nvidia-smi" if self.cards else None)
         names: dict[str, Any] = {}
         for cell in (each for each in self.notebook["cells"] if each["cell_type"] == "code"):
             exec(cell["source"], names)
@@ -216,10 +223,8 @@ UPLOAD = Upload("me", "my-judges", "c", "2h", "google/gemma-2/Transformers/gemma
 
 
 @pytest.mark.parametrize("mount", ["models/google/gemma-2", "gemma-2"])
-def test_the_notebook_judges_in_two_processes_in_float16_on_t4(
-    mount: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kaggle = Kaggle(tmp_path, UPLOAD, cards="7.5\n7.5\n")
+def test_the_notebook_judges_before_a_deadline(mount: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kaggle = Kaggle(tmp_path, UPLOAD)
     base = kaggle.put(f"{mount}/transformers/gemma-2-9b-it/2/config.json").parent
     kaggle.put(f"{mount}/transformers/gemma-2-2b-it/2/config.json")
     words = kaggle.run(monkeypatch)
@@ -229,19 +234,23 @@ def test_the_notebook_judges_in_two_processes_in_float16_on_t4(
     bundle = kaggle.inputs / "datasets/me/mine"
     assert after == {
         "--recipe": str(bundle / "judges"), "--data": str(kaggle.inputs / "competitions/c/test.csv"),
-        "--out": str(kaggle.out), "--deadline": "2h", "--at-once": "2",
+        "--out": str(kaggle.out), "--deadline": "2h",
     }  # fmt: skip
-    assert {"judge.swap=false", f"model.base={base}", "model.dtype=float16"} <= set(words)
+    assert words[-2:] == [f"model.base={base}", "judge.swap=false"]  # the last one counts: what the first cell says
 
 
-def test_without_gpus_one_process_keeps_the_judges_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = Kaggle(tmp_path, Upload("me", "my-judges", "c", "2h", ""), cards="").run(monkeypatch)
-    assert words[words.index("--at-once") + 1] == "1"
-    assert not any(each.startswith(("model.dtype", "model.base")) for each in words)
+def test_a_notebook_ends_with_what_was_judged_before_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upload = Upload("me", "my-judges", "c", "2h", "")
+    Kaggle(tmp_path / "a", upload, status=1).run(monkeypatch)
+    assert "judging ended with status 1" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError):  # there is no submission at all
+        Kaggle(tmp_path / "b", upload, status=2).run(monkeypatch)
 
 
 def test_inputs_that_leave_a_choice_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kaggle = Kaggle(tmp_path, UPLOAD, cards="")
+    kaggle = Kaggle(tmp_path, UPLOAD)
     with pytest.raises(ValueError, match=r"there must be one base in gemma-2/.* and there is none"):
         kaggle.run(monkeypatch)
     kaggle.put("competitions/other/test.csv")

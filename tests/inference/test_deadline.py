@@ -26,6 +26,7 @@ from arena.inference.kinds import Kind
 from arena.inference.saved import SavedJudge, read_judge
 from arena.inference.shares import Job, deal, judge_share, judge_side_by_side
 from arena.model.classifier import PackedClassifier
+from arena.storage.files import write_json
 from tests.helpers import status_of_arena
 from tests.inference.test_infer import make_run
 
@@ -52,9 +53,9 @@ def test_it_counts_from_the_first_process_or_from_the_environment(
     first = deadline_from(1e6, tmp_path)
     assert "an earlier call" not in capsys.readouterr().out
     assert first.started < now and first.left() < 0.95 * 1e6
-    (tmp_path / "started.json").write_text(f"{now - 100}")
+    write_json(tmp_path / "started.json", {"seconds": 1e6, "started": now - 100})
     assert deadline_from(1e6, tmp_path).started == now - 100  # it resumes
-    assert f"counts from an earlier call: delete {tmp_path} to begin anew" in capsys.readouterr().out
+    assert f"counts from an earlier call: delete {tmp_path}/started.json to begin anew" in capsys.readouterr().out
     assert deadline_from(50, tmp_path).started == first.started  # that deadline has passed: this is another one
     monkeypatch.setenv("ARENA_STARTED", str(int(now) - 500))
     assert deadline_from(1e6, tmp_path).started == int(now) - 500
@@ -176,6 +177,19 @@ def test_special_rows_are_predicted_as_without_a_deadline(
     assert special.any() and np.array_equal(changed, special)
 
 
+def test_a_mistake_replaces_no_submission(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    out, models = tmp_path / "out.csv", [each.folder for each in judges_in(folder)]
+    out.write_text("an earlier one")
+    with pytest.raises(ValueError, match=r"model\.base"):
+        infer_within("1h", models, None, out, [f"model.base={tmp_path / 'nowhere'}"])
+    swaps = iter(["judge.swap=true", "judge.swap=false"])
+    monkeypatch.setattr(infer_deadline, "read_judge", lambda model, overrides: read_judge(model, [next(swaps)]))
+    with pytest.raises(ValueError, match=r"set judge\.swap=true or judge\.swap=false"):
+        infer_within("1h", models, None, out)
+    assert out.read_text() == "an earlier one"
+
+
 def test_each_chunk_has_the_rows_that_gain_most_for_their_time() -> None:
     rng = np.random.default_rng(0)
     close, sure = [0.35, 0.35, 0.3], [0.9, 0.05, 0.05]
@@ -224,7 +238,7 @@ def test_a_process_that_fails_says_why_and_one_that_is_late_is_not_waited_for(
     monkeypatch.setattr(shares, "start_process", lambda words, log, gpu: start_process(["no.module"], log, gpu))
     with pytest.raises(ValueError, match=r"process \d ended with status 1: .*No module named .*share\d.log"):
         judge_side_by_side(job_for(folder, tmp_path, time.time()), judges, rows, reports.append)
-    assert reports == []
+    assert [report.rows.sum() for report in reports] == [0]
 
     def sleeping(words: object, log: Path, gpu: object) -> subprocess.Popen[bytes]:
         started.append(subprocess.Popen(["sleep", "60"]))
@@ -232,7 +246,7 @@ def test_a_process_that_fails_says_why_and_one_that_is_late_is_not_waited_for(
 
     monkeypatch.setattr(shares, "start_process", sleeping)
     judge_side_by_side(job_for(folder, tmp_path, time.time() - 980), judges, rows, reports.append)
-    assert [tally.count.sum() for tally in reports] == [0]
+    assert [tally.count.sum() for tally in reports] == [0, 0]
     assert "not all processes ended in time" in capsys.readouterr().out
     assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
 
