@@ -61,6 +61,7 @@ class Submission:
     seeds: Annotated[int, arg(help="How often everything is trained, each time with other seeds.")] = 3
     unlabelled: Annotated[int, arg(help="Further rows without labels that students learn from.")] = 10_000
     more_seeds: Annotated[int, arg(help="For how many of the seeds.")] = 1
+    settings: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE ...", help="How the judges are trained.")] = SETTINGS
     runs: Annotated[Path, arg(help="The folder of the runs.")] = Path("runs/submission")
     out: Annotated[Path, arg(help="The folder for bench-submission.json and .md.")] = Path("docs")
 
@@ -70,7 +71,9 @@ class Submission:
         found = []
         for seed in range(self.seeds):
             recipe = load_recipe("demo", [f"name=seed{seed}", f"seed={seed}", f"data.fold_seed={seed}"])
-            recipe = change(recipe, [*SETTINGS, f"data.path={self.runs / 'demo'}", f"data.cache={self.runs / 'cache'}"])
+            recipe = change(
+                recipe, [*self.settings, f"data.path={self.runs / 'demo'}", f"data.cache={self.runs / 'cache'}"]
+            )
             ensure_demo(change(recipe, ["seed=0"]))  # all seeds train on the same rows
             unlabelled = self.unlabelled if seed < self.more_seeds else 0
             found.append(measure(recipe, self.runs, unlabelled))
