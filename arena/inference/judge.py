@@ -153,7 +153,7 @@ class Judge:
 
     def tokens(self, rows: Rows) -> TokenStore:
         """The token ids of rows, in all orders in which this judge is shown them; errors are as in `probabilities`."""
-        store = tokens_of(self.saved, rows, self.tokenizer)
+        store = tokens_of(self.recipe, rows, self.tokenizer)
         check_ids(underlying(self.classifier.model).config, store, self.tokenizer, self.recipe.model.base)
         return store
 
@@ -173,7 +173,7 @@ class Judge:
         }
 
 
-def tokens_of(saved: SavedJudge, rows: Rows, tokenizer: Any) -> TokenStore:
-    """The token ids of rows in all orders in which a judge, which need not be loaded, is shown them."""
-    orders = saved.task.orders if saved.recipe.judge.swap else 1
-    return tokenise(rows, tokenizer, saved.recipe.prompt, Path(saved.recipe.data.cache), orders=orders)
+def tokens_of(recipe: Recipe, rows: Rows, tokenizer: Any) -> TokenStore:
+    """The token ids of rows in all orders in which a judge of this recipe, which need not be loaded, is shown them."""
+    orders = rows.task.orders if recipe.judge.swap else 1
+    return tokenise(rows, tokenizer, recipe.prompt, Path(recipe.data.cache), orders=orders)

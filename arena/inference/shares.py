@@ -126,7 +126,7 @@ def judge_side_by_side(job: Job, judges: Sequence[SavedJudge], rows: Rows, repor
 
 def _share_tokens(judge: SavedJudge, rows: Rows) -> TokenStore:
     """The rows' tokens, which the first caller saves for all processes, with what they have in common."""
-    store = tokens_of(judge, rows, load_tokenizer(str(judge.folder)))
+    store = tokens_of(judge.recipe, rows, load_tokenizer(str(judge.folder)))
     prefixes_for(store, judge.recipe.packing, Path(judge.recipe.data.cache))
     return store
 
