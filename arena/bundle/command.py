@@ -56,7 +56,9 @@ class Bundle:
             raise ValueError("--data names the test file of a dry run: leave it out, or add --dry-run")
         if self.judges:
             if self.owner is None:
-                raise ValueError("--owner is your name on Kaggle, under which the bundle is uploaded: give it")
+                raise ValueError(
+                    "--owner is missing: give your name on Kaggle, where the bundle goes, as in --owner NAME"
+                )
             models = [model for name in self.judges for model in find_models(name, self.runs)]
             asked = Asked(self.owner, self.name, self.competition, self.deadline, self.base, self.python, self.has_file)
             write_bundle(models, out, asked)

@@ -48,7 +48,9 @@ def infer_within(
     judges = [read_judge(model, overrides) for model in models]
     check_alike(judges)
     if len({judge.recipe.judge.swap for judge in judges}) > 1:
-        raise ValueError("some judges read both orders of a row and some one: set judge.swap=true or judge.swap=false")
+        raise ValueError(
+            "some of the judges read both orders of a row, others only one: add judge.swap=true or judge.swap=false"
+        )
     card = card_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for judge in judges:  # before a submission is replaced
         judge.check_base(with_dtype(judge.recipe, card).model)

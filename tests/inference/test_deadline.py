@@ -66,7 +66,7 @@ def test_it_counts_from_the_first_process_or_from_the_environment(
 
 
 class Clock:
-    """A clock that goes on with each micro-batch, by a time that goes up and down around what its tokens take."""
+    """A clock that advances with each micro-batch: by its number of tokens, give or take 30%."""
 
     def __init__(self) -> None:
         self.now = self.slowest = 0.0
