@@ -49,7 +49,7 @@ judge = [sys.executable, "-m", "arena.cli", "infer", *places, *limits, *words, *
 offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # what is missing is not to be waited for
 OUT.unlink(missing_ok=True)
 if status := subprocess.run(judge, check=False, env=offline).returncode:
-    print(f"judging failed with status {status}: the submission has only what was judged before; see the error above")
+    print(f"judging ended with status {status}: the submission has only what was judged before; see the error above")
 
 # %% Look at the submission
 print(*OUT.read_text(encoding="utf-8").splitlines()[:5], sep="\n")

@@ -44,9 +44,9 @@ def worth(probabilities: np.ndarray, costs: np.ndarray) -> np.ndarray:
     return np.asarray((1 - np.square(probabilities).sum(axis=1)) / costs)
 
 
-def chunks(probabilities: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Rows of these probabilities and tokens, those with most `worth` first, in chunks of about as many tokens."""
-    order = np.argsort(-worth(probabilities, cost(np.zeros_like(lengths), lengths)), kind="stable")
+def chunks(values: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Rows of these values and tokens, those of the largest value first, in chunks of about as many tokens."""
+    order = np.argsort(-values, kind="stable")
     ends = np.cumsum(lengths[order])
     count = max(CHUNKS, round(ends[-1] / (CHUNK * budget)))
     parts = np.split(order, np.searchsorted(ends, ends[-1] * np.arange(1, count) / count))
@@ -192,6 +192,8 @@ class ByWorth:
                 self._report_at_times()
                 if stop():  # the signal arrived after the last micro-batch
                     raise stop.stopped()
+        if number == 0:
+            self._report(self.tally)  # from here on every row is judged
         if number == 0 and (own := self.tally.tokens[0]):  # 0 if an earlier process has done it all
             whole = self.tally.seconds[0] * lengths[self.which].sum() / own
             every, left = duration(whole * len(self.passes)), duration(max(0.0, self.pace.deadline.left()))
@@ -199,11 +201,11 @@ class ByWorth:
         return True
 
     def _chunks(self, number: int, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-        """The rows of a pass: all together in the first one, whose plan begins with the costliest micro-batches."""
-        if number == 0:
-            return [self.which]
-        so_far = self.tally.mean(self._prior)[self.which]
-        return [self.which[each] for each in chunks(so_far, lengths[self.which], budget)]
+        """The rows of a pass: the longest first in the first one, and then those that gain most for their time."""
+        own = values = lengths[self.which]
+        if number > 0:
+            values = worth(self.tally.mean(self._prior)[self.which], cost(np.zeros_like(own), own))
+        return [self.which[each] for each in chunks(values, own, budget)]
 
     def _report_at_times(self) -> None:
         since = self._clock()

@@ -49,7 +49,7 @@ def infer_within(
     check_alike(judges)
     if len({judge.recipe.judge.swap for judge in judges}) > 1:
         raise ValueError(
-            "some of the judges read both orders of a row, others only one: add judge.swap=true or judge.swap=false"
+            "some of the judges read both orders of a row, others only one: set judge.swap=true or judge.swap=false"
         )
     card = card_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for judge in judges:  # before a submission is replaced

@@ -194,9 +194,10 @@ def test_each_chunk_has_the_rows_that_gain_most_for_their_time() -> None:
     rng = np.random.default_rng(0)
     close, sure = [0.35, 0.35, 0.3], [0.9, 0.05, 0.05]
     lengths, probabilities = np.array([500, 100, 100, 500, 100]), np.array([close, sure, close, sure, close])
-    assert np.concatenate(chunks(probabilities, lengths, 10)).tolist() == [2, 4, 1, 0, 3]
+    values = worth(probabilities, lengths)
+    assert np.concatenate(chunks(values, lengths, 10)).tolist() == [2, 4, 1, 0, 3]
     lengths, probabilities = rng.integers(100, 2000, 1000), rng.dirichlet([1, 1, 1], 1000)
-    found = chunks(probabilities, lengths, 5000)
+    found = chunks(worth(probabilities, lengths), lengths, 5000)
     np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(1000))
     sums = [lengths[each].sum() for each in found]
     assert len(found) == round(lengths.sum() / (CHUNK * 5000)) and max(sums) - min(sums) < 4000
