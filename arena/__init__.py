@@ -6,7 +6,7 @@
         for micro_batch in batch:  # an arena.PackedBatch
             micro_batch["input_ids"], micro_batch["seq_lens"], micro_batch["label"]
 
-    arena.Judge("runs/demo/fold0/model")  # what `make train` leaves
+    arena.Judge.from_pretrained("runs/demo").predict_proba(rows)  # what `make train` leaves
     arena.Generator("google/gemma-3-1b-it").generate(["What is 2 + 2?"])  # any language model
     torch.utils.data.DataLoader(examples, batch_size=80, collate_fn=arena.VarlenCollator(tokenizer))
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from itertools import islice
 from typing import Any, TextIO, TypeVar, cast
 
@@ -107,26 +108,25 @@ for _name in ("COLUMNS", "LINES"):
         del os.environ[_name]  # a size of 0 would hide all output
 
 LEVELS = ("info", "warning", "error")  # of messages
+_level = ContextVar("level", default=LEVELS[0])
 STYLES = {"yellow": "warning", "red": "error"}  # in which those after `info` are shown
 
 
 class Messages(Console):
     """A console that shows messages from a level on."""
 
-    _level = "info"
-
     @contextmanager
     def showing(self, level: str) -> Iterator[None]:
-        """Shows only messages of a level and of those after it in the block."""
-        before, self._level = self._level, level
+        """Shows only messages of a level and of those after it in the block, of this thread."""
+        before = _level.set(level)
         try:
             yield
         finally:
-            self._level = before
+            _level.reset(before)
 
     def shows(self, style: Any = None) -> bool:
         """Whether messages of a style are shown."""
-        return LEVELS.index(STYLES.get(style, "info")) >= LEVELS.index(self._level)
+        return LEVELS.index(STYLES.get(style, "info")) >= LEVELS.index(_level.get())
 
     def print(self, *objects: Any, style: Any = None, **options: Any) -> None:
         if self.shows(style):

@@ -108,6 +108,9 @@ class Template(Settings):
     user: str = Field("### User:\n", description="heading of each user prompt")
     answer_a: str = Field("### Assistant A:\n", description="heading of each answer of A")
     answer_b: str = Field("### Assistant B:\n", description="heading of each answer of B")
+    answer: str = Field(
+        "", description="heading of each answer where an example shows one side alone; empty: both are shown"
+    )
     separator: str = Field("\n\n", description="text after each prompt, answer or text")
     closing: str = Field("", description="text after the last turn")
     verdict: str = Field("verdict is: [[", min_length=1, description="last tokens of every example")
@@ -146,8 +149,14 @@ class PromptSettings(Settings):
             return {**values, "template": read_yaml_file(path)}
         return values
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether the examples of a row each show one answer alone, and their logits are added."""
+        return bool(self.template.answer)
+
     def identity(self) -> dict[str, Any]:
         """What decides a prompt; fields that came later are left out where they have their default, as before them."""
-        fields, later = Template.model_fields, ("text", "pair", "classes", "context", "response", "unanswerable")
+        fields = Template.model_fields
+        later = "text", "pair", "classes", "context", "response", "unanswerable", "answer"
         unset = {name for name in later if getattr(self.template, name) == fields[name].default}
         return self.model_dump(exclude={"template": unset})

@@ -270,6 +270,11 @@ class Recipe(Settings):
     train: TrainSettings = TrainSettings()
     judge: JudgeSettings = JudgeSettings()
 
+    @property
+    def reads_all_orders(self) -> bool:
+        """Whether rows are judged in all of their orders."""
+        return self.judge.swap or self.prompt.pointwise
+
     @field_validator("classes", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:

@@ -28,10 +28,11 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "mtbench_human": ("train.epochs=0.75",),
     "hh_helpful": (
         "data.folds=20",
-        "train.swap=both",
-        "train.batch_size=16",
-        "train.max_steps=90",
-        "train.evaluate_every=45",
+        "prompt.template=pointwise",
+        "prompt.max_length=256",
+        "train.batch_size=32",
+        "train.max_steps=150",
+        "train.evaluate_every=50",
     ),
     "qa_feedback": (
         "prompt.max_length=256",

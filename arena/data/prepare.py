@@ -121,7 +121,7 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         notes.append(f"{len(omitted):,} training rows have no {task.missing} and are omitted")
     train_rows = np.flatnonzero(chosen & has_input)
     _check_rows(fold, train_rows, held_out, has_input, task, notes)
-    orders = task.orders if recipe.train.swap != "never" or recipe.judge.swap else 1
+    orders = task.orders if recipe.reads_all_orders or recipe.train.swap != "never" else 1
     labels = np.concatenate([rows.labels, *(each.labels for each in extra)])
     taught = np.concatenate([taught, *(each.taught for each in extra)])
     aims = [] if np.array_equal(taught, labels) else [fingerprint(taught.tobytes())]

@@ -8,130 +8,26 @@ from __future__ import annotations
 
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Self
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from datasets import Dataset, Features
 
 from arena.data.cells import Labels
+from arena.data.encoder import Encoder, TokenEncoder
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.metrics import Metric
 from arena.prompt_settings import PromptSettings
 from arena.settings import ColumnSettings, Recipe
 
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor
+
+Logits = TypeVar("Logits", np.ndarray, "Tensor")
+Baseline = Callable[[Dataset], np.ndarray]  # the probabilities of rows by a simple model, float64 (n, C)
 Masks = Mapping[str, np.ndarray]  # by a value that rows may have, which of them have it: bool (n,)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One example.
-
-    Attributes:
-        input_ids: int32, shape (n_tokens,), at most `max_length`.
-        turns_dropped: turns of a conversation that were omitted.
-        tokens_cut: tokens of its texts that were omitted, including those of dropped turns.
-    """
-
-    input_ids: np.ndarray
-    turns_dropped: int
-    tokens_cut: int
-
-
-@dataclass(frozen=True)
-class TokenTargets:
-    """Which tokens of n examples are to be predicted, for a `TokenTask`.
-
-    Attributes:
-        places: int32 (m,), the positions in each example from which its next token is predicted, in ascending order.
-        offsets: int32 (n + 1,), where the places of each example begin, and the end.
-        cut: int32 (n,), tokens that were to be predicted but did not fit into the example.
-    """
-
-    places: np.ndarray
-    offsets: np.ndarray
-    cut: np.ndarray
-
-    @classmethod
-    def of(cls, places: Sequence[np.ndarray], cut: Sequence[int]) -> TokenTargets:
-        """Lays out the int32 places of each example."""
-        offsets = np.cumsum([0, *map(len, places)], dtype=np.int32)
-        flat = np.concatenate([np.zeros(0, dtype=np.int32), *places])
-        return cls(flat, offsets, np.array(cut, dtype=np.int32))
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Examples laid end to end.
-
-    Attributes:
-        input_ids: int32 (tokens of all examples,).
-        offsets: int32 (n + 1,), the beginning of each example, and the end.
-        turns_dropped: int32 (n,), as in `Example`.
-        tokens_cut: int32 (n,), as in `Example`.
-        targets: of a `TokenTask`; None for a task with classes.
-    """
-
-    input_ids: np.ndarray
-    offsets: np.ndarray
-    turns_dropped: np.ndarray
-    tokens_cut: np.ndarray
-    targets: TokenTargets | None = None
-
-    @classmethod
-    def of(
-        cls, examples: Sequence[Sequence[np.ndarray]], dropped: Sequence[int], cut: Sequence[int],
-        targets: TokenTargets | None = None,
-    ) -> Encoded:  # fmt: skip
-        """Lays out examples that are given as pieces, int32 arrays of token ids."""
-        offsets = np.cumsum([0, *(sum(map(len, pieces)) for pieces in examples)], dtype=np.int32)
-        flat = np.concatenate([np.zeros(0, dtype=np.int32), *(piece for pieces in examples for piece in pieces)])
-        return cls(flat, offsets, np.array(dropped, dtype=np.int32), np.array(cut, dtype=np.int32), targets)
-
-    def examples(self) -> Iterator[Example]:
-        """The examples in order; their `input_ids` are views."""
-        counts = zip(self.turns_dropped.tolist(), self.tokens_cut.tolist(), strict=True)
-        for (start, end), (dropped, cut) in zip(pairwise(self.offsets.tolist()), counts, strict=True):
-            yield Example(self.input_ids[start:end], dropped, cut)
-
-
-class Encoder(ABC):
-    """Turns rows into examples, for one tokenizer and the settings of a recipe's prompt.
-
-    Attributes:
-        constant_ids: token ids of the texts around a row's own, by which cached tokens are told apart.
-    """
-
-    constant_ids: list[list[int]]
-
-    @abstractmethod
-    def tokenise(self, rows: Mapping[str, Sequence[Any]]) -> list[Any]:
-        """The token ids of each row's texts, given the columns `Task.texts`, in any form that `lay_out` takes."""
-
-    @abstractmethod
-    def lay_out(self, rows: Sequence[Any], *, orders: int) -> Encoded:
-        """The examples of tokenised rows, each in the first `orders` of its orders, one after another."""
-
-    def encode(self, rows: Mapping[str, Sequence[Any]], *, orders: int = 1) -> Iterator[Example]:
-        """The examples of a batch of rows; those of one row are adjacent."""
-        yield from self.lay_out(self.tokenise(rows), orders=orders).examples()
-
-
-class TokenEncoder(Encoder):
-    """An encoder of a `TokenTask`.
-
-    Attributes:
-        end_ids: tokens that end what is predicted.
-    """
-
-    end_ids: tuple[int, ...]
-
-    @abstractmethod
-    def prompts(self, rows: Sequence[Any]) -> list[np.ndarray]:
-        """The int32 token ids that a model continues with its answer, for each tokenised row."""
 
 
 class Task(ABC):
@@ -242,15 +138,35 @@ class Task(ABC):
         folded = unicodedata.normalize("NFKC", first).casefold()
         return " ".join(unicodedata.normalize("NFKC", folded).split())  # casefold can undo the composed form
 
-    def reorder(self, values: np.ndarray, order: int) -> np.ndarray:
-        """Probabilities (..., C) of rows as they are for the same rows in another order, or back."""
+    def reorder(self, values: Logits, order: int) -> Logits:
+        """Probabilities or logits (..., C) of rows as they are for the same rows in another order, or back."""
         assert order == 0, f"{self.name} has one order"
         return values
+
+    def joins(self, prompt: PromptSettings) -> bool:
+        """Whether the examples of a row each show one side of it, and are predicted together."""
+        return prompt.pointwise and self.orders > 1
+
+    def join(self, logits: Logits) -> Logits:
+        """The logits (n, C) of rows, in order 0, whose orders each show one side alone: (n, orders, C), added up.
+
+        The softmax of the sum is a Bradley-Terry model with ties of the sides' scores.
+        """
+        shown = [self.reorder(logits[:, order], order) for order in range(self.orders)]
+        return sum(shown[1:], start=shown[0])
 
     def reorder_kind(self, kind: int, order: int) -> int:
         """The kind of rows of a kind as they are in another order, or back."""
         assert order == 0, f"{self.name} has one order"
         return kind
+
+    def pairs(self, prompt: Any, answers: Sequence[Any]) -> list[Cells]:
+        """The rows that compare each of some answers with each later one: (0, 1), (0, 2), ..., (1, 2), ...
+
+        Raises:
+            ValueError: the task compares no answers.
+        """
+        raise ValueError(f"a judge of the task {self.name} compares no answers: rank with one of task=preference")
 
     def slices(self, rows: Dataset) -> Mapping[str, Masks]:
         """By property of a row, such as its language, the rows with each of its values, which are scored separately."""
@@ -264,16 +180,8 @@ class Task(ABC):
         """
         return {}
 
-    def baseline(
-        self, rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int
-    ) -> np.ndarray | None:
-        """Probabilities (len(eval_rows), C) of a simple model for comparison; None: this task has none.
-
-        Args:
-            rows: checked rows.
-            labels: float64 (len(rows), C).
-            train_rows, eval_rows: which rows to fit and to predict.
-        """
+    def fit_baseline(self, rows: Dataset, labels: np.ndarray, seed: int) -> Baseline | None:
+        """Fits a simple model for comparison to checked rows and their labels (n, C); None: this task has none."""
         return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow as pa
 from cachetools import LRUCache
 
 from arena.data.dataset import Rows, reading_cached
-from arena.data.task import Encoded, Encoder
+from arena.data.encoder import Encoded, Encoder
 from arena.data.text_encoder import control_ids
 from arena.progress import ahead, progress
 from arena.prompt_settings import PromptSettings
@@ -160,13 +160,23 @@ def open_tokens(path: Path, orders: int) -> TokenStore:
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     if table.schema not in (_SCHEMA, _SCHEMA_WITH_TARGETS):
         raise ValueError(f"{path} has the columns {', '.join(table.column_names)}, not those of tokens")
+    return _store(table, orders, path.stem.removeprefix("tokens-"))
+
+
+def encode_in_memory(rows: Rows, encoder: Encoder, *, orders: int) -> TokenStore:
+    """The token ids of rows as of `tokenise`, kept in memory."""
+    table = pa.Table.from_batches(_record_batches(rows, encoder, orders), _schema(rows))
+    return _store(table, orders, fingerprint(rows.fingerprint, orders))
+
+
+def _store(table: pa.Table, orders: int, name: str) -> TokenStore:
     with_targets = table.schema == _SCHEMA_WITH_TARGETS
     return TokenStore(
         orders=orders,
         ids=Lists.of(table["input_ids"]),
         turns_dropped=table["turns_dropped"].to_numpy(),
         tokens_cut=table["tokens_cut"].to_numpy(),
-        fingerprint=path.stem.removeprefix("tokens-"),
+        fingerprint=name,
         places=Lists.of(table["places"]) if with_targets else None,
         targets_cut=table["targets_cut"].to_numpy() if with_targets else None,
     )
@@ -191,13 +201,24 @@ def join(stores: Sequence[TokenStore]) -> TokenStore:
 
 
 def _write(path: Path, rows: Rows, encoder: Encoder, orders: int) -> None:
-    schema = _SCHEMA if rows.task.classes else _SCHEMA_WITH_TARGETS
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        columns = rows.table.select_columns(list(rows.task.texts)).iter(batch_size=ROWS_AT_ONCE)
-        with progress("tokenising", len(rows), "rows") as advance:
-            for batch in ahead(map(encoder.tokenise, columns), depth=1):
-                writer.write_batch(_record_batch(encoder.lay_out(batch, orders=orders)))
-                advance(len(batch))
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_stream(file, _schema(rows)) as writer,
+        progress("tokenising", len(rows), "rows") as advance,
+    ):
+        for batch in _record_batches(rows, encoder, orders):
+            writer.write_batch(batch)
+            advance(len(batch) // orders)
+
+
+def _schema(rows: Rows) -> pa.Schema:
+    return _SCHEMA if rows.task.classes else _SCHEMA_WITH_TARGETS
+
+
+def _record_batches(rows: Rows, encoder: Encoder, orders: int) -> Iterator[pa.RecordBatch]:
+    columns = rows.table.select_columns(list(rows.task.texts)).iter(batch_size=ROWS_AT_ONCE)
+    for batch in ahead(map(encoder.tokenise, columns), depth=1):
+        yield _record_batch(encoder.lay_out(batch, orders=orders))
 
 
 def _record_batch(encoded: Encoded) -> pa.RecordBatch:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-Lengths = tuple[int, int, int]  # tokens of a turn's prompt, answer A, answer B
+Lengths = tuple[int, ...]  # tokens of a turn's prompt and answers
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class Cut:
 
     Attributes:
         first_turn: index of the first turn to keep; the turns before it are omitted.
-        caps: for each of these turns, the most tokens of its prompt and two answers, including marks of truncation.
+        caps: for each of these turns, the most tokens of its prompt and answers, including marks of truncation.
     """
 
     first_turn: int
     caps: tuple[Lengths, ...]
 
 
-def least_room(overhead: int, mark: int, turns_mark: int) -> int:
-    """The fewest tokens that can show any conversation: one turn with all three fields truncated to a minimum."""
-    return turns_mark + overhead + 3 * _least(mark)
+def least_room(fields: int, overhead: int, mark: int, turns_mark: int) -> int:
+    """The fewest tokens that can show any conversation: one turn with all its fields truncated to a minimum."""
+    return turns_mark + overhead + fields * _least(mark)
 
 
 def choose_cut(turns: Sequence[Lengths], room: int, overhead: int, mark: int, turns_mark: int) -> Cut:
@@ -34,7 +34,7 @@ def choose_cut(turns: Sequence[Lengths], room: int, overhead: int, mark: int, tu
 
     The latest turns are kept whole as long as they fit. The turn before them is truncated if at least an eighth of it
     fits, and otherwise omitted along with all earlier turns; the last turn is always shown. In a truncated turn, the
-    prompt and both answers share the room evenly, and what one does not need goes to the others, A and B alike.
+    prompt and answers share the room evenly, and what one does not need goes to the others, A and B alike.
 
     Args:
         turns: lengths in tokens of each turn's fields.
@@ -59,10 +59,10 @@ def choose_cut(turns: Sequence[Lengths], room: int, overhead: int, mark: int, tu
 
 def _partial(turn: Lengths, room: int, mark: int, must: bool) -> Lengths | None:
     """The caps of a turn's fields that fit in `room` tokens together, or None if that would show too little."""
-    if not must and (room < 3 * _least(mark) or 8 * room < sum(turn)):
+    if not must and (room < len(turn) * _least(mark) or 8 * room < sum(turn)):
         return None
     cap = even_cap(turn, room)
-    return min(turn[0], cap), min(turn[1], cap), min(turn[2], cap)
+    return tuple(min(length, cap) for length in turn)
 
 
 def _least(mark: int) -> int:

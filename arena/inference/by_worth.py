@@ -17,7 +17,7 @@ from arena.data.dataset import Rows
 from arena.inference.deadline import Pace
 from arena.inference.evaluate import Evaluation
 from arena.inference.infer import LoadedJudge
-from arena.inference.judge import Judge
+from arena.inference.judge_model import JudgeModel
 from arena.inference.kinds import with_kinds
 from arena.inference.saved import SavedJudge
 from arena.packing.bins import cost
@@ -111,7 +111,9 @@ def passes_of(judges: Sequence[SavedJudge]) -> list[tuple[int, int]]:
     return [
         (fold, order)
         for fold, saved in enumerate(judges)
-        for order in range(saved.task.orders if saved.recipe.judge.swap else 1)
+        for order in range(
+            1 if saved.task.joins(saved.recipe.prompt) or not saved.recipe.judge.swap else saved.task.orders
+        )
     ]
 
 
@@ -121,14 +123,15 @@ def prior_of(judges: Sequence[SavedJudge], rows: Rows) -> np.ndarray:
     return np.asarray(np.mean(priors, axis=0))
 
 
-def in_order(judge: Judge, rows: Rows, order: int) -> tuple[np.ndarray, Callable[[np.ndarray], Evaluation]]:
+def in_order(judge: JudgeModel, rows: Rows, order: int) -> tuple[np.ndarray, Callable[[np.ndarray], Evaluation]]:
     """The tokens of each row in one order, and what plans the evaluation of some of the rows in it."""
-    store, packing = judge.tokens(rows), judge.recipe.packing
+    store, packing, joins = judge.tokens(rows), judge.recipe.packing, judge.task.joins(judge.recipe.prompt)
     planned = partial(
         Evaluation, rows.task, store, orders=[order], budget=packing.budget, ids=rows.ids,
-        prefixes=prefixes_for(store, packing, Path(judge.recipe.data.cache)),
+        prefixes=prefixes_for(store, packing, Path(judge.recipe.data.cache)), joins=joins,
     )  # fmt: skip
-    return store.lengths[order :: store.orders], planned
+    lengths = store.lengths.reshape(-1, store.orders)
+    return lengths.sum(axis=1) if joins else lengths[:, order], planned
 
 
 class ByWorth:
@@ -156,7 +159,7 @@ class ByWorth:
 
         Raises:
             Stopped: a signal ended it; the logits computed so far are saved.
-            FloatingPointError, ValueError: as in `Judge.probabilities`.
+            FloatingPointError, ValueError: as in `JudgeModel.probabilities`.
         """
         loading, in_time = 0.0, len(self.which) > 0
         try:
@@ -172,7 +175,7 @@ class ByWorth:
             self._report(self.tally)
         return self.tally
 
-    def _pass(self, judge: Judge, number: int) -> bool:
+    def _pass(self, judge: JudgeModel, number: int) -> bool:
         """Judges the rows in one order; False if there was not enough time."""
         order, name = self.passes[number][1], judge.folder.resolve().parent.name
         lengths, evaluation = in_order(judge, self.rows, order)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,21 +40,28 @@ class Evaluation:
         prefixes: what the store's examples share, which is then computed once; None shares nothing.
         has_input: bool, for each row of the store; rows without input get a prior. None: all have input.
         ids: the ids of the store's rows, for messages.
+        joins: whether a row's examples show one side each, and are predicted together (`Task.joins`).
     """
 
     def __init__(
         self, task: Task, store: TokenStore, rows: np.ndarray, *, orders: Sequence[int], budget: int,
         prefixes: Prefixes | None = None, has_input: np.ndarray | None = None, ids: Sequence[str] | None = None,
+        joins: bool = False,
     ) -> None:  # fmt: skip
-        assert max(orders) < store.orders, "the store does not hold these orders"
         self.task, self.store, self.rows, self.orders, self.ids = task, store, rows, orders, ids
+        self.joins, self.shown = joins, range(task.orders) if joins else orders
+        assert max(self.shown) < store.orders, "the store does not hold these orders"
         self.has_input = np.ones(len(rows), dtype=bool) if has_input is None else has_input[rows]
         self._distinct, self._which = np.unique(np.asarray(rows)[self.has_input], return_inverse=True)
-        self._examples = (self._distinct[:, None] * store.orders + np.asarray(orders)).reshape(-1)
+        self._examples = (self._distinct[:, None] * store.orders + np.asarray(self.shown)).reshape(-1)
         self.plan = plan_evaluation(store.lengths, self._examples, budget=budget, prefixes=prefixes)
 
+    def probabilities(self, classifier: nn.Module, **options: Any) -> np.ndarray:
+        """A model's predictions, float64 (len(rows), C): the mean over the orders of `by_order`, as its options."""
+        return np.asarray(np.mean(self.by_order(classifier, **options), axis=0))
+
     @torch.inference_mode()
-    def probabilities(
+    def by_order(
         self,
         classifier: nn.Module,
         *,
@@ -76,8 +84,8 @@ class Evaluation:
             pace: says which micro-batches there is time for, and counts and shows those that are done.
 
         Returns:
-            float64 (len(rows), C), the mean over the orders, each as of the row in order 0; C as in `Task.columns`. NaN
-            for rows for which `pace` had no time.
+            float64 (len(orders), len(rows), C), each order's as of the row in order 0; C as in `Task.columns`. All
+            orders are the same if they are predicted together. NaN for rows for which `pace` had no time.
 
         Raises:
             FloatingPointError: a logit is not finite; the message names the row, and its micro-batch is not cached.
@@ -86,28 +94,27 @@ class Evaluation:
             ValueError: another process is evaluating the same rows with the same `logits_cache`.
         """
         assert self.has_input.all() or prior is not None, "rows without input need a prior"
+        result = np.empty((len(self.orders), len(self.rows), len(self.task.columns)))
+        if prior is not None:
+            result[:, ~self.has_input] = prior
         if not len(self._examples):
-            return self._with_prior(np.zeros((0, len(self.task.columns))), prior)
+            return result
         rows = fingerprint(self._distinct.tobytes())
         facts = {"tokens": self.store.fingerprint, "rows": rows, "dtype": dtype, "budget": self.plan.budget}
-        facts |= {"orders": list(self.orders), "of_orders": self.store.orders}
+        facts |= {"orders": list(self.shown), "of_orders": self.store.orders}
         with nullcontext() if logits_cache is None else logits_cache.open(self.plan, facts) as parts:
             logits = Logits(self.plan, len(self.task.columns), parts)
             seconds = logits_cache.seconds if logits_cache else SECONDS
             self._compute(classifier, dtype, title, logits, stop, seconds, pace)
         values = logits.complete() if pace is None else logits.values
         ordered = values[_places(self.plan.examples, self._examples, len(self.store))]
-        predicted = softmax(ordered) if self.task.classes else ordered.astype(np.float64)
-        by_order = predicted.reshape(len(self._distinct), len(self.orders), -1)
-        in_order_0 = [self.task.reorder(by_order[:, at], order) for at, order in enumerate(self.orders)]
-        return self._with_prior(np.mean(in_order_0, axis=0)[self._which.reshape(-1)], prior)
-
-    def _with_prior(self, probabilities: np.ndarray, prior: np.ndarray | None) -> np.ndarray:
-        """(len(rows), C): the probabilities of the rows with input, and the prior for the others."""
-        result = np.empty((len(self.rows), len(self.task.columns)))
-        result[self.has_input] = probabilities
-        if prior is not None:
-            result[~self.has_input] = prior
+        by_row = ordered.astype(np.float64).reshape(len(self._distinct), len(self.shown), -1)
+        if self.joins:
+            result[:, self.has_input] = softmax(self.task.join(by_row))[self._which.reshape(-1)]
+            return result
+        predicted = softmax(by_row) if self.task.classes else by_row
+        for at, order in enumerate(self.orders):
+            result[at, self.has_input] = self.task.reorder(predicted[:, at], order)[self._which.reshape(-1)]
         return result
 
     def _compute(

@@ -19,7 +19,7 @@ from arena.data.cells import excerpt
 from arena.data.dataset import Rows
 from arena.data.files import data_file, read_files
 from arena.data.task import Task
-from arena.inference.judge import Judge
+from arena.inference.judge_model import JudgeModel
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.progress import console
 from arena.settings import DataSettings
@@ -118,7 +118,7 @@ def infer(models: Sequence[Path], data: str | None, out: Path, overrides: Sequen
         data: a folder with a test file, or the file; None: the folder that the first judge was trained on.
         out: the submission to write. Until it is complete, logits are cached in `OUT.parts`, from which the same call
             resumes.
-        overrides: settings to change, as in `Judge`.
+        overrides: settings to change, as in `JudgeModel`.
 
     Raises:
         ValueError: the judges were trained on different data, the test file cannot be used, or another process is
@@ -210,7 +210,7 @@ def submission_of(task: Task, settings: DataSettings, data: str | None, out: Pat
 
 
 def average(judges: Sequence[SavedJudge], rows: Rows, parts: Path | None = None) -> np.ndarray:
-    """The mean probabilities of judges, float64 (len(rows), C), in the order of the rows; see `Judge`.
+    """The mean probabilities of judges, float64 (len(rows), C), in the order of the rows; see `JudgeModel`.
 
     A base that several judges in a row share is loaded once.
 
@@ -236,16 +236,20 @@ class LoadedJudge:
 
     def __init__(self, data: DataSettings) -> None:
         self._data = data
-        self._judge: Judge | None = None
+        self._judge: JudgeModel | None = None
 
-    def become(self, saved: SavedJudge) -> Judge:
+    def become(self, saved: SavedJudge) -> JudgeModel:
         """The judge, on the base that is loaded if it can be."""
         saved = replace(saved, recipe=saved.recipe.model_copy(update={"data": self._data}))
-        if self._judge is None or not self._judge.switch(saved):
-            self._judge = None
+        former, self._judge = self._judge, None
+        if former is not None and (other := former.beside(saved)) is not None:
+            other.drop(former)
+        else:
+            del former
             _free_memory()
-            self._judge = Judge(saved)
-        return self._judge
+            other = JudgeModel(saved)
+        self._judge = other
+        return other
 
 
 def _free_memory() -> None:

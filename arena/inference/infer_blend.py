@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from datasets import concatenate_datasets
 
 from arena.data.dataset import Rows
 from arena.data.files import read_files
 from arena.data.predictions import Table, read_predictions, rows_of
-from arena.data.task import Task
+from arena.data.task import Baseline, Task
 from arena.inference.blend import Member, SavedBlend
 from arena.inference.find import find_models
 from arena.inference.infer import average, predict_file
-from arena.inference.saved import check_alike, read_judge
+from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.settings import DataSettings
 from arena.tasks import TASKS
 
@@ -40,13 +39,7 @@ def infer_blend(
         raise ValueError(
             f"{name} {what}: give --predictions name=FILE for each of {', '.join(sorted(files)) or 'none'}"
         )
-    judges = {
-        member.name: [read_judge(model, [*overrides, AS_FITTED]) for model in find_models(member.path, Path())]
-        for member in used
-        if member.kind == "run"
-    }
-    for folds in judges.values():  # different runs may have been trained on different data
-        check_alike(folds)
+    judges = judges_of(used, overrides)
     every = [judge for folds in judges.values() for judge in folds]
     if not every and data is None:
         raise ValueError("a blend without runs does not know where test rows are: name them with --data")
@@ -62,7 +55,7 @@ def infer_blend(
             elif member.name in tables:
                 found[at] = _of_file(member, tables[member.name], rows)
             elif member in used:
-                found[at] = _of_baseline(member, rows, settings)
+                found[at] = baseline_of(member, task, settings)(rows.table)
         return saved.blend(found)
 
     predict_file(task, settings, data, out, predict, f"a blend of {', '.join(member.name for member in used)}")
@@ -74,12 +67,21 @@ def _of_file(member: Member, table: Table, rows: Rows) -> np.ndarray:
     return rows_of(table, rows.ids)
 
 
-def _of_baseline(member: Member, rows: Rows, settings: DataSettings) -> np.ndarray:
-    """What the simple model, fitted on all labelled rows, predicts."""
-    known = read_files([member.path], rows.task, settings, "required")
-    both = concatenate_datasets([each.table.select_columns(list(rows.task.texts)) for each in (known, rows)])
-    labels = np.concatenate([known.labels, np.zeros((len(rows), known.labels.shape[1]))])
-    asked = len(known) + np.arange(len(rows))
-    predicted = rows.task.baseline(both, labels, np.arange(len(known)), asked, seed=0)
-    assert predicted is not None, f"{rows.task.name} has a baseline"
-    return predicted
+def judges_of(members: Sequence[Member], overrides: Sequence[str] = ()) -> dict[str, list[SavedJudge]]:
+    """The judges of each run among the members of a blend, as they were when it was fitted."""
+    judges = {
+        member.name: [read_judge(model, [*overrides, AS_FITTED]) for model in find_models(member.path, Path())]
+        for member in members
+        if member.kind == "run"
+    }
+    for folds in judges.values():  # different runs may have been trained on different data
+        check_alike(folds)
+    return judges
+
+
+def baseline_of(member: Member, task: Task, settings: DataSettings) -> Baseline:
+    """The simple model, fitted on all labelled rows."""
+    known = read_files([member.path], task, settings, "required")
+    fitted = task.fit_baseline(known.table, known.labels, seed=0)
+    assert fitted is not None, f"{task.name} has a baseline"
+    return fitted

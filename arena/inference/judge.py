@@ -1,179 +1,247 @@
-"""A trained judge, loaded from its folder and applied to rows."""
+"""Judges in memory, for Python: from rows to probabilities, rankings and explanations.
+
+judge = arena.Judge.from_pretrained("runs/demo")
+judge.predict_proba([{"prompt": "What is 2 + 2?", "response_a": "4", "response_b": "5"}])  # A, B, tie
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from arena import __version__
-from arena.config import change
 from arena.data.dataset import Rows
 from arena.data.files import read_files
-from arena.data.tokens import TokenStore, tokenise
-from arena.distributed import device_name, let_segments_grow
-from arena.inference.evaluate import Evaluation
-from arena.inference.kinds import print_kinds, with_kinds
-from arena.inference.logits import LogitsCache
-from arena.inference.saved import SavedJudge, check_classes, read_judge
-from arena.model.adapters import activate, active_judge, add_trained, incompatible_setting, unload
-from arena.model.backbone import attention_choice, base_config, load_tokenizer, underlying
-from arena.model.base_files import check_ids
-from arena.model.card import card_of, with_dtype
-from arena.model.classifier import PackedClassifier
-from arena.model.exactness import check_exact
-from arena.model.tuning import is_whole, load_trained
-from arena.packing.tree import prefixes_for
-from arena.settings import Recipe
-from arena.stopping import stopping
-from arena.storage.files import file_digest, fingerprint
+from arena.data.limits import Limits
+from arena.data.records import Records, cells_of, rows_of_records
+from arena.data.task import Baseline
+from arena.inference.blend import Blend, is_blend, read_blend
+from arena.inference.find import find_models
+from arena.inference.infer_blend import baseline_of, judges_of
+from arena.inference.judge_model import Judged, JudgeModel
+from arena.inference.saved import SavedJudge, check_alike, read_judge
+from arena.inference.verdicts import Explanation, Order, Ranking, strengths
+from arena.metrics import accuracy
+from arena.progress import console
 
 
 class Judge:
-    """A trained model's probabilities: for preference, that A is preferred, that B is, and of a tie.
+    """One trained judge, or the average of several: get one with `from_pretrained`.
 
-    Args:
-        folder: the `model` folder of a fold, or what `read_judge` read of it.
-        overrides: settings to change, as in `load_recipe`, such as `packing.budget=8192` on a smaller GPU.
-        device: where to run; by default the GPU if there is one.
+    Rows are dicts with the columns of a file of rows, one or many; a data frame; a data set; or what `read` gives. The
+    first row tells the layout of all. Nothing is written, and nothing is printed. All methods may be called from
+    several threads, which take turns on a base.
 
-    Raises:
-        ValueError: the folder is not a judge, or one of another version, or a language model; its base differs from the
-            one that it was trained on, or mixes the rows of a packed batch; or the recipe's attention backend or dtype
-            is not available here.
+    Attributes:
+        task: what rows mean.
+        classes_: the names of the classes, in the order of all probabilities.
     """
 
-    def __init__(
-        self, folder: str | Path | SavedJudge, overrides: Sequence[str] = (), device: torch.device | str | None = None
-    ) -> None:
-        if isinstance(folder, SavedJudge):
-            saved = replace(folder, recipe=change(folder.recipe, overrides))
-        else:
-            saved = read_judge(Path(folder), overrides)
-        check_classes(saved)
-        let_segments_grow()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._planned: tuple[Any, Evaluation] | None = None
-        self._switched = 0
-        recipe = with_dtype(saved.recipe, card_of(self.device))
-        saved.check_base(recipe.model)
-        own = {"base": str(saved.folder), "revision": None} if is_whole(saved.folder) else {}
-        self._config = base_config(recipe.model.model_copy(update=own))
-        check_exact(self._config, recipe.model, recipe.prompt.max_length, trained=True)
-        self._become(saved, recipe, load_trained(saved.folder, recipe.model, saved.task.classes))
-        attention_choice(self.classifier.model, recipe.model.dtype, training=False)
-
-    def _become(self, saved: SavedJudge, recipe: Recipe, model: PreTrainedModel) -> None:
-        self.saved, self.recipe, self.task, self.folder = saved, recipe, saved.task, saved.folder
-        self.tokenizer = load_tokenizer(str(saved.folder))
-        self.classifier = PackedClassifier(model).to(self.device).eval()
-
-    def switch(self, saved: SavedJudge) -> bool:
-        """Turns this into another judge on the same base, which stays loaded; adapters and head are replaced.
-
-        Returns:
-            False if that judge needs another base; this judge is then unchanged.
-
-        Raises:
-            ValueError: its weights are damaged, or do not fit the base; this judge can then no longer be used.
-        """
-        recipe, model = with_dtype(saved.recipe, card_of(self.device)), self.classifier.model
-        if is_whole(saved.folder) or is_whole(self.folder) or saved.base != self.saved.base:
-            return False
-        if saved.task != self.task or incompatible_setting(recipe.model, self.recipe.model) is not None:
-            return False
-        check_exact(self._config, recipe.model, recipe.prompt.max_length, trained=True)
-        former, name = active_judge(model), f"judge{self._switched}"
-        self._switched += 1
-        model = add_trained(model, saved.folder, recipe.model, name)
-        activate(model, name)
-        self._become(saved, recipe, unload(model, former))
-        return True
-
-    def read(self, paths: str | Path | Sequence[str | Path]) -> Rows:
-        """The rows of CSV, parquet or JSONL files, whose labels are ignored; errors are as in `read_dataset`."""
-        several = [paths] if isinstance(paths, str | Path) else paths
-        return read_files(several, self.task, self.recipe.data, "ignored")
-
-    def probabilities(self, rows: Rows, *, parts: Path | None = None) -> np.ndarray:
-        """Judges rows.
+    def __init__(self, parts: Sequence[Sequence[JudgeModel] | Baseline], blend: Blend | None = None) -> None:
+        """Joins models that are loaded.
 
         Args:
-            rows: as from `read`.
-            parts: a folder that caches logits, from which the same call resumes with the same probabilities. SIGTERM,
-                SIGINT and SIGHUP then stop after the current micro-batch. None caches no logits.
+            parts: models whose probabilities are averaged, or a simple model; the first has models.
+            blend: how the parts become one; None: there is one part.
+        """
+        assert blend is not None or len(parts) == 1, "several parts need a blend"
+        self._parts, self._blend = list(parts), blend
+        self.models = [model for part in parts if not callable(part) for model in part]
+        self.task = self.models[0].task
+        self.classes_ = np.array(self.task.classes)
+        self._limits = Limits.of(self.models[0].recipe.data)
 
-        Returns:
-            float64 (len(rows), C) in the order of the rows; for preference the classes are A, B, tie. A row without
-            input, such as one without any response, gets the prior, the mean label of the training rows. Rows of a
-            kind that the judge knows are drawn to that kind's mean label, unless `judge.kinds=false`; how many is
-            printed.
+    @classmethod
+    def from_pretrained(
+        cls, *names: str | Path, settings: Sequence[str] = (), device: torch.device | str | None = None,
+        runs: str | Path = "runs",
+    ) -> Judge:  # fmt: skip
+        """Loads judges that were trained on the same data. A base that they share is loaded once.
+
+        Args:
+            names: runs, whose finished folds are averaged; folders of a run, a fold, or a fold's `model`; or the file
+                of one blend.
+            settings: to change, as in `load_recipe`, such as `judge.swap=false` to read rows in one order.
+            device: where to run; by default the GPU if there is one.
+            runs: the folder in which runs are found by name.
 
         Raises:
-            FloatingPointError: a row's logits are not finite; the message names its id.
-            ValueError: a token of the rows is not in the base's embedding.
-            Stopped: a signal arrived; the logits computed so far are in `parts`.
+            ValueError: there is no such judge, or it cannot be loaded; as `find_models` and `JudgeModel` say.
         """
-        if not isinstance(rows, Rows) or rows.task != self.task:
-            raise ValueError(f"rows is a {type(rows).__name__}: give what this judge's `read` returns for your files")
-        own = self._own(rows, parts)
-        print_kinds(self.saved.used_kinds, rows)
-        return with_kinds(self.saved.used_kinds, rows, own)
+        if not names:
+            raise ValueError('name a judge, such as Judge.from_pretrained("runs/demo")')
+        with console.showing("warning"):
+            if is_blend(str(names[0])):
+                return cls._of_blend(names, settings, device)
+            folders = [model for name in names for model in find_models(str(name), Path(runs))]
+            saved = [read_judge(folder, settings) for folder in folders]
+            check_alike(saved)
+            return cls([load_models(saved, device)])
 
-    def _own(self, rows: Rows, parts: Path | None) -> np.ndarray:
-        """The model's own probabilities of rows."""
-        evaluation = self.evaluation(rows)
-        known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.saved.prior}
-        if parts is None:
-            return evaluation.probabilities(self.classifier, **known)
-        logits_cache = self.logits_cache(parts)
-        with stopping() as stop:
-            probabilities = evaluation.probabilities(self.classifier, **known, logits_cache=logits_cache, stop=stop)
-        if stop():  # the signal arrived after the last micro-batch
-            raise stop.stopped()
-        return probabilities
+    @classmethod
+    def _of_blend(
+        cls, names: Sequence[str | Path], settings: Sequence[str], device: torch.device | str | None
+    ) -> Judge:
+        if len(names) > 1:
+            raise ValueError(f"{names[0]} is a blend, which is a whole judge: name it alone")
+        saved = read_blend(Path(names[0]))
+        used = [(each, weight) for each, weight in zip(saved.members, saved.blend.weights, strict=True) if weight > 0]
+        members = [member for member, _ in used]
+        if odd := [member.name for member in members if member.kind == "file"]:
+            raise ValueError(f"{names[0]} needs predictions of {odd[0]}, a file: blend runs alone to judge other rows")
+        judges = judges_of(members, settings)
+        every = [each for folds in judges.values() for each in folds]
+        if not every:
+            raise ValueError(f"{names[0]} uses no run, only a baseline: it is not a judge")
+        models = dict(zip(map(id, every), load_models(every, device), strict=True))
+        parts: list[Sequence[JudgeModel] | Baseline] = [
+            [models[id(each)] for each in judges[member.name]]
+            if member.kind == "run"
+            else baseline_of(member, every[0].task, every[0].recipe.data)
+            for member in members
+        ]
+        return cls(parts, replace(saved.blend, weights=tuple(weight for _, weight in used)))
 
-    def evaluation(self, rows: Rows) -> Evaluation:
-        """The plan by which this judge evaluates rows; that of the last rows is kept for other judges on its base."""
-        store = self.tokens(rows)
-        key = store.fingerprint, self.recipe.packing
-        if self._planned is None or self._planned[0] != key:
-            prefixes = prefixes_for(store, self.recipe.packing, Path(self.recipe.data.cache))
-            evaluation = Evaluation(
-                self.task, store, np.arange(len(rows)), orders=range(store.orders), budget=self.recipe.packing.budget,
-                prefixes=prefixes, has_input=rows.has_input, ids=rows.ids,
-            )  # fmt: skip
-            self._planned = key, evaluation
-        return self._planned[1]
+    def read(self, paths: str | Path | Sequence[str | Path], *, labelled: bool = False) -> Rows:
+        """The rows of CSV, parquet, JSON or JSONL files, cached as in training; errors are as in `read_dataset`."""
+        several = [paths] if isinstance(paths, str | Path) else paths
+        return read_files(several, self.task, self.models[0].recipe.data, "required" if labelled else "ignored")
 
-    def tokens(self, rows: Rows) -> TokenStore:
-        """The token ids of rows, in all orders in which this judge is shown them; errors are as in `probabilities`."""
-        store = tokens_of(self.recipe, rows, self.tokenizer)
-        check_ids(underlying(self.classifier.model).config, store, self.tokenizer, self.recipe.model.base)
-        return store
+    def predict_proba(self, rows: Rows | Records) -> np.ndarray:
+        """The probabilities of the classes: float64 (n, C), the mean over orders and models.
 
-    def logits_cache(self, parts: Path) -> LogitsCache:
-        """A cache of this judge's logits in a folder."""
-        return LogitsCache(parts, self._identity(), f"{device_name(self.device)}, torch {torch.__version__}")
+        A row without input, such as one without any response, gets the mean label of the training rows. Rows of a kind
+        that the judge knows are drawn to that kind's mean label, unless `judge.kinds=false`.
 
-    def _identity(self) -> dict[str, Any]:
-        """What determines this judge's logits besides tokens and plan: its files, its base, and the model settings."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        settings = self.recipe.model.model_dump(mode="json", exclude={"base"})  # the base counts by its content
-        return {
-            "judge": fingerprint([[path.name, file_digest(path)] for path in files]),
-            "base": self.saved.base,
-            "settings": settings,
-            "package": __version__,
-        }
+        Raises:
+            BadRecordsError: rows cannot be used; it is a ValueError that has all `problems`.
+            FloatingPointError: a row's logits are not finite.
+        """
+        return self._pooled(self._judged(self._checked(rows))[0].mean(axis=1))
+
+    def predict_orders(self, rows: Rows | Records) -> np.ndarray:
+        """The probabilities in each order of the rows: float64 (orders, n, C), each as of the rows as given.
+
+        Their mean over the orders is that of `predict_proba`, except of a blend, which is not linear.
+        """
+        by_part = self._judged(self._checked(rows))[0]
+        return np.stack([self._pooled(by_part[:, at]) for at in range(by_part.shape[1])])
+
+    def predict(self, rows: Rows | Records) -> np.ndarray:
+        """The name of each row's most probable class, (n,)."""
+        return np.asarray(self.classes_[self.predict_proba(rows).argmax(axis=1)])
+
+    def score(self, rows: Rows | Records) -> float:
+        """The accuracy on labelled rows, as scikit-learn's classifiers give it; see `arena.metrics` for others.
+
+        Raises:
+            BadRecordsError: as in `predict_proba`, also for rows without a label.
+        """
+        checked = self._checked(rows, labelled=True)
+        return accuracy(checked.labels, self.predict_proba(checked))
+
+    def position_flip_rate(self, rows: Rows | Records) -> float:
+        """How often the most probable class of a row depends on the order in which its answers are shown.
+
+        Raises:
+            ValueError: there are no rows, or the judge reads one order only.
+        """
+        by_class = self.predict_orders(rows).argmax(axis=2)
+        if len(by_class) == 1 or not by_class.size:
+            why = "there are no rows" if len(by_class) > 1 else "this judge reads one order: set judge.swap=true"
+            raise ValueError(f"no row can flip: {why}")
+        return float((by_class != by_class[0]).any(axis=0).mean())
+
+    def rank(self, prompt: str | Sequence[str | None], answers: Sequence[str | Sequence[str | None]]) -> Ranking:
+        """Compares each of some answers to a prompt with each other, and ranks them.
+
+        Args:
+            prompt: a text, or the user's turns of a conversation.
+            answers: two or more, each a text or one text for each turn.
+
+        Raises:
+            ValueError: there are fewer than two answers, or the task compares none.
+            BadRecordsError: as in `predict_proba`.
+        """
+        if isinstance(answers, str) or len(answers) < 2:
+            raise ValueError("give a list of two or more answers to rank")
+        by_part, judged = self._judged(self._checked(self.task.pairs(prompt, answers)))
+        mean = self._pooled(by_part.mean(axis=1))
+        ties = mean[:, self.task.classes.index(self.task.tie)] if self.task.tie is not None else 0.0
+        first, second = np.array(list(combinations(range(len(answers)), 2))).T
+        wins = np.full((len(answers), len(answers)), 0.5)
+        wins[first, second] = mean[:, 0] + ties / 2
+        wins[second, first] = 1 - wins[first, second]
+        strong = strengths(wins)
+        tokens, logical = (sum(int(getattr(each.plan, name).sum()) for each in judged) for name in PLANNED)
+        return Ranking(np.argsort(-strong, kind="stable"), strong, wins, tokens, logical)
+
+    def explain(self, row: Records) -> Explanation:
+        """What the judge makes of one row.
+
+        Raises:
+            ValueError: it is not one row; otherwise as in `predict_proba`.
+        """
+        rows = self._checked(row)
+        if len(rows) != 1:
+            raise ValueError(f"{len(rows):,} rows are given: explain one of them")
+        by_part, judged = self._judged(rows)
+        by_order = [self._pooled(by_part[:, at])[0] for at in range(by_part.shape[1])]
+        mean, store = self._pooled(by_part.mean(axis=1))[0], judged[0].store
+        tokenizer, kind = self.models[0].tokenizer, int(rows.kinds[0])
+        orders = tuple(
+            Order(
+                self._named(each), tokenizer.decode(store[at]), int(store.lengths[at]), int(store.turns_dropped[at]),
+                int(store.tokens_cut[at]),
+            )
+            for at, each in enumerate(by_order)
+        )  # fmt: skip
+        return Explanation(
+            self._named(mean), orders, len({int(each.argmax()) for each in by_order}) > 1,
+            bool(rows.has_input[0]), None if kind < 0 else self.task.kinds[kind], int(judged[0].plan.tokens.sum()),
+        )  # fmt: skip
+
+    def _checked(self, rows: Rows | Records, labelled: bool = False) -> Rows:
+        if not isinstance(rows, Rows):
+            return rows_of_records(cells_of(rows), self.task, "required" if labelled else "ignored", self._limits)
+        if rows.task != self.task:
+            raise ValueError(f"the rows are of the task {rows.task.name}: give what this judge's `read` returns")
+        return rows
+
+    def _named(self, probabilities: np.ndarray) -> dict[str, float]:
+        return dict(zip(self.task.classes, probabilities.tolist(), strict=True))
+
+    def _judged(self, rows: Rows) -> tuple[np.ndarray, list[Judged]]:
+        """The probabilities of each part in each order, float64 (parts, orders, n, C), and what each model judged."""
+        judged = {id(model): model.in_memory(rows) for model in self.models}
+        by_part, orders = [], next(iter(judged.values())).store.orders
+        for part in self._parts:
+            if callable(part):
+                by_part.append(np.stack([part(rows.table)] * orders))
+            else:
+                by_part.append(np.mean([judged[id(model)].by_order for model in part], axis=0))
+        return np.stack(by_part), list(judged.values())
+
+    def _pooled(self, by_part: np.ndarray) -> np.ndarray:
+        """The probabilities (n, C) of those of the parts, (parts, n, C)."""
+        return by_part[0] if self._blend is None else self._blend(by_part)
 
 
-def tokens_of(recipe: Recipe, rows: Rows, tokenizer: Any) -> TokenStore:
-    """The token ids of rows in all orders in which a judge of this recipe, which need not be loaded, is shown them."""
-    orders = rows.task.orders if recipe.judge.swap else 1
-    return tokenise(rows, tokenizer, recipe.prompt, Path(recipe.data.cache), orders=orders)
+PLANNED = ("tokens", "logical_tokens")
+
+
+def load_models(saved: Sequence[SavedJudge], device: torch.device | str | None = None) -> list[JudgeModel]:
+    """Loads judges, each base once. Raises `ValueError` if some read rows in both orders, and others in one."""
+    if len({each.recipe.judge.swap for each in saved}) > 1:
+        raise ValueError(
+            "some of the judges read rows in both orders, and others in one: set judge.swap=true or judge.swap=false"
+        )
+    models: list[JudgeModel] = []
+    for each in saved:
+        beside = (other for model in models if (other := model.beside(each)) is not None)
+        models.append(next(beside, None) or JudgeModel(each, device=device))
+    return models

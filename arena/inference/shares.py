@@ -23,7 +23,7 @@ from arena.distributed import fix_threads, last_line, start_process
 from arena.inference.by_worth import REPORT_SECONDS, ByWorth, Report, Tally, passes_of
 from arena.inference.deadline import SPARE, Deadline, Pace
 from arena.inference.infer import submission_of
-from arena.inference.judge import tokens_of
+from arena.inference.judge_model import tokens_of
 from arena.inference.saved import SavedJudge, read_judge
 from arena.model.backbone import load_tokenizer
 from arena.packing.bins import cost, longest_first

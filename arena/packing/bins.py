@@ -86,6 +86,18 @@ def single_items(lengths: np.ndarray, base: int = 0) -> Items:
     return Items(None, sizes.tolist(), costs.tolist(), base, base + int(sizes.sum()))
 
 
+def adjacent_items(lengths: np.ndarray, shared: np.ndarray, places: np.ndarray) -> Items:
+    """One item for each few examples that must share a micro-batch.
+
+    Args:
+        lengths: int64 (n, k), tokens of the examples of each item.
+        shared: int64 (n, k), tokens that each shares with the one before it in its item; 0 first.
+        places: int64 (n, k), where they are in the planner's list.
+    """
+    sizes, costs = (lengths - shared).sum(axis=1), cost(shared, lengths).sum(axis=1)
+    return Items(places.tolist(), sizes.tolist(), costs.tolist(), 0, int(sizes.sum()))
+
+
 def sharing_items(lengths: Sequence[int], shared: Sequence[int], budget: int) -> Items:
     """One item for each group of examples that share more than all do; groups that exceed the budget are divided.
 

@@ -14,8 +14,8 @@ from functools import partial
 
 import numpy as np
 
-from arena.packing.bins import Items, best_fit, cost, longest_first, sharing_items, single_items
-from arena.packing.tree import Prefixes, Tree, grow_tree
+from arena.packing.bins import Items, adjacent_items, best_fit, cost, longest_first, sharing_items, single_items
+from arena.packing.tree import LEAST_SHARED, Prefixes, Tree, grow_tree
 from arena.storage.files import fingerprint
 
 
@@ -119,6 +119,7 @@ def plan_training(
     budget: int,
     ranks: int = 1,
     prefixes: Prefixes | None = None,
+    together: int = 1,
 ) -> PackPlan:
     """Plans training: divides `order` into steps of `step_size` examples, and each step into micro-batches.
 
@@ -126,14 +127,17 @@ def plan_training(
         lengths: tokens of every example.
         order: example indices in the order of training. The last step may have fewer examples.
         prefixes: what the examples share; None shares nothing.
+        together: how many adjacent examples of `order` must share a micro-batch each time; it divides `step_size`.
 
     Raises:
-        ValueError: an example is longer than the budget; the message names its index.
+        ValueError: an example, or those that must share a micro-batch, are longer than the budget; the message names
+            the first of them.
     """
     check_fits(lengths, order, budget)
+    assert step_size % together == 0 and len(order) % together == 0, "a step has whole rows"
     order = np.asarray(order, dtype=np.int64)
     steps = (order[start : start + step_size] for start in range(0, len(order), step_size))
-    cut = partial(_cut_evenly, lengths=lengths, budget=budget, ranks=ranks, prefixes=prefixes)
+    cut = partial(_cut_evenly, lengths=lengths, budget=budget, ranks=ranks, prefixes=prefixes, together=together)
     return _build(map(cut, steps), lengths, budget, ranks, prefixes)
 
 
@@ -203,13 +207,41 @@ def _items(
     return members, sharing_items(lengths[members].tolist(), shared.tolist(), budget)
 
 
+def _adjacent(
+    indices: np.ndarray, lengths: np.ndarray, budget: int, prefixes: Prefixes | None, together: int
+) -> tuple[np.ndarray, Items]:
+    """As `_items`, with one item for each `together` adjacent examples."""
+    rows = indices.reshape(-1, together)
+    shared, order = np.zeros_like(rows), np.arange(len(indices))
+    if prefixes is not None:
+        ranks = prefixes.rank[rows]
+        rows = np.take_along_axis(rows, np.argsort(ranks, axis=1), axis=1)
+        between = prefixes.between(np.sort(ranks, axis=1).reshape(-1)).reshape(rows.shape)
+        shared[:, 1:] = np.where(between >= LEAST_SHARED, np.minimum(between, lengths[rows]), 0)[:, 1:]
+        order = np.argsort(prefixes.rank[rows.reshape(-1)], kind="stable")
+    places = np.argsort(order).reshape(rows.shape)
+    items = adjacent_items(lengths[rows], shared, places)
+    if max(items.sizes, default=0) > budget:
+        first = int(np.argmax(items.sizes))
+        raise ValueError(
+            f"the examples {', '.join(map(str, rows[first]))} of one row have {items.sizes[first]:,} tokens together, "
+            f"more than the budget of {budget:,}: raise packing.budget or lower prompt.max_length"
+        )
+    return rows.reshape(-1)[order], items
+
+
 def _cut_evenly(
-    indices: np.ndarray, *, lengths: np.ndarray, budget: int, ranks: int, prefixes: Prefixes | None
+    indices: np.ndarray, *, lengths: np.ndarray, budget: int, ranks: int, prefixes: Prefixes | None, together: int
 ) -> Step:
     """Divides a step into the least number of micro-batches (a multiple of `ranks`) that the heuristics find."""
-    members, items = _items(indices, lengths, budget, prefixes)
+    if together > 1:
+        members, items = _adjacent(indices, lengths, budget, prefixes, together)
+    else:
+        members, items = _items(indices, lengths, budget, prefixes)
     ways = [items]
-    if len(items.sizes) < len(members):  # keeping sharers together may need one more micro-batch than separating them
+    if together == 1 and len(items.sizes) < len(
+        members
+    ):  # keeping sharers together may need one more micro-batch than separating them
         ways.append(single_items(lengths[members], items.base))
     count = least = _least(items, budget, ranks)
     while True:

@@ -11,6 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from arena.data.task import Baseline
 from arena.metrics import log_loss
 
 WORDS = 20_000  # the most frequent words and word pairs
@@ -20,10 +21,8 @@ TEXT_STRENGTHS = (0.1, 1.0, 10.0)
 FITTED = 20_000  # most rows; more change little and take minutes
 
 
-def baseline_probabilities(
-    rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int = 0
-) -> np.ndarray:
-    """Trains on some rows (at most `FITTED`, sampled by the seed) and judges others.
+def fit_baseline(rows: Dataset, labels: np.ndarray, seed: int = 0) -> Baseline:
+    """Trains on labelled rows (at most `FITTED`, sampled by the seed), to judge others.
 
     The features are TF-IDF of words and word pairs, A's minus B's, and the logarithms of both lengths and their
     difference. Each training row is also used with A and B exchanged. The regularisation is chosen on a fifth of the
@@ -32,16 +31,15 @@ def baseline_probabilities(
     Args:
         rows: conversations.
         labels: float64 (len(rows), 3).
-        train_rows, eval_rows: which rows to train on and to judge.
 
     Returns:
-        float64 (len(eval_rows), 3).
+        What gives the probabilities of other conversations, float64 (n, 3).
 
     Raises:
         ValueError: there are too few rows, or no words in them.
     """
-    train = _sample(train_rows, seed)
-    a, b = _answers(rows, train)
+    train = _sample(len(rows), seed)
+    a, b = _answers(rows.select(train))
     words = _words()
     words.fit(a + b)
     lengths = StandardScaler().fit(np.vstack([_lengths(a, b), _lengths(b, a)]))
@@ -52,14 +50,11 @@ def baseline_probabilities(
         return np.asarray(_fit(both, known, c, fitted).predict_proba(both[0][others]))
 
     model = _fit(both, known, _strength(STRENGTHS, known, judged, seed), np.ones(len(train), dtype=bool))
-    a, b = _answers(rows, eval_rows)
-    return np.asarray(model.predict_proba(_features(words, lengths, a, b)))
+    return lambda others: np.asarray(model.predict_proba(_features(words, lengths, *_answers(others))))
 
 
-def text_baseline(
-    rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int = 0
-) -> np.ndarray:
-    """Trains on some rows (at most `FITTED`, sampled by the seed) and classifies others.
+def fit_text_baseline(rows: Dataset, labels: np.ndarray, seed: int = 0) -> Baseline:
+    """Trains on labelled rows (at most `FITTED`, sampled by the seed), to classify others.
 
     The features of each column of texts are TF-IDF of words and word pairs, and the logarithm of the length. The
     regularisation is chosen on a fifth of the rows.
@@ -67,16 +62,15 @@ def text_baseline(
     Args:
         rows: columns of texts.
         labels: float64 (len(rows), C).
-        train_rows, eval_rows: which rows to train on and to classify.
 
     Returns:
-        float64 (len(eval_rows), C); 0 for a class that no row trained on has.
+        What gives the probabilities of other rows, float64 (n, C); 0 for a class that no row trained on has.
 
     Raises:
         ValueError: there are too few rows, or no words in them.
     """
-    train = _sample(train_rows, seed)
-    texts, known = _columns(rows, train), labels[train]
+    train = _sample(len(rows), seed)
+    texts, known = _columns(rows.select(train)), labels[train]
     words = [_words().fit(column) for column in texts]
     features = _text_features(words, texts)
 
@@ -84,7 +78,7 @@ def text_baseline(
         return _fit_texts(features[fitted], known[fitted], c, features[others])
 
     strength = _strength(TEXT_STRENGTHS, known, classified, seed)
-    return _fit_texts(features, known, strength, _text_features(words, _columns(rows, eval_rows)))
+    return lambda others: _fit_texts(features, known, strength, _text_features(words, _columns(others)))
 
 
 def _fit_texts(features: csr_matrix, labels: np.ndarray, c: float, asked: csr_matrix) -> np.ndarray:
@@ -96,9 +90,8 @@ def _fit_texts(features: csr_matrix, labels: np.ndarray, c: float, asked: csr_ma
     return result
 
 
-def _columns(rows: Dataset, indices: np.ndarray) -> list[list[str]]:
-    chosen = rows.select(indices)
-    return [[text or "" for text in chosen[name]] for name in rows.column_names]
+def _columns(rows: Dataset) -> list[list[str]]:
+    return [[text or "" for text in rows[name]] for name in rows.column_names]
 
 
 def _text_features(words: Sequence[TfidfVectorizer], columns: Sequence[list[str]]) -> csr_matrix:
@@ -108,8 +101,8 @@ def _text_features(words: Sequence[TfidfVectorizer], columns: Sequence[list[str]
     return hstack(parts).tocsr()
 
 
-def _sample(rows: np.ndarray, seed: int) -> np.ndarray:
-    return rows if len(rows) <= FITTED else np.sort(np.random.default_rng(seed).choice(rows, FITTED, replace=False))
+def _sample(n: int, seed: int) -> np.ndarray:
+    return np.arange(n) if n <= FITTED else np.sort(np.random.default_rng(seed).choice(n, FITTED, replace=False))
 
 
 def _words() -> TfidfVectorizer:
@@ -143,10 +136,9 @@ def _fit(both: tuple[csr_matrix, csr_matrix], labels: np.ndarray, c: float, whic
     return model.fit(vstack([features] * 3), classes, sample_weight=weights.T.reshape(-1))
 
 
-def _answers(rows: Dataset, indices: np.ndarray) -> tuple[list[str], list[str]]:
-    chosen = rows.select(indices)
+def _answers(rows: Dataset) -> tuple[list[str], list[str]]:
     joined = [
-        [" \n ".join(text or "" for text in turns) for turns in chosen[name]] for name in ("response_a", "response_b")
+        [" \n ".join(text or "" for text in turns) for turns in rows[name]] for name in ("response_a", "response_b")
     ]
     return joined[0], joined[1]
 

@@ -27,15 +27,16 @@ from datasets import Dataset, Features, Value
 from sklearn.metrics import confusion_matrix, f1_score
 
 from arena.data.cells import FieldError, Labels, excerpt, is_blank, label_form, read_probabilities, whole_characters
+from arena.data.encoder import Encoded, Encoder
 from arena.data.limits import Limits
 from arena.data.rows import Cells
-from arena.data.task import Encoded, Encoder, Task
+from arena.data.task import Baseline, Task
 from arena.data.text_encoder import TextEncoder, as_ids
 from arena.data.truncation import check_room, continuation_bytes, even_cap, shorten
 from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.settings import Recipe
-from arena.tasks.baseline import text_baseline
+from arena.tasks.baseline import fit_text_baseline
 
 Texts = tuple[np.ndarray, ...]  # int32 token ids of a row's text, and of its second text if rows are pairs
 
@@ -133,10 +134,10 @@ class Classification(Task):
             },
         }
 
-    def baseline(
-        self, rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int
-    ) -> np.ndarray:
-        return text_baseline(rows.select_columns(list(self.texts)), labels, train_rows, eval_rows, seed)
+    def fit_baseline(self, rows: Dataset, labels: np.ndarray, seed: int) -> Baseline:
+        texts = list(self.texts)
+        fitted = fit_text_baseline(rows.select_columns(texts), labels, seed)
+        return lambda others: fitted(others.select_columns(texts))
 
     @cached_property
     def _numbers(self) -> dict[str, int]:

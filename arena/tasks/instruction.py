@@ -29,10 +29,11 @@ import numpy as np
 from datasets import Features, List, Value
 
 from arena.data.cells import FieldError, Labels, excerpt, read_answers, read_text
+from arena.data.encoder import Encoded, TokenEncoder, TokenTargets
 from arena.data.limits import Limits
 from arena.data.messages import read_exchanges
 from arena.data.rows import Cells, required
-from arena.data.task import Encoded, TokenEncoder, TokenTargets, TokenTask
+from arena.data.task import TokenTask
 from arena.data.text_encoder import TextEncoder, as_ids, chat_family
 from arena.data.truncation import check_room, continuation_bytes, even_cap, shorten
 from arena.metrics import perplexity, token_log_loss

@@ -49,10 +49,8 @@ def layout_of(first: Mapping[str, Any]) -> Layout | None:
         return _from_annotations
     if ANNOTATED in first:
         return _annotated
-    cells = [first.get(name) for name in TURNS]
-    if all(isinstance(cell, str) and not cell.lstrip().startswith(("[", "{")) and not is_blank(cell) for cell in cells):
-        return _from_plain
-    return None
+    texts = [cell for name in TURNS if isinstance(cell := first.get(name), str) and not is_blank(cell)]
+    return _from_plain if texts and not any(text.lstrip().startswith(("[", "{")) for text in texts) else None
 
 
 def _from_plain(cells: Cells) -> Cells:

@@ -28,21 +28,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Self
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from arena.data.cells import FieldError, Labels, excerpt, is_blank, label_form, read_probabilities, read_turns
+from arena.data.encoder import Encoded, Encoder
 from arena.data.limits import Limits
 from arena.data.rows import Cells
-from arena.data.task import Encoded, Encoder, Masks, Task
+from arena.data.task import Baseline, Logits, Masks, Task
 from arena.data.text_encoder import TextEncoder, as_ids
-from arena.data.truncation import check_room, choose_cut, continuation_bytes, least_room, shorten
+from arena.data.truncation import Lengths, check_room, choose_cut, continuation_bytes, least_room, shorten
 from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.settings import Recipe
-from arena.tasks.baseline import SWAPPED, baseline_probabilities
+from arena.tasks.baseline import SWAPPED, fit_baseline
 from arena.tasks.kinds import EXCHANGED, KINDS, kind_of
 from arena.tasks.layouts import ANNOTATIONS, CHOSEN, TURNS, Layout, columns_of, layout_of
 from arena.tasks.layouts import WINNER as WORD
@@ -56,7 +58,8 @@ WORDS = {
     "left": A, "right": B,
 }  # fmt: skip
 
-Fields = tuple[np.ndarray, np.ndarray, np.ndarray]  # int32 token ids of a turn's prompt, answer A, answer B
+Fields = tuple[np.ndarray, ...]  # int32 token ids of a turn's prompt and answers
+Shown = tuple[list[Fields], int, int]  # turns, the number of earlier turns omitted, and the number of tokens omitted
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Preference(Task):
     group_by = "prompt"
     orders = 2
     missing = "response to judge"
-    templates = ("judge", "compact")
+    templates = ("judge", "compact", "pointwise")
     metrics = METRICS
     tie = "tie"
     kinds = KINDS
@@ -154,19 +157,21 @@ class Preference(Task):
     ) -> PromptEncoder:
         return PromptEncoder(tokenizer, settings, memo)
 
-    def reorder(self, values: np.ndarray, order: int) -> np.ndarray:
+    def reorder(self, values: Logits, order: int) -> Logits:
         return values[..., SWAPPED] if order == 1 else values
 
     def reorder_kind(self, kind: int, order: int) -> int:
         return EXCHANGED[kind] if order == 1 else kind
 
+    def pairs(self, prompt: Any, answers: Sequence[Any]) -> list[Cells]:
+        turns = [[each] if isinstance(each, str) else each for each in (prompt, *answers)]
+        return [dict(zip(TURNS, (turns[0], a, b), strict=True)) for a, b in combinations(turns[1:], 2)]
+
     def slices(self, rows: Dataset) -> dict[str, Masks]:
         return conversation_slices(rows)
 
-    def baseline(
-        self, rows: Dataset, labels: np.ndarray, train_rows: np.ndarray, eval_rows: np.ndarray, seed: int
-    ) -> np.ndarray:
-        return baseline_probabilities(rows, labels, train_rows, eval_rows, seed)
+    def fit_baseline(self, rows: Dataset, labels: np.ndarray, seed: int) -> Baseline:
+        return fit_baseline(rows, labels, seed)
 
 
 def _from_word(cell: Any) -> list[float]:
@@ -198,17 +203,18 @@ class PromptEncoder(Encoder):
         user_open, user_close, model_open = self._texts.chat(settings.chat)
         self.prefix = user_open + plain(template.instruction + "\n\n") + plain(template.opening)
         self.suffix = plain(template.closing) + user_close + model_open + plain(template.verdict)
-        self.headings = plain(template.user), plain(template.answer_a), plain(template.answer_b)
+        self._pointwise = settings.pointwise
+        answers = [template.answer] if settings.pointwise else [template.answer_a, template.answer_b]
+        self.headings = [plain(heading) for heading in (template.user, *answers)]
         self.cut, self.cut_turns = plain(template.cut), plain(template.cut_turns)
         self.constant_ids = [self.prefix, self.suffix]
         separator = plain(template.separator)
-        self._overhead = sum(map(len, self.headings)) + 3 * len(separator)
+        self._overhead = sum(map(len, self.headings)) + len(self.headings) * len(separator)
         self._room = settings.max_length - len(self.prefix) - len(self.suffix)
-        least = least_room(self._overhead, len(self.cut), len(self.cut_turns))
+        least = least_room(len(self.headings), self._overhead, len(self.cut), len(self.cut_turns))
         check_room(self._room, least, settings.max_length)
-        user, a, b = self.headings
-        between = user, separator + a, separator + b, separator
-        self._user, self._answer_a, self._answer_b, self._end = map(as_ids, between)
+        self._user, self._end = as_ids(self.headings[0]), as_ids(separator)
+        self._answers = [as_ids(separator + heading) for heading in self.headings[1:]]
         self.missing = plain(template.missing)
         self._missing, self._cut = as_ids(self.missing), as_ids(self.cut)
         self._prefix, self._suffix = as_ids(self.prefix), as_ids(self.suffix)
@@ -225,34 +231,43 @@ class PromptEncoder(Encoder):
         """Truncates the tokenised conversations; both orders of a conversation have the same truncation."""
         examples, turns_dropped, tokens_cut = [], [], []
         for turns in rows:
-            shown, dropped, cut = self._shorten_turns(turns)
-            swapped = [(prompt, b, a) for prompt, a, b in shown]
-            for order in [shown, swapped][:orders]:
-                examples.append(self._pieces(order, dropped))
+            for shown, dropped, cut in self._by_order(turns)[:orders]:
+                examples.append(self._pieces(shown, dropped))
                 turns_dropped.append(dropped)
                 tokens_cut.append(cut)
         encoded = Encoded.of(examples, turns_dropped, tokens_cut)
         assert np.diff(encoded.offsets).max(initial=0) <= self.max_length
         return encoded
 
-    def _pieces(self, turns: list[Fields], dropped: int) -> list[np.ndarray]:
+    def _by_order(self, turns: list[Fields]) -> list[Shown]:
+        """What each order shows. If that is one side, the longer one is cut as the other would be beside its prompt."""
+        if not self._pointwise:
+            shown, dropped, cut = self._shorten_turns(turns, [tuple(map(len, turn)) for turn in turns])
+            return [(shown, dropped, cut), ([(prompt, b, a) for prompt, a, b in shown], dropped, cut)]
+        lengths = [(len(prompt), max(len(a), len(b))) for prompt, a, b in turns]
+        sides = [(prompt, a) for prompt, a, _ in turns], [(prompt, b) for prompt, _, b in turns]
+        return [self._shorten_turns(side, lengths) for side in sides]
+
+    def _pieces(self, turns: Sequence[Fields], dropped: int) -> list[np.ndarray]:
         pieces = [self._prefix_cut if dropped else self._prefix]
-        for prompt, a, b in turns:
-            pieces += (self._user, prompt, self._answer_a, a, self._answer_b, b, self._end)
+        for prompt, *answers in turns:
+            pieces += (self._user, prompt)
+            for heading, answer in zip(self._answers, answers, strict=True):
+                pieces += (heading, answer)
+            pieces.append(self._end)
         pieces.append(self._suffix)
         return pieces
 
-    def _shorten_turns(self, turns: list[Fields]) -> tuple[list[Fields], int, int]:
-        """The turns as shown, the number of earlier turns omitted, and the number of tokens omitted."""
-        lengths = [(len(prompt), len(a), len(b)) for prompt, a, b in turns]
+    def _shorten_turns(self, turns: Sequence[Fields], lengths: Sequence[Lengths]) -> Shown:
+        """What is shown of a conversation whose fields are taken to have these lengths."""
         cut = choose_cut(lengths, self._room, self._overhead, len(self.cut), len(self.cut_turns))
-        first, shown = cut.first_turn, turns[cut.first_turn :]
-        lost = sum(map(sum, lengths[:first]))
+        first, shown = cut.first_turn, list(turns[cut.first_turn :])
+        lost = sum(len(field) for turn in turns[:first] for field in turn)
         for at, (fields, caps) in enumerate(zip(shown, cut.caps, strict=True)):
             if caps != lengths[first + at]:
-                (prompt, lost_p), (a, lost_a), (b, lost_b) = (
+                cuts = [
                     shorten(ids, cap, self._cut, self._is_continuation) for ids, cap in zip(fields, caps, strict=True)
-                )
-                shown[at] = prompt, a, b
-                lost += lost_p + lost_a + lost_b
+                ]
+                shown[at] = tuple(ids for ids, _ in cuts)
+                lost += sum(omitted for _, omitted in cuts)
         return shown, first, lost

@@ -60,7 +60,7 @@ def training_order(
 
 def epoch_size(recipe: Recipe, data: FoldData) -> int:
     """The number of examples in an epoch."""
-    both = recipe.train.swap == "both" and data.task.orders > 1
+    both = data.task.joins(recipe.prompt) or (recipe.train.swap == "both" and data.task.orders > 1)
     return len(data.train_rows) * (2 if both else 1)
 
 
@@ -84,8 +84,13 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes
     Args:
         prefixes: what the store's examples share; found with `prefixes_for` if not given.
     """
-    settings = recipe.train
-    swap = settings.swap if data.task.orders > 1 else "never"
+    settings, together = recipe.train, data.task.joins(recipe.prompt)
+    swap = "both" if together else settings.swap if data.task.orders > 1 else "never"
+    if together and settings.batch_size % 2:
+        raise ValueError(
+            f"train.batch_size is {settings.batch_size}, but a prompt that shows one answer alone has two examples of "
+            f"each row in a step: set an even number, such as {settings.batch_size + 1}"
+        )
     epochs = settings.epochs
     if settings.max_steps is not None:
         epochs = settings.max_steps * settings.batch_size / epoch_size(recipe, data)
@@ -93,9 +98,11 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes
     order = training_order(
         data.train_rows, data.store.orders, epochs=epochs, swap=swap, seed=recipe.seed, groups=groups
     )
+    order = order[: len(order) - len(order) % 2] if together else order  # of a part of an epoch
     return plan_training(
         data.store.lengths, order, step_size=settings.batch_size, budget=recipe.packing.budget, ranks=ranks,
         prefixes=prefixes or prefixes_for(data.store, recipe.packing, Path(recipe.data.cache)),
+        together=2 if together else 1,
     )  # fmt: skip
 
 

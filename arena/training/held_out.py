@@ -98,7 +98,7 @@ class HeldOut:
     ) -> Predictions:
         """The predictions in the orders that inference uses; those as given are known."""
         orders, mean, flipped = (self.data.task.orders if self.recipe.judge.swap else 1), as_given, None
-        if orders > 1:
+        if orders > 1 and not self.data.task.joins(self.recipe.prompt):
             others = self._predict(self._evaluation(range(1, orders)), classifier, "judging", weights, stop)
             mean = (as_given + (orders - 1) * others) / orders
             flipped = np.zeros(len(self.has_input), dtype=bool)
@@ -109,7 +109,7 @@ class HeldOut:
         data = self.data
         return Evaluation(
             data.task, data.store, self.scored, orders=orders, budget=self.recipe.packing.budget,
-            prefixes=self.prefixes, ids=data.ids,
+            prefixes=self.prefixes, ids=data.ids, joins=data.task.joins(self.recipe.prompt),
         )  # fmt: skip
 
     def _predict(

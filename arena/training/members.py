@@ -153,8 +153,9 @@ def _predictions(member: Member, task: Task, known: _Labelled, seed: int) -> Tab
     with progress("fitting the baseline", settings.folds, "folds") as advance:
         for fold in range(settings.folds):
             train, held_out = np.flatnonzero(fold_of != fold), np.flatnonzero(fold_of == fold)
-            predicted = task.baseline(rows.table, rows.labels, train, held_out, seed)
-            assert predicted is not None, f"{task.name} has a baseline"
+            fitted = task.fit_baseline(rows.table.select(train), rows.labels[train], seed)
+            assert fitted is not None, f"{task.name} has a baseline"
+            predicted = fitted(rows.table.select(held_out))
             table |= zip((rows.ids[row] for row in held_out), predicted.tolist(), strict=True)
             advance(1)
     return table

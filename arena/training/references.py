@@ -32,7 +32,8 @@ def references(recipe: Recipe, data: FoldData, probabilities: np.ndarray) -> dic
     groups, baseline = data.held_out.groups(), None
     with optional("fitting the plain baseline"):
         train_rows = data.train_rows[data.train_rows < len(rows)]  # without those of extra files
-        baseline = data.task.baseline(rows.table, rows.labels, train_rows, data.eval_rows, recipe.seed)
+        fitted = data.task.fit_baseline(rows.table.select(train_rows), rows.labels[train_rows], recipe.seed)
+        baseline = None if fitted is None else fitted(rows.table.select(data.eval_rows))
         found["baseline_log_loss"] = None if baseline is None else log_loss(labels, baseline)
     if baseline is not None and len(set(groups)) >= FOLDS:
         with optional("blending judge and baseline"):

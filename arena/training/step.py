@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arena.data.task import Task
 from arena.distributed import compute_in
 from arena.model.classifier import loss_sum
 from arena.packing.batch import PackedBatch
@@ -23,7 +24,7 @@ IDS_SHOWN = 10  # in the message about a step that failed
 
 def accumulate(
     classifier: nn.Module, batch: list[PackedBatch], size: int, device: torch.device, dtype: str,
-    scaling: LossScaling | None = None, stop: Stop | None = None,
+    scaling: LossScaling | None = None, stop: Stop | None = None, joined: Task | None = None,
 ) -> float:  # fmt: skip
     """Accumulates the gradient of the step's mean loss over micro-batches, and returns this rank's share of the loss.
 
@@ -33,6 +34,7 @@ def accumulate(
 
     Args:
         classifier: of either kind (`PackedModel`).
+        joined: the task that joins the logits of a row's examples; None: examples are predicted one by one.
 
     Raises:
         Stopped: `stop` was requested between two micro-batches.
@@ -45,10 +47,27 @@ def accumulate(
         with compute_in(device, dtype):
             outputs = classifier(placed)
         assert placed.targets is not None
-        loss = loss_sum(outputs, placed.targets) / size
+        if joined is None:
+            loss = loss_sum(outputs, placed.targets) / size
+        else:
+            loss = _joined_loss(outputs, placed, micro_batch.index, joined) / size
         (loss if scaling is None else scaling.scaled(loss)).backward()
         sums.append(loss.detach())
     return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def _joined_loss(outputs: Tensor, batch: PackedBatch, index: Tensor, task: Task) -> Tensor:
+    """The summed loss of a micro-batch of whole rows. Each example counts as much as its row, as a step counts them.
+
+    Args:
+        index: that of the batch, on the CPU.
+    """
+    assert batch.targets is not None
+    order, k = torch.argsort(index), task.orders
+    assert torch.equal(index[order] % k, torch.arange(k).repeat(len(index) // k)), "a micro-batch has whole rows"
+    order = order.to(outputs.device)
+    logits = task.join(outputs[order].reshape(len(index) // k, k, -1))
+    return k * loss_sum(logits, batch.targets[order][::k])
 
 
 def count_step(done: Done, plan: PackPlan, facts: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -198,7 +198,8 @@ class Trainer:
         size, before = step_targets(self.plan, self.data, self.done.step), random_states()
         device, dtype = self.device, self.recipe.model.dtype
         try:
-            loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling, self._own_stop)
+            joined = self.data.task if self.data.task.joins(self.recipe.prompt) else None
+            loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling, self._own_stop, joined)
         except Stopped:
             self._give_up_step(before)
             raise

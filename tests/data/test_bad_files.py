@@ -14,7 +14,7 @@ import pytest
 
 from arena.config import change, load_recipe
 from arena.data.dataset import read_dataset
-from arena.inference.judge import Judge
+from arena.inference.judge_model import JudgeModel
 from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
@@ -35,14 +35,14 @@ def _no_hanging() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def judge(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+def judge(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> JudgeModel:
     """An untrained judge on a tiny base."""
     folder = tmp_path_factory.mktemp("judge") / "model"
     settings = ["prompt.max_length=128", "packing.budget=512", f"data.cache={folder.parent / 'cache'}"]
     recipe = load_recipe("demo", [f"model.base={gemma2}", *settings])
     model, tokenizer = adapt(load_base(recipe.model, CLASSES), recipe.model), load_tokenizer(str(gemma2))
     save_judge(model, tokenizer, SavedJudge(folder, recipe, np.full(3, 1 / 3), "rows", base_digest(str(gemma2))))
-    return Judge(folder)
+    return JudgeModel(folder)
 
 
 def complaint(path: Path, cache: Path) -> str:
@@ -52,7 +52,7 @@ def complaint(path: Path, cache: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_every_kind_of_file(kind: Kind, judge: Judge, tmp_path: Path) -> None:
+def test_every_kind_of_file(kind: Kind, judge: JudgeModel, tmp_path: Path) -> None:
     path, cache = kind.write(tmp_path), tmp_path / "cache"
     if kind.outcome == "error":
         message = complaint(path, cache)
@@ -68,7 +68,7 @@ def test_every_kind_of_file(kind: Kind, judge: Judge, tmp_path: Path) -> None:
     assert [each.name for each in cache.iterdir() if each.name.startswith(".")] == []
 
 
-def test_a_good_file_is_none_of_them(judge: Judge, tmp_path: Path) -> None:
+def test_a_good_file_is_none_of_them(judge: JudgeModel, tmp_path: Path) -> None:
     """The control: what every kind was made from gives rows, and no complaint."""
     path = bad_files.file(bad_files.CSV)(tmp_path)
     assert len(read_dataset([path], tmp_path / "cache", PREFERENCE, labels="required")) == len(bad_files.GOOD)
@@ -82,7 +82,7 @@ def test_the_corpus_is_large_and_its_names_are_its_own(capsys: pytest.CaptureFix
     assert f"| all | {len(KINDS)} |" in capsys.readouterr().out
 
 
-def test_control_tokens_never_come_out_of_text(judge: Judge, tmp_path: Path) -> None:
+def test_control_tokens_never_come_out_of_text(judge: JudgeModel, tmp_path: Path) -> None:
     from arena.data.text_encoder import control_ids
     from arena.tasks.preference import PromptEncoder
 
@@ -129,7 +129,9 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 
 
 @pytest.mark.parametrize("found", ["tokens", "conversations", "prefixes"])
-def test_a_damaged_cache_is_named(found: str, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_cache_is_named(
+    found: str, judge: JudgeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, cache = bad_files.file(bad_files.CSV)(tmp_path), tmp_path / "cache"
     monkeypatch.setattr(judge, "recipe", change(judge.recipe, [f"data.cache={cache}"]))
 

@@ -18,7 +18,7 @@ def shown(turns: list[tuple[int, int, int]], room: int) -> int:
 
 @given(turns=turns_of_any_length, extra=st.integers(0, 300))
 def test_fits_and_keeps_both_answers_alike(turns: list[tuple[int, int, int]], extra: int) -> None:
-    room = least_room(OVERHEAD, MARK, TURNS_MARK) + extra
+    room = least_room(3, OVERHEAD, MARK, TURNS_MARK) + extra
     cut = choose_cut(turns, room, OVERHEAD, MARK, TURNS_MARK)
     assert shown(turns, room) <= room
     assert len(cut.caps) == len(turns) - cut.first_turn >= 1
@@ -31,7 +31,7 @@ def test_fits_and_keeps_both_answers_alike(turns: list[tuple[int, int, int]], ex
 
 @given(turns=turns_of_any_length, extra=st.integers(0, 300))
 def test_exchanging_the_answers_exchanges_the_caps(turns: list[tuple[int, int, int]], extra: int) -> None:
-    room = least_room(OVERHEAD, MARK, TURNS_MARK) + extra
+    room = least_room(3, OVERHEAD, MARK, TURNS_MARK) + extra
     straight = choose_cut(turns, room, OVERHEAD, MARK, TURNS_MARK)
     swapped = choose_cut([(p, b, a) for p, a, b in turns], room, OVERHEAD, MARK, TURNS_MARK)
     assert swapped.first_turn == straight.first_turn
@@ -40,7 +40,7 @@ def test_exchanging_the_answers_exchanges_the_caps(turns: list[tuple[int, int, i
 
 @given(turns=turns_of_any_length)
 def test_nothing_is_cut_where_all_fits(turns: list[tuple[int, int, int]]) -> None:
-    room = max(least_room(OVERHEAD, MARK, TURNS_MARK), sum(OVERHEAD + sum(turn) for turn in turns))
+    room = max(least_room(3, OVERHEAD, MARK, TURNS_MARK), sum(OVERHEAD + sum(turn) for turn in turns))
     assert choose_cut(turns, room, OVERHEAD, MARK, TURNS_MARK).caps == tuple(turns)
 
 

@@ -21,7 +21,7 @@ from arena.inference.by_worth import CHUNK, Tally, chunks, worth
 from arena.inference.deadline import Deadline, Pace, deadline_from, seconds_of
 from arena.inference.infer import LoadedJudge, average, submission_of
 from arena.inference.infer_deadline import infer_within
-from arena.inference.judge import Judge
+from arena.inference.judge_model import JudgeModel
 from arena.inference.kinds import Kind
 from arena.inference.saved import SavedJudge, read_judge
 from arena.inference.shares import Job, deal, judge_share, judge_side_by_side
@@ -166,7 +166,7 @@ def test_special_rows_are_predicted_as_without_a_deadline(
         return replace(read_judge(model, overrides), kinds=kinds)
 
     monkeypatch.setattr(infer_deadline, "read_judge", with_kinds)
-    monkeypatch.setattr(LoadedJudge, "become", lambda self, saved: Judge(saved))
+    monkeypatch.setattr(LoadedJudge, "become", lambda self, saved: JudgeModel(saved))
     judges = [with_kinds(each.folder) for each in judges_in(folder)]
     submission = submission_of(judges[0].task, judges[0].recipe.data, None, folder / "x.csv")
     expected = average(judges, submission.rows)

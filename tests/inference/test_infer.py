@@ -31,7 +31,7 @@ from tests.helpers import Processes, status_of_arena, tiny_recipe, write_rows
 # every micro-batch takes a little while and has a shard of its own, so that there is something to be cut
 SLOWED = """
 import functools, time
-import arena.inference.infer, arena.inference.judge as judge, arena.model.classifier as classifier
+import arena.inference.infer, arena.inference.judge_model as judge, arena.model.classifier as classifier
 from arena.inference.logits import LogitsCache
 judge.LogitsCache = functools.partial(LogitsCache, seconds=0)
 forward = classifier.PackedClassifier.forward

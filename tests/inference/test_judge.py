@@ -1,271 +1,200 @@
-"""A judge goes with the base that it was trained on, known by its content, and is the one that was named."""
+"""Judges from Python: rows in memory, rankings, explanations, several models, threads."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from datasets import Dataset
 
+from arena import Judge
 from arena.config import change
-from arena.inference import evaluate
-from arena.inference.infer import average
-from arena.inference.judge import Judge
-from arena.inference.kinds import Kind, with_kinds
-from arena.inference.saved import SavedJudge, as_json, export_judge, read_judge, save_judge
+from arena.data.records import BadRecordsError
+from arena.inference.blend import Blend, Member, SavedBlend, save_blend
+from arena.inference.infer import infer
+from arena.inference.kinds import Kind
+from arena.inference.verdicts import strengths
 from arena.model import tuning
-from arena.model.backbone import load_tokenizer
-from arena.model.base_files import base_digest
-from arena.model.safety import WEIGHTS
-from arena.settings import FORMER_POLICIES, Recipe
-from arena.storage.files import write_json
-from arena.tasks.preference import COLUMNS as CLASSES
-from tests.helpers import arena, classifier, tiny_recipe
+from tests.helpers import tiny_recipe
+from tests.inference.test_judge_model import saved
+
+ROW = {"prompt": "What is 2 + 2?", "response_a": "It is 4.", "response_b": "I believe that it is five."}
+KINDS = (Kind("A empty", 41, (0.02, 0.93, 0.05)),)
 
 
-def other_content(base: Path) -> None:
-    """Changes a base's weights, not their shapes."""
-    tensors = load_file(base / WEIGHTS)
-    changed = {name: each + 0.01 * torch.randn_like(each) for name, each in tensors.items()}
-    save_file(changed, base / WEIGHTS, metadata={"format": "pt"})
+@pytest.fixture(scope="module")
+def run(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two folds, on the rows of `rows`."""
+    folder = tmp_path_factory.mktemp("judge")
+    recipe = tiny_recipe(folder, gemma2, "packing.budget=4096")
+    for fold in range(2):
+        saved(folder / "run" / f"fold{fold}", recipe, seed=fold, kinds=KINDS)
+    return folder / "run"
 
 
-def saved(folder: Path, recipe: Recipe, seed: int = 0, kinds: tuple[Kind, ...] = ()) -> Path:
-    """A judge of random adapters in a finished fold's folder."""
-    base, prior = recipe.model.base, np.array([0.3, 0.3, 0.4])
-    model = classifier(recipe.model, seed).model
-    save_judge(model, load_tokenizer(base), SavedJudge(folder / "model", recipe, prior, "x", base_digest(base), kinds))
-    write_json(folder / "metrics.json", {})
-    return folder / "model"
+@pytest.fixture(scope="module")
+def judge(run: Path) -> Judge:
+    return Judge.from_pretrained(run)
 
 
 @pytest.fixture
-def base(gemma2: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(gemma2, tmp_path / "base"))
+def table(run: Path) -> pd.DataFrame:
+    return pd.read_csv(run.parent / "rows/train.csv", dtype={"id": str}).head(12)
 
 
-@pytest.mark.parametrize("tune", ["lora", "head"])
-def test_another_base_in_the_place_of_its_own_is_refused(tune: str, base: Path, tmp_path: Path) -> None:
-    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base, f"model.tune={tune}"))
-    Judge(model)  # the control
-    other_content(base)
-    for use in (Judge, lambda judge: export_judge(judge, tmp_path / "plain")):
-        with pytest.raises(ValueError, match=rf"{model} was not trained on the base that {base} now.*model\.base="):
-            use(model)
-    assert not (tmp_path / "plain").exists()
+def test_it_says_what_infer_writes(judge: Judge, run: Path, tmp_path: Path) -> None:
+    """To the bit for the same micro-batches, in whatever form the rows are; the written digits are nine."""
+    test, out = run.parent / "rows/test.csv", tmp_path / "out.csv"
+    models = [run / f"fold{fold}" / "model" for fold in range(2)]
+    infer(models, str(test), out)
+    rows = pd.read_csv(test, dtype={"id": str})
+    found = judge.predict_proba(rows)
+    np.testing.assert_allclose(found, pd.read_csv(out).iloc[:, 1:].to_numpy(), atol=1e-9)
+    forms = rows.to_dict("records"), Dataset.from_pandas(rows), iter(rows.to_dict("records")), judge.read(test)
+    for form in forms:
+        assert np.array_equal(judge.predict_proba(form), found)
+    alone = [Judge.from_pretrained(model).predict_proba(rows) for model in models]
+    np.testing.assert_allclose(np.mean(alone, axis=0), found, rtol=1e-14)
+    assert not np.allclose(*alone, atol=1e-3)
+    assert judge.predict(rows).tolist() == [judge.classes_[at] for at in found.argmax(axis=1)]
 
 
-def test_a_moved_base_is_known_by_its_content(base: Path, tmp_path: Path) -> None:
-    """An override that names a base of other content is refused as well."""
-    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
-    moved, other = tmp_path / "moved", tmp_path / "other"
-    shutil.copytree(base, other)
-    other_content(other)
-    base.rename(moved)
-    for override, fits in ((f"model.base={moved}", True), (f"model.base={other}", False)):
-        for use in (Judge, lambda judge, settings: export_judge(judge, tmp_path / "plain", overrides=settings)):
-            if fits:
-                use(model, [override])
-            else:
-                with pytest.raises(ValueError, match=f"was not trained on the base that {other} now holds"):
-                    use(model, [override])
+def test_one_row_is_explained(judge: Judge, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = judge.explain(ROW)
+    assert list(found.probabilities) == ["A", "B", "tie"]
+    assert list(found.probabilities.values()) == judge.predict_proba(ROW)[0].tolist()
+    in_orders = judge.predict_orders(ROW)[:, 0]
+    assert [list(order.probabilities.values()) for order in found.orders] == in_orders.tolist()
+    straight, swapped = (order.prompt for order in found.orders)
+    assert straight.index("It is 4.") < straight.index("it is five")
+    assert swapped.index("it is five") < swapped.index("It is 4.")
+    assert found.flips == (len(set(in_orders.argmax(axis=1))) > 1) and found.is_read and found.kind is None
+    assert found.tokens < sum(order.tokens for order in found.orders)  # the common beginning counts once
+    long = judge.explain({**ROW, "response_b": "word " * 400})
+    assert [order.tokens_cut > 0 for order in long.orders] == [True, True] and found.orders[0].tokens_cut == 0
+    empty = judge.explain({**ROW, "response_a": ""})
+    assert empty.kind == "A empty" and empty.probabilities["B"] > found.probabilities["B"]
+    unread = judge.explain({**ROW, "response_a": " ", "response_b": ""})
+    assert not unread.is_read and list(unread.probabilities.values()) == pytest.approx([0.3, 0.3, 0.4])
+    assert capsys.readouterr().out == ""
 
 
-def test_a_judge_of_all_weights_needs_no_base(base: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, base, "model.tune=full", "model.quantization=none")
-    model = saved(tmp_path / "run", recipe)
-    shutil.rmtree(base)
-    Judge(model)
-    export_judge(model, tmp_path / "plain")
+def test_answers_are_ranked_by_all_pairs(judge: Judge) -> None:
+    """The wins are the pairs' probabilities, and the strengths explain them."""
+    prompt, answers = ["Hello!", "Name a colour."], [["Hi.", "Blue."], ["Hi.", "Red, I would say."], ["Hello", None]]
+    found = judge.rank(prompt, answers)
+    rows = [{"prompt": prompt, "response_a": a, "response_b": b} for a, b in combinations(answers, 2)]
+    pairs = judge.predict_proba(rows)
+    assert [*found.wins[0, 1:].tolist(), found.wins[1, 2]] == (pairs[:, 0] + pairs[:, 2] / 2).tolist()
+    np.testing.assert_allclose(found.wins + found.wins.T, 1)
+    assert found.order.tolist() == np.argsort(-found.strengths).tolist()
+    won = 1 / (1 + np.exp(found.strengths - found.strengths[:, None]))  # the likelihood's maximum: as many wins
+    np.testing.assert_allclose(won.sum(axis=1), found.wins.sum(axis=1), atol=1e-6)
+    assert found.tokens < 0.8 * found.logical_tokens
 
 
-def stretched(base: Path) -> None:
-    """Makes a base's rotary embedding depend on the longest row of a batch."""
-    config = json.loads((base / "config.json").read_text())
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64, "rope_parameters": rope}))
+def test_strengths_are_those_that_made_the_wins() -> None:
+    true = np.array([1.5, -0.5, 0.25, -1.25])
+    wins = 1 / (1 + np.exp(true - true[:, None]))
+    np.testing.assert_allclose(strengths(wins), true, atol=1e-6)
+    assert np.abs(strengths(wins.T) - true).max() > 1  # the control: who lost
 
 
-def test_a_judge_on_a_base_that_mixes_rows_is_refused(base: Path, tmp_path: Path) -> None:
-    stretched(base)
-    for length in (64, 128):
-        model = saved(tmp_path / str(length), tiny_recipe(tmp_path, base, f"prompt.max_length={length}"))
-        if length == 64:
-            Judge(model)
-            continue
-        with pytest.raises(
-            ValueError, match=r"depend on the rows beside it.*: train the fold again with prompt\.max_length=64"
-        ):
-            Judge(model)
+def test_eight_answers_share_most_of_their_tokens(judge: Judge) -> None:
+    """28 pairs in both orders: at most 0.55 of the tokens of their prompts."""
+    texts = [
+        f"{name} words of an answer " * 4 for name in ("one", "two", "three", "four", "five", "six", "seven", "ate")
+    ]
+    found = judge.rank("A question of some words, which all pairs have in common. " * 3, texts)
+    assert found.tokens <= 0.55 * found.logical_tokens
 
 
-def test_an_exported_judge_cannot_be_loaded_as_a_judge(base: Path, tmp_path: Path) -> None:
-    """Its merged weights would be quantised again, which loses the adapter."""
-    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
-    export_judge(model, tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"was written by `arena export` for transformers.* or name the fold"):
-        Judge(tmp_path / "plain")
+def test_scores_and_flips(judge: Judge, table: pd.DataFrame) -> None:
+    labels = table[["winner_model_a", "winner_model_b", "winner_tie"]].to_numpy()
+    right = labels.argmax(axis=1) == judge.predict_proba(table).argmax(axis=1)
+    assert judge.score(table) == pytest.approx(right.mean())
+    straight, swapped = judge.predict_orders(table).argmax(axis=2)
+    assert judge.position_flip_rate(table) == (straight != swapped).mean()
 
 
-def test_a_judge_of_an_older_format_is_refused(base: Path, tmp_path: Path) -> None:
-    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base))
-    write_json(model / "judge.json", {**as_json(read_judge(model)), "format": 1})
-    with pytest.raises(
-        ValueError, match=r"another version of arena \(format 1, this one reads 2\): train the fold again"
-    ):
-        Judge(model)
+def test_a_blend_judges_as_it_was_fitted(judge: Judge, run: Path, table: pd.DataFrame, tmp_path: Path) -> None:
+    """Also with a baseline, which is fitted once; a member without weight is left out."""
+    members = (
+        Member("run", "run", str(run)), Member("baseline", "baseline", str(run.parent / "rows/train.csv")),
+        Member("other", "file", "nowhere.csv"),
+    )  # fmt: skip
+    for at, weights in enumerate(((0.7, 0.4, 0.0), (0.7, 0.0, 0.3))):
+        save_blend(
+            tmp_path / f"{at}.json", SavedBlend("preference", members, Blend("log", weights, 1.0, (0.1, -0.1, 0)), {})
+        )
+    blended = Judge.from_pretrained(tmp_path / "0.json")
+    infer_free = Judge.from_pretrained(run, settings=["judge.kinds=false"]).predict_proba(table)
+    bare = Blend("log", (1.0, 0.0, 0.0), 1.0, (0, 0, 0))
+    save_blend(tmp_path / "bare.json", SavedBlend("preference", members, bare, {}))
+    np.testing.assert_allclose(
+        Judge.from_pretrained(tmp_path / "bare.json").predict_proba(table), infer_free, atol=1e-12
+    )
+    assert not np.allclose(blended.predict_proba(table), infer_free, atol=1e-2)
+    np.testing.assert_allclose(blended.predict_proba(table).sum(axis=1), 1)
+    with pytest.raises(ValueError, match="needs predictions of other, a file: blend runs alone"):
+        Judge.from_pretrained(tmp_path / "1.json")
+    with pytest.raises(ValueError, match="is a blend, which is a whole judge: name it alone"):
+        Judge.from_pretrained(tmp_path / "0.json", run)
 
 
-@pytest.mark.parametrize(("former", "present"), FORMER_POLICIES.items())
-def test_a_judge_with_a_former_name_of_a_recompute_policy_is_read(
-    base: Path, tmp_path: Path, former: str, present: str
-) -> None:
-    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base, f"model.checkpointing={present}"))
-    card = as_json(read_judge(model))
-    earlier = json.loads(json.dumps(card))
-    earlier["recipe"]["model"]["checkpointing"] = former
-    write_json(model / "judge.json", earlier)
-    assert as_json(read_judge(model)) == card
-    earlier["recipe"]["model"]["checkpointing"] = "heavy"  # control: a name that never existed
-    write_json(model / "judge.json", earlier)
-    with pytest.raises(ValueError, match="is damaged"):
-        read_judge(model)
-
-
-KINDS = Kind("both empty", 3, (0.0, 0.25, 0.75)), Kind("A empty", 41, (0.02, 0.93, 0.05))
-
-
-def test_rows_of_a_kind_are_drawn_to_its_mean_label_unless_that_is_switched_off(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Others, and all of a judge that knows no kinds, are to the bit what the model says."""
-    recipe = tiny_recipe(tmp_path, base, "model.quantization=none")
-    path = tmp_path / "rows/test.csv"
-    table = pd.read_csv(path, dtype=str)
-    table.loc[[2, 5], "response_a"] = '[""]'
-    table.loc[[3, 5], "response_b"] = "[null]"
-    table.to_csv(path, index=False)
-    cards = [read_judge(saved(tmp_path / f"{len(kinds)}", recipe, kinds=kinds)) for kinds in ((), KINDS)]
-    judge = Judge(cards[0])
-    rows = judge.read(path)
-    own = judge.probabilities(rows)
-    judge.switch(replace(cards[1], recipe=change(recipe, ["judge.kinds=false"])))
-    assert np.array_equal(judge.probabilities(rows), own) and "of kind" not in capsys.readouterr().out
-    judge.switch(cards[1])
-    found = judge.probabilities(rows)
-    assert np.array_equal(found, with_kinds(KINDS, rows, own))
-    assert np.flatnonzero((found != own).any(axis=1)).tolist() == [2, 5]
-    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-12)
-    shown = capsys.readouterr().out
-    assert "1 row of kind `A empty`: 0.02 0.93 0.05 from 41 training rows" in shown and shown.count("of kind") == 2
-
-
-def test_kinds_are_read_as_they_were_written_and_an_earlier_judge_has_none(base: Path, tmp_path: Path) -> None:
-    model = saved(tmp_path / "run", tiny_recipe(tmp_path, base), kinds=KINDS)
-    assert read_judge(model).kinds == KINDS
-    card = as_json(read_judge(model))
-    write_json(model / "judge.json", {name: value for name, value in card.items() if name != "kinds"})
-    assert read_judge(model).kinds == ()
-    good = card["kinds"][0]
-    for odd in (
-        {"name": "A green"},
-        {"mean": [0.5, 0.6, -0.1]},
-        {"mean": [0.5, 0.5]},
-        {"rows": 0},
-        {"rows": "many"},
-    ):
-        write_json(model / "judge.json", {**card, "kinds": [good | odd]})
-        with pytest.raises(ValueError, match=r"judge\.json is damaged"):
-            read_judge(model)
-
-
-def test_infer_and_export_take_exactly_what_is_named(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    recipe = tiny_recipe(tmp_path, base, "model.quantization=none")
-    now = saved(tmp_path / "runs/demo/fold0", recipe, seed=0)
-    earlier = saved(tmp_path / "runs/demo/earlier/fold0-2026-01-02", recipe, seed=1)
-    (earlier.parent / "recipe.yaml").write_text("name: demo\n")
-
-    def submission(*words: str) -> np.ndarray:
-        arena(monkeypatch, "infer", *words)
-        return pd.read_csv("submission.csv")[list(CLASSES)].to_numpy()
-
-    current = submission()
-    expected = submission("--recipe", str(earlier))
-    assert np.abs(current - expected).max() > 0.01
-    assert f"{earlier} ({base}): judging" in capsys.readouterr().out
-    recipe_file = str(earlier.parent.relative_to(tmp_path) / "recipe.yaml")
-    for name in (recipe_file, str(earlier.parent)):
-        assert np.array_equal(submission("--recipe", name), expected)
-    assert np.array_equal(submission("--recipe", "demo"), current)
-
-    arena(monkeypatch, "export", "--recipe", recipe_file, "--out", "old")
-    arena(monkeypatch, "export", "--fold", "0", "--out", "new")
-    export_judge(earlier, tmp_path / "old-again")
-    export_judge(now, tmp_path / "new-again")
-    weights = {name: Path(name, WEIGHTS).read_bytes() for name in ("old", "new", "old-again", "new-again")}
-    assert weights["old"] == weights["old-again"] != weights["new"] == weights["new-again"]
-    with pytest.raises(SystemExit):
-        arena(monkeypatch, "export", "--recipe", recipe_file, "--fold", "1", "--out", "other")
-    assert "--fold 1 asks for another" in capsys.readouterr().out and not Path("other").exists()
-
-
-def test_settings_that_would_be_ignored_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit):
-        arena(monkeypatch, "export", "model.dtype=float32", "--out", "x")
-    assert "model.dtype does not apply to a trained judge: only model.base can be set" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kinds", [("lora", "lora", "lora"), ("lora", "head", "lora")])
-def test_judges_on_one_base_load_it_once_and_plan_once(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...]
-) -> None:
-    """To the bit what each gives on its own; a judge with all weights trained in between is loaded by itself."""
-    options = "model.quantization=none", "prompt.max_length=128"
-    recipes = [tiny_recipe(tmp_path, base, *options, f"model.tune={kind}") for kind in kinds]
-    folders = [saved(tmp_path / f"fold{at}", recipe, seed=at) for at, recipe in enumerate(recipes)]
-    cards = [read_judge(folder) for folder in folders]
-    alone = [Judge(folder) for folder in folders]
-    rows = alone[0].read([tmp_path / "rows/test.csv"])
-    expected = [judge.probabilities(rows) for judge in alone]
-    assert np.abs(expected[0] - expected[1]).max() > 1e-3
-    loaded, planned = [], []
+def test_a_base_is_loaded_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
     monkeypatch.setattr(tuning, "load_base", lambda *given, real=tuning.load_base: loaded.append(1) or real(*given))
-    plan = evaluate.plan_evaluation
-    monkeypatch.setattr(evaluate, "plan_evaluation", lambda *given, **more: planned.append(1) or plan(*given, **more))
-    assert np.array_equal(average(cards, rows), np.sum(expected, axis=0) / 3)
-    assert (len(loaded), len(planned)) == (1, 1)
-    whole = saved(tmp_path / "fold9", tiny_recipe(tmp_path, base, *options, "model.tune=full"), seed=5)
-    between = Judge(whole).probabilities(rows)
-    loaded.clear()
-    found = average([cards[0], read_judge(whole), cards[2]], rows)
-    assert np.array_equal(found, (expected[0] + between + expected[2]) / 3) and len(loaded) == 3
+    both = Judge.from_pretrained(run / "fold0", run / "fold1" / "model")
+    assert len(both.models) == 2 and len(loaded) == 1
 
 
-def test_exchanged_answers_exchange_the_probabilities(base: Path, tmp_path: Path) -> None:
-    """To the bit in one batch, where both orders of a row are those of its exchanged twin, and 1e-5 in another."""
-    recipe = tiny_recipe(tmp_path, base, "packing.budget=4096")
-    straight = pd.read_csv(tmp_path / "rows" / "test.csv").assign(id=lambda rows: "s" + rows["id"].astype(str))
-    swapped = straight.rename(columns={"response_a": "response_b", "response_b": "response_a"})
-    swapped = swapped.assign(id=swapped["id"].str.replace("s", "x"))
-    files = {"one": straight, "other": swapped, "both": pd.concat([straight, swapped])}
-    for name, rows in files.items():
-        rows.to_csv(tmp_path / f"{name}.csv", index=False)
-    judge = Judge(saved(tmp_path / "run", recipe))
-    one, other, both = (judge.probabilities(judge.read(tmp_path / f"{name}.csv")) for name in files)
-    exchanged = [1, 0, 2]
-    assert np.array_equal(both[len(one) :], both[: len(one)][:, exchanged])
-    assert other == pytest.approx(one[:, exchanged], rel=1e-5)
-    single = Judge(tmp_path / "run" / "model", ["judge.swap=false"])  # control: one order has a position bias
-    alone = single.probabilities(single.read(tmp_path / "both.csv"))
-    assert np.abs(alone[len(one) :] - alone[: len(one)][:, exchanged]).max() > 1e-3
+def test_threads_take_turns(judge: Judge, table: pd.DataFrame) -> None:
+    """Two models on one base: each call gets its own rows' probabilities, with the right weights active."""
+    parts = [table.iloc[at : at + 3] for at in range(0, 12, 3)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(judge.predict_proba, parts))
+    for part, each in zip(parts, found, strict=True):
+        np.testing.assert_allclose(each, judge.predict_proba(part), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        ({"prompt": "Hi", "response_a": "Yes"}, "row 0, response_b: is missing; the columns found are"),
+        ([ROW, {**ROW, "response_a": 7}], r"row 1, response_a: is 7, not a list"),
+        ([{**ROW, "response_b": 1}, {**ROW, "prompt": 2}], r"row 0 \(and 1 other\), response_b: is 1"),
+        ([ROW, "text"], 'row 1 is "text": give a dict of its columns'),
+        ("text", 'rows is "text": give dicts, a data frame or a data set'),
+        (None, "rows is null: give dicts"),
+    ],
+)
+def test_bad_rows_are_named(judge: Judge, rows: object, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        judge.predict_proba(rows)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_asked(judge: Judge, run: Path) -> None:
+    with pytest.raises(BadRecordsError, match="row 0, winner_model_a: is missing") as caught:
+        judge.score([ROW])
+    assert [number for number, _ in caught.value.problems] == [0]
+    for use, what in (
+        (lambda: judge.rank("Hi", ["one"]), "two or more answers"),
+        (lambda: judge.rank("Hi", "one"), "two or more answers"),
+        (lambda: judge.explain([ROW, ROW]), "2 rows are given: explain one"),
+        (lambda: judge.position_flip_rate([]), "no row can flip: there are no rows"),
+        (lambda: Judge.from_pretrained(), "name a judge"),
+        (lambda: Judge.from_pretrained(run / "fold7"), "there is no run, recipe or folder"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            use()
+    single = Judge.from_pretrained(run / "fold0", settings=["judge.swap=false"])
+    assert single.predict_orders(ROW).shape == (1, 1, 3)
+    with pytest.raises(ValueError, match=r"reads one order: set judge\.swap=true"):
+        single.position_flip_rate([ROW])
+    assert change(single.models[0].recipe, []).judge.swap is False
+    assert judge.predict_proba([]).shape == (0, 3)

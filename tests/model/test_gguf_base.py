@@ -21,7 +21,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from arena.inference.judge import Judge
+from arena.inference.judge_model import JudgeModel
 from arena.inference.saved import SavedJudge, save_judge
 from arena.model import gguf_base, packaged
 from arena.model.backbone import load_base, load_tokenizer
@@ -158,10 +158,10 @@ def test_a_judge_finds_its_base_again(file: Path, gemma3: Path, tmp_path: Path) 
     save_judge(model.model, load_tokenizer(str(file)), saved)
     shutil.rmtree(tmp_path / "user")
     with torch.no_grad():
-        assert torch.equal(Judge(tmp_path / "judge", device="cpu").classifier(pack([9, 4])), right)
+        assert torch.equal(JudgeModel(tmp_path / "judge", device="cpu").classifier(pack([9, 4])), right)
     write_gguf(gemma3, file, add=lambda writer: writer.add_name("another"))
     with pytest.raises(ValueError, match=r"was not trained on the base that .*base\.gguf now holds"):
-        Judge(tmp_path / "judge", device="cpu")
+        JudgeModel(tmp_path / "judge", device="cpu")
 
 
 def drop(name: str) -> Callable[[Tensors], None]:

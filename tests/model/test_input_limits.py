@@ -21,7 +21,7 @@ from transformers import (
 )  # fmt: skip
 
 from arena.data.tokens import tokenise
-from arena.inference.judge import Judge
+from arena.inference.judge_model import JudgeModel
 from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest, check_ids, check_length, positions
@@ -112,6 +112,6 @@ def test_a_judge_refuses_rows_with_such_an_id(gemma2: Path, tmp_path: Path) -> N
     save_judge(
         model, load_tokenizer(str(base)), SavedJudge(tmp_path / "judge", recipe, prior, "x", base_digest(str(base)))
     )
-    judge = Judge(tmp_path / "judge")
+    judge = JudgeModel(tmp_path / "judge")
     with pytest.raises(ValueError, match="the token 'badbad'"):
         judge.probabilities(judge.read([tmp_path / "rows/test.csv"]))

@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForSequenceClassification
 
 from arena.distributed import compute_in
-from arena.inference.judge import Judge
+from arena.inference.judge_model import JudgeModel
 from arena.inference.saved import SavedJudge, export_judge, save_judge
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.base_files import base_digest
@@ -224,11 +224,13 @@ def test_a_judge_of_another_card(gemma2: Path, tmp_path: Path, monkeypatch: pyte
     save_judge(
         model, load_tokenizer(str(gemma2)), SavedJudge(tmp_path / "judge", recipe, np.full(3, 1 / 3), "x", digest)
     )
-    assert Judge(tmp_path / "judge").recipe.model.dtype == "bfloat16"
-    monkeypatch.setattr("arena.inference.judge.card_of", lambda device: Card("cuda", "Tesla T4", (7, 5), 16 << 30))
+    assert JudgeModel(tmp_path / "judge").recipe.model.dtype == "bfloat16"
+    monkeypatch.setattr(
+        "arena.inference.judge_model.card_of", lambda device: Card("cuda", "Tesla T4", (7, 5), 16 << 30)
+    )
     with pytest.raises(ValueError, match=r"model\.dtype=float16"):
-        Judge(tmp_path / "judge")
-    judge = Judge(tmp_path / "judge", ["model.dtype=float16"])
+        JudgeModel(tmp_path / "judge")
+    judge = JudgeModel(tmp_path / "judge", ["model.dtype=float16"])
     assert backbone(judge.classifier.model).embed_tokens.weight.dtype == torch.float16
 
 

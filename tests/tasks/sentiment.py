@@ -11,9 +11,10 @@ import numpy as np
 from datasets import Features, Value
 
 from arena.data.cells import FieldError, Labels, excerpt, is_blank
+from arena.data.encoder import Encoded, Encoder
 from arena.data.limits import Limits
 from arena.data.rows import Cells
-from arena.data.task import Encoded, Encoder, Task
+from arena.data.task import Task
 from arena.data.text_encoder import TextEncoder
 from arena.metrics import accuracy, log_loss
 from arena.prompt_settings import PromptSettings

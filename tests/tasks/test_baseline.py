@@ -10,7 +10,7 @@ from arena.data.prepare import prepare_fold
 from arena.metrics import log_loss
 from arena.model.backbone import load_tokenizer
 from arena.tasks import task_of
-from arena.tasks.baseline import baseline_probabilities
+from arena.tasks.baseline import fit_baseline
 from tests.helpers import tiny_recipe
 
 
@@ -20,7 +20,8 @@ def test_learns_words_and_nothing_from_noise(gemma2: Path, tmp_path: Path) -> No
     labels = data.labels[data.eval_rows]
 
     def judged(known: np.ndarray) -> np.ndarray:
-        return baseline_probabilities(data.rows.table, known, data.train_rows, data.eval_rows)
+        rows = data.rows.table
+        return fit_baseline(rows.select(data.train_rows), known[data.train_rows])(rows.select(data.eval_rows))
 
     found = judged(data.labels)
     np.testing.assert_allclose(found.sum(axis=1), 1)

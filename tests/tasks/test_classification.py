@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import arena
 from arena.config import change, load_recipe
-from arena.data.task import Example
+from arena.data.encoder import Example
 from arena.data.text_encoder import control_ids
 from arena.inference.infer import infer
 from arena.inference.saved import export_judge
@@ -25,7 +25,7 @@ from arena.prompt_settings import PromptSettings, Template
 from arena.reporting.report import print_report
 from arena.settings import Recipe
 from arena.tasks import task_of
-from arena.tasks.baseline import text_baseline
+from arena.tasks.baseline import fit_text_baseline
 from arena.tasks.classification import Classification, ClassificationEncoder
 from arena.training.run import run_fold
 from tests.helpers import make_tokenizer, prompt_settings
@@ -255,13 +255,13 @@ def test_the_baseline_learns_words_and_nothing_from_noise() -> None:
     words = np.array(["good", "bad", "so so"])[kinds]
     table = Dataset.from_dict({"a": [f"{at} films" for at in rng.integers(0, 9, 200)], "b": [*words[:-1], None]})
     labels, train, others = np.eye(4)[kinds], np.arange(150), np.arange(150, 199)
-    found = text_baseline(table, labels, train, others)
+    found = fit_text_baseline(table.select(train), labels[train])(table.select(others))
     np.testing.assert_allclose(found.sum(axis=1), 1)
     assert found.shape == (49, 4) and (found[:, 3] == 0).all()  # a class that no row has
     assert log_loss(labels[others], found) < 0.08
-    soft = text_baseline(table, labels * 0.8 + 0.05, train, others)
+    soft = fit_text_baseline(table.select(train), (labels * 0.8 + 0.05)[train])(table.select(others))
     assert log_loss(labels[others], soft) == pytest.approx(-np.log(0.85), abs=0.02)
-    shuffled = text_baseline(table, rng.permutation(labels), train, others)
+    shuffled = fit_text_baseline(table.select(train), rng.permutation(labels)[train])(table.select(others))
     assert log_loss(labels[others], shuffled) > 0.8
 
 
@@ -328,15 +328,15 @@ def test_trained_evaluated_inferred_and_exported(
     found = pd.read_csv(tmp_path / "predictions.csv")
     assert list(found.columns) == ["id", "p_negative", "p_positive"] and found["id"].tolist() == list(range(1, 31))
     np.testing.assert_allclose(found["p_positive"], oof["p_positive"], atol=1e-6)  # the same rows
-    judge = arena.Judge(fold / "model")
+    judge = arena.Judge.from_pretrained(fold / "model")
     read = judge.read([tmp_path / "rows/test.tsv"])
-    np.testing.assert_allclose(judge.probabilities(read), found.iloc[:, 1:].to_numpy(), atol=1e-6)
+    np.testing.assert_allclose(judge.predict_proba(read), found.iloc[:, 1:].to_numpy(), atol=1e-6)
 
     export_judge(fold / "model", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain", attn_implementation="eager")
     assert plain.config.id2label == {0: "negative", 1: "positive"}
     for example, expected in zip(
-        read.task.encoder(judge.tokenizer, recipe.prompt).encode(read.table[:5]),
+        read.task.encoder(judge.models[0].tokenizer, recipe.prompt).encode(read.table[:5]),
         found.iloc[:5, 1:].to_numpy(),
         strict=True,
     ):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from arena.config import load_recipe
 from arena.data.dataset import Rows, read_dataset
-from arena.data.task import Encoded
+from arena.data.encoder import Encoded
 from arena.prompt_settings import PromptSettings
 from arena.tasks import task_of
 from arena.tasks.instruction import Instruction, InstructionEncoder

@@ -145,7 +145,7 @@ def test_trained_saved_loaded_and_exported(recipe: Recipe, tmp_path: Path, capsy
 def test_what_needs_classes_refuses_it(recipe: Recipe, tmp_path: Path) -> None:
     run_fold(recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 0.1})}), 0, tmp_path / "runs")
     model = tmp_path / "runs/tiny/fold0/model"
-    for use in (lambda: infer([model], None, tmp_path / "out.csv"), lambda: arena.Judge(model)):
+    for use in (lambda: infer([model], None, tmp_path / "out.csv"), lambda: arena.Judge.from_pretrained(model)):
         with pytest.raises(ValueError, match=r"is a language model, tuned on the task instruction.*`arena generate`"):
             use()
 

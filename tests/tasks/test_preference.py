@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from arena.data.task import Example
+from arena.data.encoder import Example
 from arena.data.text_encoder import CHAT_MARKERS, chat_family, control_ids
 from arena.tasks.preference import PromptEncoder
 from tests.helpers import SHARED, make_tokenizer, needs_shared, prompt_settings

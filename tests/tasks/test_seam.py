@@ -64,14 +64,14 @@ def test_trained_evaluated_saved_and_inferred(recipe: Recipe, tmp_path: Path) ->
     assert list(found.columns) == ["p_negative", "p_positive"] and len(found) == 20
     np.testing.assert_allclose(found.loc["t3"], read_judge(fold / "model").prior, atol=1e-8)  # nothing to predict from
 
-    judge = arena.Judge(fold / "model")
+    judge = arena.Judge.from_pretrained(fold / "model")
     rows = judge.read([tmp_path / "rows/test.csv"])
-    np.testing.assert_allclose(judge.probabilities(rows), found.to_numpy(), atol=1e-6)
+    np.testing.assert_allclose(judge.predict_proba(rows), found.to_numpy(), atol=1e-6)
 
     export_judge(fold / "model", tmp_path / "plain", dtype="float32")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain", attn_implementation="eager")
     assert plain.config.id2label == {0: "negative", 1: "positive"}
-    ids = next(iter(rows.task.encoder(judge.tokenizer, recipe.prompt).encode(rows.table[:1])))
+    ids = next(iter(rows.task.encoder(judge.models[0].tokenizer, recipe.prompt).encode(rows.table[:1])))
     logits = plain(input_ids=torch.from_numpy(ids.input_ids)[None].long()).logits
     np.testing.assert_allclose(logits.softmax(-1)[0].tolist(), found.to_numpy()[0], atol=1e-4)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import arena.demo.synthetic
 import arena.inference.infer
-import arena.inference.judge
+import arena.inference.judge_model
 import arena.inference.saved
 import arena.model.classifier
 import arena.reporting.report
@@ -121,7 +121,7 @@ def command(arguments: list[str], *, shards: bool = True, pause: float = 0.0) ->
     """
     if shards:
         arena.training.held_out.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
-        arena.inference.judge.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
+        arena.inference.judge_model.LogitsCache = functools.partial(LogitsCache, seconds=0.0)
     if pause:
         forward = arena.model.classifier.PackedClassifier.forward
 

@@ -130,7 +130,7 @@ def test_the_judge_is_saved_even_if_everything_after_it_fails(
     recipe = tiny_recipe(tmp_path, gemma2, SHORT, "train.track=wandb", f"train.mirror={tmp_path / 'away'}")
     (Path(recipe.data.path) / "truth.csv").write_bytes("id,é\n1,2\n".encode("latin-1"))
     wandb.run.log = fails(ConnectionError("unreachable"))
-    monkeypatch.setattr(preference, "baseline_probabilities", fails(MemoryError("sparse matrix")))
+    monkeypatch.setattr(preference, "fit_baseline", fails(MemoryError("sparse matrix")))
     monkeypatch.setattr(Mirror, "push_files", fails(RuntimeError("can't start new thread")))
     monkeypatch.setattr(Mirror, "close", fails(RuntimeError("no answer")))
     metrics = run_fold(recipe, 0, tmp_path / "runs")
@@ -165,7 +165,7 @@ def test_the_result_stands_before_what_it_is_compared_with(
     gemma2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(tmp_path, gemma2, SHORT)
-    monkeypatch.setattr(preference, "baseline_probabilities", fails(SystemExit(137)))  # as when memory runs out
+    monkeypatch.setattr(preference, "fit_baseline", fails(SystemExit(137)))  # as when memory runs out
     with pytest.raises(SystemExit):
         run_fold(recipe, 0, tmp_path / "runs")
     monkeypatch.setattr(run_module, "save_judge", fails(AssertionError))

@@ -206,7 +206,7 @@ def test_a_quiet_run_shows_warnings_and_errors_only(
     def fail(*_: object) -> None:
         raise MemoryError("sparse matrix")
 
-    monkeypatch.setattr("arena.tasks.preference.baseline_probabilities", fail)
+    monkeypatch.setattr("arena.tasks.preference.fit_baseline", fail)
     shown = {}
     for level in ("info", "warning", "error"):
         recipe = tiny_recipe(tmp_path, gemma2, "train.max_steps=1", f"train.log_level={level}")
