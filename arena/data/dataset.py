@@ -98,7 +98,7 @@ class Rows:
 
     @cached_property
     def ids(self) -> list[str]:
-        return list(self.table.select_columns("id").with_format("arrow")[:]["id"].to_pylist())
+        return list(self.columns("id").with_format("arrow")[:]["id"].to_pylist())
 
     @cached_property
     def labels(self) -> NDArray[np.float64]:
@@ -139,9 +139,13 @@ class Rows:
     def _texts(self) -> Iterator[dict[str, Any]]:
         """The columns `Task.texts` of each row."""
         names = self.task.texts
-        for batch in self.table.select_columns(list(names)).iter(batch_size=ROWS_AT_ONCE):
+        for batch in self.columns(*names).iter(batch_size=ROWS_AT_ONCE):
             for texts in zip(*(batch[name] for name in names), strict=True):
                 yield dict(zip(names, texts, strict=True))
+
+    def columns(self, *names: str) -> Dataset:
+        """Some columns of the table, without the digest of what was selected that `datasets` would make."""
+        return self.table.select_columns(list(names), new_fingerprint=self.fingerprint)
 
 
 def read_dataset(

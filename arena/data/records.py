@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 from uuid import uuid4
 
 import pandas as pd
-from datasets import Dataset, Features, List, Value
+import pyarrow as pa
+from datasets import Dataset, DatasetInfo, Features, List, Value
 
 from arena.data.cells import FieldError, Labels, excerpt
 from arena.data.dataset import Rows
@@ -67,9 +68,9 @@ def good_records(
         except FieldError as error:
             problems.append((number, error))
     features = Features({"id": Value("string"), **task.features, "label": List(Value("float32"))})
-    columns = {name: [row[name] for row in good] for name in features}
-    # nothing may be cached by the content, which is not known
-    return Rows(task, Dataset.from_dict(columns, features=features), f"memory-{uuid4().hex}"), problems
+    name = f"memory-{uuid4().hex}"  # nothing is cached by the content, which takes long to digest
+    table = pa.Table.from_pylist(good, schema=features.arrow_schema)
+    return Rows(task, Dataset(table, DatasetInfo(features=features), fingerprint=name), name), problems
 
 
 def cells_of(records: Records) -> list[Cells]:

@@ -216,7 +216,7 @@ def _schema(rows: Rows) -> pa.Schema:
 
 
 def _record_batches(rows: Rows, encoder: Encoder, orders: int) -> Iterator[pa.RecordBatch]:
-    columns = rows.table.select_columns(list(rows.task.texts)).iter(batch_size=ROWS_AT_ONCE)
+    columns = rows.columns(*rows.task.texts).iter(batch_size=ROWS_AT_ONCE)
     for batch in ahead(map(encoder.tokenise, columns), depth=1):
         yield _record_batch(encoder.lay_out(batch, orders=orders))
 
