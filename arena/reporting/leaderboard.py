@@ -86,8 +86,8 @@ def leaderboard(
         raise ValueError(f"--rounds {rounds} gives no intervals: ask for {FEWEST_ROUNDS} or more, such as {RESAMPLES}")
     shift = None if anchor is None else _anchor(anchor)
     votes, notes = read_votes(files, predictions, style=style)
-    features = list(STYLE) if style else []
-    return rated(votes, features, shift, rounds, notes)
+    board = rated(votes, shift, rounds)
+    return replace(board, notes=(*notes, *board.notes))
 
 
 def _anchor(text: str) -> tuple[str, float]:
@@ -125,20 +125,15 @@ def read_votes(
     probabilities = rows.labels if table is None else rows_of(table, rows.ids)
     numbers, names = pd.factorize(np.array([pairs[at] for at in used], dtype=object).reshape(-1), sort=True)
     a, b = numbers.reshape(-1, 2).T
-    differences = style_differences(rows.table) if style else np.zeros((len(used), 0))
-    return Comparisons(tuple(names), a, b, points_of(probabilities), rows.groups(), differences), notes
+    features, differences = (STYLE, style_differences(rows.table)) if style else ((), np.zeros((len(used), 0)))
+    return Comparisons(tuple(names), a, b, points_of(probabilities), rows.groups(), features, differences), notes
 
 
-def rated(
-    votes: Comparisons, features: Sequence[str] = (), anchor: tuple[str, float] | None = None, rounds: int = RESAMPLES,
-    notes: Sequence[str] = (),
-) -> Leaderboard:  # fmt: skip
-    """The leaderboard of votes.
+def rated(votes: Comparisons, anchor: tuple[str, float] | None = None, rounds: int = RESAMPLES) -> Leaderboard:
+    """The leaderboard of votes. A feature in which no answers differ is left out.
 
     Args:
-        features: the names of the features in `votes.style`. One in which no answers differ is left out.
-        anchor: a model and its rating.
-        notes: what was left out of the votes.
+        anchor: a model and its rating; None: the mean rating is 1,000.
     """
     if anchor is not None and anchor[0] not in votes.models:
         near = get_close_matches(anchor[0], votes.models, n=SHOWN) or votes.models
@@ -146,24 +141,21 @@ def rated(
     if (groups := len(set(votes.groups))) < 2:
         raise ValueError("all votes are about one prompt, but intervals take several: add votes about other prompts")
     deviations = np.sqrt(np.mean(votes.style**2, axis=0))
-    style = votes.style[:, deviations > 0] / deviations[deviations > 0]
-    values, drawn = fit(replace(votes, style=style), rounds)
-    low, high = np.nanquantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    found, n_models = np.vstack([values, low, high]), len(votes.models)
-    ratings = SCALE * found[:, :n_models]
+    varied = deviations > 0
+    names = [name for name, each in zip(votes.features, varied, strict=True) if each]
+    values, drawn = fit(replace(votes, style=votes.style[:, varied] / deviations[varied]), rounds)
+    ends = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    strengths, weights = np.split(np.vstack([values, ends]), [len(votes.models)], axis=1)
+    ratings = SCALE * strengths
     ratings += MEAN if anchor is None else anchor[1] - ratings[0, votes.models.index(anchor[0])]
-    varied = [name for name, deviation in zip(features, deviations, strict=True) if deviation > 0]
-    weights = {
-        name: Score(value, low, high, len(votes.a))
-        for name, (value, low, high) in zip(varied, found.T[n_models:].tolist(), strict=True)
-    }
+    style = {name: Score(*map(float, each), len(votes.a)) for name, each in zip(names, weights.T, strict=True)}
+    notes = []
     if limited := separated(votes):
-        warning = (
+        notes.append(
             f"no vote limits the distance from the others of {_names(limited)}: they were not compared with them, or "
             "only won or only lost, alone or as a set. Their ratings are guesses, and their intervals too narrow"
         )
-        notes = [*notes, warning]
-    return Leaderboard(_standings(votes, ratings), weights, len(votes.a), groups, tuple(notes))
+    return Leaderboard(_standings(votes, ratings), style, len(votes.a), groups, tuple(notes))
 
 
 def _standings(votes: Comparisons, ratings: np.ndarray) -> tuple[Standing, ...]:
@@ -219,8 +211,8 @@ def _tables(board: Leaderboard) -> Iterator[tuple[str, Sequence[str], Sequence[S
         for each in board.standings
     ]  # fmt: skip
     title = (
-        f"{board.votes:,} votes on {board.groups:,} prompts, with 95% intervals; the rank is 1 and the number of models "
-        "whose interval lies above"
+        f"{board.votes:,} votes on {board.groups:,} prompts, with 95% intervals; the rank is 1 and the number of "
+        "models whose interval lies above"
     )
     yield title, ("rank", MODEL, "rating", "low", "high", "votes", "win rate"), rows
     if board.style:

@@ -36,7 +36,8 @@ class Comparisons:
         a, b: int64 (n,), the numbers of the models of each vote, which differ.
         points: float64 (n,), A's: 1 for a win, 0.5 for a tie, 0 for a loss, or the expected points of a prediction.
         groups: the group of each vote; votes of a group are drawn together.
-        style: float64 (n, k), differences of features of the answers, A's minus B's; k may be 0.
+        features: the names of features of the answers; there may be none.
+        style: float64 (n, len(features)), their differences, A's minus B's.
     """
 
     models: tuple[str, ...]
@@ -44,6 +45,7 @@ class Comparisons:
     b: np.ndarray
     points: np.ndarray
     groups: Sequence[str]
+    features: tuple[str, ...]
     style: np.ndarray
 
 
@@ -51,8 +53,8 @@ def fit(votes: Comparisons, rounds: int) -> tuple[np.ndarray, np.ndarray]:
     """Strengths and weights of style.
 
     Returns:
-        float64 (models + k,): strengths with mean 0, then weights; and the same of each resample, (rounds, models + k),
-        where a model without votes, or a weight without differences, is NaN.
+        float64 (models + features,): strengths with mean 0, then weights; and (rounds, models + features), the same of
+        each resample. A model without votes in a resample is average there.
 
     Raises:
         FloatingPointError: the fit does not converge.
@@ -110,10 +112,9 @@ class _Model:
             if longest.max() < ENOUGH:
                 break
         else:
-            raise FloatingPointError(f"the ratings do not converge in {STEPS} steps: look for damaged votes")
+            raise FloatingPointError(f"the ratings do not converge in {STEPS} steps: please report it, with the votes")
         strengths = values[:, : self.n_models]
         strengths -= strengths.mean(axis=1, keepdims=True)
-        values[(counts @ abs(self.design)) == 0] = np.nan
         return values
 
 
