@@ -148,7 +148,10 @@ def rated(votes: Comparisons, anchor: tuple[str, float] | None = None, rounds: i
     strengths, weights = np.split(np.vstack([values, ends]), [len(votes.models)], axis=1)
     ratings = SCALE * strengths
     ratings += MEAN if anchor is None else anchor[1] - ratings[0, votes.models.index(anchor[0])]
-    style = {name: Score(*map(float, each), len(votes.a)) for name, each in zip(names, weights.T, strict=True)}
+    style = {
+        name: Score(value, low, high, len(votes.a))
+        for name, (value, low, high) in zip(names, weights.T.tolist(), strict=True)
+    }
     notes = []
     if limited := separated(votes):
         notes.append(

@@ -32,7 +32,7 @@ class Comparisons:
     """Votes between models.
 
     Attributes:
-        models: the names of the models.
+        models: the names of the models, each with at least one vote.
         a, b: int64 (n,), the numbers of the models of each vote, which differ.
         points: float64 (n,), A's: 1 for a win, 0.5 for a tie, 0 for a loss, or the expected points of a prediction.
         groups: the group of each vote; votes of a group are drawn together.
