@@ -14,6 +14,7 @@ from arena.command_line import command
 from arena.config import judge_settings, load_recipe, refuse_both, run_place
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
+from arena.reporting.leaderboard_command import Leaderboard
 from arena.stopping import Stopped
 from arena.storage.files import local_path
 
@@ -281,6 +282,7 @@ COMMANDS: Commands = {
     "infer": Infer,
     "blend": Blend,
     "compare": Compare,
+    "leaderboard": Leaderboard,
     "inspect": Inspect,
     "export": Export,
     "bundle": Bundle,

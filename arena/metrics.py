@@ -219,7 +219,7 @@ def _resampled(terms: Mapping[Any, Terms], groups: Sequence[str]) -> dict[Any, t
         return {}
     sums = [members @ np.column_stack(each).astype(np.float64) for each in counted.values()]
     every = np.hstack(sums)
-    resampled = np.vstack([counts @ every for counts in _resamples(len(distinct))])
+    resampled = np.vstack([counts @ every for counts in resamples(len(distinct))])
     drawn = np.split(resampled, np.cumsum([each.shape[1] for each in sums])[:-1], axis=1)
     return dict(zip(counted, zip(sums, drawn, strict=True), strict=True))
 
@@ -239,11 +239,11 @@ def _value(sums: np.ndarray) -> np.ndarray:
     return np.asarray(total / sums[..., -1])
 
 
-def _resamples(n_groups: int) -> Iterator[np.ndarray]:
-    """How often each group is drawn in each resample: float64 (some, n_groups), `RESAMPLES` rows in all."""
+def resamples(n_groups: int, rounds: int = RESAMPLES) -> Iterator[np.ndarray]:
+    """How often each group is drawn in each resample: float64 (some, n_groups), `rounds` rows in all."""
     rng, at_once = np.random.default_rng(SEED), max(1, AT_ONCE // n_groups)
-    for first in range(0, RESAMPLES, at_once):
-        some = min(at_once, RESAMPLES - first)
+    for first in range(0, rounds, at_once):
+        some = min(at_once, rounds - first)
         drawn = rng.integers(0, n_groups, (some, n_groups)) + n_groups * np.arange(some)[:, None]
         yield np.bincount(drawn.reshape(-1), minlength=some * n_groups).reshape(some, n_groups).astype(np.float64)
 
