@@ -11,14 +11,13 @@ from tyro.conf import Positional, arg
 
 from arena.bundle.command import Bundle
 from arena.command_line import command
-from arena.config import judge_settings, load_recipe, refuse_both, run_place
+from arena.config import INFER_SETTINGS, judge_settings, load_recipe, refuse_both, run_place
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
+from arena.reporting.evaluate_command import Evaluate
 from arena.reporting.leaderboard_command import Leaderboard
 from arena.stopping import Stopped
 from arena.storage.files import local_path
-
-INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.attention", "data.cache", "data.max_")
 
 
 @dataclass
@@ -282,6 +281,7 @@ COMMANDS: Commands = {
     "infer": Infer,
     "blend": Blend,
     "compare": Compare,
+    "evaluate": Evaluate,
     "leaderboard": Leaderboard,
     "inspect": Inspect,
     "export": Export,

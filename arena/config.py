@@ -130,6 +130,10 @@ def _group(settings: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
     return group
 
 
+# of a trained judge: keys, and prefixes of keys
+INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.attention", "data.cache", "data.max_")
+
+
 def judge_settings(overrides: Sequence[str], known: Sequence[str]) -> list[str]:
     """The overrides that apply to a trained judge, without `name=`, which selects the run; others are refused.
 

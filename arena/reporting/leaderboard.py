@@ -12,27 +12,25 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from html import escape
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.table import Table
 
 from arena.data.files import read_files
 from arena.data.predictions import read_predictions, rows_of
 from arena.metrics import LEVEL, RESAMPLES, Score
-from arena.progress import console, escape_unprintable, warn
+from arena.progress import escape_unprintable
 from arena.reporting.ratings import Comparisons, fit, separated
 from arena.reporting.report import score_cells
+from arena.reporting.tables import Sheet, write_tables
 from arena.settings import DataSettings
-from arena.storage.files import atomic_write, write_text
+from arena.storage.files import atomic_write
 from arena.tasks.votes import MODELS, STYLE, Votes, models_of, points_of, style_differences
 
 SCALE, MEAN = 400 / math.log(10), 1000.0  # 400 points of rating are odds of 10 to 1
 FEWEST_ROUNDS = 40  # so that at least one of them lies outside of the interval at each end
 SHOWN = 5  # names in a message
-MODEL, FEATURE = "model", "feature"  # columns of text
 
 
 @dataclass(frozen=True)
@@ -178,34 +176,17 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def print_leaderboard(board: Leaderboard) -> None:
-    """Prints the ratings, the weights of style, and notes."""
-    for title, columns, rows in _tables(board):
-        table = Table(title=title, title_justify="left")
-        for name in columns:
-            table.add_column(name, justify="left" if name in (MODEL, FEATURE) else "right")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for note in board.notes:
-        warn(escape_unprintable(note))
-
-
 def write_leaderboard(path: Path, board: Leaderboard) -> None:
     """Writes the ratings as CSV or, if the name ends in .md, all that is printed as Markdown."""
     if path.suffix.lower() == ".csv":
         with atomic_write(path) as draft:
             pd.DataFrame([asdict(each) for each in board.standings]).to_csv(draft, index=False)
-        return
-    parts = []
-    for title, columns, rows in _tables(board):
-        lines = [columns, ["---"] * len(columns), *rows]
-        parts += [f"{title}:", "\n".join(f"| {' | '.join(map(_in_markdown, line))} |" for line in lines)]
-    write_text(path, "\n\n".join([*parts, *map(_in_markdown, board.notes)]) + "\n")
+    else:
+        write_tables(path, tables(board), board.notes)
 
 
-def _tables(board: Leaderboard) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
-    """The title, the columns and the rows of each table."""
+def tables(board: Leaderboard) -> Iterator[Sheet]:
+    """The ratings, and the weights of style if there are any."""
     rows = [
         (
             str(each.rank), escape_unprintable(each.model), f"{each.rating:,.0f}", f"{each.low:,.0f}",
@@ -217,15 +198,11 @@ def _tables(board: Leaderboard) -> Iterator[tuple[str, Sequence[str], Sequence[S
         f"{board.votes:,} votes on {board.groups:,} prompts, with 95% intervals; the rank is 1 and the number of "
         "models whose interval lies above"
     )
-    yield title, ("rank", MODEL, "rating", "low", "high", "votes", "win rate"), rows
+    yield title, ("rank", "model", "rating", "low", "high", "votes", "win rate"), rows
     if board.style:
         weights = [(name, *score_cells(score, sign="+")) for name, score in board.style.items()]
         yield (
             "style: what a standard deviation more of a feature adds to the log-odds of winning",
-            (FEATURE, "weight", "interval"),
+            ("feature", "weight", "interval"),
             weights,
         )
-
-
-def _in_markdown(text: str) -> str:
-    return escape(" ".join(text.split()), quote=False).replace("|", "\\|")

@@ -37,12 +37,13 @@ class Leaderboard:
     ] = None
 
     def run(self) -> None:
-        from arena.reporting.leaderboard import leaderboard, print_leaderboard, write_leaderboard
+        from arena.reporting.leaderboard import leaderboard, tables, write_leaderboard
+        from arena.reporting.tables import print_tables
 
         if self.out is not None:
             local_path(self.out, "--out", [".csv", ".md"])
         board = leaderboard(self.files, self.predictions, style=self.style, anchor=self.anchor, rounds=self.rounds)
-        print_leaderboard(board)
+        print_tables(tables(board), board.notes)
         if self.out is not None:
             write_leaderboard(self.out, board)
             console.print(f"written: {self.out}")

@@ -37,8 +37,21 @@ def score_tables(
 
 
 def _terms(data: FoldData, predictions: Predictions) -> dict[str, Terms]:
-    """Of the task's metrics, of agreement and what it is compared with, and of the flip rate if orders were judged."""
-    task, labels, probabilities = data.task, data.labels[data.eval_rows], predictions.probabilities
+    """Those of `score_terms`, and of the flip rate if several orders were judged."""
+    terms = score_terms(data.task, data.labels[data.eval_rows], predictions.probabilities, data.prior)
+    if predictions.flipped is not None:
+        terms["flip_rate"] = predictions.flipped, data.has_input[data.eval_rows]
+    return terms
+
+
+def score_terms(
+    task: Task, labels: np.ndarray, probabilities: np.ndarray, prior: np.ndarray
+) -> dict[str, Terms]:  # fmt: skip
+    """Of the task's metrics, and of agreement and what it is compared with.
+
+    Args:
+        prior: (C,), whose most probable class is what agreement is compared with.
+    """
     terms = {
         name: (metric.terms(labels, probabilities), metric.weights(probabilities))
         for name, metric in task.metrics.items()
@@ -47,16 +60,14 @@ def _terms(data: FoldData, predictions: Predictions) -> dict[str, Terms]:
         return terms
     ones = np.ones(len(labels))
     terms["agreement"] = agreement.terms(labels, probabilities), ones
-    terms["agreement_base_rate"] = labels[:, data.prior.argmax()], ones
+    terms["agreement_base_rate"] = labels[:, prior.argmax()], ones
     if task.tie is not None:
         tie = task.classes.index(task.tie)
         voted = probabilities.argmax(axis=1) != tie
         weights = (1 - labels[:, tie]) * voted
-        most = np.delete(data.prior, tie).argmax()
+        most = np.delete(prior, tie).argmax()
         terms["agreement_without_ties"] = agreement.terms(labels, probabilities) * voted, weights
         terms["agreement_without_ties_base_rate"] = np.delete(labels, tie, axis=1)[:, most] * voted, weights
-    if predictions.flipped is not None:
-        terms["flip_rate"] = predictions.flipped, data.has_input[data.eval_rows]
     return terms
 
 
