@@ -13,7 +13,6 @@ from arena.inference.judge import Judge
 from arena.metrics import Score, Terms, estimate, log_loss
 from arena.progress import progress
 from arena.reporting.tables import Sheet
-from arena.tasks.preference import Preference
 from arena.tasks.probes import PROBES, make_probes
 from arena.tasks.votes import points_of, style_differences
 from arena.training.scores import score_terms
@@ -65,7 +64,7 @@ def trust(judge: Judge, file: str | Path, probes: int) -> Trust:
         chosen = by_order.argmax(axis=2)
         terms["flip_rate"] = (chosen != chosen[0]).any(axis=0), rows.has_input
     found: dict[str, Score] = {}
-    if isinstance(judge.task, Preference):
+    if judge.task.orders > 1:  # rows have two answers
         terms |= _length_terms(rows, mean, labels)
         found = _probed(judge, rows, groups, probes)
     return Trust(name, len(rows), estimate(terms, groups), found)
