@@ -199,8 +199,9 @@ class Export:
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], arg(help="The dtype of the weights.")] = "bfloat16"
 
     def run(self) -> None:
+        from arena.inference.export import export_judge
         from arena.inference.find import find_model
-        from arena.inference.saved import auto_class, export_judge, read_judge
+        from arena.inference.saved import auto_class, read_judge
 
         if local_path(self.out, "--out").exists():
             raise ValueError(f"{self.out} already exists: name a new folder")

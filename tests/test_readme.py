@@ -20,7 +20,8 @@ import torch
 from arena import cli
 from arena.config import load_recipe
 from arena.demo.synthetic import ensure_demo
-from arena.inference.saved import SavedJudge, export_judge, save_judge
+from arena.inference.export import export_judge
+from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest
 from arena.packing.batch import collate
@@ -346,7 +347,7 @@ def test_a_judge_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     export_judge(tmp_path / "trained", tmp_path / "judge", dtype="float32")
     names = run_block("docs/judging.md", 1)
     with torch.no_grad():
-        expected = judge.eval()(collate([{"input_ids": names["example"].input_ids}])).softmax(-1)
+        expected = judge.eval()(collate([{"input_ids": np.array(names["ids"], dtype=np.int32)}])).softmax(-1)
     shown = re.findall(r"[0-9.]{4,}", capsys.readouterr().out.splitlines()[-1])
     torch.testing.assert_close(torch.tensor([[float(each) for each in shown]]), expected, atol=1e-4, rtol=0)
     assert float(expected.max() - expected.min()) > 0.05  # a prompt or a head of its own shows

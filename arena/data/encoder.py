@@ -100,6 +100,10 @@ class Encoder(ABC):
     def lay_out(self, rows: Sequence[Any], *, orders: int) -> Encoded:
         """The examples of tokenised rows, each in the first `orders` of its orders, one after another."""
 
+    def parts(self) -> dict[str, Any] | None:
+        """What a prompt consists of besides texts, for `arena/inference/exported.py`; None if that does not fit."""
+        return None
+
     def encode(self, rows: Mapping[str, Sequence[Any]], *, orders: int = 1) -> Iterator[Example]:
         """The examples of a batch of rows; those of one row are adjacent."""
         yield from self.lay_out(self.tokenise(rows), orders=orders).examples()

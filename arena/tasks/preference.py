@@ -39,7 +39,7 @@ from arena.data.encoder import Encoded, Encoder
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.data.task import Baseline, Logits, Masks, Task
-from arena.data.text_encoder import TextEncoder, as_ids
+from arena.data.text_encoder import TextEncoder, as_ids, control_ids
 from arena.data.truncation import Lengths, check_room, choose_cut, continuation_bytes, least_room, shorten
 from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
@@ -238,6 +238,13 @@ class PromptEncoder(Encoder):
         encoded = Encoded.of(examples, turns_dropped, tokens_cut)
         assert np.diff(encoded.offsets).max(initial=0) <= self.max_length
         return encoded
+
+    def parts(self) -> dict[str, Any]:
+        headings = [each.tolist() for each in (self._user, *self._answers)]
+        return {
+            "begin": self.prefix, "headings": headings, "separator": self._end.tolist(), "end": self.suffix,
+            "missing": self.missing, "control": sorted(control_ids(self.tokenizer)),
+        }  # fmt: skip
 
     def _by_order(self, turns: list[Fields]) -> list[Shown]:
         """What each order shows. If that is one side, the longer one is cut as the other would be beside its prompt."""

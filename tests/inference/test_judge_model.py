@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from arena.config import change
 from arena.inference import evaluate
+from arena.inference.export import export_judge
 from arena.inference.infer import average
 from arena.inference.judge_model import JudgeModel
 from arena.inference.kinds import Kind, with_kinds
-from arena.inference.saved import SavedJudge, as_json, export_judge, read_judge, save_judge
+from arena.inference.saved import SavedJudge, as_json, read_judge, save_judge
 from arena.model import tuning
 from arena.model.backbone import load_tokenizer
 from arena.model.base_files import base_digest

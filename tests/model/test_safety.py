@@ -17,7 +17,8 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from arena.inference.saved import SavedJudge, export_judge, save_judge
+from arena.inference.export import export_judge
+from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import base_config, load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.safety import WEIGHTS

@@ -15,8 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForSequenceClassification
 
 from arena.distributed import compute_in
+from arena.inference.export import export_judge
 from arena.inference.judge_model import JudgeModel
-from arena.inference.saved import SavedJudge, export_judge, save_judge
+from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import backbone, load_base, load_tokenizer, underlying
 from arena.model.base_files import base_digest
 from arena.model.card import Card

@@ -18,8 +18,8 @@ import arena
 from arena.config import change, load_recipe
 from arena.data.encoder import Example
 from arena.data.text_encoder import control_ids
+from arena.inference.export import export_judge
 from arena.inference.infer import infer
-from arena.inference.saved import export_judge
 from arena.metrics import log_loss
 from arena.prompt_settings import PromptSettings, Template
 from arena.reporting.report import print_report

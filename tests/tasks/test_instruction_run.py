@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import arena
 from arena.config import load_recipe
 from arena.data.prepare import prepare_fold
+from arena.inference.export import export_judge
 from arena.inference.infer import infer
-from arena.inference.saved import export_judge, read_judge
+from arena.inference.saved import read_judge
 from arena.model.backbone import load_tokenizer
 from arena.model.classifier import by_example
 from arena.model.language_model import packed_model

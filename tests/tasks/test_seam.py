@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification
 
 import arena
 from arena.config import load_recipe
+from arena.inference.export import export_judge
 from arena.inference.infer import infer
-from arena.inference.saved import export_judge, read_judge
+from arena.inference.saved import read_judge
 from arena.settings import Recipe
 from arena.tasks import TASKS, task_of
 from arena.training.run import run_fold
