@@ -103,7 +103,7 @@ def measure(recipe: Recipe, runs: Path, unlabelled: int) -> dict[str, Any]:
     used = [f"{recipe.name}={averaged}"] if fitted.saved.blend.weights[0] > 0 else []
     infer_blend(replace(fitted.saved, members=members), recipe.data.path, blended, used)
     by_name = {SINGLE: [files[0]], AVERAGE: files, BLENDED: [blended]}
-    for what, student in students(recipe, runs, unlabelled):
+    for what, student in students(recipe, runs, unlabelled, folds[0]["steps"]):
         run_fold(student, 0, runs)
         by_name[what] = [predicted(student, runs, 0)]
     return {
@@ -115,8 +115,8 @@ def measure(recipe: Recipe, runs: Path, unlabelled: int) -> dict[str, Any]:
     }
 
 
-def students(recipe: Recipe, runs: Path, unlabelled: int) -> Iterator[tuple[str, Recipe]]:
-    """The recipes of students whose first fold is trained on the rows of the first judge's."""
+def students(recipe: Recipe, runs: Path, unlabelled: int, steps: int) -> Iterator[tuple[str, Recipe]]:
+    """The recipes of students whose first fold is trained on the rows of the first judge's, in as many steps."""
     folder = runs / recipe.name
     taught = [f"data.teacher={{path: {folder / 'oof.csv'}, weight: {TAUGHT}}}"]
     yield SOFT, change(recipe, [f"name={recipe.name}-soft", *taught])
@@ -128,7 +128,7 @@ def students(recipe: Recipe, runs: Path, unlabelled: int) -> Iterator[tuple[str,
     if not labels.is_file():
         infer(find_models(str(folder), runs), str(rows / "test.csv"), labels, ONE_ORDER)
     more = [*taught, f"data.extra=[{{path: {rows / 'test.csv'}, labels: {labels}}}]"]
-    yield MORE, change(recipe, [f"name={recipe.name}-more", "train.epochs=1", *more])
+    yield MORE, change(recipe, [f"name={recipe.name}-more", f"train.max_steps={steps}", *more])
 
 
 def predicted(recipe: Recipe, runs: Path, fold: int) -> Path:
@@ -189,7 +189,7 @@ def as_page(result: dict[str, Any]) -> str:
         table(MEANS, means),
         "A student is trained on the rows of the first fold, with the mean of a row's label and of what a judge that "
         f"had not seen it predicts; then on {result['unlabelled']:,} further rows too, whose labels the five folds "
-        "predicted, in about as many steps. Both are compared with the first fold, whose labels are hard.",
+        "predicted, in as many steps. Both are compared with the first fold, whose labels are hard.",
         table(FOUND, rows),
         "The parts that were tried for the blends, with their gains in log-loss on labelled rows that did not fit "
         "them:",
