@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from arena.bundle.command import Bundle
 from arena.command_line import command
 from arena.config import judge_settings, load_recipe, refuse_both, run_place
+from arena.html_report.command import Report
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
 from arena.stopping import Stopped
@@ -281,6 +282,7 @@ COMMANDS: Commands = {
     "infer": Infer,
     "blend": Blend,
     "compare": Compare,
+    "report": Report,
     "inspect": Inspect,
     "export": Export,
     "bundle": Bundle,
