@@ -22,7 +22,7 @@ MOST_CLASSES = 12  # with figures of their own, the most frequent ones
 SHOWN = ("accuracy", "brier", "ece", "classwise_ece", "agreement_without_ties", "flip_rate", "perplexity", "macro_f1")
 SHORT = {
     "bayes_log_loss": "best possible", "recalibrated_log_loss": "recalibrated", "baseline_log_loss": "baseline",
-    "blend_log_loss": "blend with it", "prior_log_loss": "prior", "base_log_loss": "base before training",
+    "blend_log_loss": "blend with baseline", "prior_log_loss": "prior", "base_log_loss": "base before training",
 }  # fmt: skip
 
 Section = dict[str, Any]
@@ -49,8 +49,8 @@ def headline(source: Source) -> Section:
     own = scores.get("log_loss", {"value": metrics["log_loss"], "low": None, "high": None})
     others = [(key, words) for key, words in COMPARISONS if metrics.get(key) is not None]
     rows = [
-        {"name": "this run", "own": True, "says": _value("this run", own), **own},
-        *({"name": SHORT[key], "value": metrics[key], "says": f"{words}: {metrics[key]:.4f}"} for key, words in others),
+        {"name": "this run", "own": True, "tip": _value("this run", own), **own},
+        *({"name": SHORT[key], "value": metrics[key], "tip": f"{words}: {metrics[key]:.4f}"} for key, words in others),
     ]
     facts = [
         [NAMES.get(key, key), f"{score['value']:.3f}", interval(score, 3)]
@@ -72,15 +72,16 @@ def training(sources: Sequence[Source]) -> Section:
             own = {"run": name, "fold": fold.metrics["fold"]}
             points += [own | point for point in _curve([line for line in fold.log if "loss" in line])]
             for line in (line for line in fold.log if "eval_log_loss" in line):
-                says = f"{name}, step {line['step']}: held-out log-loss {line['eval_log_loss']:.4f}, in one order"
-                held_out.append(own | {"step": line["step"], "loss": line["eval_log_loss"], "says": says})
+                tip = f"{name}, step {line['step']}: held-out log-loss {line['eval_log_loss']:.4f}, in one order"
+                held_out.append(own | {"step": line["step"], "loss": line["eval_log_loss"], "tip": tip})
     small = [
         charts.step_curve(points, field, title, names)
         for field, title in (("lr", "Learning rate"), ("grad_norm", "Gradient norm"))
     ]
-    several = len({(point["run"], point["fold"]) for point in points}) > 1
-    lead = "Lines are the training loss, smoothed" + (", of each fold" if several else " over single steps in grey")
-    lead += "; points are the held-out log-loss during training, in one order of each row."
+    lines = "The line is the training loss, smoothed, and single steps are faint"
+    if not charts.is_single(points):
+        lines = "The lines are the training losses of each fold, smoothed"
+    lead = f"{lines}. Points are the held-out log-loss during training, in one order of each row."
     return section("Training", lead, charts=[charts.loss_curve(points, held_out, names), *small])
 
 
@@ -106,13 +107,14 @@ def slices(known: Mapping[str, Mapping[str, Mapping[str, Any]]], values: Mapping
             own = scores["log_loss"]
             row = {"name": value, **own, "reference": scores[f"{other}_log_loss"]["value"]}
             row["says"] = f"{kind}: {value}"
+            row["tip"] = f"{_value(row['says'], own)}, {other} {row['reference']:.4f}, {own['rows']:,} rows"
             if value in values.get(kind, ()):
                 row["filter"] = [[kind, list(values[kind]).index(value)]]
             found.setdefault(kind, []).append(row)
             every += [each for each in (own["value"], own["high"], row["reference"]) if each is not None]
     compared = f"log-loss of the {other}" if found else ""
     lead = "Bars are the log-loss of rows with a property, with 95% intervals; the coloured line is the "
-    shown = [charts.bars(kind, rows, "log-loss", max(every), compared) for kind, rows in found.items()]
+    shown = [charts.bars(kind, rows, "log-loss", (0, max(every)), compared) for kind, rows in found.items()]
     return section("Slices", f"{lead}{compared}." if found else "They need the run's data.", charts=shown)
 
 
@@ -124,14 +126,16 @@ def comparison(found: Comparison, held_out: HeldOut | None) -> Section:
     for name, (first, second) in found.scores.items():
         own = asdict(found.differences[name])
         rows.append([NAMES.get(name, name), first.value, second.value, f"{own['value']:+.4f}", interval(own, 4, "+")])
-    shown, most = dict[str, list[dict[str, Any]]](), 0.0
+    shown, ends = dict[str, list[dict[str, Any]]](), [0.0]
     for (kind, value), score in found.slices.items():
         row = {"name": value, **asdict(score), "says": f"{kind}: {value}"}
+        row["tip"] = f"{_value(row['says'], row)}, {score.rows:,} rows"
         if held_out is not None and value in held_out.slices.get(kind, ()):
             row["filter"] = [[kind, list(held_out.slices[kind]).index(value)]]
         shown.setdefault(kind, []).append(row)
-        most = max(most, score.value, score.high or 0)
-    bars = [charts.bars(kind, rows_of, "difference in log-loss", most) for kind, rows_of in shown.items()]
+        ends += [each for each in (score.value, score.low, score.high) if each is not None]
+    axis = min(ends), max(ends)
+    bars = [charts.bars(kind, rows_of, "difference in log-loss", axis) for kind, rows_of in shown.items()]
     notes = [f"Settings that differ ({one} there, {other} here): {'; '.join(found.settings)}"] if found.settings else []
     return section(f"Compared with {other}", lead, notes=notes, charts=bars, table={"columns": columns, "rows": rows})
 
@@ -149,9 +153,6 @@ def data_section(source: Source, held_out: HeldOut | None) -> Section:
     ]
     trained = "" if metrics["n_train"] is None else f"{metrics['n_train']:,} to train on"
     facts.append(["held-out rows", f"{metrics['n_eval']:,}", trained])
-    facts.append(
-        ["folds", f"{source.recipe.data.folds}", ", ".join(str(each.metrics["fold"]) for each in source.folds)]
-    )
     if held_out is not None and len(held_out.task.classes) <= MOST_CLASSES:
         for name, prior, share in zip(
             held_out.task.classes, held_out.prior.mean(axis=0), held_out.labels.mean(axis=0), strict=True

@@ -40,10 +40,11 @@ class OfRows:
             self.columns[f"bin {at}"] = places
             for place in range(BINS):
                 if (rows := places == place).any():
-                    row = {"bin": place + 1, "rows": int(rows.sum()), "filter": [[f"bin {at}", place]]}
-                    row |= {"predicted": float(probabilities[rows].mean()), "observed": float(labels[rows, at].mean())}
-                    says = f"{name} with probability about {row['predicted']:.2f}, label in {row['observed']:.2f}"
-                    bins.append(row | {"says": says})
+                    mean, share = float(probabilities[rows].mean()), float(labels[rows, at].mean())
+                    row = {"bin": place + 1, "rows": int(rows.sum()), "predicted": mean, "observed": share}
+                    row["says"] = f"{name} in bin {place + 1} of {BINS}"
+                    row["tip"] = f"{row['says']}: probability {mean:.3f}, label in {share:.3f} of {row['rows']:,} rows"
+                    bins.append(row | {"filter": [[f"bin {at}", place]]})
             found.append(charts.reliability(name, bins))
         lead = (
             "Bars show how often a class is the label, lines how probable the judge finds it: where they differ, it is "
@@ -59,7 +60,8 @@ class OfRows:
                 cell = {"label": names[label], "predicted": names[predicted], "rows": rows}
                 cell |= {"share": rows / max(1, int(of_label.sum()))}
                 says = f"label {names[label]}, judge {names[predicted]}"
-                cells.append(cell | {"filter": [["label", label], ["predicted", predicted]], "says": says})
+                cell |= {"says": says, "tip": f"{says}: {rows:,} rows, {cell['share']:.1%} of the label's"}
+                cells.append(cell | {"filter": [["label", label], ["predicted", predicted]]})
         return section("Confusion", self._omitted().strip(), charts=[charts.confusion(cells)])
 
     def _omitted(self) -> str:
@@ -94,7 +96,7 @@ class OfRows:
         rows = [
             self._of_order(name, self.held_out.labels[scored], each) for name, each in zip(names, given, strict=True)
         ]
-        columns = ["order", "log-loss", "accuracy", *(f"mean {name}" for name in self.task.classes)]
+        columns = ["order", "log-loss", "accuracy", *(f"mean p({name})" for name in self.task.classes)]
         both, bars = np.where(scored, np.nan_to_num(self.held_out.orders).argmax(axis=2), -1), list[dict[str, Any]]()
         self.columns |= {"as given": both[0], "exchanged": both[1]}
         for one, first in enumerate(self.task.classes):
@@ -102,9 +104,11 @@ class OfRows:
                 if rows_of := int(((both[0] == one) & (both[1] == other)).sum()) if one != other else 0:
                     bar = {"name": f"{first} → {second}", "value": rows_of, "rows": rows_of, "low": None, "high": None}
                     says = f"{first} as given, {second} when exchanged"
-                    bars.append(bar | {"says": says, "filter": [["as given", one], ["exchanged", other]]})
-        most = max((bar["value"] for bar in bars), default=1)
-        found = [charts.bars("Rows that flip, as given → exchanged", bars, "rows", most)] if bars else []
+                    bar |= {"says": says, "tip": f"{says}: {rows_of:,} rows"}
+                    bars.append(bar | {"filter": [["as given", one], ["exchanged", other]]})
+        most = max((bar["value"] for bar in bars), default=0)
+        title = "Rows that flip, as given → exchanged"
+        found = [charts.bars(title, bars, "rows", (0, most), size="half")] if bars else []
         return section("Position bias", lead, facts=facts, charts=found, table={"columns": columns, "rows": rows})
 
     @staticmethod

@@ -54,8 +54,8 @@ function chartTable(chart) {
 }
 
 // a chart is one stop of the Tab key, the arrow keys move between its bars, and Enter opens the rows of one
-function reachable(place, title) {
-  const bars = [...place.querySelectorAll(".role-mark path")].filter((path) => path.__data__?.datum?.filter);
+function reachable(place) {
+  const bars = [...place.querySelectorAll(".role-mark:not([aria-hidden=true]) path")].filter((path) => path.__data__?.datum?.filter);
   const focus = (bar) => {
     bars.forEach((other) => other.setAttribute("tabindex", other === bar ? 0 : -1));
     bar.focus();
@@ -64,7 +64,7 @@ function reachable(place, title) {
     const datum = bar.__data__.datum;
     bar.setAttribute("role", "button");
     bar.setAttribute("tabindex", at ? -1 : 0);
-    bar.setAttribute("aria-label", title + ", " + datum.says + ": " + number(datum.rows) + " rows");
+    bar.setAttribute("aria-label", datum.tip);
     bar.onclick = () => open(datum, bar);
     bar.onkeydown = (event) => {
       const step = {ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1}[event.key];
@@ -80,15 +80,15 @@ async function draw(place, chart) {
   const options = {ast: true, actions: false, renderer: "svg", defaultStyle: false, tooltip: tip, mode: "vega-lite"};
   const {view} = await window.vegaEmbed(place, {...chart.spec, datasets: chart.data}, options);
   place.querySelector("svg").setAttribute("aria-label", chart.title);
-  reachable(place, chart.title);
-  view.addResizeListener(() => requestAnimationFrame(() => reachable(place, chart.title)));
+  reachable(place);
+  view.addResizeListener(() => requestAnimationFrame(() => reachable(place)));
 }
 
 const drawn = [];
 function figure(chart) {
   const place = el("div", {className: "chart"});
   drawn.push(() => draw(place, chart));
-  return el("figure", {className: chart.wide ? "wide" : ""}, el("figcaption", {}, bdi(chart.title)), place,
+  return el("figure", {className: chart.size}, el("figcaption", {}, bdi(chart.title)), place,
     Object.keys(chart.columns).length ? chartTable(chart) : null);
 }
 
@@ -191,7 +191,7 @@ function start() {
   find("#rows thead").append(el("tr", {}, ...["id", "label", "judge", "p(label)", rows.classes.map((at) => rows.names[at]).join(" · "),
     "text"].map((name) => el("th", {scope: "col"}, bdi(name)))));
   find("#query").oninput = (event) => { Object.assign(state, {query: event.target.value.toLowerCase(), shown: PAGE}); list(); };
-  find("form").onsubmit = (event) => event.preventDefault();
+  find("#rows form").onsubmit = (event) => event.preventDefault();
   find("#more").onclick = () => { state.shown += PAGE; list(); };
   find("#back").onclick = () => { state.from.focus(); state.from.scrollIntoView({block: "center"}); };
   find("#clear").onclick = () => {
