@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from arena.command_line import command
@@ -46,24 +47,24 @@ class Chart:
     spec: Mapping[str, Any]
     data: Mapping[str, Data]
     columns: Mapping[str, str]
-    size: str
+    size: str = ""
 
-    @classmethod
-    def of(cls, title: str, chart: Any, columns: Mapping[str, str], size: str = "", **data: Data) -> Chart:
-        alt = altair()
-        axis = {
-            "labelFont": FONT, "titleFont": FONT, "labelColor": MUTED, "titleColor": MUTED, "gridColor": FAINT,
-            "domainColor": FAINT, "tickColor": FAINT, "labelFontSize": 12, "titleFontSize": 12,
-            "titleFontWeight": "normal", "labelLimit": 200,
-        }  # fmt: skip
-        legend = {key: value for key, value in axis.items() if key.startswith(("label", "title"))}
-        sized = chart.properties(
-            width="container", background="transparent", autosize=alt.AutoSizeParams(type="fit-x", contains="padding")
-        )
-        spec = sized.configure(
-            axis=axis, legend=legend | {"title": None, "orient": "top"}, view={"stroke": None}, text={"font": FONT}
-        )
-        return cls(title, spec.to_dict(), data, columns, size)
+
+def _spec(alt: Any, chart: Any, height: int) -> Mapping[str, Any]:
+    """A chart as Vega-Lite, as wide as its place on the page."""
+    axis = {
+        "labelFont": FONT, "titleFont": FONT, "labelColor": MUTED, "titleColor": MUTED, "gridColor": FAINT,
+        "domainColor": FAINT, "tickColor": FAINT, "labelFontSize": 12, "titleFontSize": 12,
+        "titleFontWeight": "normal", "labelLimit": 200,
+    }  # fmt: skip
+    legend = {key: value for key, value in axis.items() if key.startswith(("label", "title"))}
+    autosize = alt.AutoSizeParams(type="fit-x", contains="padding")
+    sized = chart.properties(width="container", height=height, background="transparent", autosize=autosize)
+    legend |= {"title": None, "orient": "top"}
+    found: Mapping[str, Any] = sized.configure(
+        axis=axis, legend=legend, view={"stroke": None}, text={"font": FONT}
+    ).to_dict()
+    return found
 
 
 def _table(alt: Any) -> Any:
@@ -72,8 +73,14 @@ def _table(alt: Any) -> Any:
 
 def references(rows: Data) -> Chart:
     """Log-losses as points, the run's own with its interval."""
+    columns = {"name": "", "value": "log-loss", "low": "from", "high": "to"}
+    spec = _references(tuple(row["name"] for row in rows))
+    return Chart("Log-loss beside references", spec, {"table": rows}, columns, "wide")
+
+
+@lru_cache
+def _references(names: tuple[str, ...]) -> Mapping[str, Any]:
     alt = altair()
-    names = [row["name"] for row in rows]
     y = alt.Y("name:N", sort=names, title=None, axis=alt.Axis(domain=False, ticks=False, grid=True, labelLimit=160))
     x = alt.X("value:Q", title="log-loss", scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(tickCount=6))
     colour = alt.condition("datum.own", alt.value(FIRST), alt.value(MUTED))
@@ -81,35 +88,42 @@ def references(rows: Data) -> Chart:
     text = alt.Text("value:Q", format=".4f")
     labels = _table(alt).mark_text(dy=-12, fontSize=12, color=INK, aria=False).encode(x=x, y=y, text=text)
     interval = _table(alt).mark_rule(strokeWidth=3, color=FIRST, opacity=0.45, aria=False)
-    chart = (interval.encode(x="low:Q", x2="high:Q", y=y) + points + labels).properties(height=34 * len(rows))
-    columns = {"name": "", "value": "log-loss", "low": "from", "high": "to"}
-    return Chart.of("Log-loss beside references", chart, columns, "wide", table=rows)
+    return _spec(alt, interval.encode(x="low:Q", x2="high:Q", y=y) + points + labels, 34 * len(names))
 
 
 def loss_curve(points: Data, held_out: Data, runs: Sequence[str]) -> Chart:
     """The training loss by step, smoothed, with the held-out log-loss."""
+    columns = {"run": "run", "fold": "fold", "step": "step", "loss": "held-out log-loss"}
+    data = {"table": points, "held_out": held_out}
+    return Chart("Loss", _loss_curve(tuple(runs), is_single(points)), data, columns, "wide")
+
+
+@lru_cache
+def _loss_curve(runs: tuple[str, ...], single: bool) -> Mapping[str, Any]:
     alt = altair()
     colour, x = _by_run(alt, runs), _steps(alt)
     y = alt.Y("smooth:Q", title="loss", scale=alt.Scale(zero=False))
     lines = _table(alt).mark_line(strokeWidth=2, aria=False).encode(x=x, y=y, color=colour, detail="fold:N")
-    raw = _table(alt).mark_line(strokeWidth=1, opacity=0.28, aria=False)
-    if is_single(points):
+    if single:
+        raw = _table(alt).mark_line(strokeWidth=1, opacity=0.28, aria=False)
         lines = raw.encode(x=x, y="loss:Q", color=colour, detail="fold:N") + lines
     marks = alt.Chart(alt.NamedData("held_out")).mark_point(
         filled=True, size=70, opacity=1, stroke=PAPER, strokeWidth=1.5
     )
-    chart = (lines + marks.encode(x="step:Q", y="loss:Q", color=colour, tooltip="tip:N")).properties(height=300)
-    columns = {"run": "run", "fold": "fold", "step": "step", "loss": "held-out log-loss"}
-    return Chart.of("Loss", chart, columns, "wide", table=points, held_out=held_out)
+    return _spec(alt, lines + marks.encode(x="step:Q", y="loss:Q", color=colour, tooltip="tip:N"), 300)
 
 
 def step_curve(points: Data, field: str, title: str, runs: Sequence[str]) -> Chart:
     """A number that the log has for each step."""
+    return Chart(title, _step_curve(field, tuple(runs)), {"table": points}, {}, "half")
+
+
+@lru_cache
+def _step_curve(field: str, runs: tuple[str, ...]) -> Mapping[str, Any]:
     alt = altair()
-    y = alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4, format="~g"))
+    y = alt.Y(f"{field}:Q", title=None, axis=alt.Axis(tickCount=4))
     line = _table(alt).mark_line(strokeWidth=1.5, aria=False)
-    chart = line.encode(x=_steps(alt), y=y, color=_by_run(alt, runs, legend=None), detail="fold:N")
-    return Chart.of(title, chart.properties(height=150), {}, "half", table=points)
+    return _spec(alt, line.encode(x=_steps(alt), y=y, color=_by_run(alt, runs, legend=None), detail="fold:N"), 150)
 
 
 def is_single(points: Data) -> bool:
@@ -129,6 +143,12 @@ def _by_run(alt: Any, runs: Sequence[str], **legend: None) -> Any:
 
 def reliability(name: str, bins: Data) -> Chart:
     """For each bin of a class's probabilities, how often it is the label (bars) and how probable it was (lines)."""
+    columns = {"bin": "bin", "rows": "rows", "predicted": "mean probability", "observed": "share of labels"}
+    return Chart(name, _reliability(), {"table": bins}, columns)
+
+
+@lru_cache
+def _reliability() -> Mapping[str, Any]:
     alt = altair()
     x = alt.X("bin:O", title="bins of equally many rows, by probability", axis=alt.Axis(labels=False, ticks=False))
     y = alt.Y("observed:Q", title="share of labels", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5))
@@ -136,35 +156,42 @@ def reliability(name: str, bins: Data) -> Chart:
     targets = _table(alt).mark_bar(color=FAINT, opacity=0.4).encode(x=x, y=alt.datum(1), **TIP)
     bars = _table(alt).mark_bar(color=FIRST, opacity=0.75, aria=False).encode(x=x, y=y)
     ticks = _table(alt).mark_tick(color=INK, thickness=2.5, bandSize=16, aria=False).encode(x=x, y="predicted:Q")
-    columns = {"bin": "bin", "rows": "rows", "predicted": "mean probability", "observed": "share of labels"}
-    return Chart.of(name, (targets + bars + ticks).properties(height=200), columns, table=bins)
+    return _spec(alt, targets + bars + ticks, 200)
 
 
 def confusion(cells: Data) -> Chart:
     """How many rows of each label were predicted as which class."""
+    columns = {"label": "label", "predicted": "judge", "rows": "rows", "share": "share of the label's rows"}
+    spec = _confusion(len({cell["label"] for cell in cells}))
+    return Chart("Rows by label and most probable class", spec, {"table": cells}, columns, "half")
+
+
+@lru_cache
+def _confusion(classes: int) -> Mapping[str, Any]:
     alt = altair()
     axis = {"axis": alt.Axis(domain=False, ticks=False, labelAngle=0), "sort": None}
     base = _table(alt).encode(x=alt.X("predicted:N", title="judge", **axis), y=alt.Y("label:N", title="label", **axis))
     opacity = alt.Opacity("share:Q", legend=None, scale=alt.Scale(domain=[0, 1], range=[0.05, 0.6]))
     tiles = base.mark_rect(color=FIRST, cornerRadius=3, stroke=PAPER, strokeWidth=2)
     counts = base.mark_text(fontSize=13, color=INK, aria=False).encode(text=alt.Text("rows:Q", format=","))
-    height = 52 * len({cell["label"] for cell in cells})
-    chart = (tiles.encode(opacity=opacity, **TIP) + counts).properties(height=height)
-    columns = {"label": "label", "predicted": "judge", "rows": "rows", "share": "share of the label's rows"}
-    return Chart.of("Rows by label and most probable class", chart, columns, "half", table=cells)
+    return _spec(alt, tiles.encode(opacity=opacity, **TIP) + counts, 52 * classes)
 
 
 def bars(title: str, rows: Data, value: str, ends: tuple[float, float], reference: str = "", size: str = "") -> Chart:
     """Bars with intervals on an axis with these ends, and a line for what each is compared with."""
+    columns = {"name": "", "rows": "rows", "value": value, "low": "from", "high": "to"}
+    columns |= {"reference": reference} if reference else {}
+    return Chart(title, _bars(len(rows), value, ends, bool(reference)), {"table": rows}, columns, size)
+
+
+@lru_cache
+def _bars(rows: int, value: str, ends: tuple[float, float], reference: bool) -> Mapping[str, Any]:
     alt = altair()
-    axis = alt.Axis(domain=False, ticks=False, labelLimit=150)
-    y = alt.Y("name:N", sort=[row["name"] for row in rows], title=None, axis=axis)
+    y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(domain=False, ticks=False, labelLimit=150))
     x = alt.X("value:Q", title=value, scale=alt.Scale(domain=list(ends), nice=True), axis=alt.Axis(tickCount=5))
     chart = _table(alt).mark_bar(color=FIRST, opacity=0.75, height=16).encode(x=x, y=y, **TIP)
     chart += _table(alt).mark_rule(color=INK, strokeWidth=1.5, aria=False).encode(x="low:Q", x2="high:Q", y=y)
-    columns = {"name": "", "rows": "rows", "value": value, "low": "from", "high": "to"}
     if reference:
         tick = _table(alt).mark_tick(color=SECOND, thickness=3, bandSize=20, aria=False)
         chart += tick.encode(x="reference:Q", y=y)
-        columns["reference"] = reference
-    return Chart.of(title, chart.properties(height=30 * len(rows)), columns, size, table=rows)
+    return _spec(alt, chart, 30 * rows)

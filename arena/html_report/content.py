@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -167,7 +168,7 @@ def data_section(source: Source, held_out: HeldOut | None) -> Section:
 def settings(source: Source) -> Section:
     """The settings that are not the defaults."""
     rows = [
-        [key, _yaml(value), "" if default is None else _yaml(default)] for key, value, default in _set(source.recipe)
+        [key, _shown(value), "" if default is None else _shown(default)] for key, value, default in _set(source.recipe)
     ]
     table = {"columns": ["setting", "value", "default"], "rows": rows}
     return section("Settings", "Those that differ from the defaults.", table=table)
@@ -183,8 +184,8 @@ def _set(group: BaseModel, above: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield f"{above}{name}", value, default
 
 
-def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) else "null" if value is None else str(value)
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _value(name: str, score: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 const page = JSON.parse(document.getElementById("content").textContent);
 const find = (selector) => document.querySelector(selector);
 const PAGE = 40; // rows shown at once
+const NARROW = matchMedia("(max-width: 40rem)"); // where two columns of the rows are hidden
 // what would be invisible, or would change the direction of the text around it
 const HIDDEN = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff])/;
 
@@ -156,7 +157,7 @@ function shares(at) {
 function line(at) {
   const first = rows.texts[at]?.[Math.max(0, rows.fields.indexOf(rows.whole))];
   const start = (Array.isArray(first) ? first.find((each) => each != null) : first) ?? "";
-  const detail = el("tr", {className: "detail", hidden: true}, el("td", {colSpan: 6}));
+  const detail = el("tr", {className: "detail", hidden: true}, el("td", {colSpan: NARROW.matches ? 4 : 6}));
   const toggle = el("button", {type: "button", className: "link", ariaExpanded: "false", onclick: () => {
     detail.hidden = !detail.hidden;
     toggle.ariaExpanded = String(!detail.hidden);
