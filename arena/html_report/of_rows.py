@@ -33,23 +33,25 @@ class OfRows:
         return [each for each in found if each is not None]
 
     def _reliability(self) -> Section:
-        found = []
-        for at in self.classes:
-            name, probabilities, labels = self.task.classes[at], self.held_out.predicted[:, at], self.held_out.labels
-            places, bins = equal_mass(probabilities), list[dict[str, Any]]()
-            self.columns[f"bin {at}"] = places
-            for place in range(BINS):
-                if (rows := places == place).any():
-                    mean, share = float(probabilities[rows].mean()), float(labels[rows, at].mean())
-                    row = {"bin": place + 1, "rows": int(rows.sum()), "predicted": mean, "observed": share}
-                    row["says"] = f"{name} in bin {place + 1} of {BINS}"
-                    row["tip"] = f"{row['says']}: probability {mean:.3f}, label in {share:.3f} of {row['rows']:,} rows"
-                    bins.append(row | {"filter": [[f"bin {at}", place]]})
-            found.append(charts.reliability(name, bins))
-        lead = (
-            "Bars show how often a class is the label, lines how probable the judge finds it: where they differ, it is "
-        )
-        return section("Reliability", f"{lead}too sure or not sure enough.{self._omitted()}", charts=found)
+        found = [charts.reliability(self.task.classes[at], self._bins(at)) for at in self.classes]
+        lead = "Bars show how often a class is the label, lines how probable the judge finds it: where they differ, it "
+        return section("Reliability", f"{lead}is too sure or not sure enough.{self._omitted()}", charts=found)
+
+    def _bins(self, at: int) -> list[dict[str, Any]]:
+        """The bins of a class, those of the class-wise calibration error."""
+        probabilities, labels = self.held_out.predicted[:, at], self.held_out.labels[:, at]
+        places = self.columns[f"bin {at}"] = equal_mass(probabilities)
+        bins = []
+        for place in np.unique(places).tolist():
+            rows = places == place
+            mean, share, count = float(probabilities[rows].mean()), float(labels[rows].mean()), int(rows.sum())
+            says = f"{self.task.classes[at]} in bin {place + 1} of {BINS}"
+            bins.append({
+                "bin": place + 1, "rows": count, "predicted": mean, "observed": share, "says": says,
+                "tip": f"{says}: probability {mean:.3f}, label in {share:.3f} of {count:,} rows",
+                "filter": [[f"bin {at}", place]],
+            })  # fmt: skip
+        return bins
 
     def _confusion(self) -> Section:
         cells, names = list[dict[str, Any]](), self.task.classes

@@ -21,7 +21,6 @@ from arena.html_report.charts import Chart
 from arena.storage.files import write_text
 
 HERE = Path(__file__).parent
-VEGA_LITE = "6.4"
 # what HTML or old JavaScript might read as more than a text, and halves of surrogate pairs, which UTF-8 cannot hold
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
@@ -47,7 +46,7 @@ def _vega() -> str:
     """The JavaScript that draws charts."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE))
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def write_page(path: Path, title: str, content: dict[str, Any]) -> None:

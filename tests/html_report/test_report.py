@@ -131,7 +131,7 @@ def test_the_figures_of_a_fold_are_those_of_its_metrics(place: Path, fold: Conte
 
 def test_each_bar_opens_as_many_rows_as_it_counts(place: Path, fold: Content) -> None:
     counted = list(bars(fold))
-    assert len(counted) > 40 and all(bar["rows"] == found for bar, found in counted)
+    assert len(counted) > 40 and all(bar["rows"] == found and bar["says"] in bar["tip"] for bar, found in counted)
     held, metrics = fold["rows"], json.loads((place / "runs/tiny/fold0/metrics.json").read_text())
     assert sum(bar["rows"] for bar in charts(fold, "Confusion")[0]["data"]["table"]) == metrics["n_eval"]
     flips = metrics["scores"]["flip_rate"]
