@@ -64,11 +64,11 @@ def headline(source: Source) -> Section:
     return section("Log-loss", big=big, facts=facts, notes=notes, charts=[charts.references(ordered)])
 
 
-def training(sources: Sequence[Source]) -> Section:
+def training(sources: Mapping[str, Source]) -> Section:
     """The curves of each fold's training, those of two runs over one another."""
-    names = [source.name for source in sources]
+    names = list(sources)
     points, held_out = list[dict[str, Any]](), list[dict[str, Any]]()
-    for name, source in zip(names, sources, strict=True):
+    for name, source in sources.items():
         for fold in source.folds:
             own = {"run": name, "fold": fold.metrics["fold"]}
             points += [own | point for point in _curve([line for line in fold.log if "loss" in line])]

@@ -140,5 +140,7 @@ def _left_out(total: int, listed: int, with_texts: int, missing: str | None) -> 
     if missing:
         return " ".join([*said, missing])
     if with_texts < listed:
-        said.append(f"Only the {with_texts:,} most confidently wrong rows have their texts in this file.")
+        said.append(
+            f"Only the {with_texts:,} most confidently wrong rows have their texts here, and are found by them."
+        )
     return " ".join([*said, f"Texts of more than {LONGEST:,} characters are cut."])

@@ -80,7 +80,7 @@ function reachable(place) {
 async function draw(place, chart) {
   const options = {ast: true, actions: false, renderer: "svg", defaultStyle: false, tooltip: tip, mode: "vega-lite"};
   const {view} = await window.vegaEmbed(place, {...chart.spec, datasets: chart.data}, options);
-  place.querySelector("svg").setAttribute("aria-label", chart.title);
+  place.setAttribute("aria-label", chart.title);
   reachable(place);
   view.addResizeListener(() => requestAnimationFrame(() => reachable(place)));
 }
@@ -141,7 +141,7 @@ function conversation(at) {
   const turns = Array.isArray(cells[0]) && typeof cells[0][1] !== "number" ? cells[0].length : 0;
   return el("div", {}, ...Array.from({length: turns || 1}, (_, turn) => el("div", {className: "turn"},
     ...rows.fields.map((name, field) => el("div", {className: name === rows.whole ? "whole" : "part"},
-      el("h4", {}, bdi(name.replaceAll("_", " ") + (turns > 1 ? ", turn " + (turn + 1) : ""))),
+      el("h3", {}, bdi(name.replaceAll("_", " ") + (turns > 1 ? ", turn " + (turn + 1) : ""))),
       piece(turns ? cells[field][turn] : cells[field], "text"))))));
 }
 

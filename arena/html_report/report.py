@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from arena.data.prepare import held_out_file
 from arena.html_report.charts import altair
 from arena.html_report.content import comparison, data_section, headline, settings, slices, subtitle, training
 from arena.html_report.of_rows import OfRows
 from arena.html_report.page import write_page
-from arena.html_report.rows import read_held_out
+from arena.html_report.rows import moved, read_held_out
 from arena.html_report.source import read_source
 from arena.training.comparing import compare
 
@@ -26,14 +27,16 @@ def write_report(names: Sequence[str], runs: Path, out: Path | None, data: str |
         ValueError: Altair is missing, or a run cannot be read or compared.
     """
     altair()  # raises before anything is read
-    sources = [read_source(name, runs) for name in names]
-    source, other = sources[0], sources[1:]
+    sources = [read_source(name.rpartition("=")[2], runs) for name in names]  # as in mine=PATH
+    source, titles = sources[0], [sources[0].name]
     of_rows = OfRows(source, read_held_out(source, data)) if source.task.classes else None
     held_out = None if of_rows is None else of_rows.held_out
     sections = [headline(source)]
-    if other:
-        sections.append(comparison(compare(names, data, runs), held_out))
-    sections.append(training(sources))
+    if len(sources) == 2:
+        found = compare(names, None if data is None else str(held_out_file(moved(source.recipe, data).data)), runs)
+        sections.append(comparison(found, held_out))
+        titles = list(found.names)
+    sections.append(training(dict(zip(titles, sources, strict=True))))
     sections += of_rows.sections() if of_rows else [slices(source.metrics.get("slices", {}), {})]
     sections += [data_section(source, held_out), settings(source)]
     content = {

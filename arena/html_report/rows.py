@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +13,11 @@ from arena.data.files import read_files
 from arena.data.prepare import held_out_file
 from arena.data.rows import ROWS_AT_ONCE
 from arena.data.task import Masks, Task
+from arena.html_report.page import as_json
 from arena.html_report.source import Source
 from arena.metrics import log_loss
 from arena.model.backbone import load_tokenizer
-from arena.progress import format_error, progress, warn
+from arena.progress import progress, warn
 from arena.settings import Recipe
 from arena.training.scores import token_slices
 
@@ -58,15 +58,20 @@ class HeldOut:
         return log_loss.terms(self.labels, self.predicted)
 
 
+def moved(recipe: Recipe, data: str | None) -> Recipe:
+    """The recipe with its rows in another place; None: where they were."""
+    if data is None:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
+
+
 def read_held_out(source: Source, data: str | None) -> HeldOut:
     """The held-out rows of a run whose task has classes.
 
     Args:
         data: where the rows are; None: where they were in training.
     """
-    task, recipe = source.task, source.recipe
-    if data is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
+    task, recipe = source.task, moved(source.recipe, data)
     tables = [fold.predictions for fold in source.folds]
     lengths = [len(table) for table in tables]
     ids = [name for table in tables for name in table["id"]]
@@ -99,8 +104,8 @@ def _rows(recipe: Recipe, task: Task, ids: Sequence[str], labels: np.ndarray) ->
         if not np.allclose(own.labels, labels, atol=1e-5):
             raise ValueError(f"the labels in {recipe.data.path} are not those of the run: name the run's own data")
     except (ValueError, OSError) as error:
-        missing = f"The conversations and slices of rows are missing, because {format_error(error)}"
-        warn(f"{missing}; --data names the place of the run's data")
+        missing = f"The texts and slices of rows are missing here: {' '.join(str(error).split())}"
+        warn(f"{missing} (--data names the place of the run's data)")
         return None, missing
     return own, None
 
@@ -133,10 +138,10 @@ def _orders(source: Source, mean: np.ndarray, has_input: np.ndarray | None) -> n
     return np.stack([first, 2 * mean - first])
 
 
-def text_of(value: Any) -> Any:
+def _text(value: Any) -> Any:
     """A text as the page shows it: whole, or its beginning with the number of characters that are left out."""
     if isinstance(value, list):
-        return [text_of(each) for each in value]
+        return [_text(each) for each in value]
     return value if value is None or len(value) <= LONGEST else [value[:LONGEST], len(value) - LONGEST]
 
 
@@ -144,7 +149,7 @@ def texts(held_out: HeldOut, order: Sequence[int], most: int) -> list[list[Any]]
     """The texts of the first rows of an order, at most so many, and no more than a page can hold."""
     found, room = list[list[Any]](), TEXT_BYTES
     for cells in _cells(held_out, order[:most]):
-        room -= len(json.dumps(cells, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        room -= len(as_json(cells).encode())
         if room < 0:
             break
         found.append(cells)
@@ -157,4 +162,4 @@ def _cells(held_out: HeldOut, order: Sequence[int]) -> Iterator[list[Any]]:
     names = list(held_out.task.texts)
     for batch in held_out.rows.table.select_columns(names).select(order).iter(ROWS_AT_ONCE):
         for cells in zip(*(batch[name] for name in names), strict=True):
-            yield [text_of(cell) for cell in cells]
+            yield [_text(cell) for cell in cells]
