@@ -171,10 +171,7 @@ def test_two_runs_have_paired_differences_and_both_curves(place: Path, tmp_path:
     )
     assert loss[3] == f"{one - other:+.4f}"
     assert loss[1:3] == pytest.approx([one, other]) and "train.lr is" in compared["notes"][0]
-    assert {point["run"] for point in charts(content, "Training")[0]["data"]["table"]} == {
-        "tiny, fold 0",
-        "other, fold 0",
-    }
+    assert {point["run"] for point in charts(content, "Training")[0]["data"]["table"]} == {"tiny", "other"}
 
 
 def test_no_text_leaves_the_data(place: Path, run: Content, tmp_path: Path) -> None:
