@@ -30,7 +30,7 @@ function number(value) {
 function table(columns, rows, caption) {
   const cell = (value, at) => el(at ? "td" : "th", at ? {className: typeof value === "number" ? "number" : ""} : {scope: "row"},
     value instanceof Node ? value : bdi(number(value)));
-  return el("div", {className: "scroll", tabIndex: 0, role: "group", ariaLabel: caption}, el("table", {},
+  return el("div", {className: "scroll", tabIndex: 0, role: "group", "aria-label": caption}, el("table", {},
     el("thead", {}, el("tr", {}, ...columns.map((name) => el("th", {scope: "col"}, bdi(name))))),
     el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map(cell))))));
 }
@@ -96,7 +96,7 @@ function figure(chart) {
 function section(part, at) {
   const id = "section-" + at;
   find("nav").append(el("a", {href: "#" + id, textContent: part.title}));
-  return el("section", {id, ariaLabel: part.title}, el("h2", {}, bdi(part.title)),
+  return el("section", {id, "aria-label": part.title}, el("h2", {}, bdi(part.title)),
     part.big ? el("p", {className: "big"}, part.big.value, el("small", {}, part.big.note && "95% interval " + part.big.note)) : null,
     part.lead ? el("p", {className: "lead"}, bdi(part.lead)) : null,
     ...(part.notes || []).map((note) => el("p", {className: "note"}, bdi(note))),
@@ -147,7 +147,7 @@ function conversation(at) {
 
 function shares(at) {
   const label = rows.classes.map((of, place) => rows.names[of] + " " + rows.probabilities[at][place].toFixed(3)).join(", ");
-  return el("div", {className: "shares", role: "img", ariaLabel: label, title: label}, ...rows.probabilities[at].map((share) => {
+  return el("div", {className: "shares", role: "img", "aria-label": label, title: label}, ...rows.probabilities[at].map((share) => {
     const bar = el("span", {});
     bar.style.flexGrow = share;
     return bar;
@@ -158,9 +158,9 @@ function line(at) {
   const first = rows.texts[at]?.[Math.max(0, rows.fields.indexOf(rows.whole))];
   const start = (Array.isArray(first) ? first.find((each) => each != null) : first) ?? "";
   const detail = el("tr", {className: "detail", hidden: true}, el("td", {colSpan: NARROW.matches ? 4 : 6}));
-  const toggle = el("button", {type: "button", className: "link", ariaExpanded: "false", onclick: () => {
+  const toggle = el("button", {type: "button", className: "link", "aria-expanded": "false", onclick: () => {
     detail.hidden = !detail.hidden;
-    toggle.ariaExpanded = String(!detail.hidden);
+    toggle.setAttribute("aria-expanded", !detail.hidden);
     if (!detail.firstChild.childNodes.length) detail.firstChild.append(conversation(at));
   }}, bdi(rows.ids[at]));
   const [label, predicted] = ["label", "predicted"].map((name) => rows.names[rows.columns[name][at]]);

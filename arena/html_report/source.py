@@ -94,7 +94,11 @@ def read_source(name: str, runs: Path) -> Source:
             f"`{command('arena', 'cv', '--recipe', recipe.name)}`"
         )
     cv = json.loads((run / "cv.json").read_text(encoding="utf-8"))
-    return Source(run, recipe, folds, _of_all([fold.metrics for fold in folds], cv))
+    metrics = [fold.metrics for fold in folds]
+    if cv["folds"] != metrics:
+        again = command("arena", "cv", "--recipe", recipe.name)
+        raise ValueError(f"{run}/cv.json is not of the folds that are there now: run `{again}` again, which joins them")
+    return Source(run, recipe, folds, _of_all(metrics, cv))
 
 
 def _read_fold(model: Path) -> Fold:

@@ -160,6 +160,9 @@ def test_all_folds_together_have_the_scores_of_cross_validation(place: Path, run
         ValueError, match=r"2 finished folds, but no cv\.json: name one, as in `.*arena report .*fold0`"
     ):
         read_source("tiny", tmp_path)
+    write_json(tmp_path / "tiny/cv.json", cv | {"folds": cv["folds"][:1]})
+    with pytest.raises(ValueError, match=r"cv\.json is not of the folds that are there now: run `.*arena cv"):
+        read_source("tiny", tmp_path)
 
 
 def test_two_runs_have_paired_differences_and_both_curves(place: Path, tmp_path: Path) -> None:
