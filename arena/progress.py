@@ -108,25 +108,37 @@ for _name in ("COLUMNS", "LINES"):
         del os.environ[_name]  # a size of 0 would hide all output
 
 LEVELS = ("info", "warning", "error")  # of messages
-_level = ContextVar("level", default=LEVELS[0])
+_is_quiet = ContextVar("is_quiet", default=False)  # of a thread
 STYLES = {"yellow": "warning", "red": "error"}  # in which those after `info` are shown
 
 
 class Messages(Console):
     """A console that shows messages from a level on."""
 
+    _level = "info"
+
     @contextmanager
     def showing(self, level: str) -> Iterator[None]:
-        """Shows only messages of a level and of those after it in the block, of this thread."""
-        before = _level.set(level)
+        """Shows only messages of a level and of those after it in the block, in all threads."""
+        before, self._level = self._level, level
         try:
             yield
         finally:
-            _level.reset(before)
+            self._level = before
+
+    @contextmanager
+    def quiet_here(self) -> Iterator[None]:
+        """Shows only warnings and errors in the block, in this thread."""
+        before = _is_quiet.set(True)
+        try:
+            yield
+        finally:
+            _is_quiet.reset(before)
 
     def shows(self, style: Any = None) -> bool:
         """Whether messages of a style are shown."""
-        return LEVELS.index(STYLES.get(style, "info")) >= LEVELS.index(_level.get())
+        level = "warning" if _is_quiet.get() and self._level == LEVELS[0] else self._level
+        return LEVELS.index(STYLES.get(style, "info")) >= LEVELS.index(level)
 
     def print(self, *objects: Any, style: Any = None, **options: Any) -> None:
         if self.shows(style):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 from uuid import uuid4
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, List, Value
@@ -51,17 +53,17 @@ def good_records(
 ) -> tuple[Rows, list[Problem]]:
     """The rows of the records that can be used, with their numbers as ids; and what is wrong with the others.
 
-    The first record tells the layout of all.
+    Each record tells its own layout.
 
     Args:
         labels, limits: as in `read_dataset`.
     """
     limits, good, problems = limits or Limits(), [], []
-    layout = task.layout_of(records[0]) if records else None
     for number, cells in enumerate(records):
         try:
             limits.check_row(characters(cells))
             required(task.file_columns(list(cells)), list(cells))
+            layout = task.layout_of_record(cells)
             known = cells if layout is None else layout(cells)
             texts, label = task.read_texts(known, limits), task.read_label(known, labels)
             good.append({"id": str(number), **texts, "label": label})
@@ -76,19 +78,45 @@ def good_records(
 def cells_of(records: Records) -> list[Cells]:
     """The cells of each record: of one dict, or of each row of a data frame, a data set or an iterable of dicts.
 
+    Arrays and tuples in cells become lists, and what pandas takes for missing becomes null.
+
     Raises:
-        ValueError: they are something else.
+        ValueError: they are something else, or a column has no name of its own.
     """
     if isinstance(records, pd.DataFrame):
-        whole = records.astype(object).where(records.notna(), None)
-        return [dict(zip(whole.columns, row, strict=True)) for row in whole.itertuples(index=False, name=None)]
+        names = list(records.columns)
+        if odd := [name for name in names if not isinstance(name, str) or names.count(name) > 1]:
+            raise ValueError(
+                f"the data frame has the column {odd[0]!r}: give each column a text as its name, and only one"
+            )
+        return [_cells(zip(names, row, strict=True)) for row in records.itertuples(index=False, name=None)]
     if isinstance(records, Mapping):
-        return [dict(records)]
+        if any(isinstance(cell, list | tuple | np.ndarray) for cell in records.values()):
+            raise ValueError(
+                "a dict of lists is given: put it into a list if they are the turns of one conversation, or into "
+                "pandas.DataFrame if they are the columns of many"
+            )
+        return [_cells(records.items())]
     if isinstance(records, str | bytes) or not isinstance(records, Iterable):
         raise ValueError(f"rows is {excerpt(records)}: give dicts, a data frame or a data set")
     cells = []
     for number, record in enumerate(records):
-        if not isinstance(record, Mapping):
+        if not isinstance(record, Mapping) or not all(isinstance(name, str) for name in record):
             raise ValueError(f"row {number} is {excerpt(record)}: give a dict of its columns")
-        cells.append(dict(record))
+        cells.append(_cells(record.items()))
     return cells
+
+
+def _cells(items: Iterable[tuple[str, Any]]) -> Cells:
+    return {name: _plain(cell) for name, cell in items}
+
+
+def _plain(cell: Any) -> Any:
+    """A cell as JSON has it."""
+    if isinstance(cell, np.ndarray | np.generic):
+        cell = cell.tolist()
+    if isinstance(cell, dict):
+        return _cells(cell.items())
+    if isinstance(cell, list | tuple):
+        return [_plain(each) for each in cell]
+    return None if cell is pd.NA or cell is pd.NaT or (isinstance(cell, float) and math.isnan(cell)) else cell

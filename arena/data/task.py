@@ -89,6 +89,10 @@ class Task(ABC):
         """What turns the cells of a file with this first row into those that `read_texts` reads; None: nothing."""
         return None
 
+    def layout_of_record(self, cells: Cells) -> Callable[[Cells], Cells] | None:
+        """As `layout_of`, for one row in memory, which stands for itself."""
+        return self.layout_of(cells)
+
     @abstractmethod
     def label_columns(self, names: Sequence[str], labels: Labels) -> tuple[str, ...]:
         """The columns of a file that hold the label. Raises `FieldError` if there is none although it is required."""

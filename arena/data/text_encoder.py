@@ -93,6 +93,10 @@ class TextEncoder:
         self._is_control[list(known)] = True
         self._control_text = any_of(tuple(self._control.values()))
 
+    def refused_ids(self) -> list[int]:
+        """The control tokens that no text is encoded to."""
+        return [int(each) for each in np.flatnonzero(self._is_control)]
+
     def chat(self, family: str) -> tuple[list[int], list[int], list[int]]:
         """The beginning and end of the user's turn, and the beginning of the model's; `<bos>` comes first, if any.
 

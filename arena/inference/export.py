@@ -18,6 +18,7 @@ from arena.inference.model_card import model_card
 from arena.inference.saved import as_json, read_judge
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.tuning import HEAD_FILE, is_whole, load_trained, with_adapter, with_head
+from arena.progress import optional
 from arena.settings import ModelSettings
 from arena.storage.files import atomic_write, write_json, write_text
 
@@ -42,7 +43,10 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
     Raises:
         ValueError: `judge` is not a judge, or its base differs from the one that it was trained on.
     """
-    saved = read_judge(judge)
+    saved, metrics = read_judge(judge), judge.resolve().parent / "metrics.json"
+    known: dict[str, Any] = {}
+    with optional(f"reading {metrics}", "the model card has no scores"):
+        known = dict(json.loads(metrics.read_text(encoding="utf-8"))) if metrics.is_file() else {}
     settings = change(saved.recipe, overrides).model
     saved.check_base(settings)
     model = merge(judge, settings, saved.task.classes).to(getattr(torch, dtype))
@@ -62,8 +66,6 @@ def export_judge(judge: Path, folder: Path, dtype: str = "bfloat16", overrides: 
         if parts is not None:
             write_json(draft / PROMPT, {**parts, "max_length": saved.recipe.prompt.max_length})
             write_text(draft / HELPER, Path(exported.__file__).read_text(encoding="utf-8"))
-        metrics = judge.resolve().parent / "metrics.json"
-        known = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {}
         write_text(draft / "README.md", model_card(saved, known, helper=parts is not None))
 
 

@@ -6,6 +6,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForSequenceClassification.from_pretrained(".")
 ids = prompt_ids(tokenizer, [("What is 2 + 2?", "It is 4.", "I believe that it is five.")])
 print(model(input_ids=torch.tensor([ids])).logits.softmax(-1), model.config.id2label)
+
+A judge that reads answers one by one takes one answer in each turn; README.md says how two prompts make a prediction.
 """
 
 import json
@@ -31,6 +33,7 @@ def prompt_ids(tokenizer: Any, turns: Sequence[Sequence[str | None]]) -> list[in
         for heading, text in zip(prompt["headings"], turn, strict=True):
             own = prompt["missing"]
             if text is not None:
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
                 own = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
                 if odd := set(own) & set(prompt["control"]):
                     raise ValueError(f"a text holds the control token {tokenizer.convert_ids_to_tokens(min(odd))!r}")

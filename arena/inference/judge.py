@@ -6,7 +6,7 @@ judge.predict_proba([{"prompt": "What is 2 + 2?", "response_a": "4", "response_b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -32,9 +32,8 @@ from arena.progress import console
 class Judge:
     """One trained judge, or the average of several: get one with `from_pretrained`.
 
-    Rows are dicts with the columns of a file of rows, one or many; a data frame; a data set; or what `read` gives. The
-    first row tells the layout of all. Nothing is written, and nothing is printed. All methods may be called from
-    several threads, which take turns on a base.
+    Rows are a dict or many with the columns of a file of rows, a data frame, a data set, or what `read` gives. Nothing
+    is written, and nothing is printed. All methods may be called from several threads, which take turns on a base.
 
     Attributes:
         task: what rows mean.
@@ -48,6 +47,8 @@ class Judge:
             parts: models whose probabilities are averaged, or a simple model; the first has models.
             blend: how the parts become one; None: there is one part.
         """
+        if isinstance(parts, str | Path):
+            raise ValueError(f"a Judge is made of loaded models: write arena.Judge.from_pretrained({str(parts)!r})")
         assert blend is not None or len(parts) == 1, "several parts need a blend"
         self._parts, self._blend = list(parts), blend
         self.models = [model for part in parts if not callable(part) for model in part]
@@ -74,7 +75,7 @@ class Judge:
         """
         if not names:
             raise ValueError('name a judge, such as Judge.from_pretrained("runs/demo")')
-        with console.showing("warning"):
+        with console.quiet_here():
             if is_blend(str(names[0])):
                 return cls._of_blend(names, settings, device)
             folders = [model for name in names for model in find_models(str(name), Path(runs))]
@@ -128,8 +129,13 @@ class Judge:
 
         Their mean over the orders is that of `predict_proba`, except of a blend, which is not linear.
         """
+        return self.predict_both(rows)[1]
+
+    def predict_both(self, rows: Rows | Records) -> tuple[np.ndarray, np.ndarray]:
+        """What `predict_proba` and `predict_orders` give, for the time of one."""
         by_part = self._judged(self._checked(rows))[0]
-        return np.stack([self._pooled(by_part[:, at]) for at in range(by_part.shape[1])])
+        by_order = np.stack([self._pooled(by_part[:, at]) for at in range(by_part.shape[1])])
+        return self._pooled(by_part.mean(axis=1)), by_order
 
     def predict(self, rows: Rows | Records) -> np.ndarray:
         """The name of each row's most probable class, (n,)."""
@@ -150,9 +156,10 @@ class Judge:
         Raises:
             ValueError: there are no rows, or the judge reads one order only.
         """
-        by_class = self.predict_orders(rows).argmax(axis=2)
+        checked = self._checked(rows)
+        by_class = self.predict_orders(checked)[:, checked.has_input].argmax(axis=2)
         if len(by_class) == 1 or not by_class.size:
-            why = "there are no rows" if len(by_class) > 1 else "this judge reads one order: set judge.swap=true"
+            why = "none has anything to read" if len(by_class) > 1 else ONE_ORDER
             raise ValueError(f"no row can flip: {why}")
         return float((by_class != by_class[0]).any(axis=0).mean())
 
@@ -164,18 +171,21 @@ class Judge:
             answers: two or more, each a text or one text for each turn.
 
         Raises:
-            ValueError: there are fewer than two answers, or the task compares none.
+            ValueError: there are fewer than two answers, the task compares none, or the judge reads one order only.
             BadRecordsError: as in `predict_proba`.
         """
-        if isinstance(answers, str) or len(answers) < 2:
+        if isinstance(answers, str | Mapping) or len(answers := list(answers)) < 2:
             raise ValueError("give a list of two or more answers to rank")
-        by_part, judged = self._judged(self._checked(self.task.pairs(prompt, answers)))
+        rows = self._checked(self.task.pairs(prompt, answers))
+        by_part, judged = self._judged(rows)
+        if by_part.shape[1] == 1:
+            raise ValueError(f"answers cannot be compared fairly: {ONE_ORDER}")
         mean = self._pooled(by_part.mean(axis=1))
         ties = mean[:, self.task.classes.index(self.task.tie)] if self.task.tie is not None else 0.0
         first, second = np.array(list(combinations(range(len(answers)), 2))).T
         wins = np.full((len(answers), len(answers)), 0.5)
-        wins[first, second] = mean[:, 0] + ties / 2
-        wins[second, first] = 1 - wins[first, second]
+        wins[first, second] = np.where(rows.has_input, mean[:, 0] + ties / 2, 0.5)
+        wins[second, first] = np.where(rows.has_input, mean[:, 1] + ties / 2, 0.5)
         strong = strengths(wins)
         tokens, logical = (sum(int(getattr(each.plan, name).sum()) for each in judged) for name in PLANNED)
         return Ranking(np.argsort(-strong, kind="stable"), strong, wins, tokens, logical)
@@ -186,7 +196,7 @@ class Judge:
         Raises:
             ValueError: it is not one row; otherwise as in `predict_proba`.
         """
-        rows = self._checked(row)
+        rows = self._checked([row] if isinstance(row, Mapping) else row)
         if len(rows) != 1:
             raise ValueError(f"{len(rows):,} rows are given: explain one of them")
         by_part, judged = self._judged(rows)
@@ -231,12 +241,13 @@ class Judge:
         return by_part[0] if self._blend is None else self._blend(by_part)
 
 
+ONE_ORDER = "this judge reads one order: set judge.swap=true"
 PLANNED = ("tokens", "logical_tokens")
 
 
 def load_models(saved: Sequence[SavedJudge], device: torch.device | str | None = None) -> list[JudgeModel]:
     """Loads judges, each base once. Raises `ValueError` if some read rows in both orders, and others in one."""
-    if len({each.recipe.judge.swap for each in saved}) > 1:
+    if len({each.recipe.reads_all_orders for each in saved}) > 1:
         raise ValueError(
             "some of the judges read rows in both orders, and others in one: set judge.swap=true or judge.swap=false"
         )

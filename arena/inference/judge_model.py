@@ -173,7 +173,7 @@ class JudgeModel:
 
     def in_memory(self, rows: Rows) -> Judged:
         """Judges rows as `probabilities` does, in any thread, without a file; see there for errors."""
-        with self._loaded.lock, console.showing("warning"):
+        with self._loaded.lock, console.quiet_here():
             if self._encoder is None:
                 self._encoder = self.task.encoder(self.tokenizer, self.recipe.prompt)
             orders = self.task.orders if self.recipe.reads_all_orders else 1

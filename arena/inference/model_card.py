@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from arena.data.task import TokenTask
 from arena.inference.saved import SavedJudge, auto_class
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SCORES = {
     "log_loss": "log-loss", "prior_log_loss": "log-loss of predicting the prior",
     "baseline_log_loss": "log-loss of a baseline, TF-IDF and lengths", "bayes_log_loss": "best possible log-loss",
@@ -24,9 +26,10 @@ def model_card(saved: SavedJudge, metrics: Mapping[str, Any], *, helper: bool) -
     """
     recipe, task = saved.recipe, saved.task
     tag = "text-generation" if isinstance(task, TokenTask) else "text-classification"
+    base = [f"base_model: {recipe.model.base}"] if HUB_NAME.fullmatch(recipe.model.base) else []
     about = [
-        "---", "library_name: transformers", f"pipeline_tag: {tag}", f"base_model: {recipe.model.base}",
-        "license: other", "license_name: that-of-the-base", "tags: [arena, judge]", "---", "",
+        "---", "library_name: transformers", f"pipeline_tag: {tag}",
+        *base, "license: other", "license_name: that-of-the-base", "tags: [arena, judge]", "---", "",
         f"# {recipe.name}", "", _what(saved), "", "## Data and scores", "", *_scores(metrics),
     ]  # fmt: skip
     if not isinstance(task, TokenTask):
@@ -45,17 +48,22 @@ def _what(saved: SavedJudge) -> str:
     if isinstance(task, TokenTask):
         return f"{recipe.model.base}, tuned on the task `{task.name}`. Load it with `{auto_class(task)}`."
     classes = ", ".join(f"{at} {name}" for at, name in enumerate(task.classes))
+    of = "both prompts of a pair, added up as below," if task.joins(recipe.prompt) else "a prompt"
     return (
-        f"{recipe.model.base}, trained on the task `{task.name}`: the softmax of its logits at the last token of the "
-        f"prompt are the probabilities of the classes {classes}. Load it with `{auto_class(task)}`."
+        f"{recipe.model.base}, trained on the task `{task.name}`. The softmax of its logits at the last token of {of} "
+        f"gives the probabilities of the classes {classes}. Load it with `{auto_class(task)}`."
     )
 
 
 def _scores(metrics: Mapping[str, Any]) -> list[str]:
     if not metrics:
         return ["They are not known here: this judge was copied without the files of its training."]
-    rows = f"{metrics['n_train']:,} rows to train on, {metrics['n_eval']:,} held out, {metrics['steps']:,} steps."
-    found = [(words, metrics[key]) for key, words in SCORES.items() if metrics.get(key) is not None]
+    n_train, n_eval, steps = (
+        f"{each:,}" if isinstance(each := metrics.get(key), int) else "an unknown number of"
+        for key in ("n_train", "n_eval", "steps")
+    )
+    rows = f"{n_train} rows to train on, {n_eval} held out, {steps} steps."
+    found = [(words, metrics[key]) for key, words in SCORES.items() if isinstance(metrics.get(key), float)]
     lines = [f"| {words} | {value:.4f} |" for words, value in found]
     return [rows, "", "| on the rows held out | |", "| --- | ---: |", *lines]
 

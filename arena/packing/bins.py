@@ -86,16 +86,17 @@ def single_items(lengths: np.ndarray, base: int = 0) -> Items:
     return Items(None, sizes.tolist(), costs.tolist(), base, base + int(sizes.sum()))
 
 
-def adjacent_items(lengths: np.ndarray, shared: np.ndarray, places: np.ndarray) -> Items:
+def adjacent_items(lengths: np.ndarray, shared: np.ndarray, places: np.ndarray, base: int) -> Items:
     """One item for each few examples that must share a micro-batch.
 
     Args:
         lengths: int64 (n, k), tokens of the examples of each item.
-        shared: int64 (n, k), tokens that each shares with the one before it in its item; 0 first.
+        shared: int64 (n, k), tokens that each shares with the one before it in its item; `base` first.
         places: int64 (n, k), where they are in the planner's list.
+        base: tokens that all examples share.
     """
     sizes, costs = (lengths - shared).sum(axis=1), cost(shared, lengths).sum(axis=1)
-    return Items(places.tolist(), sizes.tolist(), costs.tolist(), 0, int(sizes.sum()))
+    return Items(places.tolist(), sizes.tolist(), costs.tolist(), base, base + int(sizes.sum()))
 
 
 def sharing_items(lengths: Sequence[int], shared: Sequence[int], budget: int) -> Items:

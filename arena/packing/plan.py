@@ -212,20 +212,23 @@ def _adjacent(
 ) -> tuple[np.ndarray, Items]:
     """As `_items`, with one item for each `together` adjacent examples."""
     rows = indices.reshape(-1, together)
-    shared, order = np.zeros_like(rows), np.arange(len(indices))
+    shared, order, base = np.zeros_like(rows), np.arange(len(indices)), 0
     if prefixes is not None:
         ranks = prefixes.rank[rows]
         rows = np.take_along_axis(rows, np.argsort(ranks, axis=1), axis=1)
         between = prefixes.between(np.sort(ranks, axis=1).reshape(-1)).reshape(rows.shape)
         shared[:, 1:] = np.where(between >= LEAST_SHARED, np.minimum(between, lengths[rows]), 0)[:, 1:]
         order = np.argsort(prefixes.rank[rows.reshape(-1)], kind="stable")
+        common = int(prefixes.between(prefixes.rank[rows.reshape(-1)[order]])[1:].min())
+        base = min(common, int(lengths[rows].min())) if common >= LEAST_SHARED else 0
+        shared[:, 0] = base
     places = np.argsort(order).reshape(rows.shape)
-    items = adjacent_items(lengths[rows], shared, places)
-    if max(items.sizes, default=0) > budget:
+    items = adjacent_items(lengths[rows], shared, places, base)
+    if max(items.sizes, default=0) + base > budget:
         first = int(np.argmax(items.sizes))
         raise ValueError(
-            f"the examples {', '.join(map(str, rows[first]))} of one row have {items.sizes[first]:,} tokens together, "
-            f"more than the budget of {budget:,}: raise packing.budget or lower prompt.max_length"
+            f"the examples {', '.join(map(str, rows[first]))} of one row have {items.sizes[first] + base:,} tokens "
+            f"together, more than the budget of {budget:,}: raise packing.budget or lower prompt.max_length"
         )
     return rows.reshape(-1)[order], items
 

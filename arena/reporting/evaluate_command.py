@@ -14,7 +14,7 @@ from arena.storage.files import local_path
 
 @dataclass
 class Evaluate:
-    """Try a judge on labelled files of others: scores with intervals, position and length bias, and made pairs."""
+    """Score a judge on labelled files that it was not trained on, with its position and length bias and made pairs."""
 
     words: Positional[
         Annotated[
@@ -39,7 +39,10 @@ class Evaluate:
         names = [word for word in self.words if "=" not in word or Path(word).is_file()]
         if len(names) < 2:
             raise ValueError("name a judge and labelled files, such as `arena evaluate demo data/votes.csv`")
-        settings = judge_settings([word for word in self.words if word not in names], INFER_SETTINGS)
+        changed = [word for word in self.words if word not in names]
+        if renamed := [word for word in changed if word.partition("=")[0].strip() == "name"]:
+            raise ValueError(f"{renamed[0]} would name another run: write that run's name first")
+        settings = judge_settings(changed, INFER_SETTINGS)
         judge = Judge.from_pretrained(names[0], settings=settings, runs=self.runs)
         trusted = [trust(judge, file, self.probes) for file in names[1:]]
         sheets = list(tables(trusted))

@@ -56,8 +56,8 @@ def trust(judge: Judge, file: str | Path, probes: int) -> Trust:
     """
     rows = judge.read(file, labelled=True)
     groups, labels, name = rows.groups(), rows.labels, Path(file).name
-    by_order = _judged(judge, rows, name)
-    mean, prior = by_order.mean(axis=0), labels.mean(axis=0)
+    mean, by_order = _judged(judge, rows, name)
+    prior = labels.mean(axis=0)
     terms = score_terms(judge.task, labels, mean, prior)
     terms["prior_log_loss"] = log_loss.terms(labels, np.tile(prior, (len(rows), 1))), np.ones(len(rows))
     if len(by_order) > 1:
@@ -70,16 +70,17 @@ def trust(judge: Judge, file: str | Path, probes: int) -> Trust:
     return Trust(name, len(rows), estimate(terms, groups), found)
 
 
-def _judged(judge: Judge, rows: Rows, title: str) -> np.ndarray:
-    """The probabilities in each order, float64 (orders, n, C)."""
+def _judged(judge: Judge, rows: Rows, title: str) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities, float64 (n, C), and those in each order, (orders, n, C)."""
     parts = []
     with progress(f"judging {title}", len(rows)) as advance:
         for first in range(0, len(rows), AT_ONCE):
             which = range(first, min(first + AT_ONCE, len(rows)))
             some = replace(rows, table=rows.table.select(which), fingerprint=f"{rows.fingerprint}-{first}")
-            parts.append(judge.predict_orders(some))
+            parts.append(judge.predict_both(some))
             advance(len(which))
-    return np.concatenate(parts, axis=1)
+    means, by_order = zip(*parts, strict=True)
+    return np.concatenate(means), np.concatenate(by_order, axis=1)
 
 
 def _length_terms(rows: Rows, probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Terms]:
@@ -96,16 +97,17 @@ def _probed(judge: Judge, rows: Rows, groups: list[str], most: int) -> dict[str,
     if not some:
         return {}
     first = rows.table.select(range(some))
-    made, terms = make_probes({name: first[name] for name in rows.task.texts}, rows.labels[:some], groups), {}
+    made = make_probes({name: first[name] for name in rows.task.texts}, rows.labels[:some], groups)
+    scores: dict[str, Score] = {}
     with progress("judging made pairs", sum(map(len, made.values()))) as advance:
         for name, pairs in made.items():
             if not pairs:
                 continue
-            found = judge.predict_proba(pairs)
-            is_tie = PROBES[name][2] == 1
-            terms[name] = (found[:, 2] if is_tie else points_of(found)), np.ones(len(found))
+            found = judge.predict_proba([pair for _, pair in pairs])
+            points = found[:, 2] if PROBES[name][2] == 1 else points_of(found)
+            scores |= estimate({name: (points, np.ones(len(points)))}, [groups[row] for row, _ in pairs])
             advance(len(pairs))
-    return {name: estimate({name: each}, [str(at) for at in range(len(each[1]))])[name] for name, each in terms.items()}
+    return scores
 
 
 def tables(trusted: Sequence[Trust]) -> Iterator[Sheet]:

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from itertools import takewhile
 from typing import Any
 
-from arena.data.cells import FieldError, excerpt, is_blank
+from arena.data.cells import FieldError, excerpt, is_blank, read_json
 from arena.data.messages import read_exchanges
 from arena.data.rows import Cells
 
@@ -51,6 +51,21 @@ def layout_of(first: Mapping[str, Any]) -> Layout | None:
         return _annotated
     texts = [cell for name in TURNS if isinstance(cell := first.get(name), str) and not is_blank(cell)]
     return _from_plain if texts and not any(text.lstrip().startswith(("[", "{")) for text in texts) else None
+
+
+def layout_of_record(cells: Mapping[str, Any]) -> Layout | None:
+    """The layout of a row in memory. Its texts are plain unless all of them are JSON lists, as they are in files."""
+    texts = [cell for name in TURNS if isinstance(cell := cells.get(name), str) and not is_blank(cell)]
+    if (own := layout_of(cells)) is not None or (texts and all(map(_is_list, texts))):
+        return own
+    return _from_plain
+
+
+def _is_list(text: str) -> bool:
+    try:
+        return isinstance(read_json(text, "the text"), list)
+    except FieldError:
+        return False
 
 
 def _from_plain(cells: Cells) -> Cells:

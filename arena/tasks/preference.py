@@ -39,14 +39,14 @@ from arena.data.encoder import Encoded, Encoder
 from arena.data.limits import Limits
 from arena.data.rows import Cells
 from arena.data.task import Baseline, Logits, Masks, Task
-from arena.data.text_encoder import TextEncoder, as_ids, control_ids
+from arena.data.text_encoder import TextEncoder, as_ids
 from arena.data.truncation import Lengths, check_room, choose_cut, continuation_bytes, least_room, shorten
 from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.settings import Recipe
 from arena.tasks.baseline import SWAPPED, fit_baseline
 from arena.tasks.kinds import EXCHANGED, KINDS, kind_of
-from arena.tasks.layouts import ANNOTATIONS, CHOSEN, TURNS, Layout, columns_of, layout_of
+from arena.tasks.layouts import ANNOTATIONS, CHOSEN, TURNS, Layout, columns_of, layout_of, layout_of_record
 from arena.tasks.layouts import WINNER as WORD
 from arena.tasks.slices import conversation_slices
 
@@ -102,10 +102,16 @@ class Preference(Task):
         return not set(TURNS) <= set(columns_of(names))
 
     def layout_of(self, first: Cells) -> Layout | None:
+        return self._of_renamed(layout_of(self._renamed(first)))
+
+    def layout_of_record(self, cells: Cells) -> Layout | None:
+        return self._of_renamed(layout_of_record(self._renamed(cells)))
+
+    def _of_renamed(self, layout: Layout | None) -> Layout | None:
+        """A layout of cells by their names here, for cells by those of a file."""
         if not self.names:
-            return layout_of(first)
-        own = layout_of(self._renamed(first))
-        return self._renamed if own is None else lambda cells: own(self._renamed(cells))
+            return layout
+        return self._renamed if layout is None else lambda cells: layout(self._renamed(cells))
 
     def file_columns(self, names: Sequence[str]) -> tuple[str, ...]:
         given = dict(self.names)
@@ -243,7 +249,7 @@ class PromptEncoder(Encoder):
         headings = [each.tolist() for each in (self._user, *self._answers)]
         return {
             "begin": self.prefix, "headings": headings, "separator": self._end.tolist(), "end": self.suffix,
-            "missing": self.missing, "control": sorted(control_ids(self.tokenizer)),
+            "missing": self.missing, "control": self._texts.refused_ids(),
         }  # fmt: skip
 
     def _by_order(self, turns: list[Fields]) -> list[Shown]:

@@ -63,11 +63,13 @@ def _joined_loss(outputs: Tensor, batch: PackedBatch, index: Tensor, task: Task)
         index: that of the batch, on the CPU.
     """
     assert batch.targets is not None
-    order, k = torch.argsort(index), task.orders
-    assert torch.equal(index[order] % k, torch.arange(k).repeat(len(index) // k)), "a micro-batch has whole rows"
-    order = order.to(outputs.device)
-    logits = task.join(outputs[order].reshape(len(index) // k, k, -1))
-    return k * loss_sum(logits, batch.targets[order][::k])
+    k = task.orders
+    # a row is there twice if the step has the end of one epoch and the beginning of the next
+    order = torch.argsort(index, stable=True)
+    places = torch.stack([order[index[order] % k == at] for at in range(k)], dim=1)
+    assert (index[places] // k == index[places[:, :1]] // k).all(), "a micro-batch has whole rows"
+    places = places.to(outputs.device)
+    return k * loss_sum(task.join(outputs[places]), batch.targets[places[:, 0]])
 
 
 def count_step(done: Done, plan: PackPlan, facts: dict[str, Any], seconds: float) -> dict[str, Any]:

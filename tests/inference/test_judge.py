@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.helpers import tiny_recipe
 from tests.inference.test_judge_model import saved
 
 ROW = {"prompt": "What is 2 + 2?", "response_a": "It is 4.", "response_b": "I believe that it is five."}
+TEXTS = ("prompt", "response_a", "response_b")
 KINDS = (Kind("A empty", 41, (0.02, 0.93, 0.05)),)
 
 
@@ -54,7 +56,9 @@ def test_it_says_what_infer_writes(judge: Judge, run: Path, tmp_path: Path) -> N
     rows = pd.read_csv(test, dtype={"id": str})
     found = judge.predict_proba(rows)
     np.testing.assert_allclose(found, pd.read_csv(out).iloc[:, 1:].to_numpy(), atol=1e-9)
-    forms = rows.to_dict("records"), Dataset.from_pandas(rows), iter(rows.to_dict("records")), judge.read(test)
+    arrays = {name: [np.array(json.loads(cell), dtype=object) for cell in rows[name]] for name in TEXTS}
+    lists = rows.assign(**arrays)
+    forms = rows.to_dict("records"), Dataset.from_pandas(rows), iter(rows.to_dict("records")), judge.read(test), lists
     for form in forms:
         assert np.array_equal(judge.predict_proba(form), found)
     alone = [Judge.from_pretrained(model).predict_proba(rows) for model in models]
@@ -95,6 +99,18 @@ def test_answers_are_ranked_by_all_pairs(judge: Judge) -> None:
     won = 1 / (1 + np.exp(found.strengths - found.strengths[:, None]))  # the likelihood's maximum: as many wins
     np.testing.assert_allclose(won.sum(axis=1), found.wins.sum(axis=1), atol=1e-6)
     assert found.tokens < 0.8 * found.logical_tokens
+    blank = judge.rank("Name a colour.", iter(["", "Red.", " "]))
+    assert blank.wins[0, 2] == blank.wins[2, 0] == 0.5 and blank.wins[0, 1] != 0.5
+
+
+def test_texts_are_plain_unless_all_are_lists(judge: Judge) -> None:
+    """Each row for itself: an answer may begin like JSON."""
+    rows = [{**ROW, "response_a": text} for text in ('{"a": 1}', "[see here](x)", '["a", "b"]', "", None)]
+    written = [{name: [text or None] for name, text in row.items()} for row in rows]
+    assert np.array_equal(judge.predict_proba(rows), judge.predict_proba(written))
+    assert np.array_equal(judge.predict_proba(rows[:1])[0], judge.predict_proba(written[:1])[0])
+    as_lists = {name: json.dumps([text]) for name, text in ROW.items()}
+    np.testing.assert_allclose(judge.predict_proba([as_lists]), judge.predict_proba([ROW]), atol=1e-12)
 
 
 def test_strengths_are_those_that_made_the_wins() -> None:
@@ -102,6 +118,12 @@ def test_strengths_are_those_that_made_the_wins() -> None:
     wins = 1 / (1 + np.exp(true - true[:, None]))
     np.testing.assert_allclose(strengths(wins), true, atol=1e-6)
     assert np.abs(strengths(wins.T) - true).max() > 1  # the control: who lost
+    sure = np.where(true[:, None] > true, 1 - 1e-4, 1e-4) * (1 - np.eye(4)) + 0.5 * np.eye(4)
+    found = strengths(sure)
+    won = 1 / (1 + np.exp(found - found[:, None]))
+    np.testing.assert_allclose(won.sum(axis=1), sure.sum(axis=1), atol=1e-8)
+    certain = strengths((true[:, None] > true) + 0.5 * np.eye(4))
+    assert np.isfinite(certain).all() and np.argsort(certain).tolist() == np.argsort(true).tolist()
 
 
 def test_eight_answers_share_most_of_their_tokens(judge: Judge) -> None:
@@ -169,6 +191,8 @@ def test_threads_take_turns(judge: Judge, table: pd.DataFrame) -> None:
         ([ROW, {**ROW, "response_a": 7}], r"row 1, response_a: is 7, not a list"),
         ([{**ROW, "response_b": 1}, {**ROW, "prompt": 2}], r"row 0 \(and 1 other\), response_b: is 1"),
         ([ROW, "text"], 'row 1 is "text": give a dict of its columns'),
+        ({name: [text] for name, text in ROW.items()}, "a dict of lists is given: put it into a list if they are the"),
+        (pd.DataFrame([[1, 2]]), "the data frame has the column 0: give each column a text as its name"),
         ("text", 'rows is "text": give dicts, a data frame or a data set'),
         (None, "rows is null: give dicts"),
     ],
@@ -186,8 +210,10 @@ def test_what_cannot_be_asked(judge: Judge, run: Path) -> None:
         (lambda: judge.rank("Hi", ["one"]), "two or more answers"),
         (lambda: judge.rank("Hi", "one"), "two or more answers"),
         (lambda: judge.explain([ROW, ROW]), "2 rows are given: explain one"),
-        (lambda: judge.position_flip_rate([]), "no row can flip: there are no rows"),
+        (lambda: judge.position_flip_rate([]), "no row can flip: none has anything to read"),
+        (lambda: judge.rank("Hi", {"m": "a", "n": "b"}), "two or more answers"),
         (lambda: Judge.from_pretrained(), "name a judge"),
+        (lambda: Judge(str(run)), r"write arena\.Judge\.from_pretrained\("),
         (lambda: Judge.from_pretrained(run / "fold7"), "there is no run, recipe or folder"),
     ):
         with pytest.raises(ValueError, match=what):
@@ -196,5 +222,7 @@ def test_what_cannot_be_asked(judge: Judge, run: Path) -> None:
     assert single.predict_orders(ROW).shape == (1, 1, 3)
     with pytest.raises(ValueError, match=r"reads one order: set judge\.swap=true"):
         single.position_flip_rate([ROW])
+    with pytest.raises(ValueError, match="cannot be compared fairly: this judge reads one order"):
+        single.rank("Hi", ["one", "two"])
     assert change(single.models[0].recipe, []).judge.swap is False
     assert judge.predict_proba([]).shape == (0, 3)

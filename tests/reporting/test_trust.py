@@ -25,7 +25,7 @@ def folder(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Longest(Judge):
     """Prefers the longer answer with a probability of 0.9, and the one shown first if they are as long."""
 
-    def predict_orders(self, rows: object) -> np.ndarray:
+    def predict_both(self, rows: object) -> tuple[np.ndarray, np.ndarray]:
         table = self._checked(rows).table  # type: ignore[arg-type]
         sizes = np.array(
             [[len("".join(text or "" for text in row[name])) for name in ("response_a", "response_b")] for row in table]
@@ -33,10 +33,10 @@ class Longest(Judge):
         a, b = sizes.reshape(-1, 2).T
         straight = np.where((a >= b)[:, None], [0.9, 0.05, 0.05], [0.05, 0.9, 0.05])
         swapped = np.where((a > b)[:, None], [0.9, 0.05, 0.05], [0.05, 0.9, 0.05])
-        return np.stack([straight, swapped])
+        return (straight + swapped) / 2, np.stack([straight, swapped])
 
     def predict_proba(self, rows: object) -> np.ndarray:
-        return self.predict_orders(rows).mean(axis=0)
+        return self.predict_both(rows)[0]
 
 
 def test_biases_are_found(folder: Path, tmp_path: Path) -> None:
@@ -69,10 +69,10 @@ def test_probes_keep_the_preferred_answer(folder: Path) -> None:
             "response_b": [["b"], ["d", "e"], [None]]}  # fmt: skip
     probes = make_probes(rows, np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]]), ["one", "two", "one"])
     assert probes[OFF_TOPIC] == [
-        {"prompt": ["one"], "response_a": ["a"], "response_b": ["e"]},
-        {"prompt": ["two", "more"], "response_a": ["d", "e"], "response_b": ["d", "a"]},
+        (0, {"prompt": ["one"], "response_a": ["a"], "response_b": ["e"]}),
+        (1, {"prompt": ["two", "more"], "response_a": ["d", "e"], "response_b": ["d", "a"]}),
     ]
-    assert probes[TWICE][1]["response_b"] == ["d", "e\n\ne"] and probes[SAME][0]["response_b"] == ["a"]
+    assert probes[TWICE][1][1]["response_b"] == ["d", "e\n\ne"] and probes[SAME][0][1]["response_b"] == ["a"]
 
 
 def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

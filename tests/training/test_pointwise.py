@@ -53,7 +53,7 @@ def test_the_examples_of_a_row_share_a_micro_batch(ranks: int, share: bool) -> N
 
 def test_gradients_equal_those_of_rows_one_by_one(gemma2: Path, tmp_path: Path) -> None:
     """The loss is that of the added logits; the control counts each example for itself."""
-    recipe = tiny_recipe(tmp_path, gemma2, POINTWISE, "train.batch_size=8", "packing.budget=400")
+    recipe = tiny_recipe(tmp_path, gemma2, POINTWISE, "train.batch_size=8", "packing.budget=250")
     data = prepare_fold(recipe, PREFERENCE, 0, load_tokenizer(recipe.model.base))
     plan = plan_fold(recipe, data)
     batch = next(iter(PackedLoader(data.store, data.targets, plan)))
@@ -62,9 +62,9 @@ def test_gradients_equal_those_of_rows_one_by_one(gemma2: Path, tmp_path: Path) 
     loss = accumulate(model, batch, 8, torch.device("cpu"), "float32", joined=data.task)
 
     logits = {}
-    single = plan_training(data.store.lengths, plan.step(0)[0], step_size=1, budget=400)
+    single = plan_training(data.store.lengths, plan.step(0)[0], step_size=1, budget=250)
     rows = sorted({int(each) // 2 for members in plan.step(0) for each in members})
-    single = plan_training(data.store.lengths, np.repeat(rows, 2) * 2 + [0, 1] * len(rows), step_size=1, budget=400)
+    single = plan_training(data.store.lengths, np.repeat(rows, 2) * 2 + [0, 1] * len(rows), step_size=1, budget=250)
     for (micro_batch,) in PackedLoader(data.store, data.targets, single):
         logits[int(micro_batch.index[0])] = alone(micro_batch)[0]
     added = torch.stack([logits[2 * row] + logits[2 * row + 1][[1, 0, 2]] for row in rows])
@@ -76,6 +76,42 @@ def test_gradients_equal_those_of_rows_one_by_one(gemma2: Path, tmp_path: Path) 
     distance = sum(float((a - b).norm()) for a, b in zip(*grads, strict=True)) / sum(float(b.norm()) for b in grads[1])
     assert distance < 1e-5
     assert abs(accumulate(classifier(recipe.model, 3), batch, 8, torch.device("cpu"), "float32") - loss) > 1e-3
+
+
+def test_a_step_may_have_a_row_of_two_epochs_twice(gemma2: Path, tmp_path: Path) -> None:
+    """Its loss then counts twice."""
+    recipe = tiny_recipe(tmp_path, gemma2, POINTWISE, "train.batch_size=70", "train.epochs=2", "packing.budget=8192")
+    data = prepare_fold(recipe, PREFERENCE, 0, load_tokenizer(recipe.model.base))
+    plan = plan_fold(recipe, data)
+    (members,) = plan.step(1)
+    assert len(np.unique(members)) < len(members), "the step has the end of one epoch and the beginning of the next"
+    batch = list(PackedLoader(data.store, data.targets, plan))[1]
+    loss = accumulate(classifier(recipe.model, 3), batch, 70, torch.device("cpu"), "float32", joined=data.task)
+    alone = {}
+    for row in np.unique(members // 2).tolist():
+        both = 2 * row + np.arange(2)
+        single = plan_training(data.store.lengths, both, step_size=2, budget=8192, together=2)
+        (one,) = PackedLoader(data.store, data.targets, single)
+        alone[row] = accumulate(classifier(recipe.model, 3), one, 2, torch.device("cpu"), "float32", joined=data.task)
+    assert loss == pytest.approx(np.mean([alone[row] for row in (members // 2).tolist()]), rel=1e-5)
+    assert loss != pytest.approx(np.mean(list(alone.values())), rel=1e-5)  # the control counts each row once
+
+
+def test_what_all_rows_share_counts_once_for_a_micro_batch() -> None:
+    """The plan has about as many micro-batches as one that may part the examples of a row."""
+    rng = np.random.default_rng(0)
+    begin = rng.integers(0, 99, 300)
+    examples = [
+        np.concatenate([begin, rng.integers(0, 99, size)]).astype(np.int32) for size in rng.integers(20, 60, 400)
+    ]
+    lengths, order, prefixes = np.array([len(each) for each in examples]), np.arange(400), find_prefixes(examples)
+    counts = [
+        plan_training(lengths, order, step_size=400, budget=1024, prefixes=prefixes, together=k).n_micro_batches
+        for k in (1, 2)
+    ]
+    assert (
+        counts[1] <= 1.1 * counts[0] < 0.5 * plan_training(lengths, order, step_size=400, budget=1024).n_micro_batches
+    )
 
 
 def test_trained_and_judged(gemma2: Path, tmp_path: Path) -> None:
