@@ -12,12 +12,11 @@ from tyro.conf import Positional, arg
 from arena.bundle.command import Bundle
 from arena.command_line import command
 from arena.config import judge_settings, load_recipe, refuse_both, run_place
+from arena.inference.command import INFER_SETTINGS, JudgeFiles
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
 from arena.stopping import Stopped
 from arena.storage.files import local_path
-
-INFER_SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.attention", "data.cache", "data.max_")
 
 
 @dataclass
@@ -279,6 +278,7 @@ COMMANDS: Commands = {
     "train": Train,
     "cv": Cv,
     "infer": Infer,
+    "judge": JudgeFiles,
     "blend": Blend,
     "compare": Compare,
     "inspect": Inspect,

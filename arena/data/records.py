@@ -46,17 +46,17 @@ def rows_of_records(records: Records, task: Task, labels: Labels = "ignored", li
 
 
 def good_records(
-    records: Sequence[Cells], task: Task, labels: Labels = "ignored", limits: Limits | None = None
-) -> tuple[Rows, list[Problem]]:
+    records: Sequence[Cells], task: Task, labels: Labels = "ignored", limits: Limits | None = None,
+    first: Cells | None = None,
+) -> tuple[Rows, list[Problem]]:  # fmt: skip
     """The rows of the records that can be used, with their numbers as ids; and what is wrong with the others.
-
-    The first record tells the layout of all.
 
     Args:
         labels, limits: as in `read_dataset`.
+        first: the record that tells the layout of all; by default the first one of these.
     """
     limits, good, problems = limits or Limits(), [], []
-    layout = task.layout_of(records[0]) if records else None
+    layout = task.layout_of(first or records[0]) if records else None
     for number, cells in enumerate(records):
         try:
             limits.check_row(characters(cells))
