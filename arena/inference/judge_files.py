@@ -24,7 +24,7 @@ from arena.inference.blend import is_blend, read_blend
 from arena.inference.find import find_models
 from arena.inference.infer_blend import judges_of
 from arena.inference.judge import Judge
-from arena.inference.judge_inputs import WINDOW_ROWS, Input, open_inputs
+from arena.inference.judge_inputs import Input, open_inputs
 from arena.inference.judge_work import Share, Work, judge_windows
 from arena.inference.judged_rows import WRITERS, Added, Table, json_line
 from arena.inference.saved import SavedJudge, check_alike, read_judge
@@ -65,8 +65,8 @@ def judge_files(
         targets = _targets(source, out, inputs)
         made_from = {
             "judge": identity,
-            "input": [[each.path.suffix.lower(), each.digest] for each in inputs],
-            "settings": [__version__, WINDOW_ROWS, orders, list(astuple(limits)), list(map(str, task.reading))],
+            "input": [[each.path.suffix.lower(), each.digest, fingerprint(each.ends)] for each in inputs],
+            "settings": [__version__, orders, list(astuple(limits)), list(map(str, task.reading))],
         }
         parts = _parts_folder(out)
         work = Work(inputs, task, limits, n_orders if orders else 0, parts / fingerprint(made_from), made_from)
