@@ -31,7 +31,8 @@ from arena.storage.parts import InvalidPartError, Parts, open_parts
 
 PIECES = 16  # of rows among which some have no finite logits, to find out which
 FEWEST = 32  # rows of which at least one must have finite logits
-LARGEST_REJECTION = 2**14  # bytes that a part has for each of its rows that was rejected
+MOST = 1000  # characters of the field, and of what is wrong with it
+LARGEST_REJECTION = 2**14  # bytes of both as JSON, with where the row is
 
 Share = tuple[int, int]  # the number of a share, from 1, and of how many
 Rejection = tuple[str, str, str]  # where a row is, the field, and what is wrong with it
@@ -93,9 +94,9 @@ class Work:
 
     @contextmanager
     def open(self, share: Share) -> Iterator[Parts]:
-        machine = (
-            f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, torch {torch.__version__}"
-        )
+        """The parts of a share's windows."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        machine = f"{device_name(device)}, torch {torch.__version__}"
         with open_parts(self.folder, [self.made_from, share], machine) as parts:
             yield parts
 
@@ -168,6 +169,7 @@ def _windows(work: Work, todo: Sequence[int]) -> Iterator[tuple[int, Input, list
 
 
 def _judged(judge: Judge, work: Work, at: int, each: Input, window: Sequence[Row], logits: Path) -> Window:
+    """The results of a window; logits are saved in a folder of their own until it is done."""
     numbers = np.full((len(window), work.width), np.nan)
     good = {row: cells for row, (_, cells) in enumerate(window) if not isinstance(cells, FieldError)}
     why = {row: cells for row, (_, cells) in enumerate(window) if isinstance(cells, FieldError)}
@@ -183,7 +185,7 @@ def _judged(judge: Judge, work: Work, at: int, each: Input, window: Sequence[Row
     numbers[judged] = found
     infinite = FieldError("the row", "got logits that are not finite; look at it, or use model.dtype=float32")
     why |= {row: infinite for row in judged if np.isnan(numbers[row]).any()}
-    rejected = [(window[row][0], problem.field, problem.what) for row, problem in sorted(why.items())]
+    rejected = [(window[row][0], problem.field[:MOST], problem.what[:MOST]) for row, problem in sorted(why.items())]
     return Window(at, numbers, rejected, (int(tokens[0]), int(tokens[1])))
 
 

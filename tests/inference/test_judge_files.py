@@ -64,11 +64,11 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def run(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two folds, on the rows of `rows`."""
+    """A run on the rows of `rows`; beside it is another one."""
     folder = tmp_path_factory.mktemp("judge")
     recipe = tiny_recipe(folder, gemma2, "packing.budget=4096")
-    for fold in range(2):
-        saved(folder / "run" / f"fold{fold}", recipe, seed=fold)
+    for seed, name in enumerate(("run", "other")):
+        saved(folder / name / "fold0", recipe, seed=seed)
     return folder / "run"
 
 
@@ -186,7 +186,7 @@ def test_other_columns_stay_as_they_are(run: Path, tmp_path: Path, monkeypatch: 
 
     hostile = [{**row, **dict.fromkeys(HOSTILE, 'x,"\n')} for row in rows]
     source = write(tmp_path / "in.csv", hostile)
-    for kind in (".csv", ".jsonl", ".parquet"):
+    for kind in (".csv", ".parquet"):
         assert judge(monkeypatch, run, source, tmp_path / f"hostile{kind}") == 0
         found = read(tmp_path / f"hostile{kind}")
         assert list(found[0]) == [*hostile[0], *COLUMNS]
@@ -253,12 +253,14 @@ def test_rows_that_cannot_be_judged_are_beside(
     assert "none of 1 rows" in capsys.readouterr().out
 
 
-def test_both_orders(
+def test_both_orders_of_several_judges(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = write(tmp_path / "in.jsonl", rows_of(run)), tmp_path / "out.parquet"
-    assert judge(monkeypatch, run, source, out, "--orders") == 0
-    by_order = Judge.from_pretrained(run).predict_orders(rows_of(run))
+    several = run, run.with_name("other")
+    assert judge(monkeypatch, *several, source, out, "--orders") == 0
+    by_order = Judge.from_pretrained(*several).predict_orders(rows_of(run))
+    assert not np.allclose(by_order, Judge.from_pretrained(run).predict_orders(rows_of(run)), atol=1e-3)
     for order in range(2):
         assert np.array_equal(probabilities(out, tuple(f"{name}_order{order}" for name in COLUMNS)), by_order[order])
     flips = np.ptp(by_order.argmax(axis=2), axis=0) > 0
@@ -273,10 +275,12 @@ def test_shares_joined_are_the_whole(
     monkeypatch.setattr(judge_inputs, "WINDOW_ROWS", 2)
     source, whole, out = write(tmp_path / "in.csv", rows_of(run)), tmp_path / "whole.parquet", tmp_path / "out.parquet"
     assert judge(monkeypatch, run, source, whole) == 0
+    assert judge(monkeypatch, run.with_name("other"), source, out, "--shard=2/3") == 0
     for share in (2, 1):
         assert judge(monkeypatch, run, source, out, f"--shard={share}/3") == 0 and not out.exists()
     assert judge(monkeypatch, run, source, out, "--join=3") == 2
-    assert "the first --shard 3/3" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "the first --shard 3/3" in shown and "has results of another judge: they are not used" in shown
     assert judge(monkeypatch, run, source, out, "--shard=3/3") == 0
     monkeypatch.setattr(Judge, "from_pretrained", {}.__getitem__)  # nothing has to be loaded to join
     assert judge(monkeypatch, run, source, out, "--join=3") == 0
@@ -396,7 +400,7 @@ def test_killed_and_signalled_it_resumes_to_the_same_file(
     run: Path, processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.jsonl"
-    words = [str(each) for each in (run / "fold0", write(tmp_path / "in.jsonl", rows_of(run) * 2), out)]
+    words = [str(each) for each in (run, write(tmp_path / "in.jsonl", rows_of(run) * 2), out)]
     judged, verdicts = [], Judge.verdicts
 
     def count(self: Judge, rows: Any, parts: Path | None = None) -> Any:
