@@ -13,6 +13,7 @@ from arena.bundle.command import Bundle
 from arena.command_line import command
 from arena.config import INFER_SETTINGS, judge_settings, load_recipe, refuse_both, run_place
 from arena.html_report.command import Report
+from arena.inference.command import JudgeFiles
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
 from arena.reporting.evaluate_command import Evaluate
@@ -281,6 +282,7 @@ COMMANDS: Commands = {
     "train": Train,
     "cv": Cv,
     "infer": Infer,
+    "judge": JudgeFiles,
     "blend": Blend,
     "compare": Compare,
     "evaluate": Evaluate,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from arena.data.limits import Limits
 from arena.data.rows import READERS, Cells, read_rows, required
 from arena.data.task import Task
 
+BESIDE = "p_"  # before the names of columns of predictions in a file that also has labels, by these names
 Table = dict[str, list[float]]  # by id, the probabilities of the classes
 
 
@@ -20,14 +21,21 @@ def read_predictions(path: Path, columns: Sequence[str]) -> Table:
     """The predictions in a file, scaled to sum to 1, by id. Columns and rows may be in any order.
 
     Args:
-        columns: those of the probabilities, which may be rounded to three digits or to float16.
+        columns: those of the probabilities, which may be rounded to three digits or to float16. If the file has them
+            with `p_` before their names too, these are the predictions, and the others labels.
 
     Raises:
         BadRowsError: the file or rows of it cannot be used.
     """
-    return _read(
-        path, lambda names: required(["id", *columns], names), lambda cells: read_probabilities(cells, columns)
-    )
+
+    def own(names: Collection[str]) -> list[str]:
+        beside = [BESIDE + name for name in columns]
+        return beside if set(beside) <= set(names) else list(columns)
+
+    def parse(cells: Cells) -> list[float]:
+        return read_probabilities(cells, required(own(cells), list(cells)))
+
+    return _read(path, lambda names: required(["id", *own(names)], names), parse)
 
 
 def read_labels(path: Path, task: Task) -> Table:

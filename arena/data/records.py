@@ -49,21 +49,22 @@ def rows_of_records(records: Records, task: Task, labels: Labels = "ignored", li
 
 
 def good_records(
-    records: Sequence[Cells], task: Task, labels: Labels = "ignored", limits: Limits | None = None
-) -> tuple[Rows, list[Problem]]:
+    records: Sequence[Cells], task: Task, labels: Labels = "ignored", limits: Limits | None = None,
+    first: Cells | None = None,
+) -> tuple[Rows, list[Problem]]:  # fmt: skip
     """The rows of the records that can be used, with their numbers as ids; and what is wrong with the others.
-
-    Each record tells its own layout.
 
     Args:
         labels, limits: as in `read_dataset`.
+        first: the record of a file that tells the layout of all; by default each tells its own.
     """
     limits, good, problems = limits or Limits(), [], []
+    told = None if first is None else task.layout_of(first)
     for number, cells in enumerate(records):
         try:
             limits.check_row(characters(cells))
             required(task.file_columns(list(cells)), list(cells))
-            layout = task.layout_of_record(cells)
+            layout = task.layout_of_record(cells) if first is None else told
             known = cells if layout is None else layout(cells)
             texts, label = task.read_texts(known, limits), task.read_label(known, labels)
             good.append({"id": str(number), **texts, "label": label})

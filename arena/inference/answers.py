@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import shutil
 import sys
@@ -19,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import TextStreamer
 
-from arena.data.cells import FieldError, is_utf8
+from arena.data.cells import FieldError
 from arena.data.limits import Limits
 from arena.data.rows import Cells, read_rows
 from arena.distributed import fix_threads
 from arena.inference.answer_scores import rouge_l, rouge_scores, says, score_table, squad_scores
 from arena.inference.generate import Answer, Generator
+from arena.inference.judged_rows import csv_writer, json_line
 from arena.inference.prompt_rows import Prompts, Wanted, read_prompts
 from arena.inference.prompts import PROMPT
 from arena.inference.sampling import Sampling
@@ -217,15 +216,11 @@ def _answered(source: Path, added: Added, limits: Limits) -> Iterator[Cells]:
 
 
 def _write_csv(source: Path, draft: Path, added: Added, limits: Limits) -> None:
-    """A lone carriage return ends a row for readers, but Python before 3.13 does not quote it by itself."""
     with draft.open("w", encoding="utf-8", newline="") as handle:
-        as_needed, quoted = (
-            csv.writer(handle, lineterminator="\n", quoting=how) for how in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
-        )
+        write = csv_writer(handle)
         for number, cells in enumerate(_answered(source, added, limits)):
             for fields in (cells.keys(), cells.values()) if number == 0 else (cells.values(),):
-                writer = quoted if any("\r" in str(field) for field in fields) else as_needed
-                writer.writerow(fields)
+                write(fields)
 
 
 def _write_tsv(source: Path, draft: Path, added: Added, limits: Limits) -> None:
@@ -238,9 +233,7 @@ def _write_tsv(source: Path, draft: Path, added: Added, limits: Limits) -> None:
 
 def _write_jsonl(source: Path, draft: Path, added: Added, limits: Limits) -> None:
     with draft.open("w", encoding="utf-8", newline="\n") as handle:
-        for cells in _answered(source, added, limits):
-            line = json.dumps(cells, ensure_ascii=False)
-            handle.write((line if is_utf8(line) else json.dumps(cells)) + "\n")
+        handle.writelines(map(json_line, _answered(source, added, limits)))
 
 
 def _write_parquet(source: Path, draft: Path, added: Added, limits: Limits) -> None:

@@ -24,7 +24,7 @@ from arena.inference.find import find_models
 from arena.inference.infer_blend import baseline_of, judges_of
 from arena.inference.judge_model import Judged, JudgeModel
 from arena.inference.saved import SavedJudge, check_alike, read_judge
-from arena.inference.verdicts import Explanation, Order, Ranking, strengths
+from arena.inference.verdicts import Explanation, Order, Ranking, Verdicts, strengths
 from arena.metrics import accuracy
 from arena.progress import console
 
@@ -122,20 +122,25 @@ class Judge:
             BadRecordsError: rows cannot be used; it is a ValueError that has all `problems`.
             FloatingPointError: a row's logits are not finite.
         """
-        return self._pooled(self._judged(self._checked(rows))[0].mean(axis=1))
+        return self.verdicts(rows).mean
 
     def predict_orders(self, rows: Rows | Records) -> np.ndarray:
         """The probabilities in each order of the rows: float64 (orders, n, C), each as of the rows as given.
 
         Their mean over the orders is that of `predict_proba`, except of a blend, which is not linear.
         """
-        return self.predict_both(rows)[1]
+        return self.verdicts(rows).by_order
 
-    def predict_both(self, rows: Rows | Records) -> tuple[np.ndarray, np.ndarray]:
-        """What `predict_proba` and `predict_orders` give, for the time of one."""
-        by_part = self._judged(self._checked(rows))[0]
+    def verdicts(self, rows: Rows | Records, parts: Path | None = None) -> Verdicts:
+        """All of this at once, with the tokens that it took; errors are as in `predict_proba`.
+
+        Args:
+            parts: a folder that caches logits, as for `JudgeModel.in_memory`.
+        """
+        by_part, judged = self._judged(self._checked(rows), parts)
         by_order = np.stack([self._pooled(by_part[:, at]) for at in range(by_part.shape[1])])
-        return self._pooled(by_part.mean(axis=1)), by_order
+        tokens, logical = (sum(int(getattr(each.plan, name).sum()) for each in judged) for name in PLANNED)
+        return Verdicts(self._pooled(by_part.mean(axis=1)), by_order, tokens, logical)
 
     def predict(self, rows: Rows | Records) -> np.ndarray:
         """The name of each row's most probable class, (n,)."""
@@ -177,18 +182,17 @@ class Judge:
         if isinstance(answers, str | Mapping) or len(answers := list(answers)) < 2:
             raise ValueError("give a list of two or more answers to rank")
         rows = self._checked(self.task.pairs(prompt, answers))
-        by_part, judged = self._judged(rows)
-        if by_part.shape[1] == 1:
+        found = self.verdicts(rows)
+        if len(found.by_order) == 1:
             raise ValueError(f"answers cannot be compared fairly: {ONE_ORDER}")
-        mean = self._pooled(by_part.mean(axis=1))
+        mean = found.mean
         ties = mean[:, self.task.classes.index(self.task.tie)] if self.task.tie is not None else 0.0
         first, second = np.array(list(combinations(range(len(answers)), 2))).T
         wins = np.full((len(answers), len(answers)), 0.5)
         wins[first, second] = np.where(rows.has_input, mean[:, 0] + ties / 2, 0.5)
         wins[second, first] = np.where(rows.has_input, mean[:, 1] + ties / 2, 0.5)
         strong = strengths(wins)
-        tokens, logical = (sum(int(getattr(each.plan, name).sum()) for each in judged) for name in PLANNED)
-        return Ranking(np.argsort(-strong, kind="stable"), strong, wins, tokens, logical)
+        return Ranking(np.argsort(-strong, kind="stable"), strong, wins, found.tokens, found.logical_tokens)
 
     def explain(self, row: Records) -> Explanation:
         """What the judge makes of one row.
@@ -225,9 +229,12 @@ class Judge:
     def _named(self, probabilities: np.ndarray) -> dict[str, float]:
         return dict(zip(self.task.classes, probabilities.tolist(), strict=True))
 
-    def _judged(self, rows: Rows) -> tuple[np.ndarray, list[Judged]]:
+    def _judged(self, rows: Rows, parts: Path | None = None) -> tuple[np.ndarray, list[Judged]]:
         """The probabilities of each part in each order, float64 (parts, orders, n, C), and what each model judged."""
-        judged = {id(model): model.in_memory(rows) for model in self.models}
+        judged = {
+            id(model): model.in_memory(rows, None if parts is None else parts / str(at))
+            for at, model in enumerate(self.models)
+        }
         by_part, orders = [], next(iter(judged.values())).store.orders
         for part in self._parts:
             if callable(part):

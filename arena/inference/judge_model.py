@@ -35,7 +35,6 @@ from arena.packing.tree import Prefixes, find_prefixes, prefixes_for
 from arena.progress import console
 from arena.settings import Recipe
 from arena.stopping import stopping
-from arena.storage.files import file_digest, fingerprint
 
 
 @dataclass(frozen=True)
@@ -167,12 +166,16 @@ class JudgeModel:
         """
         if not isinstance(rows, Rows) or rows.task != self.task:
             raise ValueError(f"rows is a {type(rows).__name__}: give what this judge's `read` returns for your files")
-        own = self._own(rows, parts)
+        own = self._by_order(self.evaluation(rows), parts).mean(axis=0)
         print_kinds(self.saved.used_kinds, rows)
         return with_kinds(self.saved.used_kinds, rows, own)
 
-    def in_memory(self, rows: Rows) -> Judged:
-        """Judges rows as `probabilities` does, in any thread, without a file; see there for errors."""
+    def in_memory(self, rows: Rows, parts: Path | None = None) -> Judged:
+        """Judges rows as `probabilities` does, in any thread, with no other files than `parts`; see there for errors.
+
+        Args:
+            parts: as in `probabilities`; the fingerprint of `rows` must then change when they do.
+        """
         with self._loaded.lock, console.quiet_here():
             if self._encoder is None:
                 self._encoder = self.task.encoder(self.tokenizer, self.recipe.prompt)
@@ -180,21 +183,19 @@ class JudgeModel:
             store = encode_in_memory(rows, self._encoder, orders=orders)
             self._check_ids(store)
             evaluation = self._evaluation(rows, store, find_prefixes(store) if self.recipe.packing.share else None)
-            own = evaluation.by_order(self.classifier, dtype=self.recipe.model.dtype, prior=self.saved.prior)
+            own = self._by_order(evaluation, parts)
         return Judged(np.stack([with_kinds(self.saved.used_kinds, rows, each) for each in own]), store, evaluation.plan)
 
-    def _own(self, rows: Rows, parts: Path | None) -> np.ndarray:
-        """The model's own probabilities of rows."""
-        evaluation = self.evaluation(rows)
+    def _by_order(self, evaluation: Evaluation, parts: Path | None) -> np.ndarray:
+        """The model's own probabilities of rows in each order."""
         known: dict[str, Any] = {"dtype": self.recipe.model.dtype, "prior": self.saved.prior}
         if parts is None:
-            return evaluation.probabilities(self.classifier, **known)
-        logits_cache = self.logits_cache(parts)
+            return evaluation.by_order(self.classifier, **known)
         with stopping() as stop:
-            probabilities = evaluation.probabilities(self.classifier, **known, logits_cache=logits_cache, stop=stop)
+            found = evaluation.by_order(self.classifier, **known, logits_cache=self.logits_cache(parts), stop=stop)
         if stop():  # the signal arrived after the last micro-batch
             raise stop.stopped()
-        return probabilities
+        return found
 
     def evaluation(self, rows: Rows) -> Evaluation:
         """The plan by which this judge evaluates rows; that of the last rows is kept for other judges on its base."""
@@ -226,10 +227,9 @@ class JudgeModel:
 
     def _identity(self) -> dict[str, Any]:
         """What determines this judge's logits besides tokens and plan: its files, its base, and the model settings."""
-        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         settings = self.recipe.model.model_dump(mode="json", exclude={"base"})  # the base counts by its content
         return {
-            "judge": fingerprint([[path.name, file_digest(path)] for path in files]),
+            "judge": self.saved.digest,
             "base": self.saved.base,
             "settings": settings,
             "package": __version__,

@@ -20,7 +20,7 @@ from arena.model.base_files import base_digest
 from arena.model.tuning import is_whole, save_model
 from arena.progress import console
 from arena.settings import FORMER_POLICIES, ModelSettings, Recipe
-from arena.storage.files import atomic_write, write_json
+from arena.storage.files import atomic_write, file_digest, fingerprint, write_json
 from arena.tasks import task_of
 
 FORMAT = 2  # 2: `base` is the digest of everything that is loaded of a base
@@ -48,6 +48,12 @@ class SavedJudge:
     @property
     def task(self) -> Task:
         return task_of(self.recipe)
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of its files."""
+        files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        return fingerprint([[path.name, file_digest(path)] for path in files])
 
     @property
     def used_kinds(self) -> tuple[Kind, ...]:

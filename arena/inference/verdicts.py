@@ -32,6 +32,22 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Verdicts:
+    """What a judge says of rows.
+
+    Attributes:
+        mean: float64 (n, C), the probabilities of the classes as of `Judge.predict_proba`.
+        by_order: float64 (orders, n, C), as of `Judge.predict_orders`.
+        tokens, logical_tokens: as of `Ranking`.
+    """
+
+    mean: np.ndarray
+    by_order: np.ndarray
+    tokens: int
+    logical_tokens: int
+
+
+@dataclass(frozen=True)
 class Order:
     """A row in one of its orders.
 

@@ -77,7 +77,8 @@ def _judged(judge: Judge, rows: Rows, title: str) -> tuple[np.ndarray, np.ndarra
         for first in range(0, len(rows), AT_ONCE):
             which = range(first, min(first + AT_ONCE, len(rows)))
             some = replace(rows, table=rows.table.select(which), fingerprint=f"{rows.fingerprint}-{first}")
-            parts.append(judge.predict_both(some))
+            found = judge.verdicts(some)
+            parts.append((found.mean, found.by_order))
             advance(len(which))
     means, by_order = zip(*parts, strict=True)
     return np.concatenate(means), np.concatenate(by_order, axis=1)

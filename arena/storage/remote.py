@@ -12,11 +12,13 @@ import shutil
 import tempfile
 import threading
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from arena.command_line import command
 from arena.progress import format_error
@@ -53,18 +55,10 @@ class Store:
 
     def __init__(self, url: str, place: str) -> None:
         self.url = url
-        protocol = url.partition("://")[0] if "://" in url else "file"
         if "::" in url:
             raise ValueError(f"train.mirror={url}: chained URLs are not supported, name the store itself")
-        try:
-            self.fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
-        except ImportError as error:
-            package = PACKAGES.get(protocol)
-            remedy = f"`{command('pip', 'install', package)}`" if package else str(error)
-            raise ValueError(f"train.mirror={url} needs a package that is not installed: {remedy}") from None
-        except ValueError as error:
-            raise ValueError(f"train.mirror={url}: {error}") from None
-        self.flat = protocol in FLAT
+        self.fs, root = file_system(url, f"train.mirror={url}", skip_instance_cache=True, use_listings_cache=False)
+        self.flat = _protocol(url) in FLAT
         self.root = f"{root.rstrip('/')}/{place}"
 
     def check(self, patience: float) -> str | None:
@@ -193,6 +187,77 @@ class Store:
     def _make_parent(self, path: str) -> None:
         if not self.flat:
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+
+
+def file_system(url: str, name: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or a URL, and the path there.
+
+    Args:
+        name: the URL as a user knows it, for messages.
+
+    Raises:
+        ValueError: no such protocol, or its package is not installed.
+    """
+    try:
+        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        package = PACKAGES.get(_protocol(url))
+        remedy = f"`{command('pip', 'install', package)}`" if package else str(error)
+        raise ValueError(f"{name} needs a package that is not installed: {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return found
+
+
+@contextmanager
+def write_anywhere(place: str) -> Iterator[Path]:
+    """Yields a path to write to; what is there when the block ends without an error replaces the file at a path or URL.
+
+    Raises:
+        ValueError: as of `file_system`.
+        OSError: it cannot be written there.
+    """
+    fs, path = file_system(place, place)
+    if isinstance(fs, LocalFileSystem):
+        with atomic_write(Path(path)) as draft:
+            yield draft
+        return
+    with tempfile.TemporaryDirectory(prefix="arena-") as folder:
+        draft = Path(folder) / "draft"
+        yield draft
+        with store_errors(place):
+            if _protocol(place) in FLAT:  # whose uploads are whole or not there
+                fs.put_file(str(draft), path)
+            else:
+                fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+                fs.put_file(str(draft), f"{path}.incomplete")
+                fs.mv(f"{path}.incomplete", path)
+
+
+def url_of(place: str) -> str:
+    """The one URL of a path or URL."""
+    fs, path = file_system(place, place)
+    return str(fs.unstrip_protocol(path))
+
+
+def remove_anywhere(place: str) -> None:
+    """Removes the file at a path or URL, if there is one."""
+    fs, path = file_system(place, place)
+    with store_errors(place), suppress(FileNotFoundError):
+        fs.rm_file(path)
+
+
+@contextmanager
+def store_errors(url: str) -> Iterator[None]:
+    """Raises an `OSError` that names the URL in place of whatever a store's client raises."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{url} cannot be used ({format_error(error)}): check the address and the credentials") from error
+
+
+def _protocol(url: str) -> str:
+    return url.partition("://")[0] if "://" in url else "file"
 
 
 def listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The runner of tests marked `gpu`: groups, outcomes that are kept one by one, tests that hang."""
+"""The runner of tests marked `gpu`: groups, outcomes that are kept one by one, tests that hang. Those that start processes are for `pytest -m slow`."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def test_groups_go_by_the_name_of_the_test() -> None:
     assert {name: group_of(name) for name in names} == names
 
 
+@pytest.mark.slow
 def test_groups_run_apart_and_each_test_once(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "mended").touch()
     found = {group: run_group(group, files, tmp_path) for group in ("flash", "others", "flex")}
@@ -85,6 +86,7 @@ def test_groups_run_apart_and_each_test_once(files: list[Path], tmp_path: Path) 
     )
 
 
+@pytest.mark.slow
 def test_what_passed_is_kept_when_the_clock_ends_a_group(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(OutOfTime), ended_after(600):  # the alarm comes once the test that hangs has begun
         threading.Thread(target=_alarm_when, args=(tmp_path / "ran.txt", "hangs"), daemon=True).start()
@@ -103,6 +105,7 @@ def _alarm_when(path: Path, line: str) -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
 
 
+@pytest.mark.slow
 def test_a_test_that_never_ends_is_given_up(files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "mended").touch()
     log = tmp_path / "tests,flash.jsonl"
@@ -119,6 +122,7 @@ def test_a_test_that_never_ends_is_given_up(files: list[Path], tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_a_group_that_cannot_be_collected_has_failed(tmp_path: Path) -> None:
     path = tmp_path / "test_broken.py"
     path.write_text("import pytest\npytestmark = pytest.mark.gpu\nimport nothing_of_this_name\n")
@@ -137,6 +141,7 @@ def test_e(): pass
 """
 
 
+@pytest.mark.slow
 def test_another_process_resumes_after_a_crash_and_on_a_broken_device(tmp_path: Path) -> None:
     path = tmp_path / "test_crashes.py"
     path.write_text(CRASHES)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from arena import Judge
+from arena.inference.verdicts import Verdicts
 from arena.reporting.trust import notes, tables, trust
 from arena.tasks.probes import OFF_TOPIC, PROBES, SAME, TWICE, make_probes
 from tests.helpers import arena, status_of_arena, tiny_recipe
@@ -25,7 +26,7 @@ def folder(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Longest(Judge):
     """Prefers the longer answer with a probability of 0.9, and the one shown first if they are as long."""
 
-    def predict_both(self, rows: object) -> tuple[np.ndarray, np.ndarray]:
+    def verdicts(self, rows: object, parts: Path | None = None) -> Verdicts:
         table = self._checked(rows).table  # type: ignore[arg-type]
         sizes = np.array(
             [[len("".join(text or "" for text in row[name])) for name in ("response_a", "response_b")] for row in table]
@@ -33,10 +34,10 @@ class Longest(Judge):
         a, b = sizes.reshape(-1, 2).T
         straight = np.where((a >= b)[:, None], [0.9, 0.05, 0.05], [0.05, 0.9, 0.05])
         swapped = np.where((a > b)[:, None], [0.9, 0.05, 0.05], [0.05, 0.9, 0.05])
-        return (straight + swapped) / 2, np.stack([straight, swapped])
+        return Verdicts((straight + swapped) / 2, np.stack([straight, swapped]), 0, 0)
 
     def predict_proba(self, rows: object) -> np.ndarray:
-        return self.predict_both(rows)[0]
+        return self.verdicts(rows).mean
 
 
 def test_biases_are_found(folder: Path, tmp_path: Path) -> None:
