@@ -1,4 +1,7 @@
-"""The runner of tests marked `gpu`: groups, outcomes that are kept one by one, tests that hang. Those that start processes are for `pytest -m slow`."""
+"""The runner of tests marked `gpu`: groups, outcomes that are kept one by one, tests that hang.
+
+Those that start processes are marked slow.
+"""
 
 from __future__ import annotations
 
