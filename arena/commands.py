@@ -14,6 +14,7 @@ from arena.command_line import command
 from arena.config import judge_settings, load_recipe, refuse_both, run_place
 from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_rows, words_arg
 from arena.progress import console, optional
+from arena.serving.command import Serve
 from arena.stopping import Stopped
 from arena.storage.files import local_path
 
@@ -284,6 +285,7 @@ COMMANDS: Commands = {
     "inspect": Inspect,
     "export": Export,
     "bundle": Bundle,
+    "serve": Serve,
     "generate": Generate,
     "memory": Memory,
     "settings": Settings,

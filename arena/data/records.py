@@ -66,10 +66,15 @@ def good_records(
             good.append({"id": str(number), **texts, "label": label})
         except FieldError as error:
             problems.append((number, error))
+    return rows_in_memory(good, task), problems
+
+
+def rows_in_memory(checked: Sequence[Cells], task: Task) -> Rows:
+    """Rows of cells that are checked: an `id`, the columns of `task.features`, and a `label` or None."""
     features = Features({"id": Value("string"), **task.features, "label": List(Value("float32"))})
-    columns = {name: [row[name] for row in good] for name in features}
+    columns = {name: [cells[name] for cells in checked] for name in features}
     # nothing may be cached by the content, which is not known
-    return Rows(task, Dataset.from_dict(columns, features=features), f"memory-{uuid4().hex}"), problems
+    return Rows(task, Dataset.from_dict(columns, features=features), f"memory-{uuid4().hex}")
 
 
 def cells_of(records: Records) -> list[Cells]:

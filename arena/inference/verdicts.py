@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +59,9 @@ class Explanation:
         flips: whether the most probable class depends on the order.
         is_read: whether there is anything to read; otherwise the probabilities are mean labels of training rows.
         kind: the kind of special rows that it is of; None: of none.
-        tokens: what was computed for one model; what the orders share counts once.
+        tokens: what was computed for one model, for all rows that were explained together; what prompts share counts
+            once.
+        logical_tokens: the tokens of all their prompts.
     """
 
     probabilities: dict[str, float]
@@ -67,6 +70,23 @@ class Explanation:
     is_read: bool
     kind: str | None
     tokens: int
+    logical_tokens: int
+
+
+def ranking(pairs: np.ndarray, ties: np.ndarray | float, tokens: int, logical_tokens: int) -> Ranking:
+    """The ranking of answers by all their pairs (0, 1), (0, 2), ..., (1, 2), ...
+
+    Args:
+        pairs: (k (k - 1) / 2,), the probability that the first of each pair is preferred.
+        ties: the same of a tie.
+    """
+    k = (1 + math.isqrt(1 + 8 * len(pairs))) // 2
+    first, second = np.triu_indices(k, 1)
+    wins = np.full((k, k), 0.5)
+    wins[first, second] = pairs + ties / 2
+    wins[second, first] = 1 - wins[first, second]
+    strong = strengths(wins)
+    return Ranking(np.argsort(-strong, kind="stable"), strong, wins, tokens, logical_tokens)
 
 
 def strengths(wins: np.ndarray) -> np.ndarray:
