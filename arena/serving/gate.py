@@ -17,7 +17,7 @@ from arena.serving.metrics import Metrics
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 HEADERS = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
            "cache-control": "no-store", "cross-origin-resource-policy": "same-origin"}  # fmt: skip
-GUARDED = ("/v1/", "/metrics", "/report", "/openapi.json")  # the page itself and the probes hold nothing to guard
+GUARDED = ("/v1/", "/metrics", "/report")  # the page, the probes and the description hold nothing to guard
 OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
