@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDED = [Requirement(each) for each in PROJECT["dependencies"]]
 MODULES = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # where the module's name is not the package's
-EXTRA = {"fastapi", "flash_attn", "gguf", "prometheus_client", "rouge_score", "starlette", "uvicorn", "wandb"}  # of the extras: imported where installed
+EXTRA = {  # of the extras: imported where installed
+    "fastapi", "flash_attn", "gguf", "prometheus_client", "rouge_score", "starlette", "uvicorn", "wandb",
+}  # fmt: skip
 
 
 def pins(name: str) -> dict[str, Version]:
