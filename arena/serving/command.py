@@ -63,11 +63,7 @@ class Serve:
         fix_threads()
         judges = load(*named(self.words), self.runs)
         reports = {name: path for name, judge in judges.items() if (path := report_of(judge)) is not None}
-        server = Server(judges, limits=limits, token=token, reports=reports)
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        console.print(f"serving {', '.join(judges)} at http://{host}:{socket.getsockname()[1]}/")
-        server.run([socket])
-        console.print("stopped: every accepted request was answered")
+        Server(judges, limits=limits, token=token, reports=reports).run([socket])
 
 
 def check_token(token: str | None, host: str) -> None:

@@ -67,6 +67,13 @@ class Server(uvicorn.Server):
         self.service.draining = True
         console.print(f"{signal.Signals(sig).name}: answering what was accepted; another one ends at once")
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for bound in sockets or []:
+            host, port = bound.getsockname()[:2]
+            place = f"[{host}]" if ":" in host else host
+            console.print(f"serving {', '.join(self.service.judges)} at http://{place}:{port}/")
+
     async def on_tick(self, counter: int) -> bool:
         """Ends the loop once everything is answered."""
         if self.service.draining and self.service.is_idle:
@@ -77,6 +84,7 @@ class Server(uvicorn.Server):
         super().run(sockets)
         if not self.force_exit:
             self.service.close()
+            console.print("stopped: every accepted request was answered")
 
 
 def bind(host: str, port: int) -> socket.socket:
