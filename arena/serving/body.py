@@ -16,7 +16,7 @@ from arena.data.rows import Cells
 from arena.data.task import Task
 from arena.serving.limits import Limits, RefusedError
 
-SHOWN_PROBLEMS = 20
+SHOWN_PROBLEMS, MOST_PROBLEMS = 20, 2000
 WRONG = 422
 GONE = 499  # no status of HTTP: nobody reads it, but it is counted
 CLOSE = {"connection": "close"}
@@ -28,7 +28,8 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
     if kind != "application/json":
         raise RefusedError(415, "the content type is not application/json: send JSON", headers=CLOSE)
     try:
-        body = read_json((await _read(request, limits)).decode("utf-8"), "the body")
+        text = (await _read(request, limits)).decode("utf-8")
+        body = await asyncio.to_thread(read_json, text, "the body")  # other requests go on meanwhile
     except UnicodeDecodeError:
         raise RefusedError(400, "the body is not UTF-8") from None
     except FieldError as error:
@@ -45,7 +46,9 @@ async def _read(request: Request, limits: Limits) -> bytes:
         async with asyncio.timeout(limits.body_seconds):
             async for part in request.stream():
                 size += len(part)
-                parts = [*parts, part] if size <= limits.body_bytes else []
+                parts.append(part)
+                if size > limits.body_bytes:
+                    parts.clear()
     except TimeoutError:
         raise RefusedError(408, f"the body did not arrive within {limits.body_seconds:g} s", headers=CLOSE) from None
     except ClientDisconnect:
@@ -63,6 +66,8 @@ def checked(model: type[BaseModel], body: Mapping[str, Any]) -> Any:
     try:
         return model.model_validate(body)
     except ValidationError as error:
+        if error.error_count() > MOST_PROBLEMS:  # to list them would take longer than to find them
+            raise RefusedError(WRONG, f"the body has {error.error_count():,} problems, such as unknown keys") from None
         raise refused([_problem(each) for each in error.errors(include_url=False, include_input=False)]) from None
 
 

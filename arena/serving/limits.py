@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -34,6 +34,11 @@ class Limits:
     waiting_rows: int = 2048
     batch_rows: int = 256
     batch_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: give a number above 0")
 
 
 class RefusedError(Exception):

@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from arena.data.cells import excerpt, is_utf8
 from arena.data.task import Task
 
+MOST_TURNS = 1000  # that are looked at; fewer are allowed
+
 
 class Strict(BaseModel):
     """An object without other keys."""
@@ -102,16 +104,20 @@ def as_turns(value: Any) -> Any:
     turns = [value] if isinstance(value, str) else value
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"is {excerpt(value)}; write a text, or a list with a text or null for each turn")
+    if len(turns) > MOST_TURNS:
+        raise ValueError(f"has {len(turns):,} turns; leave out earlier ones")
     for number, turn in enumerate(turns, 1):
+        if not (turn is None or isinstance(turn, str)):
+            raise ValueError(f"has {excerpt(turn)} as turn {number}; write a text or null")
         if turn is not None:
-            as_text(turn, f"has {excerpt(turn)} as turn {number}; write a text or null")
+            as_text(turn)
     return turns
 
 
-def as_text(value: Any, wrong: str | None = None) -> Any:
+def as_text(value: Any) -> Any:
     """A text as it is."""
     if not isinstance(value, str):
-        raise ValueError(wrong or f"is {excerpt(value)}; write a text")
+        raise ValueError(f"is {excerpt(value)}; write a text")
     if not is_utf8(value):
         raise ValueError("has half a character (a lone surrogate); write whole characters")
     return value
