@@ -55,15 +55,21 @@ class Serve:
         table = judge.read(self.data).table
         bodies = [json.dumps({name: row[name] for name in judge.task.texts}) for row in table]
         bound, server = bind("127.0.0.1", 0), Server({"judge": judge})
-        thread = Thread(target=server.run, args=([bound],))
-        with console.showing("warning"):
-            thread.start()
+
+        def serve() -> None:
+            with console.showing("warning"):  # without a line for each request
+                server.run([bound])
+
+        thread = Thread(target=serve)
+        thread.start()
         port = bound.getsockname()[1]
         while not server.started:
             time.sleep(0.01)
-        found = [asked(port, bodies, clients, self.seconds / 2) for clients in (1, self.clients)]
-        server.service.draining = True
-        thread.join()
+        try:
+            found = [asked(port, bodies, clients, self.seconds / 2) for clients in (1, self.clients)]
+        finally:
+            server.service.draining = True
+            thread.join()
         result = {**provenance(), "device": device_name(judge.models[0].device), "found": found}
         paths = [self.out / f"bench-serve.{ending}" for ending in ("json", "md")]
         write_json(paths[0], result)
