@@ -115,8 +115,14 @@ async function ask(path, body) {
     return ask(path, body);
   }
   const content = await reply.json();
-  if (!reply.ok) throw new Error([content.error.message, ...content.error.problems.slice(1).map((each) => `${each.field}: ${each.what}`)].join("\n"));
+  const {message, problems = []} = content.error ?? {};
+  if (!reply.ok) throw new Error(problems.map((each) => `${spoken(each.field)}: ${each.what}`).join("\n") || message);
   return content;
+}
+
+function spoken(field) {  // as the form calls it
+  const at = (name) => (/^answers\[\d+\]$/.test(name) ? parseInt(name.slice(8)) + 1 : (judge()?.columns ?? []).indexOf(name));
+  return field.split(", ").map((name) => (at(name) < 0 ? name : label(at(name)))).join(", ");
 }
 
 async function submit() {
@@ -190,8 +196,9 @@ function facts({batch, judge: name, rows: [row] = []}, milliseconds) {
   const cut = [row?.turns_dropped && count(row.turns_dropped, "earlier turn"), row?.tokens_cut && count(row.tokens_cut, "token")].filter(Boolean);
   const whole = !row || row.error ? "" : cut.length ? ` Too long to be read whole: ${cut.join(" and ")} cut.` : " Nothing was cut.";
   const beside = batch.requests > 1 ? `, together with ${count(batch.requests - 1, "other request")}` : "";
-  return el("p", {className: "facts"}, `${name} computed ${count(batch.tokens, "token")} of ${batch.logical_tokens.toLocaleString("en")}; prompts share the other ` +
-    `${batch.shared_tokens.toLocaleString("en")}. ${count(batch.rows, "row")}${beside}, ${Math.round(milliseconds)} ms.${whole}`);
+  const shared = batch.shared_tokens ? ` of ${batch.logical_tokens.toLocaleString("en")}; prompts share the other ${batch.shared_tokens.toLocaleString("en")}` : "";
+  return el("p", {className: "facts"}, `${name} computed ${count(batch.tokens, "token")}${shared}. ` +
+    `${count(batch.rows, "row")}${beside}, ${Math.round(milliseconds)} ms.${whole}`);
 }
 
 // Beginning
