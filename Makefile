@@ -36,7 +36,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train cv infer report kaggle-bundle inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
+.PHONY: help setup train cv infer report serve kaggle-bundle inspect notebook bench gpu gpu-wheels test versions torture check format demo-base clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ infer: .venv/ready $(BASE)  ## judge the test file with the trained folds, write
 
 report: .venv/report  ## write one HTML file about a run, beside another one with ARGS=OTHER
 	$(BIN)/arena report $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
+
+serve: .venv/serve $(BASE)  ## serve a run at http://127.0.0.1:8000/, with a page to try it out
+	$(BIN)/arena serve $(call quoted,$(RECIPE)) $(ARGS)
 
 kaggle-bundle: .venv/ready $(BASE)  ## write a folder to upload to Kaggle, ARGS="--owner NAME"
 	$(BIN)/arena bundle $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
@@ -123,6 +126,10 @@ clean:  ## remove caches and build files
 
 .venv/report: .venv/ready pyproject.toml
 	$(INSTALL) --editable '.[report]'
+	@touch $@
+
+.venv/serve: .venv/ready pyproject.toml
+	$(INSTALL) --editable '.[serve]'
 	@touch $@
 
 .venv/dev: .venv/ready

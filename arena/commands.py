@@ -18,6 +18,7 @@ from arena.options import Data, Judged, Labels, Name, Overrides, recipe_with_row
 from arena.progress import console, optional
 from arena.reporting.evaluate_command import Evaluate
 from arena.reporting.leaderboard_command import Leaderboard
+from arena.serving.command import Serve
 from arena.stopping import Stopped
 from arena.storage.files import local_path
 
@@ -291,6 +292,7 @@ COMMANDS: Commands = {
     "inspect": Inspect,
     "export": Export,
     "bundle": Bundle,
+    "serve": Serve,
     "generate": Generate,
     "memory": Memory,
     "settings": Settings,

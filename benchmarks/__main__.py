@@ -14,6 +14,7 @@ from benchmarks.deadline import Deadline
 from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
 from benchmarks.real_base import RealBase
+from benchmarks.serve import Serve
 from benchmarks.small import Small
 from benchmarks.submission import Submission
 from benchmarks.technique_report import Techniques
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "votes": Votes,
     "submission": Submission,
     "deadline": Deadline,
+    "serve": Serve,
     "collect": Collect,
     "demo-base": DemoBase,
 }

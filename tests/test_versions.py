@@ -16,14 +16,10 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NEEDED = [Requirement(each) for each in PROJECT["dependencies"]]
 MODULES = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # where the module's name is not the package's
-EXTRA = {
-    "altair",
-    "flash_attn",
-    "gguf",
-    "rouge_score",
-    "vl_convert",
+EXTRA = {  # of the extras: imported where installed
+    "altair", "fastapi", "flash_attn", "gguf", "prometheus_client", "rouge_score", "starlette", "uvicorn", "vl_convert",
     "wandb",
-}  # of the extras: imported where installed
+}  # fmt: skip
 
 
 def pins(name: str) -> dict[str, Version]:

@@ -70,10 +70,15 @@ def good_records(
             good.append({"id": str(number), **texts, "label": label})
         except FieldError as error:
             problems.append((number, error))
+    return rows_in_memory(good, task), problems
+
+
+def rows_in_memory(checked: Sequence[Cells], task: Task) -> Rows:
+    """Rows of cells that are checked: an `id`, the columns of `task.features`, and a `label` or None."""
     features = Features({"id": Value("string"), **task.features, "label": List(Value("float32"))})
     name = f"memory-{uuid4().hex}"  # nothing is cached by the content, which takes long to digest
-    table = pa.Table.from_pylist(good, schema=features.arrow_schema)
-    return Rows(task, Dataset(table, DatasetInfo(features=features), fingerprint=name), name), problems
+    table = pa.Table.from_pylist(list(checked), schema=features.arrow_schema)
+    return Rows(task, Dataset(table, DatasetInfo(features=features), fingerprint=name), name)
 
 
 def cells_of(records: Records) -> list[Cells]:

@@ -48,6 +48,7 @@ class Task(ABC):
         metrics: by name, computed on the held-out rows for `metrics.json`; `train.best_metric` names the one that
             chooses the best checkpoint. `log_loss` must be one of them.
         tie: the class of a tie, if there is one: agreement is also given without ties.
+        examples: rows to try a judge on, by a few words each; a text may stand for a list of one turn.
         kinds: of special rows, of which training rows say more than a judge may have learned; a row is of one at most.
     """
 
@@ -64,6 +65,7 @@ class Task(ABC):
     templates: tuple[str, ...] = ()
     metrics: Mapping[str, Metric]
     tie: str | None = None
+    examples: Mapping[str, Cells] = {}
     kinds: tuple[str, ...] = ()
 
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,13 @@ from arena.data.files import read_files
 from arena.data.limits import Limits
 from arena.data.records import Records, cells_of, rows_of_records
 from arena.data.task import Baseline
+from arena.data.tokens import TokenStore
 from arena.inference.blend import Blend, is_blend, read_blend
 from arena.inference.find import find_models
 from arena.inference.infer_blend import baseline_of, judges_of
 from arena.inference.judge_model import Judged, JudgeModel
 from arena.inference.saved import SavedJudge, check_alike, read_judge
-from arena.inference.verdicts import Explanation, Order, Ranking, Verdicts, strengths
+from arena.inference.verdicts import Explanation, Order, Ranking, Verdicts, ranking, tie_of
 from arena.metrics import accuracy
 from arena.progress import console
 
@@ -59,7 +59,7 @@ class Judge:
     @classmethod
     def from_pretrained(
         cls, *names: str | Path, settings: Sequence[str] = (), device: torch.device | str | None = None,
-        runs: str | Path = "runs",
+        runs: str | Path = "runs", beside: Sequence[Judge] = (),
     ) -> Judge:  # fmt: skip
         """Loads judges that were trained on the same data. A base that they share is loaded once.
 
@@ -69,24 +69,27 @@ class Judge:
             settings: to change, as in `load_recipe`, such as `judge.swap=false` to read rows in one order.
             device: where to run; by default the GPU if there is one.
             runs: the folder in which runs are found by name.
+            beside: judges on the same device, whose bases are used too instead of loading them again.
 
         Raises:
             ValueError: there is no such judge, or it cannot be loaded; as `find_models` and `JudgeModel` say.
         """
         if not names:
             raise ValueError('name a judge, such as Judge.from_pretrained("runs/demo")')
+        loaded = [model for judge in beside for model in judge.models]
         with console.quiet_here():
             if is_blend(str(names[0])):
-                return cls._of_blend(names, settings, device)
+                return cls._of_blend(names, settings, device, loaded)
             folders = [model for name in names for model in find_models(str(name), Path(runs))]
             saved = [read_judge(folder, settings) for folder in folders]
             check_alike(saved)
-            return cls([load_models(saved, device)])
+            return cls([load_models(saved, device, loaded)])
 
     @classmethod
     def _of_blend(
-        cls, names: Sequence[str | Path], settings: Sequence[str], device: torch.device | str | None
-    ) -> Judge:
+        cls, names: Sequence[str | Path], settings: Sequence[str], device: torch.device | str | None,
+        loaded: Sequence[JudgeModel],
+    ) -> Judge:  # fmt: skip
         if len(names) > 1:
             raise ValueError(f"{names[0]} is a blend, which is a whole judge: name it alone")
         saved = read_blend(Path(names[0]))
@@ -98,7 +101,7 @@ class Judge:
         every = [each for folds in judges.values() for each in folds]
         if not every:
             raise ValueError(f"{names[0]} uses no run, only a baseline: it is not a judge")
-        models = dict(zip(map(id, every), load_models(every, device), strict=True))
+        models = dict(zip(map(id, every), load_models(every, device, loaded), strict=True))
         parts: list[Sequence[JudgeModel] | Baseline] = [
             [models[id(each)] for each in judges[member.name]]
             if member.kind == "run"
@@ -185,14 +188,7 @@ class Judge:
         found = self.verdicts(rows)
         if len(found.by_order) == 1:
             raise ValueError(f"answers cannot be compared fairly: {ONE_ORDER}")
-        mean = found.mean
-        ties = mean[:, self.task.classes.index(self.task.tie)] if self.task.tie is not None else 0.0
-        first, second = np.array(list(combinations(range(len(answers)), 2))).T
-        wins = np.full((len(answers), len(answers)), 0.5)
-        wins[first, second] = np.where(rows.has_input, mean[:, 0] + ties / 2, 0.5)
-        wins[second, first] = np.where(rows.has_input, mean[:, 1] + ties / 2, 0.5)
-        strong = strengths(wins)
-        return Ranking(np.argsort(-strong, kind="stable"), strong, wins, found.tokens, found.logical_tokens)
+        return ranking(found.mean, rows.has_input, tie_of(self.task), found.tokens, found.logical_tokens)
 
     def explain(self, row: Records) -> Explanation:
         """What the judge makes of one row.
@@ -203,20 +199,38 @@ class Judge:
         rows = self._checked([row] if isinstance(row, Mapping) else row)
         if len(rows) != 1:
             raise ValueError(f"{len(rows):,} rows are given: explain one of them")
+        return self.explain_all(rows)[0]
+
+    def explain_all(self, rows: Rows | Records, *, prompts: bool = True) -> list[Explanation]:
+        """What the judge makes of each of some rows, which it reads together; errors are as in `predict_proba`.
+
+        Args:
+            prompts: whether the prompts are wanted, which are "" otherwise.
+        """
+        rows = self._checked(rows)
         by_part, judged = self._judged(rows)
-        by_order = [self._pooled(by_part[:, at])[0] for at in range(by_part.shape[1])]
-        mean, store = self._pooled(by_part.mean(axis=1))[0], judged[0].store
-        tokenizer, kind = self.models[0].tokenizer, int(rows.kinds[0])
-        orders = tuple(
-            Order(
-                self._named(each), tokenizer.decode(store[at]), int(store.lengths[at]), int(store.turns_dropped[at]),
-                int(store.tokens_cut[at]),
+        mean, store = self._pooled(by_part.mean(axis=1)), judged[0].store
+        by_order = np.stack([self._pooled(by_part[:, at]) for at in range(by_part.shape[1])])
+        kinds = [None if kind < 0 else self.task.kinds[kind] for kind in rows.kinds.tolist()]
+        tokens, logical = (int(getattr(judged[0].plan, name).sum()) for name in PLANNED)
+        return [
+            Explanation(
+                self._named(mean[row]), self._orders(by_order[:, row], store, row * store.orders, prompts),
+                len(set(by_order[:, row].argmax(axis=1).tolist())) > 1, bool(rows.has_input[row]), kind, tokens,
+                logical,
             )
-            for at, each in enumerate(by_order)
-        )  # fmt: skip
-        return Explanation(
-            self._named(mean), orders, len({int(each.argmax()) for each in by_order}) > 1,
-            bool(rows.has_input[0]), None if kind < 0 else self.task.kinds[kind], int(judged[0].plan.tokens.sum()),
+            for row, kind in enumerate(kinds)
+        ]  # fmt: skip
+
+    def _orders(self, by_order: np.ndarray, store: TokenStore, first: int, prompts: bool) -> tuple[Order, ...]:
+        """A row in its orders, from their probabilities and its first example."""
+        decode = self.models[0].tokenizer.decode
+        return tuple(
+            Order(
+                self._named(each), decode(store[at]) if prompts else "", int(store.lengths[at]),
+                int(store.turns_dropped[at]), int(store.tokens_cut[at]),
+            )
+            for at, each in enumerate(by_order, first)
         )  # fmt: skip
 
     def _checked(self, rows: Rows | Records, labelled: bool = False) -> Rows:
@@ -252,14 +266,20 @@ ONE_ORDER = "this judge reads one order: set judge.swap=true"
 PLANNED = ("tokens", "logical_tokens")
 
 
-def load_models(saved: Sequence[SavedJudge], device: torch.device | str | None = None) -> list[JudgeModel]:
-    """Loads judges, each base once. Raises `ValueError` if some read rows in both orders, and others in one."""
+def load_models(
+    saved: Sequence[SavedJudge], device: torch.device | str | None = None, loaded: Sequence[JudgeModel] = ()
+) -> list[JudgeModel]:
+    """Loads judges, each base once, and none that a loaded judge has.
+
+    Raises:
+        ValueError: some of them read rows in both orders, and others in one.
+    """
     if len({each.recipe.reads_all_orders for each in saved}) > 1:
         raise ValueError(
             "some of the judges read rows in both orders, and others in one: set judge.swap=true or judge.swap=false"
         )
     models: list[JudgeModel] = []
     for each in saved:
-        beside = (other for model in models if (other := model.beside(each)) is not None)
+        beside = (other for model in (*loaded, *models) if (other := model.beside(each)) is not None)
         models.append(next(beside, None) or JudgeModel(each, device=device))
     return models

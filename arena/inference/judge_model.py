@@ -135,6 +135,10 @@ class JudgeModel:
         other._planned = self._planned
         return other
 
+    def shares_base(self, other: JudgeModel) -> bool:
+        """Whether another judge is on the same base in memory, so that the two take turns."""
+        return self._loaded is other._loaded
+
     def drop(self, former: JudgeModel) -> None:
         """Makes this judge active, and frees the weights of another one on its base, which can then not be used."""
         with self._loaded.lock:

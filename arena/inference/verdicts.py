@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit
+
+from arena.data.task import Task
 
 CERTAIN = 1e-9
 STEPS, LARGEST, CLOSE = 1000, 2.0, 1e-6  # of the fit of strengths, its longest step, and the one at which it ends
@@ -76,7 +79,9 @@ class Explanation:
         flips: whether the most probable class depends on the order.
         is_read: whether there is anything to read; otherwise the probabilities are mean labels of training rows.
         kind: the kind of special rows that it is of; None: of none.
-        tokens: what was computed for one model; what the orders share counts once.
+        tokens: what was computed for one model, for all rows that were explained together; what prompts share counts
+            once.
+        logical_tokens: the tokens of all their prompts.
     """
 
     probabilities: dict[str, float]
@@ -85,6 +90,30 @@ class Explanation:
     is_read: bool
     kind: str | None
     tokens: int
+    logical_tokens: int
+
+
+def ranking(pairs: np.ndarray, read: np.ndarray, tie: int | None, tokens: int, logical_tokens: int) -> Ranking:
+    """The ranking of answers by all their pairs (0, 1), (0, 2), ..., (1, 2), ...
+
+    Args:
+        pairs: (k (k - 1) / 2, C), the probabilities of each pair; first that of its first answer.
+        read: bool, whether a pair has any text; nothing tells two answers without text apart.
+        tie: the number of the class of ties, if there is one.
+    """
+    k = (1 + math.isqrt(1 + 8 * len(pairs))) // 2
+    ties = 0.0 if tie is None else pairs[:, tie]
+    first, second = np.triu_indices(k, 1)
+    wins = np.full((k, k), 0.5)
+    wins[first, second] = np.where(read, pairs[:, 0] + ties / 2, 0.5)
+    wins[second, first] = 1 - wins[first, second]
+    strong = strengths(wins)
+    return Ranking(np.argsort(-strong, kind="stable"), strong, wins, tokens, logical_tokens)
+
+
+def tie_of(task: Task) -> int | None:
+    """The number of the class of ties, if a task has one."""
+    return None if task.tie is None else task.classes.index(task.tie)
 
 
 def strengths(wins: np.ndarray) -> np.ndarray:

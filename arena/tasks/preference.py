@@ -45,6 +45,7 @@ from arena.metrics import METRICS
 from arena.prompt_settings import PromptSettings
 from arena.settings import Recipe
 from arena.tasks.baseline import SWAPPED, fit_baseline
+from arena.tasks.examples import EXAMPLES
 from arena.tasks.kinds import EXCHANGED, KINDS, kind_of
 from arena.tasks.layouts import ANNOTATIONS, CHOSEN, TURNS, Layout, columns_of, layout_of, layout_of_record
 from arena.tasks.layouts import WINNER as WORD
@@ -85,6 +86,7 @@ class Preference(Task):
     templates = ("judge", "compact", "pointwise")
     metrics = METRICS
     tie = "tie"
+    examples = EXAMPLES
     kinds = KINDS
 
     @classmethod

@@ -175,6 +175,24 @@ def test_a_base_is_loaded_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(both.models) == 2 and len(loaded) == 1
 
 
+def test_judges_beside_others_share_their_base(run: Path, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "load_base", lambda *given: pytest.fail("the base is loaded again"))
+    first = judge.predict_proba(ROW)
+    beside = Judge.from_pretrained(run / "fold1", beside=[judge])
+    assert beside.models[0].shares_base(judge.models[0])
+    np.testing.assert_array_equal(
+        beside.predict_proba(ROW), judge.models[1].in_memory(judge._checked(ROW)).by_order.mean(0)
+    )
+    np.testing.assert_array_equal(judge.predict_proba(ROW), first)
+
+
+def test_rows_are_explained_together(judge: Judge, table: pd.DataFrame) -> None:
+    found = judge.explain_all(table, prompts=False)
+    assert [list(each.probabilities.values()) for each in found] == judge.predict_proba(table).tolist()
+    assert len({(each.tokens, each.logical_tokens) for each in found}) == 1 and found[0].orders[1].prompt == ""
+    assert found[0].tokens < found[0].logical_tokens == sum(order.tokens for each in found for order in each.orders)
+
+
 def test_threads_take_turns(judge: Judge, table: pd.DataFrame) -> None:
     """Two models on one base: each call gets its own rows' probabilities, with the right weights active."""
     parts = [table.iloc[at : at + 3] for at in range(0, 12, 3)]

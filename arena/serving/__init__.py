@@ -1,0 +1,1 @@
+"""Serves judges over HTTP, with a page to try them out."""

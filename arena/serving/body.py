@@ -1,0 +1,105 @@
+"""Reads the body of a request, within limits, and checks it: every refusal names what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from arena.data.cells import FieldError, read_json
+from arena.data.limits import Limits as RowLimits
+from arena.data.limits import characters
+from arena.data.rows import Cells
+from arena.data.task import Task
+from arena.serving.limits import Limits, RefusedError
+
+SHOWN_PROBLEMS, MOST_PROBLEMS = 20, 2000
+WRONG = 422
+GONE = 499  # no status of HTTP: nobody reads it, but it is counted
+CLOSE = {"connection": "close"}
+
+
+async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
+    """The JSON object of a request. Raises `RefusedError`."""
+    kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RefusedError(415, "the content type is not application/json: send JSON", headers=CLOSE)
+    try:
+        text = (await _read(request, limits)).decode("utf-8")
+        body = await asyncio.to_thread(read_json, text, "the body")  # other requests go on meanwhile
+    except UnicodeDecodeError:
+        raise RefusedError(400, "the body is not UTF-8") from None
+    except FieldError as error:
+        raise RefusedError(400, str(error)) from None
+    if not isinstance(body, dict):
+        raise RefusedError(WRONG, "the body is not an object: send one, as /openapi.json describes it")
+    return body
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    """The bytes of a body. What is too much is received, so that the client can read the answer, and not kept."""
+    parts, size = list[bytes](), 0
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                size += len(part)
+                parts.append(part)
+                if size > limits.body_bytes:
+                    parts.clear()
+    except TimeoutError:
+        raise RefusedError(408, f"the body did not arrive within {limits.body_seconds:g} s", headers=CLOSE) from None
+    except ClientDisconnect:
+        raise RefusedError(GONE, "the client is gone") from None
+    if size > limits.body_bytes:
+        raise RefusedError(
+            413, f"the body is {size:,} bytes, and {limits.body_bytes:,} are allowed: send fewer rows at once",
+            headers=CLOSE,
+        )  # fmt: skip
+    return b"".join(parts)
+
+
+def checked(model: type[BaseModel], body: Mapping[str, Any]) -> Any:
+    """A request of a model. Raises `RefusedError` with all its problems."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        if error.error_count() > MOST_PROBLEMS:  # to list them would take longer than to find them
+            raise RefusedError(WRONG, f"the body has {error.error_count():,} problems, such as unknown keys") from None
+        raise refused([_problem(each) for each in error.errors(include_url=False, include_input=False)]) from None
+
+
+def checked_texts(task: Task, rows: Sequence[Cells], limits: Limits) -> list[Cells]:
+    """The texts of rows as a judge of the task reads them. Raises `RefusedError` with all their problems."""
+    sizes, texts, problems = RowLimits(limits.characters, limits.turns), list[Cells](), list[dict[str, Any]]()
+    for number, cells in enumerate(rows):
+        try:
+            if (size := characters(cells)) > limits.characters:
+                raise FieldError(", ".join(task.texts), f"has {size:,} characters; {limits.characters:,} are allowed")
+            texts.append(task.read_texts(cells, sizes))
+        except FieldError as error:
+            problems.append({"row": number, "field": error.field, "what": error.what})
+    if problems:
+        raise refused(problems)
+    return texts
+
+
+def refused(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
+    """The refusal of a request with problems."""
+    first = problems[0]
+    where = first["field"] if first["row"] is None else f"row {first['row']}, {first['field']}"
+    more = f" (and {len(problems) - 1:,} more)" if len(problems) > 1 else ""
+    return RefusedError(WRONG, f"{where}: {first['what']}{more}", problems[:SHOWN_PROBLEMS])
+
+
+def _problem(error: Any) -> dict[str, Any]:
+    """A problem as pydantic tells it."""
+    where = list(error["loc"])
+    row = where[1] if where[0] == "rows" and len(where) > 1 else None
+    name = "".join(
+        f"[{each}]" if isinstance(each, int) else f".{each[:80]}" for each in where[0 if row is None else 2 :]
+    )
+    what = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    return {"row": row, "field": name.removeprefix(".") or "the row", "what": what}

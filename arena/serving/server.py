@@ -1,0 +1,100 @@
+"""Runs the server, and stops it so that every accepted request is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from arena.inference.judge import Judge
+from arena.progress import console
+from arena.serving.app import make_app
+from arena.serving.gate import Gate
+from arena.serving.limits import Limits
+from arena.serving.service import Service
+
+CONNECTIONS = 1024
+LAST_SECONDS = 10  # for answers that are still being sent at the end
+BACKLOG = 1024
+
+
+class Protocol(H11Protocol):
+    """Closes connections that begin no request in time."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(Limits.body_seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        if self.cycle is None and self.transport is not None:
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Serves judges on a bound socket.
+
+    SIGTERM and SIGINT make it refuse further requests, answer those that it has accepted, and end. A second signal ends
+    it at once.
+    """
+
+    def __init__(
+        self, judges: Mapping[str, Judge], *, limits: Limits | None = None, token: str | None = None,
+        reports: Mapping[str, Path] = {},
+    ) -> None:  # fmt: skip
+        self.service = Service(judges, limits)
+        app = make_app(self.service, reports)
+        paths = {"/", *(path for route in app.routes if (path := getattr(route, "path", None)))}
+        gate = Gate(app, self.service.metrics, paths, token)
+        super().__init__(
+            uvicorn.Config(
+                gate, http=Protocol, ws="none", lifespan="off", log_level="error", access_log=False,
+                server_header=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=LAST_SECONDS,
+                backlog=BACKLOG,
+            )
+        )  # fmt: skip
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to stop, or ends at once."""
+        if self.service.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self.service.draining = True
+        console.print(f"{signal.Signals(sig).name}: answering what was accepted; another one ends at once")
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for bound in sockets or []:
+            host, port = bound.getsockname()[:2]
+            place = f"[{host}]" if ":" in host else host
+            console.print(f"serving {', '.join(self.service.judges)} at http://{place}:{port}/")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ends the loop once everything is answered."""
+        if self.service.draining and self.service.is_idle:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        super().run(sockets)
+        if not self.force_exit:
+            self.service.close()
+            console.print("stopped: every accepted request was answered")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, which takes no connections yet. Raises `ValueError` if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise ValueError(f"{host}:{port} cannot be listened to ({error}): name another --port or --host") from None
+    return bound
