@@ -132,7 +132,8 @@ def row_of(name: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What the table shows of a run."""
     scores = metrics["last_step_scores"]
     loss = scores["log_loss"]
-    values = {key: scores[key]["value"] for key in ("accuracy", "flip_rate")}
+    # answers that are read one by one have no order
+    values = {key: scores[key]["value"] if key in scores else None for key in ("accuracy", "flip_rate")}
     return {
         **metrics, "votes": name, "minutes": metrics["train_seconds"] / 60, "log_loss": loss["value"],
         "low": loss["low"], "high": loss["high"], **values,
