@@ -37,6 +37,7 @@ def result(real: RealBase) -> dict[str, Any]:
     return run_real_base(real)
 
 
+@pytest.mark.slow
 def test_every_variant_is_timed_on_the_same_rows(result: dict[str, Any]) -> None:
     assert [(each["task"], each["variant"]) for each in result["measured"]] == [
         (task, key) for task in ("train", "infer") for key in "acd"
@@ -45,6 +46,7 @@ def test_every_variant_is_timed_on_the_same_rows(result: dict[str, Any]) -> None
     assert all(len(each["seconds"]) == 2 and min(each["seconds"]) > 0 for each in result["measured"])
 
 
+@pytest.mark.slow
 def test_a_profile_says_where_the_time_goes(result: dict[str, Any]) -> None:
     """At a tiny size nearly nothing is products; each kind occurs, and they are all of the time."""
     for task in ("train", "infer"):
@@ -53,6 +55,7 @@ def test_a_profile_says_where_the_time_goes(result: dict[str, Any]) -> None:
         assert min(kinds.values()) > 0 and sum(kinds.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_products_are_those_of_the_computed_tokens(result: dict[str, Any]) -> None:
     training, judging = ([each for each in result["measured"] if each["task"] == task] for task in ("train", "infer"))
     a_token = {each["products"] * each["gflops"] / each["computed_tokens"] for each in training}
@@ -62,6 +65,7 @@ def test_products_are_those_of_the_computed_tokens(result: dict[str, Any]) -> No
     assert training[0]["computed_tokens"] < training[0]["logical_tokens"] < training[1]["computed_tokens"]
 
 
+@pytest.mark.slow
 def test_what_is_written_has_the_figures(result: dict[str, Any], tmp_path: Path) -> None:
     data, page = write_real_base(result, tmp_path)
     assert json.loads(data.read_text()) == result
@@ -78,6 +82,7 @@ def test_times_and_shares_are_of_the_least_time() -> None:
     assert (theirs["times"], theirs["most"]) == (3.0, 9.0)
 
 
+@pytest.mark.slow
 def test_other_numbers_are_refused(real: RealBase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours must not be timed if it computes something else: here a row of logits that belongs to another example."""
 
