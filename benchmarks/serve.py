@@ -57,7 +57,7 @@ class Serve:
         bound, server = bind("127.0.0.1", 0), Server({"judge": judge})
 
         def serve() -> None:
-            with console.showing("warning"):  # without a line for each request
+            with console.quiet_here():  # without a line for each request
                 server.run([bound])
 
         thread = Thread(target=serve)

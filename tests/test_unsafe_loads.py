@@ -184,7 +184,7 @@ def unsafe_call(node: ast.Call) -> str | None:
         return "yaml.load with another loader"
     if keywords.get("trust_remote_code", "False") != "False" or keywords.get("weights_only", "True") != "True":
         return name
-    if name.endswith(".from_pretrained") and not name.startswith(("PeftModel.", "type(empty).")):
+    if name.endswith(".from_pretrained") and not name.startswith(("PeftModel.", "type(empty).", "Judge.")):
         wanted = {"SAFE", "SAFE_WEIGHTS"} if name.split(".")[0] in {"AutoConfig", "AutoTokenizer"} else {"SAFE_WEIGHTS"}
         return None if spread & wanted else f"{name} without {' or '.join(sorted(wanted))}"
     return None

@@ -87,7 +87,7 @@ def _use(saved: SavedJudge, helper: bool) -> list[str]:
         'model = AutoModelForSequenceClassification.from_pretrained(".")',
         f'ids = prompt_ids(tokenizer, [("What is 2 + 2?", {text})])',
         "print(model(input_ids=torch.tensor([ids])).logits.softmax(-1), model.config.id2label)", "```", "", swap, "",
-        "vLLM (`vllm serve . --runner pooling`, then `/classify`) and SGLang (`/v1/classify`) read the last token and "
+        "vLLM (`vllm serve .`, then `/classify`) and SGLang (`/v1/classify`) read the last token and "
         "give the softmax, in the order of `id2label`; send token ids, because the prompt's texts are tokenised one by "
         "one. Their score endpoints want one label and do not fit, and text-embeddings-inference has no such head for "
         "decoders. None of the three has been tried with this model.",

@@ -28,7 +28,7 @@ class Serve:
     """Serve judges over HTTP, with a page to try them out."""
 
     words: Positional[
-        Annotated[tuple[str, ...], words_arg("RUN [NAME=RUN ...] [KEY=VALUE ...]", "Judges, and settings of all.")]
+        Annotated[tuple[str, ...], words_arg("RUN [name=RUN ...] [KEY=VALUE ...]", "Judges, and settings of all.")]
     ] = ()
     host: Annotated[str, arg(help="The address to listen at; others than this machine need a token.")] = "127.0.0.1"
     port: Annotated[int, arg(help="The port; 0: any that is free.")] = 8000

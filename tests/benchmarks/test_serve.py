@@ -12,6 +12,7 @@ from tests.helpers import tiny_recipe
 from tests.inference.test_judge_model import saved
 
 
+@pytest.mark.slow
 def test_one_client_and_many(gemma2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(tmp_path, gemma2, "packing.budget=4096")
     saved(tmp_path / "run/fold0", recipe)

@@ -21,9 +21,9 @@ import pytest
 from arena.data.limits import Limits
 from arena.data.rows import read_rows
 from arena.inference import answers as writing
+from arena.inference.export import export_judge
 from arena.inference.generate import Generator
 from arena.inference.sampling import Sampling
-from arena.inference.saved import export_judge
 from tests.helpers import Processes, status_of_arena, tiny_recipe
 from tests.inference.test_judge import saved
 

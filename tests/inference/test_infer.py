@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from arena.inference import infer as writing
-from arena.inference import judge
+from arena.inference import judge_model
 from arena.inference.logits import LogitsCache
 from arena.inference.saved import SavedJudge, save_judge
 from arena.model.backbone import load_base, load_tokenizer
@@ -291,7 +291,7 @@ def test_an_unwritable_place_is_an_error_before_anything_is_judged(
 def test_a_disk_that_fills_while_judging_leaves_earlier_parts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(judge, "LogitsCache", functools.partial(LogitsCache, seconds=0))
+    monkeypatch.setattr(judge_model, "LogitsCache", functools.partial(LogitsCache, seconds=0))
     out, room, real = folder / "filling.csv", [4], Path.write_bytes
 
     def write(self: Path, data: bytes) -> int:

@@ -18,10 +18,11 @@ from arena.data.cells import FieldError
 from arena.data.limits import Limits
 from arena.data.prepare import prepare_fold
 from arena.inference.answers import answer_file
+from arena.inference.export import export_judge
 from arena.inference.generate import Answer, Generator
 from arena.inference.prompt_rows import Wanted, _held_out_ids, read_prompts
 from arena.inference.sampling import Sampling
-from arena.inference.saved import SavedJudge, as_json, export_judge
+from arena.inference.saved import SavedJudge, as_json
 from arena.model.backbone import load_tokenizer
 from arena.storage.files import fingerprint, write_json
 from arena.tasks import task_of
