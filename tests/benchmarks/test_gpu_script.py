@@ -117,6 +117,7 @@ def test_the_script_stops_in_time_and_resumes_from_its_archive_alone(
     assert "| QLoRA, NF4 |" in page and "| 0.9876 |" in page
 
 
+@pytest.mark.slow
 def test_every_moment_leaves_a_readable_page(
     script: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_every_moment_leaves_a_readable_page(
     assert before > after > 0 and archived
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "status"), [(OutOfTime(), MORE_TO_DO), (SystemExit(143), 143), (KeyboardInterrupt(), None)]
 )
@@ -177,6 +179,7 @@ def test_a_failed_test_is_told_at_the_end(measured_script: Callable[..., int], t
     assert script(tests=str(test), again="failed") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "ends_with"), [("failed", 1), ("too slow", 1), ("cannot run", 0)])
 def test_tests_that_were_given_up_are_on_the_page_with_what_they_found(
     measured_script: Callable[..., int],

@@ -34,6 +34,8 @@ from benchmarks.real_run import CEILING, RealBench
 from benchmarks.techniques import TECHNIQUES
 from benchmarks.workload import make_workload
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 BUDGET, LONGEST, SEED = 900, 400, 10  # of this seed's rows one is shorter than the others, which are cut
 

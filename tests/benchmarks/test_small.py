@@ -28,6 +28,8 @@ from benchmarks.timing import peak, reset_peak
 from benchmarks.variants import ONCE, TASKS, VARIANTS
 from benchmarks.workload import AROUND, Workload, make_workload
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = {
     "hidden": 64, "intermediate": 128, "heads": 2, "kv_heads": 1, "head_dim": 32, "window": 64, "softcap": 1.0,

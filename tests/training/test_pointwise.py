@@ -87,12 +87,12 @@ def test_a_step_may_have_a_row_of_two_epochs_twice(gemma2: Path, tmp_path: Path)
     assert len(np.unique(members)) < len(members), "the step has the end of one epoch and the beginning of the next"
     batch = list(PackedLoader(data.store, data.targets, plan))[1]
     loss = accumulate(classifier(recipe.model, 3), batch, 70, torch.device("cpu"), "float32", joined=data.task)
-    alone = {}
+    alone, model = {}, classifier(recipe.model, 3)
     for row in np.unique(members // 2).tolist():
         both = 2 * row + np.arange(2)
         single = plan_training(data.store.lengths, both, step_size=2, budget=8192, together=2)
         (one,) = PackedLoader(data.store, data.targets, single)
-        alone[row] = accumulate(classifier(recipe.model, 3), one, 2, torch.device("cpu"), "float32", joined=data.task)
+        alone[row] = accumulate(model, one, 2, torch.device("cpu"), "float32", joined=data.task)
     assert loss == pytest.approx(np.mean([alone[row] for row in (members // 2).tolist()]), rel=1e-5)
     assert loss != pytest.approx(np.mean(list(alone.values())), rel=1e-5)  # the control counts each row once
 
