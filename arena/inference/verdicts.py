@@ -10,7 +10,7 @@ from scipy.special import expit
 
 from arena.data.task import Task
 
-CERTAIN = 1e-9
+CERTAIN = 1e-9  # the probability of a loss that a certain win counts as
 STEPS, LARGEST, CLOSE = 1000, 2.0, 1e-6  # of the fit of strengths, its longest step, and the one at which it ends
 
 

@@ -242,9 +242,8 @@ def _cut_evenly(
     else:
         members, items = _items(indices, lengths, budget, prefixes)
     ways = [items]
-    if together == 1 and len(items.sizes) < len(
-        members
-    ):  # keeping sharers together may need one more micro-batch than separating them
+    # keeping sharers together may need one more micro-batch than separating them
+    if together == 1 and len(items.sizes) < len(members):
         ways.append(single_items(lengths[members], items.base))
     count = least = _least(items, budget, ranks)
     while True:
