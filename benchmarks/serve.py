@@ -1,16 +1,17 @@
 """A server under load: `python -m benchmarks serve`.
 
-Clients on one machine ask without pause, each with the next conversation of a file: first one client, then many. What
-is reported is how many conversations are judged in a second, how long one takes, how many are judged together, and the
-memory of the process, in which the clients are too.
+Clients on one machine ask without pause, each with the next conversation of a file: first one client, then many; before
+them the same judge is called from Python, one conversation at a time. Every answer is compared with what the judge says
+of all conversations at once. What is reported is how many conversations are judged in a second, how long one takes, how
+many are judged together, and the memory of the process, in which the clients are too.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -27,10 +28,13 @@ from arena.storage.files import local_path, write_json, write_text
 from benchmarks.machine import made_by, provenance
 from benchmarks.tables import table
 
+TOLERANCE = 1e-5  # of a probability, in float32, where conversations are judged in batches of another shape
+SHORT = 5  # one client, and calls from Python, take a fifth of the time of many clients
 COLUMNS = {
-    "clients": "{clients}", "conversations": "{rows}", "a second": "{rows_a_second:.1f}", "median, ms": "{p50:.0f}",
+    "asked by": "{asked_by}", "conversations": "{rows}", "a second": "{rows_a_second:.1f}", "median, ms": "{p50:.0f}",
     "95%, ms": "{p95:.0f}", "99%, ms": "{p99:.0f}", "judged together": "{together:.1f}",
     "tokens a second": "{tokens_a_second:,.0f}", "memory, MB": "{memory:,.0f}",
+    "after a fifth": "{memory_early:,.0f}",
 }  # fmt: skip
 
 
@@ -41,7 +45,7 @@ class Serve:
     run_name: Positional[Annotated[str, arg(metavar="RUN", help="The judge.", help_behavior_hint="")]] = "demo"
     data: Annotated[str, arg(metavar="PATH", help="The conversations.")] = "data/demo/test.csv"
     clients: Annotated[int, arg(help="How many ask at once.")] = 64
-    seconds: Annotated[float, arg(help="How long all of it takes, half of it with one client.")] = 60.0
+    seconds: Annotated[float, arg(help="How long the clients ask; one client asks a fifth of it.")] = 60.0
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path, arg(help="The folder for bench-serve.json and .md.")] = Path("docs")
 
@@ -52,8 +56,9 @@ class Serve:
         local_path(self.out, "--out")
         fix_threads()
         judge = Judge.from_pretrained(self.run_name, runs=self.runs)
-        table = judge.read(self.data).table
-        bodies = [json.dumps({name: row[name] for name in judge.task.texts}) for row in table]
+        rows = [{name: row[name] for name in judge.task.texts} for row in judge.read(self.data).table]
+        expected = judge.predict_proba(rows)
+        bodies = [json.dumps(row) for row in rows]
         bound, server = bind("127.0.0.1", 0), Server({"judge": judge})
 
         def serve() -> None:
@@ -66,7 +71,9 @@ class Serve:
         while not server.started:
             time.sleep(0.01)
         try:
-            found = [asked(port, bodies, clients, self.seconds / 2) for clients in (1, self.clients)]
+            found = [called(judge, rows, self.seconds / SHORT)]
+            for clients, seconds in ((1, self.seconds / SHORT), (self.clients, self.seconds)):
+                found.append(asked(port, bodies, expected, clients, seconds))
         finally:
             server.service.draining = True
             thread.join()
@@ -78,47 +85,82 @@ class Serve:
         return paths
 
 
-def asked(port: int, bodies: list[str], clients: int, seconds: float) -> dict[str, Any]:
-    """What so many clients got from a server in some time."""
-    answers, end = list[tuple[float, dict[str, Any]]](), time.monotonic() + seconds
+def called(judge: Judge, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """How long a warm call from Python takes that judges one row: the facts of `asked` that it has."""
+    latencies, started = list[float](), time.monotonic()
+    while time.monotonic() < started + seconds:
+        before = time.monotonic()
+        judge.predict_proba([rows[len(latencies) % len(rows)]])
+        latencies.append(time.monotonic() - before)
+    return facts("a call from Python", latencies, time.monotonic() - started)
+
+
+def asked(port: int, bodies: list[str], expected: np.ndarray, clients: int, seconds: float) -> dict[str, Any]:
+    """What so many clients got from a server in some time.
+
+    Args:
+        expected: float64 (n, C), the probabilities of the conversations in `bodies`.
+
+    Raises:
+        ValueError: a conversation was refused, or got other probabilities.
+    """
+    started, early, answers = time.monotonic(), list[float](), list[tuple[float, dict[str, Any]]]()
 
     def ask_on(first: int) -> None:
         connection, at = http.client.HTTPConnection("127.0.0.1", port, timeout=120), first
-        while (started := time.monotonic()) < end:
+        while (before := time.monotonic()) < started + seconds:
+            if not early and before > started + seconds / SHORT:
+                early.append(memory())
             connection.request("POST", "/v1/judge", bodies[at % len(bodies)], {"content-type": "application/json"})
             reply = connection.getresponse()
             content = json.loads(reply.read())
             if reply.status != 200:
                 raise ValueError(f"the server refused a conversation: {content['error']['message']}")
-            answers.append((time.monotonic() - started, content["batch"]))
+            answers.append((time.monotonic() - before, content["batch"]))
+            got = list(content["rows"][0]["probabilities"].values())
+            if not np.allclose(got, expected[at % len(bodies)], rtol=0, atol=TOLERANCE):
+                raise ValueError(f"conversation {at % len(bodies)} got {got} instead of {expected[at % len(bodies)]}")
             at += clients
 
-    threads = [threading.Thread(target=ask_on, args=(first,)) for first in range(clients)]
-    started = time.monotonic()
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    with ThreadPoolExecutor(clients) as pool:
+        for each in [pool.submit(ask_on, first) for first in range(clients)]:
+            each.result()
     took = time.monotonic() - started
-    latencies = 1000 * np.array([latency for latency, _ in answers])
-    tokens = sum(batch["tokens"] / batch["rows"] for _, batch in answers)
-    percentiles = dict(zip(("p50", "p95", "p99"), np.percentile(latencies, (50, 95, 99)).tolist(), strict=True))
     return {
-        "clients": clients, "rows": len(answers), "rows_a_second": len(answers) / took, **percentiles,
-        "together": float(np.mean([batch["rows"] for _, batch in answers])), "tokens_a_second": tokens / took,
-        "memory": psutil.Process().memory_info().rss / 1e6,
+        **facts(f"{clients} client{'s' if clients > 1 else ''}", [latency for latency, _ in answers], took),
+        "together": float(np.mean([batch["rows"] for _, batch in answers])),
+        "tokens_a_second": sum(batch["tokens"] / batch["rows"] for _, batch in answers) / took,
+        "memory_early": early[0] if early else None,
+    }
+
+
+def facts(asked_by: str, latencies: list[float], took: float) -> dict[str, Any]:
+    """How many rows were judged in some seconds, how long each took in milliseconds, and the memory now."""
+    p50, p95, p99 = 1000 * np.percentile(latencies, (50, 95, 99))
+    return {
+        "asked_by": asked_by, "rows": len(latencies), "rows_a_second": len(latencies) / took, "p50": float(p50),
+        "p95": float(p95), "p99": float(p99), "memory": memory(), "together": None, "tokens_a_second": None,
+        "memory_early": None,
     }  # fmt: skip
+
+
+def memory() -> float:
+    """The megabytes of this process."""
+    return float(psutil.Process().memory_info().rss / 1e6)
 
 
 def as_page(result: dict[str, Any]) -> str:
     """The Markdown page."""
-    one, many = result["found"]
+    python, one, many = result["found"]
     sections = [
         f"# A server under load, {result['date'][:10]}", made_by(result["device"], result),
-        "Clients in the server's own process ask without pause, each with one conversation at a time, in both orders. "
-        "`judged together` is the mean over conversations of how many were in their batch; memory is of the process.",
+        "Clients in the server's own process ask without pause, each with one conversation at a time, in both orders; "
+        f"every answer is within {TOLERANCE:g} of the judge's for all conversations at once. `judged together` is the "
+        "mean over conversations of how many were in their batch; memory is of the process, at the end and after a "
+        "fifth of the time.",
         table(COLUMNS, result["found"]),
-        f"{many['clients']} clients get {many['rows_a_second'] / one['rows_a_second']:.1f} times as many verdicts as "
-        f"one. A client alone is the idle server's latency.",
+        f"{many['asked_by']} get {many['rows_a_second'] / one['rows_a_second']:.1f} times as many verdicts as one. An "
+        f"idle server's median latency, that of a client alone, is {one['p50'] - python['p50']:.1f} ms more than a "
+        "call from Python.",
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"
