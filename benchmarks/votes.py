@@ -35,11 +35,11 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
         "train.evaluate_every=50",
     ),
     "qa_feedback": (
+        "prompt.template=pointwise",
         "prompt.max_length=256",
-        "train.swap=both",
-        "train.batch_size=16",
-        "train.max_steps=100",
-        "train.evaluate_every=50",
+        "train.batch_size=32",
+        "train.max_steps=160",
+        "train.evaluate_every=80",
     ),
     "llmfao_soft": ("train.epochs=0.65",),
 }

@@ -2,14 +2,15 @@
 
 A logarithmic pool (Genest and Zidek, 1986) is the weighted product of the members' probabilities. Its weights need not
 sum to 1: their sum is the inverse temperature. A linear pool is their weighted mean, raised to the power `sharpness`.
-The probability of each class is then multiplied by e to the power of its `bias`, and each row is normalised.
+The probability of each class is then multiplied by e to the power of its bias, and of that of a special row's kind, and
+each row is normalised.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,17 +33,26 @@ class Blend:
         weights: of the members, at least 0; of a linear pool with sum 1.
         sharpness: the inverse temperature of a linear pool; 1 for a logarithmic one, whose weights hold it.
         bias: of each class, with mean 0.
+        kinds: by the name of a kind of special rows, the further bias of each class.
     """
 
     pool: Pool
     weights: tuple[float, ...]
     sharpness: float
     bias: tuple[float, ...]
+    kinds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
-    def __call__(self, members: np.ndarray) -> np.ndarray:
-        """The blend, float64 (n, C), of probabilities (k, n, C)."""
-        logs = self.sharpness * pooled_logs(self.pool, self.weights, logarithms(members))
-        return np.asarray(softmax(logs + np.array(self.bias), axis=1))
+    def __call__(self, members: np.ndarray, kinds: np.ndarray | None = None) -> np.ndarray:
+        """The blend, float64 (n, C), of probabilities (k, n, C).
+
+        Args:
+            kinds: str (n,), `Rows.kind_names`; a blend without biases of kinds needs none.
+        """
+        assert kinds is not None or not self.kinds
+        logs = self.sharpness * pooled_logs(self.pool, self.weights, logarithms(members)) + np.array(self.bias)
+        for name, bias in self.kinds.items():
+            logs[kinds == name] += bias
+        return np.asarray(softmax(logs, axis=1))
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,10 @@ def read_blend(path: Path) -> SavedBlend:
         if facts.get("format") != FORMAT:
             raise ValueError(f"its format is {facts.get('format')}, and this version of arena reads {FORMAT}")
         members = tuple(Member(**member) for member in facts["members"])
-        blend = Blend(facts["pool"], tuple(facts["weights"]), float(facts["sharpness"]), tuple(facts["bias"]))
+        blend = Blend(
+            facts["pool"], tuple(facts["weights"]), float(facts["sharpness"]), tuple(facts["bias"]),
+            {str(name): tuple(map(float, bias)) for name, bias in facts.get("kinds", {}).items()},  # earlier: none
+        )  # fmt: skip
         if blend.pool not in ("log", "linear") or len(blend.weights) != len(members):
             raise ValueError("its members and weights do not fit together")
         return SavedBlend(str(facts["task"]), members, blend, dict(facts["scores"]))

@@ -56,7 +56,7 @@ def infer_blend(
                 found[at] = _of_file(member, tables[member.name], rows)
             elif member in used:
                 found[at] = baseline_of(member, task, settings)(rows.table)
-        return saved.blend(found)
+        return saved.blend(found, rows.kind_names)
 
     predict_file(task, settings, data, out, predict, f"a blend of {', '.join(member.name for member in used)}")
 

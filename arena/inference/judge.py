@@ -140,10 +140,11 @@ class Judge:
         Args:
             parts: a folder that caches logits, as for `JudgeModel.in_memory`.
         """
-        by_part, judged = self._judged(self._checked(rows), parts)
-        by_order = np.stack([self._pooled(by_part[:, at]) for at in range(by_part.shape[1])])
+        rows = self._checked(rows)
+        by_part, judged = self._judged(rows, parts)
+        by_order = np.stack([self._pooled(by_part[:, at], rows) for at in range(by_part.shape[1])])
         tokens, logical = (sum(int(getattr(each.plan, name).sum()) for each in judged) for name in PLANNED)
-        return Verdicts(self._pooled(by_part.mean(axis=1)), by_order, tokens, logical)
+        return Verdicts(self._pooled(by_part.mean(axis=1), rows), by_order, tokens, logical)
 
     def predict(self, rows: Rows | Records) -> np.ndarray:
         """The name of each row's most probable class, (n,)."""
@@ -209,8 +210,8 @@ class Judge:
         """
         rows = self._checked(rows)
         by_part, judged = self._judged(rows)
-        mean, store = self._pooled(by_part.mean(axis=1)), judged[0].store
-        by_order = np.stack([self._pooled(by_part[:, at]) for at in range(by_part.shape[1])])
+        mean, store = self._pooled(by_part.mean(axis=1), rows), judged[0].store
+        by_order = np.stack([self._pooled(by_part[:, at], rows) for at in range(by_part.shape[1])])
         kinds = [None if kind < 0 else self.task.kinds[kind] for kind in rows.kinds.tolist()]
         tokens, logical = (int(getattr(judged[0].plan, name).sum()) for name in PLANNED)
         return [
@@ -257,9 +258,9 @@ class Judge:
                 by_part.append(np.mean([judged[id(model)].by_order for model in part], axis=0))
         return np.stack(by_part), list(judged.values())
 
-    def _pooled(self, by_part: np.ndarray) -> np.ndarray:
-        """The probabilities (n, C) of those of the parts, (parts, n, C)."""
-        return by_part[0] if self._blend is None else self._blend(by_part)
+    def _pooled(self, by_part: np.ndarray, rows: Rows) -> np.ndarray:
+        """The probabilities (n, C) of rows, of those of the parts, (parts, n, C)."""
+        return by_part[0] if self._blend is None else self._blend(by_part, rows.kind_names)
 
 
 ONE_ORDER = "this judge reads one order: set judge.swap=true"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 from rich.text import Text
 
@@ -34,8 +36,12 @@ def print_blend(fitted: Fitted) -> None:
     weights = ", ".join(f"{m.name} {w:.3f}" for m, w in zip(fitted.saved.members, blend.weights, strict=True))
     console.print(
         f"{blend.pool} pool, weights: {weights}; sharpness {blend.sharpness:.3f}; bias "
-        + ", ".join(f"{each:+.3f}" for each in blend.bias)
+        + "; ".join([_signed(blend.bias), *(f"of {name} {_signed(bias)}" for name, bias in blend.kinds.items())])
     )
+
+
+def _signed(values: Sequence[float]) -> str:
+    return ", ".join(f"{each:+.3f}" for each in values)
 
 
 def print_comparison(found: Comparison) -> None:

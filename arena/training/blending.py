@@ -11,7 +11,7 @@ import numpy as np
 from arena.inference.blend import Member, SavedBlend, save_blend
 from arena.metrics import Score, estimate
 from arena.progress import progress
-from arena.training.fit_blend import FOLDS, Part, cross_fitted, fit_blend
+from arena.training.fit_blend import FOLDS, Kinds, Part, cross_fitted, fit_blend
 from arena.training.members import Predicted, read_members
 
 
@@ -58,9 +58,10 @@ def blend_members(words: Sequence[str], labels: str | None, out: Path, runs: Pat
 
 def _fit(known: Predicted, seed: int) -> Fitted:
     labels, predictions, groups, metrics = known.labels, known.predictions, known.groups, known.task.metrics
-    blend, first, tried = fit_blend(labels, predictions, groups, seed)
+    kinds = None if known.rows is None else Kinds.of(known.rows, groups)
+    blend, first, tried = fit_blend(labels, predictions, groups, seed, kinds)
     with progress("scoring blends that were fitted without the rows", len(labels), "rows") as advance:
-        held_out = cross_fitted(labels, predictions, groups, seed, advance)
+        held_out = cross_fitted(labels, predictions, groups, seed, kinds, advance)
     ones = np.ones(len(labels))
     alone = {("alone", at): (metrics["log_loss"].terms(labels, each), ones) for at, each in enumerate(predictions)}
     gains = {("gain", at): (part.gains, ones) for at, part in enumerate(tried)}

@@ -11,9 +11,7 @@ import numpy as np
 from arena.data.prepare import FoldData
 from arena.inference.kinds import Kind, with_kinds
 from arena.metrics import log_loss
-from arena.training.fit_blend import standard_error
-
-LEAST = 10  # groups of held-out rows: a standard error from fewer is often off by a third, and from one it is 0
+from arena.training.fit_blend import LEAST, standard_error
 
 
 @dataclass(frozen=True)

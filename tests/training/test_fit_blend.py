@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from arena.inference.blend import Blend
 from arena.metrics import log_loss, softmax
-from arena.training.fit_blend import Parts, cross_fitted, cross_predicted, divide, fit_blend, fit_parts, standard_error
+from arena.training.fit_blend import (
+    KIND_RIDGE,
+    LEAST,
+    Kinds,
+    Parts,
+    cross_fitted,
+    cross_predicted,
+    divide,
+    fit_blend,
+    fit_parts,
+    standard_error,
+)
+from tests.training.test_fit_kinds import EVEN, fold
 
 BOTH = Parts((0, 1), temperature=True)
 
@@ -109,3 +124,59 @@ def test_rows_that_are_alike_make_a_mean_less_certain() -> None:
     assert alone == pytest.approx(values.std() / 20)
     assert standard_error(np.repeat(values, 3), np.repeat(np.arange(400), 3)) == pytest.approx(alone)
     assert standard_error(np.repeat(values, 3), np.arange(1200)) == pytest.approx(alone / np.sqrt(3))
+
+
+def special(rows: int, kinds: Sequence[str], seed: int = 0) -> tuple[np.ndarray, np.ndarray, Kinds]:
+    """Rows of kinds in turn, of which those with an empty answer lose far more often than the one member says."""
+    rng = np.random.default_rng(seed)
+    names = [kinds[at % len(kinds)] for at in range(rows)]
+    shift = {"A empty": (-1.5, 1.0, 0.5), "B empty": (1.0, -1.5, 0.5)}
+    judged = softmax(rng.normal(size=(rows, 3)))
+    truth = softmax(np.log(judged) + np.array([shift.get(name, (0, 0, 0)) for name in names]))
+    labels = np.eye(3)[[rng.choice(3, p=each) for each in truth]]
+    return labels, judged[None], Kinds.of(fold([], [(name, EVEN) for name in names]).rows, np.arange(rows))
+
+
+def test_what_special_rows_need_is_fitted_and_exchanged_with_their_answers() -> None:
+    labels, members, kinds = special(6000, ["A empty", "B empty", ""])
+    blend, _, tried = fit_blend(labels, members, np.arange(6000), kinds=kinds)
+    assert [part.added for part in tried if part.taken] == [("bias of A empty, B empty",)]
+    a, b = (np.array(blend.kinds[name]) for name in ("A empty", "B empty"))
+    assert a == pytest.approx([-1.5, 1.0, 0.5], abs=0.15) and np.array_equal(a[[1, 0, 2]], b)
+    plain = kinds.shown == ""
+    found = blend(members, kinds.shown)
+    np.testing.assert_allclose(found[plain], members[0][plain], rtol=1e-12)
+    assert log_loss(labels, found) < log_loss(labels, members[0]) - 0.1
+
+
+def test_special_rows_that_the_members_judge_well_get_no_bias() -> None:
+    """Control: of a member that is wrong about the same rows they get one."""
+    labels, members, kinds = special(3000, ["same", ""])
+    assert list(kinds.tied) == ["bias of same answers"]
+    assert not fit_blend(labels, members, np.arange(3000), kinds=kinds)[0].kinds
+    too_few_ties = softmax(np.log(members) - np.array([0, 0, 1.0]))
+    wrong = np.where((kinds.shown == "same answers")[:, None], too_few_ties, members)
+    blend = fit_blend(labels, wrong, np.arange(3000), kinds=kinds)[0]
+    bias = blend.kinds["same answers"]
+    assert bias[0] == pytest.approx(bias[1]) and bias[2] - bias[0] == pytest.approx(1, abs=0.2)
+
+
+def test_no_other_biases_of_special_rows_fit_better() -> None:
+    labels, members, kinds = special(90, ["A empty", "B empty", ""])
+    rows, rng = kinds.shown, np.random.default_rng(1)
+    best = fit_parts(Parts((0,), kinds=tuple(kinds.tied), bias=True), labels, members, kinds)
+
+    def penalised(blend: Blend) -> float:
+        return 90 * log_loss(labels, blend(members, rows)) + KIND_RIDGE * float(np.square(blend.kinds["A empty"]).sum())
+
+    for _ in range(300):
+        a = np.array(best.kinds["A empty"]) + rng.normal(0, 0.1, 3)
+        near = replace(best, kinds={"A empty": tuple(a), "B empty": tuple(a[[1, 0, 2]])})
+        assert penalised(near) > penalised(best)
+
+
+def test_kinds_of_few_rows_are_not_fitted() -> None:
+    rows = fold([], [("A empty", EVEN)] * (LEAST - 1) + [("", EVEN)] * 40).rows
+    assert not Kinds.of(rows, np.arange(len(rows))).tied
+    rows = fold([], [("A empty", EVEN)] * (LEAST - 1) + [("B empty", EVEN)]).rows
+    assert Kinds.of(rows, np.arange(len(rows))).tied and not Kinds.of(rows, np.zeros(len(rows), dtype=int)).tied
