@@ -9,7 +9,7 @@ finished one is read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from arena.config import change, load_recipe
 from arena.data.predictions import read_predictions, rows_of
 from arena.demo.synthetic import ensure_demo, write_demo
 from arena.inference.find import find_models
-from arena.inference.infer import infer, write_submission
+from arena.inference.infer import infer
 from arena.inference.infer_blend import infer_blend
 from arena.metrics import Terms, differences, estimate
 from arena.progress import console
@@ -95,13 +95,8 @@ def measure(recipe: Recipe, runs: Path, unlabelled: int) -> dict[str, Any]:
     folds = cross_validate(recipe, runs).folds
     files = [predicted(recipe, runs, fold) for fold in range(recipe.data.folds)]
     fitted = blend_members([str(folder), BASELINE], None, folder / "blend.json", runs)
-    averaged, blended = folder / "averaged.csv", folder / "blended.csv"
-    ids, mean = mean_of(files)
-    write_submission(averaged, ids, mean, COLUMNS, None)
-    # the run is not to judge the test rows again
-    members = tuple(replace(each, kind="file" if each.kind == "run" else each.kind) for each in fitted.saved.members)
-    used = [f"{recipe.name}={averaged}"] if fitted.saved.blend.weights[0] > 0 else []
-    infer_blend(replace(fitted.saved, members=members), recipe.data.path, blended, used)
+    blended = folder / "blended.csv"
+    infer_blend(fitted.saved, recipe.data.path, blended, [])
     by_name = {SINGLE: [files[0]], AVERAGE: files, BLENDED: [blended]}
     for what, student in students(recipe, runs, unlabelled, folds[0]["steps"]):
         run_fold(student, 0, runs)
