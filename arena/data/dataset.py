@@ -136,11 +136,6 @@ class Rows:
             return np.full(len(self), -1, dtype=np.int8)
         return np.fromiter(map(self.task.kind, self._texts()), np.int8, len(self))
 
-    @property
-    def kind_names(self) -> np.ndarray:
-        """str (len(rows),): the name of each row's kind; empty: none."""
-        return np.array([*self.task.kinds, ""])[self.kinds]
-
     def _texts(self) -> Iterator[dict[str, Any]]:
         """The columns `Task.texts` of each row."""
         names = self.task.texts

@@ -46,7 +46,7 @@ class Blend:
         """The blend, float64 (n, C), of probabilities (k, n, C).
 
         Args:
-            kinds: str (n,), `Rows.kind_names`; a blend without biases of kinds needs none.
+            kinds: str (n,), `names_of_kinds`; a blend without biases of kinds needs none.
         """
         assert kinds is not None or not self.kinds
         logs = self.sharpness * pooled_logs(self.pool, self.weights, logarithms(members)) + np.array(self.bias)

@@ -14,6 +14,7 @@ from arena.data.task import Baseline, Task
 from arena.inference.blend import Member, SavedBlend
 from arena.inference.find import find_models
 from arena.inference.infer import average, predict_file
+from arena.inference.kinds import names_of_kinds
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.settings import DataSettings
 from arena.tasks import TASKS
@@ -56,7 +57,7 @@ def infer_blend(
                 found[at] = _of_file(member, tables[member.name], rows)
             elif member in used:
                 found[at] = baseline_of(member, task, settings)(rows.table)
-        return saved.blend(found, rows.kind_names)
+        return saved.blend(found, names_of_kinds(task.kinds, rows.kinds))
 
     predict_file(task, settings, data, out, predict, f"a blend of {', '.join(member.name for member in used)}")
 

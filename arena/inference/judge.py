@@ -23,6 +23,7 @@ from arena.inference.blend import Blend, is_blend, read_blend
 from arena.inference.find import find_models
 from arena.inference.infer_blend import baseline_of, judges_of
 from arena.inference.judge_model import Judged, JudgeModel
+from arena.inference.kinds import names_of_kinds
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.inference.verdicts import Explanation, Order, Ranking, Verdicts, ranking, tie_of
 from arena.metrics import accuracy
@@ -260,7 +261,7 @@ class Judge:
 
     def _pooled(self, by_part: np.ndarray, rows: Rows) -> np.ndarray:
         """The probabilities (n, C) of rows, of those of the parts, (parts, n, C)."""
-        return by_part[0] if self._blend is None else self._blend(by_part, rows.kind_names)
+        return by_part[0] if self._blend is None else self._blend(by_part, names_of_kinds(self.task.kinds, rows.kinds))
 
 
 ONE_ORDER = "this judge reads one order: set judge.swap=true"

@@ -51,6 +51,11 @@ def with_kinds(
     return result
 
 
+def names_of_kinds(names: Sequence[str], kinds: np.ndarray) -> np.ndarray:
+    """str (n,): the names of rows' kinds, of which `names` has all, by number; "" for -1, which is none."""
+    return np.asarray(np.array([*names, ""])[kinds])
+
+
 def print_kinds(kinds: Sequence[Kind], rows: Rows) -> None:
     """Prints how many rows are of each kind, and what is known of it."""
     for kind in kinds:

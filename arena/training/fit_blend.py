@@ -18,6 +18,7 @@ from scipy.special import log_softmax, softmax
 
 from arena.data.dataset import Rows
 from arena.inference.blend import Blend, Pool, logarithms, pooled_logs
+from arena.inference.kinds import names_of_kinds
 from arena.metrics import log_loss
 
 FOLDS = 5
@@ -67,7 +68,7 @@ class Kinds:
     @property
     def shown(self) -> np.ndarray:
         """The name of each row's kind, str (n,); empty: none."""
-        return np.asarray(np.array([*self.names, ""])[self.of_rows])
+        return names_of_kinds(self.names, self.of_rows)
 
     def biases(self, chosen: Sequence[str], free: np.ndarray) -> np.ndarray:
         """Those of each kind, float64 (kinds + 1, C), of parameters (len(chosen), C); of rows of no kind, the last."""
