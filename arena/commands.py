@@ -66,7 +66,7 @@ class Cv:
     data: Data = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     at_once: Annotated[int, arg(help="Folds trained at the same time, each on a GPU of its own.")] = 1
-    fresh: Annotated[bool, arg(help="Move the folds that there are to runs/RECIPE/earlier and train all.")] = False
+    fresh: Annotated[bool, arg(help="Move existing folds to runs/RECIPE/earlier and train all anew.")] = False
 
     def run(self) -> None:
         from arena.reporting.cross_validation import print_folds
@@ -99,9 +99,9 @@ class Infer:
     ] = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path, arg(help="The submission to write.")] = Path("submission.csv")
-    predictions: Annotated[tuple[str, ...], arg(metavar="name=FILE ...", help="Of a blend's files, for the test.")] = ()
+    predictions: Annotated[tuple[str, ...], arg(metavar="name=FILE ...", help="A blend's files for test rows.")] = ()
     deadline: Annotated[str | None, arg(help="Judge as much as fits into this time, such as 8.5h or 30m.")] = None
-    at_once: Annotated[int | None, arg(help="Processes before a deadline; by default one for each GPU.")] = None
+    at_once: Annotated[int | None, arg(help="Processes that share the rows; by default one for each GPU.")] = None
 
     def run(self) -> None:
         from arena.distributed import fix_threads
@@ -135,7 +135,7 @@ class Blend:
     """Fit a blend of runs and of files of predictions on labelled rows, and write it for `arena infer`."""
 
     members: Positional[
-        Annotated[tuple[str, ...], words_arg("MEMBER ...", "Runs, files of predictions, or baseline; as name=FILE.")]
+        Annotated[tuple[str, ...], words_arg("MEMBER ...", "Runs, files of predictions, baseline; or name=MEMBER.")]
     ] = ()
     labels: Labels = None
     out: Annotated[Path, arg(help="The blend to write.")] = Path("blend.json")
@@ -157,7 +157,7 @@ class Blend:
 class Compare:
     """Compare two runs or files of predictions on the labelled rows of both: settings, metrics and slices."""
 
-    members: Positional[Annotated[tuple[str, ...], words_arg("ONE OTHER", "Two members, as of `arena blend`.")]] = ()
+    members: Positional[Annotated[tuple[str, ...], words_arg("ONE OTHER", "Two members, as for `arena blend`.")]] = ()
     labels: Labels = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
 

@@ -23,7 +23,8 @@ class Bundle:
     out: Annotated[Path, arg(help="The folder to write.")] = Path("bundle")
     owner: Annotated[str | None, arg(help="Your name on Kaggle.", help_behavior_hint="(required)")] = None
     name: Annotated[
-        str | None, arg(help="Of the dataset and of the notebook there.", help_behavior_hint="(arena- and the run's)")
+        str | None,
+        arg(help="The name of the dataset and of the notebook.", help_behavior_hint="(arena- and the run's)"),
     ] = None
     competition: Annotated[str, arg(help="The competition, as in its address.")] = COMPETITION
     deadline: Annotated[str, arg(help="How long the notebook may judge; Kaggle stops it after 9 hours.")] = "8.5h"
@@ -35,9 +36,9 @@ class Bundle:
             help_behavior_hint="(known for Gemma-2-9B)",
         ),
     ] = None
-    python: Annotated[str, arg(help="The version of Python there.")] = "3.12"
+    python: Annotated[str, arg(help="Kaggle's version of Python.")] = "3.12"
     has_file: Annotated[
-        Path | None, arg(help="What `pip freeze` printed there.", help_behavior_hint="(the image of mid 2026)")
+        Path | None, arg(help="What `pip freeze` printed on Kaggle.", help_behavior_hint="(the image of mid 2026)")
     ] = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     dry_run: Annotated[bool, arg(help="Run the notebook here, in a fresh environment with the network off.")] = False

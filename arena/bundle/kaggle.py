@@ -22,13 +22,13 @@ SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 README = """# {name}
 
-Made by `arena bundle` of {judges}. It has all that the notebook needs but Kaggle's image, the competition's
-files and the base model.
+Made by `arena bundle` from {judges}. It has all that the notebook needs except Kaggle's image, the
+competition's files and the base model.
 
 1. On Kaggle, accept the rules of {competition}, and the base's licence if it has one.
 2. `kaggle datasets create --path . --dir-mode zip` uploads this folder as {owner}/{name}, and
    `kaggle datasets version --path . --dir-mode zip --message again` a later one.
-3. `kaggle kernels push --path .` uploads `{notebook}` with its inputs and runs it on two T4 without internet.
+3. `kaggle kernels push --path .` uploads `{notebook}` with its inputs and runs it on two T4 GPUs without internet.
 4. On the notebook's page, submit its `submission.csv` to the competition.
 
 Kaggle's own torch is kept. The wheels are for Python {python} (`requirements.txt` has their SHA-256).

@@ -68,7 +68,7 @@ def read_list(path: Path) -> Versions:
         except InvalidVersion:
             parts = None
         if parts is None:
-            raise ValueError(f"{path}, line {number}: {line!r} is no line of `pip list` or `pip freeze`")
+            raise ValueError(f"{path}, line {number}: {line!r} is not a line of `pip list` or `pip freeze`")
         found[canonicalize_name(parts[1])] = version
     if not found:
         raise ValueError(f"{path} lists no packages")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 INPUT = Path("/kaggle/input")
 OUT = Path("/kaggle/working/submission.csv")
-DEADLINE = "8.5h"  # since this notebook judges; Kaggle stops it after 9 hours
+DEADLINE = "8.5h"  # from when judging begins; Kaggle stops the notebook after 9 hours
 BASE = ""  # where the base is below INPUT, such as gemma-2/transformers/gemma-2-9b-it/2; empty: the judges need none
 SETTINGS: list[str] = []  # such as packing.budget=8192, which takes less memory, or model.dtype=float32
 
@@ -28,7 +28,7 @@ def below(*patterns: str) -> list[Path]:
 def only(found: list[Path], what: str) -> Path:
     if len(found) != 1:
         there = ", ".join(map(str, found)) or "none"
-        raise ValueError(f"there must be one {what} below {INPUT}, and there is {there}: correct the notebook's inputs")
+        raise ValueError(f"there must be one {what} below {INPUT}, but there is {there}: correct the notebook's inputs")
     return found[0]
 
 

@@ -74,7 +74,7 @@ def check_tags(wheels: Iterable[Path], target: Target) -> None:
     tags, known = target.tags(), set()
     for wheel in wheels:
         if not is_whole(wheel):
-            raise ValueError(f"{wheel} is no whole wheel: fetch or build it again")
+            raise ValueError(f"{wheel} is not a whole wheel: fetch or build it again")
         name, _, _, own = parse_wheel_filename(wheel.name)
         if not own & tags:
             raise ValueError(f"{wheel} is not for Python {target.python} on x86_64 Linux")

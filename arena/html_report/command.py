@@ -19,7 +19,7 @@ class Report:
     """Write one HTML file about a finished fold, or all folds of a run, with the held-out rows behind every bar."""
 
     names: Positional[
-        Annotated[tuple[str, ...], words_arg("RUN [OTHER]", "A run or a fold; and another one to compare it with.")]
+        Annotated[tuple[str, ...], words_arg("RUN [OTHER]", "A run or a fold, and another one to compare it with.")]
     ] = ()
     data: Annotated[
         str | None, arg(metavar="PATH", help="Where the run's data are now.", help_behavior_hint="(where they were)")

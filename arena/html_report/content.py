@@ -116,7 +116,7 @@ def slices(known: Mapping[str, Mapping[str, Mapping[str, Any]]], values: Mapping
     compared = f"log-loss of the {other}" if found else ""
     lead = "Bars are the log-loss of rows with a property, with 95% intervals; the coloured line is the "
     shown = [charts.bars(kind, rows, "log-loss", (0, max(every)), compared) for kind, rows in found.items()]
-    return section("Slices", f"{lead}{compared}." if found else "They need the run's data.", charts=shown)
+    return section("Slices", f"{lead}{compared}." if found else "Slices need the run's data.", charts=shown)
 
 
 def comparison(found: Comparison, held_out: HeldOut | None) -> Section:

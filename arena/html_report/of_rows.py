@@ -89,7 +89,7 @@ class OfRows:
         if flips is None:
             return None
         facts = [["flip rate", f"{flips['value']:.3f}", interval(flips, 3)]]
-        lead = "Each row is judged in both orders of its answers. It flips if they lead to another most probable class."
+        lead = "Each row is judged in both orders of its answers. It flips if its most probable class changes."
         if self.held_out.orders is None:
             return section("Position bias", lead + " What was predicted in each order was not kept.", facts=facts)
         scored = np.isfinite(self.held_out.orders[0]).all(axis=1)

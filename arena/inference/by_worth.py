@@ -200,7 +200,7 @@ class ByWorth:
         if number == 0 and (own := self.tally.tokens[0]):  # 0 if an earlier process has done it all
             whole = self.tally.seconds[0] * lengths[self.which].sum() / own
             every, left = duration(whole * len(self.passes)), duration(max(0.0, self.pace.deadline.left()))
-            console.print(f"all {len(self.passes)} passes take about {every}; for the others there are {left}")
+            console.print(f"all {len(self.passes)} passes take about {every}; {left} are left for the others")
         return True
 
     def _chunks(self, number: int, lengths: np.ndarray, budget: int) -> list[np.ndarray]:

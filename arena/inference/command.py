@@ -23,7 +23,7 @@ class JudgeFiles:
             tuple[str, ...],
             arg(
                 metavar="RUN IN OUT [KEY=VALUE ...]",
-                help="A run, fold or blend, or several; a file, folder or pattern; a file or FOLDER/; settings.",
+                help="RUN: a run, fold or blend, or several; IN: a file, folder or pattern; OUT: a file or FOLDER/.",
                 help_behavior_hint="",
             ),
         ]
@@ -32,7 +32,10 @@ class JudgeFiles:
         False
     )
     shard: Annotated[str, arg(metavar="I/N", help="Judge the I-th of N shares of the rows only.")] = "1/1"
-    join: Annotated[int | None, arg(help="Write the results of so many shares.", help_behavior_hint="")] = None
+    join: Annotated[
+        int | None,
+        arg(help="Write OUT from the results of so many shares, once all are judged.", help_behavior_hint=""),
+    ] = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
 
     def run(self) -> None:
@@ -42,11 +45,12 @@ class JudgeFiles:
         settings = [word for word in self.words if SETTING.fullmatch(word)]
         names = [word for word in self.words if word not in settings]
         if len(names) < 3:
-            raise ValueError(f"give a run, what to read and what to write, RUN IN OUT, but not {names or 'nothing'}")
+            given = " ".join(names) or "nothing"
+            raise ValueError(f"give RUN IN OUT: a judge, what to read and what to write; given: {given}")
         parts = re.fullmatch(r"([0-9]+)/([0-9]+)", self.shard)
         share = (int(parts[1]), int(parts[2])) if parts else (0, 0)
         if not 1 <= share[0] <= share[1]:
-            raise ValueError(f"--shard is {self.shard}: give a number and how many there are, from 1/8 to 8/8")
+            raise ValueError(f"--shard is {self.shard}: give a share and how many there are, such as 3/8")
         if self.join is not None and (share != (1, 1) or self.join < 1):
             raise ValueError(f"--join is {self.join}: give the number of shares, once all are judged, without --shard")
         fix_threads()

@@ -115,7 +115,7 @@ def _say_what_was_done(submission: Submission, judges: Sequence[SavedJudge], tal
     if (tally.rows == wanted).all():
         shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
     else:
-        console.print(f"time was up; what was judged is saved in {parts}, and the same command goes on from there")
+        console.print(f"time was up; what was judged is saved in {parts}, and the same command resumes from there")
     if missing := wanted - int((tally.count > 0).sum()):
         warn(
             f"{missing:,} of {wanted:,} rows were not judged even once and have the training prior: give more time, "

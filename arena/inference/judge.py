@@ -97,7 +97,7 @@ class Judge:
         used = [(each, weight) for each, weight in zip(saved.members, saved.blend.weights, strict=True) if weight > 0]
         members = [member for member, _ in used]
         if odd := [member.name for member in members if member.kind == "file"]:
-            raise ValueError(f"{names[0]} needs predictions of {odd[0]}, a file: blend runs alone to judge other rows")
+            raise ValueError(f"{names[0]} needs a file of predictions, {odd[0]}: blend runs only, to judge other rows")
         judges = judges_of(members, settings)
         every = [each for folds in judges.values() for each in folds]
         if not every:

@@ -59,7 +59,7 @@ def judge_files(
     task, limits = saved[0].task, Limits.of(saved[0].recipe.data)
     n_orders = min(task.orders if each.recipe.reads_all_orders else 1 for each in saved)
     if orders and n_orders == 1:
-        raise ValueError("--orders: this judge reads one order, set judge.swap=true or leave it out")
+        raise ValueError("--orders: this judge reads one order: set judge.swap=true, or leave --orders out")
     started, judged = time.monotonic(), 0
     with open_inputs(source, task, limits) as inputs:
         targets = _targets(source, out, inputs)
@@ -90,7 +90,7 @@ def judge_files(
     rows, seconds = sum(map(len, inputs)), time.monotonic() - started
     beside = f" ({out.rstrip('/')}.rejected.jsonl)" if rejected else ""
     console.print(
-        f"written: {out}, {rows - rejected:,} rows; {rejected:,} could not be judged{beside}; {tokens:,} tokens were "
+        f"written: {out}, {rows - rejected:,} rows; {rejected:,} were rejected{beside}; {tokens:,} tokens were "
         f"computed of {logical:,}, the others are shared; {judged:,} rows "
         f"were judged now, in {seconds:.1f} s, {judged / seconds:,.1f} a second"
     )
@@ -158,7 +158,7 @@ def _say_others(parts: Path, work: Work) -> None:
             with suppress(OSError, ValueError):
                 other = json.loads(manifest.read_text(encoding="utf-8"))
                 odd = [name for name, own in work.made_from.items() if other.get(name) != own]
-                warn(f"{manifest.parent} has results of another {' and another '.join(odd)}: they are not used")
+                warn(f"{manifest.parent} has results that differ in {' and '.join(odd)}: they are not used")
     write_json(work.folder / "manifest.json", work.made_from)
 
 
@@ -173,7 +173,7 @@ def _check_complete(work: Work, shares: Sequence[Share], done: Sequence[set[int]
 def _write(
     work: Work, every: Sequence[Parts], targets: dict[str, list[Input]], out: str, columns: dict[str, pa.DataType]
 ) -> np.ndarray:
-    """Writes the rows with their results, and those that could not be judged: how many these are, and the tokens."""
+    """Writes the rows with their results, and those that were rejected: how many these are, and the tokens."""
     windows, facts = chain.from_iterable(map(work.read, every)), np.zeros(3, dtype=np.int64)
     numbers = count()
     with tempfile.TemporaryDirectory(prefix="arena-judge-") as folder:

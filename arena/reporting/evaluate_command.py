@@ -14,15 +14,19 @@ from arena.storage.files import local_path
 
 @dataclass
 class Evaluate:
-    """Score a judge on labelled files that it was not trained on, with its position and length bias and made pairs."""
+    """Score a judge on labelled files that it was not trained on: metrics, biases and constructed pairs."""
 
     words: Positional[
         Annotated[
             tuple[str, ...],
-            arg(metavar="RUN FILE ... [KEY=VALUE]", help="The judge; labelled rows; settings.", help_behavior_hint=""),
+            arg(
+                metavar="RUN FILE ... [KEY=VALUE]",
+                help="A judge; files of labelled rows; settings.",
+                help_behavior_hint="",
+            ),
         ]
     ] = ()
-    probes: Annotated[int, arg(help="Make pairs of at most so many rows of each file; 0 makes none.")] = 200
+    probes: Annotated[int, arg(help="Construct pairs from at most so many rows of each file; 0 for none.")] = 200
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
     out: Annotated[Path | None, arg(metavar="NAME", help="A .md file to write.", help_behavior_hint="(none)")] = None
 

@@ -195,8 +195,8 @@ def tables(board: Leaderboard) -> Iterator[Sheet]:
         for each in board.standings
     ]  # fmt: skip
     title = (
-        f"{board.votes:,} votes on {board.groups:,} prompts, with 95% intervals; the rank is 1 and the number of "
-        "models whose interval lies above"
+        f"{board.votes:,} votes on {board.groups:,} prompts, with 95% intervals; the rank is 1 plus the number "
+        "of models whose interval lies above"
     )
     yield title, ("rank", "model", "rating", "low", "high", "votes", "win rate"), rows
     if board.style:

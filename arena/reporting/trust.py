@@ -1,4 +1,4 @@
-"""How far a judge can be trusted on labelled rows of others: scores, position and length bias, and made pairs."""
+"""How far a judge can be trusted on other labelled rows: scores, position and length bias, and constructed pairs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _probed(judge: Judge, rows: Rows, groups: list[str], most: int) -> dict[str,
     first = rows.table.select(range(some))
     made = make_probes({name: first[name] for name in rows.task.texts}, rows.labels[:some], groups)
     scores: dict[str, Score] = {}
-    with progress("judging made pairs", sum(map(len, made.values()))) as advance:
+    with progress("judging constructed pairs", sum(map(len, made.values()))) as advance:
         for name, pairs in made.items():
             if not pairs:
                 continue
@@ -112,7 +112,7 @@ def _probed(judge: Judge, rows: Rows, groups: list[str], most: int) -> dict[str,
 
 
 def tables(trusted: Sequence[Trust]) -> Iterator[Sheet]:
-    """The scores on each file, and those of made pairs, with 95% intervals."""
+    """The scores on each file, and those of constructed pairs, with 95% intervals."""
     names = [each.name for each in trusted]
     known = [key for key in SCORES if any(key in each.scores for each in trusted)]
     rows = [[SCORES[key], *(_cell(each.scores.get(key)) for each in trusted)] for key in known]

@@ -26,7 +26,9 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
     """The JSON object of a request. Raises `RefusedError`."""
     kind = request.headers.get("content-type", "none").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise RefusedError(415, "the content type is not application/json: send JSON", headers=CLOSE)
+        raise RefusedError(
+            415, "the content type is not application/json: send JSON, and say so in that header", headers=CLOSE
+        )
     try:
         text = (await _read(request, limits)).decode("utf-8")
         body = await asyncio.to_thread(read_json, text, "the body")  # other requests go on meanwhile

@@ -28,20 +28,26 @@ class Serve:
     """Serve judges over HTTP, with a page to try them out."""
 
     words: Positional[
-        Annotated[tuple[str, ...], words_arg("RUN [name=RUN ...] [KEY=VALUE ...]", "Judges, and settings of all.")]
+        Annotated[
+            tuple[str, ...], words_arg("RUN [name=RUN ...] [KEY=VALUE ...]", "Judges, and settings of all of them.")
+        ]
     ] = ()
-    host: Annotated[str, arg(help="The address to listen at; others than this machine need a token.")] = "127.0.0.1"
-    port: Annotated[int, arg(help="The port; 0: any that is free.")] = 8000
+    host: Annotated[str, arg(help="The address to listen on; any but this machine's own needs a token.")] = "127.0.0.1"
+    port: Annotated[int, arg(help="The port; 0 takes any that is free.")] = 8000
     token: Annotated[
-        str | None, arg(help="Required of every request; ARENA_TOKEN hides it.", help_behavior_hint="(ARENA_TOKEN)")
+        str | None,
+        arg(
+            help="What requests must bring; others can see it, unlike ARENA_TOKEN.", help_behavior_hint="(ARENA_TOKEN)"
+        ),
     ] = None
     timeout: Annotated[float, arg(help="Seconds in which a request must be answered.")] = 60.0
     rows: Annotated[int, arg(help="The most rows of a request.")] = 256
     answers: Annotated[int, arg(help="The most answers to rank.")] = 12
-    waiting: Annotated[int, arg(help="The most rows that wait; further requests are refused.")] = 2048
+    waiting: Annotated[int, arg(help="The most rows that wait for one base; further requests are refused.")] = 2048
     batch_rows: Annotated[int, arg(help="The most rows of several requests that are judged together.")] = 256
     batch_tokens: Annotated[
-        int | None, arg(help="The same in tokens, about.", help_behavior_hint="(the judge's packing.budget)")
+        int | None,
+        arg(help="About how many tokens these have at most.", help_behavior_hint="(the judge's packing.budget)"),
     ] = None
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
 

@@ -45,8 +45,8 @@ class Verdict(BaseModel):
     probabilities: dict[str, float] = Field(description="by class; the mean over orders and models")
     orders: list[Order]
     flips: bool = Field(description="whether the most probable class depends on the order")
-    is_read: bool = Field(description="false: there is nothing to read, and the probabilities are the training mean")
-    kind: str | None = Field(description="the kind of special rows that it is of")
+    is_read: bool = Field(description="false: the row has no text, and the probabilities come from training labels")
+    kind: str | None = Field(description="the kind of special rows that the row is of, if any")
     tokens: int = Field(description="of the prompts in all orders")
     tokens_cut: int
     turns_dropped: int
@@ -145,8 +145,8 @@ def judge_request(task: Task, rows: int) -> type[BaseModel]:
     return create_model(
         "JudgeRequest", __base__=Strict,
         rows=(list[row], Field(min_length=1, max_length=rows)),
-        judge=(str | None, Field(None, description="its name; by default the first one's")),
-        prompts=(bool, Field(False, description="whether to show what the judge was shown")),
+        judge=(str | None, Field(None, description="the name of a judge; by default the first one")),
+        prompts=(bool, Field(False, description="whether the answer has the prompts that the judge was shown")),
     )  # fmt: skip
 
 
@@ -155,5 +155,5 @@ def rank_request(answers: int) -> type[BaseModel]:
     return create_model(
         "RankRequest", __base__=Strict,
         prompt=(Turns, ...), answers=(list[Turns], Field(min_length=2, max_length=answers)),
-        judge=(str | None, Field(None, description="its name; by default the first one's")),
+        judge=(str | None, Field(None, description="the name of a judge; by default the first one")),
     )  # fmt: skip

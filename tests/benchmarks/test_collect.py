@@ -109,7 +109,7 @@ def test_lists_of_packages_in_all_their_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("torch 2.11\nWARNING: pip is old", "line 2: 'WARNING: pip is old' is no line"),
+        ("torch 2.11\nWARNING: pip is old", "line 2: 'WARNING: pip is old' is not a line"),
         ('[{"name": "torch", "version": "2.11"}]', "line 1"),
         ("torch 2.x", "line 1"),
         ("Package Version\n------- -------\n", "lists no packages"),

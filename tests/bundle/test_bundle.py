@@ -251,7 +251,7 @@ def test_a_notebook_ends_with_what_was_judged_before_a_failure(
 
 def test_inputs_that_leave_a_choice_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kaggle = Kaggle(tmp_path, UPLOAD)
-    with pytest.raises(ValueError, match=r"there must be one base in gemma-2/.* and there is none"):
+    with pytest.raises(ValueError, match=r"there must be one base in gemma-2/.* but there is none"):
         kaggle.run(monkeypatch)
     kaggle.put("competitions/other/test.csv")
     with pytest.raises(

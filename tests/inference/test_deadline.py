@@ -148,7 +148,7 @@ def test_deadlines_are_kept_with_a_twentieth_to_spare(
         done.append(sum(map(int, re.findall(r"│ fold\d │ \d │ (\d+) │", shown))))
         unjudged = int((np.abs(written[-1] - [0.3, 0.3, 0.4]).max(axis=1) < 1e-9).sum())
         assert (f"{unjudged} of 24 rows were not judged even once" in shown) == (part < 0.25) == (unjudged > 0)
-        assert "the same command goes on from there" in shown
+        assert "the same command resumes from there" in shown
     assert 0 < done[0] < 24 <= done[1] < done[2] < 48
     assert np.abs(written[2] - whole).max() > 1e-3  # control of the first comparison
     np.testing.assert_array_equal(infer(1e-9, f"{seconds}"), written[2])  # it resumes too late: nothing is lost

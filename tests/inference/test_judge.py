@@ -162,7 +162,7 @@ def test_a_blend_judges_as_it_was_fitted(judge: Judge, run: Path, table: pd.Data
     )
     assert not np.allclose(blended.predict_proba(table), infer_free, atol=1e-2)
     np.testing.assert_allclose(blended.predict_proba(table).sum(axis=1), 1)
-    with pytest.raises(ValueError, match="needs predictions of other, a file: blend runs alone"):
+    with pytest.raises(ValueError, match="needs a file of predictions, other: blend runs only"):
         Judge.from_pretrained(tmp_path / "1.json")
     with pytest.raises(ValueError, match="is a blend, which is a whole judge: name it alone"):
         Judge.from_pretrained(tmp_path / "0.json", run)

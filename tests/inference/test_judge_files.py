@@ -243,7 +243,7 @@ def test_rows_that_cannot_be_judged_are_beside(
         ("line 9", "the row"),
     ]  # fmt: skip
     assert beside[1]["file"] == str(tmp_path / "in.jsonl") and "is 3, not a list" in beside[1]["why"]
-    assert "not finite" in beside[3]["why"] and "4 could not be judged" in capsys.readouterr().out
+    assert "not finite" in beside[3]["why"] and "4 were rejected" in capsys.readouterr().out
     write(tmp_path / "in.jsonl", rows[:5])
     assert judge(monkeypatch, run, tmp_path / "in.jsonl", out) == 0
     assert not (tmp_path / "out.jsonl.rejected.jsonl").exists()  # those of other rows
@@ -280,7 +280,7 @@ def test_shares_joined_are_the_whole(
         assert judge(monkeypatch, run, source, out, f"--shard={share}/3") == 0 and not out.exists()
     assert judge(monkeypatch, run, source, out, "--join=3") == 2
     shown = capsys.readouterr().out
-    assert "the first --shard 3/3" in shown and "has results of another judge: they are not used" in shown
+    assert "the first --shard 3/3" in shown and "has results that differ in judge: they are not used" in shown
     assert judge(monkeypatch, run, source, out, "--shard=3/3") == 0
     monkeypatch.setattr(Judge, "from_pretrained", {}.__getitem__)  # nothing has to be loaded to join
     assert judge(monkeypatch, run, source, out, "--join=3") == 0

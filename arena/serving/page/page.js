@@ -167,8 +167,8 @@ function verdict(row) {
   const [best, share] = Object.entries(row.probabilities).reduce((one, other) => (other[1] > one[1] ? other : one));
   const what = !judge().ranks ? best : best.length === 1 ? `Answer ${best} is preferred` : "Most likely a tie";
   const parts = [`${what}, with ${percent(share)}`, el("div", {className: "block"}, classes(row.probabilities))];
-  if (!row.is_read) parts.push(el("p", {className: "note warn"}, "There is nothing to read: these are the mean labels of the training rows."));
-  else if (row.kind) parts.push(el("p", {className: "note"}, `A special row (${row.kind}): drawn to the labels of such training rows.`));
+  if (!row.is_read) parts.push(el("p", {className: "note warn"}, "There is nothing to read: the probabilities come from the labels of the training rows."));
+  else if (row.kind) parts.push(el("p", {className: "note"}, `This is a special row: ${row.kind}.`));
   if (row.orders.length > 1) {
     parts.push(el("p", {className: row.flips ? "note warn" : "note"}, row.flips ? "The verdict flips with the order of the answers." : "Both orders of the answers give the same verdict."));
     const titles = ["A shown first", "B shown first"];
