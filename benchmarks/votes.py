@@ -120,8 +120,8 @@ def as_page(result: dict[str, Any], picture: str) -> str:
         f"Recipe {result['recipe']['name']}, log-loss on the rows of the fold that was held out, after the last step. "
         "`baseline` is a logistic regression on TF-IDF and lengths; `both blended` is the product of its probabilities "
         "and the judge's, with weights that are fitted on other held-out prompts. Intervals are 95% intervals by "
-        "prompt. `minutes` are of training steps. Verdicts on answers that are read one by one cannot flip, and nothing "
-        "is fitted on held-out rows of fewer than five prompts: these cells are empty.",
+        "prompt. `minutes` are of training steps. Verdicts on answers that are read one by one cannot flip, and "
+        "nothing is fitted on rows of fewer than five prompts: these cells are empty.",
         table(COLUMNS, rows), f"![learning curves]({picture})",
     ]  # fmt: skip
     if changed:
