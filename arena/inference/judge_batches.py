@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from arena.inference.judge_work import INFINITE, finite, result_columns
 
 REJECTED = "rejected"  # the column that says why a row was not judged
 
-Batch = TypeVar("Batch", pa.Table, pd.DataFrame)
+Batch: TypeAlias = pa.Table | pd.DataFrame
 
 
 class JudgeBatches:
@@ -58,7 +58,7 @@ class JudgeBatches:
         """
         names = self._names(batch)
         columns = list(result_columns(names, self.judge.task))
-        cells = batch.to_pylist() if isinstance(batch, pa.Table) else cells_of(batch)
+        cells = cells_of(batch) if isinstance(batch, pd.DataFrame) else batch.to_pylist()
         rows, problems = good_records(cells, self.judge.task, "ignored", self._limits)
         why = {number: f"{problem.field}: {problem.what}" for number, problem in problems}
         judged = [number for number in range(len(cells)) if number not in why]
@@ -73,7 +73,7 @@ class JudgeBatches:
             raise ValueError(
                 f"a batch is a {type(batch).__name__}: write batch_format='pyarrow' or 'pandas' in map_batches"
             )
-        names = batch.column_names if isinstance(batch, pa.Table) else list(map(str, batch.columns))
+        names = list(map(str, batch.columns)) if isinstance(batch, pd.DataFrame) else batch.column_names
         required(self.judge.task.file_columns(names), names)
         if REJECTED in names:
             raise ValueError(f"{REJECTED} is a column of the rows, but results are written there: rename it")
@@ -81,8 +81,9 @@ class JudgeBatches:
 
 
 def _with_columns(batch: Batch, numbers: dict[str, np.ndarray], rejected: Sequence[str | None]) -> Batch:
-    if isinstance(batch, pa.Table):
-        for name, values in numbers.items():
-            batch = batch.append_column(name, pa.array(values, from_pandas=True))
-        return batch.append_column(REJECTED, pa.array(rejected, pa.string()))
-    return batch.assign(**numbers, **{REJECTED: pd.array(rejected, dtype="string")})
+    if isinstance(batch, pd.DataFrame):
+        columns: dict[str, Any] = {**numbers, REJECTED: pd.array(rejected, dtype="string")}
+        return batch.assign(**columns)
+    for name, values in numbers.items():
+        batch = batch.append_column(name, pa.array(values, from_pandas=True))
+    return batch.append_column(REJECTED, pa.array(rejected, pa.string()))

@@ -69,7 +69,7 @@ def _results(work: Work, todo: Sequence[int], load: Callable[[], Judge], cpus: i
     )  # fmt: skip
 
 
-class _Windows(Datasource):  # type: ignore[misc]
+class _Windows(Datasource):
     """Windows of rows, which are read where the files are."""
 
     def __init__(self, work: Work, todo: Sequence[int]) -> None:
