@@ -17,6 +17,7 @@ import pytest
 
 from arena import JudgeBatches
 from arena.inference import judge_inputs
+from arena.settings import MAX_TURNS
 from arena.storage.parts import Parts
 from arena.tasks.preference import COLUMNS
 from tests.helpers import status_of_arena, tiny_recipe
@@ -119,7 +120,7 @@ def test_interrupted_and_with_a_killed_actor_it_writes_the_same_file(
 def test_batches_of_a_pipeline(run: Path) -> None:
     """Rows stay as they are and where they are; one that cannot be judged says why."""
     rows: list[dict[str, Any]] = [{**row, "more": at} for at, row in enumerate(rows_of(run))]
-    rows[2]["response_a"] = None
+    rows[2]["response_a"] = ["x"] * (MAX_TURNS + 1)
     table, judge = pa.Table.from_pylist(rows), JudgeBatches(run)
     found = judge(table)
     assert found.drop_columns([*COLUMNS, "rejected"]).equals(table)
