@@ -7,6 +7,7 @@
             micro_batch["input_ids"], micro_batch["seq_lens"], micro_batch["label"]
 
     arena.Judge.from_pretrained("runs/demo").predict_proba(rows)  # what `make train` leaves
+    rows.map_batches(arena.JudgeBatches, fn_constructor_args=["runs/demo"], batch_format="pyarrow")  # in Ray Data
     arena.Generator("google/gemma-3-1b-it").generate(["What is 2 + 2?"])  # any language model
     torch.utils.data.DataLoader(examples, batch_size=80, collate_fn=arena.VarlenCollator(tokenizer))
 
@@ -22,12 +23,22 @@ if TYPE_CHECKING:
     from arena.config import load_recipe
     from arena.inference.generate import Generator
     from arena.inference.judge import Judge
+    from arena.inference.judge_batches import JudgeBatches
     from arena.inference.sampling import Sampling
     from arena.packing.batch import PackedBatch, VarlenCollator
     from arena.training.batches import open_fold
 
 __version__ = "0.1.0"
-__all__ = ["Generator", "Judge", "PackedBatch", "Sampling", "VarlenCollator", "load_recipe", "open_fold"]
+__all__ = [
+    "Generator",
+    "Judge",
+    "JudgeBatches",
+    "PackedBatch",
+    "Sampling",
+    "VarlenCollator",
+    "load_recipe",
+    "open_fold",
+]
 
 # Waiting threads must sleep instead of spinning: when another process occupies a core, spinning makes everything ten
 # times slower. OpenMP reads this when torch is first imported.
@@ -40,6 +51,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _PLACES = {
     "Generator": "arena.inference.generate",
     "Judge": "arena.inference.judge",
+    "JudgeBatches": "arena.inference.judge_batches",
     "PackedBatch": "arena.packing.batch",
     "Sampling": "arena.inference.sampling",
     "VarlenCollator": "arena.packing.batch",

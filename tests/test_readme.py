@@ -127,7 +127,7 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extras = project["optional-dependencies"].values()
         known = {re.split(r"[<>=\[]", each)[0] for extra in extras for each in extra}
-        asked = {re.split(r"[<>=]", each)[0] for each in words[2:] if not each.startswith("--")}
+        asked = {re.split(r"[[<>=]", each)[0] for each in words[2:] if not each.startswith("--")}
         assert "--no-index" in words or asked - {"constraints.txt"} <= known, line
     else:
         assert line in OTHERS, f"an unknown command: {line}"

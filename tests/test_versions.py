@@ -17,8 +17,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 NEEDED = [Requirement(each) for each in PROJECT["dependencies"]]
 MODULES = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # where the module's name is not the package's
 EXTRA = {  # of the extras: imported where installed
-    "altair", "fastapi", "flash_attn", "gguf", "prometheus_client", "rouge_score", "starlette", "uvicorn", "vl_convert",
-    "wandb",
+    "altair", "fastapi", "flash_attn", "gguf", "prometheus_client", "ray", "rouge_score", "starlette", "uvicorn",
+    "vl_convert", "wandb",
 }  # fmt: skip
 
 

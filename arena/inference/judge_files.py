@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import astuple
 from functools import partial
@@ -33,12 +33,13 @@ from arena.storage.files import file_digest, fingerprint, write_json
 from arena.storage.parts import Parts
 from arena.storage.remote import file_system, remove_anywhere, url_of, write_anywhere
 
+Engine = Callable[[Work, Parts, Sequence[int], int, Callable[[], Judge]], None]  # as `judge_windows`
 KINDS = {".tsv": ".csv", ".json": ".jsonl"}  # in which files of these kinds are written into a folder
 
 
 def judge_files(
     names: Sequence[str], source: str, out: str, settings: Sequence[str], *, runs: Path, orders: bool, share: Share,
-    joins: bool,
+    joins: bool, engine: Engine = judge_windows,
 ) -> None:  # fmt: skip
     """Judges the rows of files and writes them with their probabilities.
 
@@ -50,6 +51,7 @@ def judge_files(
         orders: whether the probabilities of each order are written too.
         share: which of several shares of the rows is judged; of a single one the results are written too.
         joins: the shares are judged, and are to be written.
+        engine: judges windows as `judge_windows` does.
 
     Raises:
         ValueError: a judge, a file or a setting cannot be used, or shares are missing.
@@ -72,7 +74,7 @@ def judge_files(
         work = Work(inputs, task, limits, n_orders if orders else 0, parts / fingerprint(made_from), made_from)
         columns = work.columns()
         _say_others(parts, work)
-        load = partial(Judge.from_pretrained, *names, settings=settings, runs=runs)
+        load = partial(_load, names, settings, runs)
         with ExitStack() as stack:
             shares = [(at + 1, share[1]) for at in range(share[1])] if joins else [share]
             every = [stack.enter_context(work.open(each)) for each in shares]
@@ -80,7 +82,7 @@ def judge_files(
             if joins:
                 _check_complete(work, shares, done)
             else:
-                judged = judge_windows(work, every[0], work.share(share), done[0], load)
+                judged = _judge(work, every[0], share, done[0], engine, load)
                 if share[1] > 1:
                     console.print(f"share {share[0]} of {share[1]} is in {parts}: --join {share[1]} writes {out}")
                     return
@@ -149,6 +151,19 @@ def _parts_folder(out: str) -> Path:
     fs, path = file_system(out, out)
     place = Path(path.rstrip("/"))
     return place.with_name(f"{place.name}.parts") if isinstance(fs, LocalFileSystem) else Path(f"{place.name}.parts")
+
+
+def _load(names: Sequence[str], settings: Sequence[str], runs: Path) -> Judge:
+    """Loads the judge; unlike its own method, this function can be sent to other processes."""
+    return Judge.from_pretrained(*names, settings=settings, runs=runs)
+
+
+def _judge(work: Work, parts: Parts, share: Share, done: set[int], engine: Engine, load: Callable[[], Judge]) -> int:
+    """Judges what of a share is not done yet; how many rows these are."""
+    todo, sizes = sorted(set(work.share(share)) - done), work.sizes
+    if todo:
+        engine(work, parts, todo, sum(sizes[at] for at in done), load)
+    return sum(sizes[at] for at in todo)
 
 
 def _say_others(parts: Path, work: Work) -> None:

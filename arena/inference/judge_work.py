@@ -25,7 +25,7 @@ from arena.distributed import device_name
 from arena.inference.judge import Judge
 from arena.inference.judge_inputs import Input, every_name
 from arena.inference.judged_rows import Added
-from arena.progress import ahead, console, progress
+from arena.progress import Advance, ahead, console, progress
 from arena.stopping import Stopped
 from arena.storage.parts import InvalidPartError, Parts, open_parts
 
@@ -33,9 +33,16 @@ PIECES = 16  # of rows among which some have no finite logits, to find out which
 FEWEST = 32  # rows of which at least one must have finite logits
 MOST = 1000  # characters of the field, and of what is wrong with it
 LARGEST_REJECTION = 2**14  # bytes of both as JSON, with where the row is
+INFINITE = "the row", "got logits that are not finite; look at it, or use model.dtype=float32"
 
 Share = tuple[int, int]  # the number of a share, from 1, and of how many
 Rejection = tuple[str, str, str]  # where a row is, the field, and what is wrong with it
+
+
+def machine_name() -> str:
+    """What computes here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{device_name(device)}, torch {torch.__version__}"
 
 
 @dataclass(frozen=True)
@@ -95,9 +102,7 @@ class Work:
     @contextmanager
     def open(self, share: Share) -> Iterator[Parts]:
         """The parts of a share's windows."""
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        machine = f"{device_name(device)}, torch {torch.__version__}"
-        with open_parts(self.folder, [self.made_from, share], machine) as parts:
+        with open_parts(self.folder, [self.made_from, share], machine_name()) as parts:
             yield parts
 
     def read(self, parts: Parts) -> Iterator[Window]:
@@ -116,6 +121,21 @@ class Work:
 
         return parts.read(check, largest)
 
+    @contextmanager
+    def judging(self, todo: Sequence[int], done: int) -> Iterator[Advance]:
+        """Shows how many rows of windows are judged, and after an interruption where the results are.
+
+        Args:
+            todo: the numbers of the windows.
+            done: rows that were judged before.
+        """
+        try:
+            with progress("judging", sum(self.sizes[at] for at in todo) + done, "rows", done) as advance:
+                yield advance
+        except (Stopped, SystemExit):
+            console.print(f"the results so far are saved in {self.folder.parent}: the same command resumes from them")
+            raise
+
     def cells(self, window: Window) -> Added:
         """The cells of the columns of results of each row of a window."""
         by_order = window.numbers.reshape(len(window.numbers), -1, len(self.task.columns))[:, 1:].argmax(axis=2)
@@ -129,67 +149,101 @@ class Work:
         Raises:
             ValueError: the files have columns of these names.
         """
-        names, plain = set(every_name(self.inputs)), self.task.columns
-        own = [BESIDE + name for name in plain] if names & set(plain) else list(plain)
-        of_orders = [f"{name}_order{order}" for order in range(self.orders) for name in own]
-        found = dict.fromkeys([*own, *of_orders], pa.float64()) | ({"flips": pa.bool_()} if self.orders else {})
-        if taken := sorted(names & {*found, *(BESIDE + name for name in plain)}):
-            raise ValueError(f"{taken[0]} is a column of the rows, but results are written there: rename it")
-        return found
+        return result_columns(every_name(self.inputs), self.task, self.orders)
 
 
-def judge_windows(work: Work, parts: Parts, share: range, done: set[int], load: Callable[[], Judge]) -> int:
-    """Judges the windows of a share that are not done yet, and saves their results; how many rows these are."""
-    todo, sizes = sorted(set(share) - done), work.sizes
-    if not todo:
-        return 0
-    judge, rows, known = load(), sum(sizes[at] for at in todo), sum(sizes[at] for at in done)
-    try:
-        with progress("judging", rows + known, "rows", known) as advance:
-            for at, each, window in ahead(_windows(work, todo), depth=1):
-                logits = work.folder / f"logits{at}"
-                found = _judged(judge, work, at, each, window, logits)
-                parts.write(at, at + 1, found.as_bytes())
-                shutil.rmtree(logits, ignore_errors=True)
-                advance(len(window))
-    except (Stopped, SystemExit):
-        console.print(f"the results so far are saved in {work.folder.parent}: the same command resumes from them")
-        raise
-    return rows
+def result_columns(columns: Sequence[str], task: Task, orders: int = 0) -> dict[str, pa.DataType]:
+    """The columns of results beside those of rows; errors are as in `Work.columns`."""
+    names, plain = set(columns), task.columns
+    own = [BESIDE + name for name in plain] if names & set(plain) else list(plain)
+    of_orders = [f"{name}_order{order}" for order in range(orders) for name in own]
+    found = dict.fromkeys([*own, *of_orders], pa.float64()) | ({"flips": pa.bool_()} if orders else {})
+    if taken := sorted(names & {*found, *(BESIDE + name for name in plain)}):
+        raise ValueError(f"{taken[0]} is a column of the rows, but results are written there: rename it")
+    return found
 
 
-def _windows(work: Work, todo: Sequence[int]) -> Iterator[tuple[int, Input, list[Row]]]:
+@dataclass(frozen=True)
+class Checked:
+    """A window of rows that were read, before they are judged.
+
+    Attributes:
+        at: its number.
+        name: of its file.
+        rows: those that can be used, in their order.
+        where: where in the file each row of the window is.
+        problems: what is wrong with the others, by their numbers in the window: the field, and what.
+    """
+
+    at: int
+    name: str
+    rows: Rows
+    where: list[str]
+    problems: dict[int, tuple[str, str]]
+
+
+def judge_windows(work: Work, parts: Parts, todo: Sequence[int], done: int, load: Callable[[], Judge]) -> None:
+    """Judges windows, and saves the results of each.
+
+    Args:
+        todo: their numbers.
+        done: rows that were judged before.
+        load: loads the judge.
+    """
+    judge = load()
+    with work.judging(todo, done) as advance:
+        for checked in ahead(read_windows(work, todo), depth=1):
+            logits = work.folder / f"logits{checked.at}"
+            found = judge_window(judge, checked, work.width, logits)
+            parts.write(checked.at, checked.at + 1, found.as_bytes())
+            shutil.rmtree(logits, ignore_errors=True)
+            advance(len(checked.where))
+
+
+def read_windows(work: Work, todo: Sequence[int]) -> Iterator[Checked]:
+    """Windows in the order of their numbers, each file of which is read once."""
     wanted, at = set(todo), 0
     for each in work.inputs:
         own = [number for number in range(len(each.ends)) if at + number in wanted]
         for number, window in enumerate(each.windows(work.limits, own[-1]) if own else ()):
             if number in own:
-                yield at + number, each, window
+                yield _checked(work, at + number, each, window)
         at += len(each.ends)
 
 
-def _judged(judge: Judge, work: Work, at: int, each: Input, window: Sequence[Row], logits: Path) -> Window:
-    """The results of a window; logits are saved in a folder of their own until it is done."""
-    numbers = np.full((len(window), work.width), np.nan)
-    good = {row: cells for row, (_, cells) in enumerate(window) if not isinstance(cells, FieldError)}
+def _checked(work: Work, at: int, each: Input, window: Sequence[Row]) -> Checked:
+    readable = {row: cells for row, (_, cells) in enumerate(window) if not isinstance(cells, FieldError)}
     why = {row: cells for row, (_, cells) in enumerate(window) if isinstance(cells, FieldError)}
-    rows, problems = good_records(list(good.values()), work.task, "ignored", work.limits, each.first)
-    readable = list(good)
-    why |= {readable[number]: problem for number, problem in problems}
-    judged = [readable[int(number)] for number in rows.ids]
-    found, tokens = _finite(judge, replace(rows, fingerprint=f"window{at}"), work.width, logits)
-    if len(found) >= FEWEST and np.isnan(found).all():
+    rows, problems = good_records(list(readable.values()), work.task, "ignored", work.limits, each.first)
+    numbers = list(readable)
+    why |= {numbers[number]: problem for number, problem in problems}
+    wrong = {row: (problem.field, problem.what) for row, problem in why.items()}
+    return Checked(at, each.name, replace(rows, fingerprint=f"window{at}"), [where for where, _ in window], wrong)
+
+
+def judge_window(judge: Judge, checked: Checked, width: int, logits: Path | None) -> Window:
+    """The results of a window.
+
+    Args:
+        width: of the numbers of a row, as in `Work`.
+        logits: a folder in which logits are saved while they are computed, so that the same call resumes; or None.
+
+    Raises:
+        FloatingPointError: none of many rows got finite logits.
+    """
+    numbers = np.full((len(checked.where), width), np.nan)
+    judged = [row for row in range(len(numbers)) if row not in checked.problems]
+    numbers[judged], tokens = finite(judge, checked.rows, width, logits)
+    if len(judged) >= FEWEST and np.isnan(numbers).all():
         raise FloatingPointError(
-            f"none of {len(found):,} rows of {each.name} got finite logits: use model.dtype=float32"
+            f"none of {len(judged):,} rows of {checked.name} got finite logits: use model.dtype=float32"
         )
-    numbers[judged] = found
-    infinite = FieldError("the row", "got logits that are not finite; look at it, or use model.dtype=float32")
-    why |= {row: infinite for row in judged if np.isnan(numbers[row]).any()}
-    rejected = [(window[row][0], problem.field[:MOST], problem.what[:MOST]) for row, problem in sorted(why.items())]
-    return Window(at, numbers, rejected, (int(tokens[0]), int(tokens[1])))
+    why = checked.problems | {row: INFINITE for row in judged if np.isnan(numbers[row]).any()}
+    rejected = [(checked.where[row], field[:MOST], what[:MOST]) for row, (field, what) in sorted(why.items())]
+    return Window(checked.at, numbers, rejected, (int(tokens[0]), int(tokens[1])))
 
 
-def _finite(judge: Judge, rows: Rows, width: int, logits: Path) -> tuple[np.ndarray, np.ndarray]:
+def finite(judge: Judge, rows: Rows, width: int, logits: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """The results of rows, NaN for those without finite logits, and the tokens of all."""
     if not len(rows):
         return np.empty((0, width)), np.zeros(2)
@@ -203,5 +257,5 @@ def _finite(judge: Judge, rows: Rows, width: int, logits: Path) -> tuple[np.ndar
     pieces = []
     for part in np.array_split(np.arange(len(rows)), min(PIECES, len(rows))):
         some = replace(rows, table=rows.table.select(part), fingerprint=f"{rows.fingerprint}-{part[0]}-{part[-1]}")
-        pieces.append(_finite(judge, some, width, logits))
+        pieces.append(finite(judge, some, width, logits))
     return np.concatenate([each for each, _ in pieces]), np.sum([tokens for _, tokens in pieces], axis=0)

@@ -1,0 +1,176 @@
+"""`arena judge --engine ray`: the same file as without Ray, after an interruption, and although workers die."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from arena import JudgeBatches
+from arena.inference import judge_inputs
+from arena.settings import MAX_TURNS
+from arena.storage.parts import Parts
+from arena.tasks.preference import COLUMNS
+from tests.helpers import status_of_arena, tiny_recipe
+from tests.inference.test_judge_files import rows_of
+from tests.inference.test_judge_model import saved
+
+ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+
+SMALL = {"include_dashboard": False, "object_store_memory": 200_000_000, "log_to_driver": False}
+
+
+@pytest.fixture(scope="module")
+def run(gemma2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    saved(folder / "run" / "fold0", tiny_recipe(folder, gemma2, "packing.budget=4096"))
+    return folder / "run"
+
+
+def set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # by default anything else goes first
+
+
+@pytest.fixture
+def one_actor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cluster of this machine with room for one actor."""
+    set_up(monkeypatch)
+    ray.init("local", num_cpus=1, **SMALL)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def source(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Many windows of two rows, and a row that cannot be judged."""
+    monkeypatch.setattr(judge_inputs, "WINDOW_ROWS", 2)
+    lines = [json.dumps({**row, "id": f"{time}-{row['id']}"}) for time in range(8) for row in rows_of(run)]
+    lines[3:3] = [json.dumps({**rows_of(run)[0], "response_b": 3})]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "in.jsonl"
+
+
+class Once(threading.Thread):
+    """Does something once a part is saved, and notes how many were saved then."""
+
+    def __init__(self, out: Path, at: int, action: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self.out, self.at, self.action, self.saved = out, at, action, 0
+        self.start()
+
+    def run(self) -> None:
+        until = time.monotonic() + 600
+        while time.monotonic() < until and len(parts_of(self.out)) < self.at:
+            time.sleep(0.002)
+        self.saved = len(parts_of(self.out))
+        self.action()
+
+
+def parts_of(out: Path) -> list[Path]:
+    return sorted(out.with_name(f"{out.name}.parts").glob("*/*/[!.]*.part"))
+
+
+def kill_actor() -> None:
+    (actor,) = (each for each in psutil.Process().children(recursive=True) if "MapWorker" in " ".join(each.cmdline()))
+    actor.send_signal(signal.SIGKILL)
+
+
+def check_same(found: Path, wanted: Path) -> None:
+    """Files of rows and of rejections are the same, byte for byte."""
+    assert found.read_bytes() == wanted.read_bytes()
+    beside = (path.with_name(f"{path.name}.rejected.jsonl").read_bytes() for path in (found, wanted))
+    assert next(beside) == next(beside) != b""
+
+
+def test_interrupted_and_with_a_killed_actor_it_writes_the_same_file(
+    run: Path, source: Path, one_actor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out, written = tmp_path / "whole.parquet", tmp_path / "out.parquet", []
+    assert status_of_arena(monkeypatch, "judge", run, source, whole) == 0
+    windows, write = (8 * len(rows_of(run)) + 2) // 2, Parts.write
+
+    def interrupted(self: Parts, first: int, end: int, results: bytes) -> None:
+        write(self, first, end, results)
+        written.append(first)
+        if len(written) == 5:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(Parts, "write", interrupted)
+    words = "judge", run, source, out, "--engine=ray"
+    assert status_of_arena(monkeypatch, *words) == 143
+    assert len(parts_of(out)) == 5 and not out.exists()
+    killed = Once(out, 8, kill_actor)
+    assert status_of_arena(monkeypatch, *words) == 0
+    killed.join()
+    assert 8 <= killed.saved < windows - 5, "the actor was killed amid the work"
+    assert sorted(written) == list(range(windows)), "each window is saved once, and none again"
+    check_same(out, whole)
+
+
+def test_batches_of_a_pipeline(run: Path) -> None:
+    """Rows stay as they are and where they are; one that cannot be judged says why."""
+    rows: list[dict[str, Any]] = [{**row, "more": at} for at, row in enumerate(rows_of(run))]
+    rows[2]["response_a"] = ["x"] * (MAX_TURNS + 1)
+    table, judge = pa.Table.from_pylist(rows), JudgeBatches(run)
+    found = judge(table)
+    assert found.drop_columns([*COLUMNS, "rejected"]).equals(table)
+    good = [row for row in range(len(rows)) if row != 2]
+    expected = judge.judge.predict_proba([rows[row] for row in good])
+    numbers = np.column_stack([found[name].take(good).to_numpy() for name in COLUMNS])
+    np.testing.assert_allclose(numbers, expected, atol=1e-6)
+    assert [found[name][2].as_py() for name in COLUMNS] == [None] * 3
+    assert found["rejected"][2].as_py().startswith("response_a") and found["rejected"].null_count == len(good)
+    frame = judge(table.to_pandas())
+    np.testing.assert_array_equal(frame[list(COLUMNS)].to_numpy()[good], numbers)
+    assert frame["rejected"].notna().tolist() == [row == 2 for row in range(len(rows))]
+    labelled = judge(found.rename_columns([*table.column_names, *COLUMNS, "before"]))
+    assert labelled.column_names[-4:] == [*(f"p_{name}" for name in COLUMNS), "rejected"]
+    assert judge(table.slice(0, 0)).num_rows == 0
+    with pytest.raises(ValueError, match="response_b: is missing"):
+        judge(table.drop_columns(["response_b"]))
+    with pytest.raises(ValueError, match="rejected is a column of the rows"):
+        judge(found)
+    with pytest.raises(ValueError, match="batch_format='pyarrow'"):
+        judge({"prompt": np.array(["x"])})
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_ray_data(run: Path, one_actor: None) -> None:
+    table = pa.Table.from_pylist(rows_of(run))
+    batches = ray.data.from_arrow(table).map_batches(
+        JudgeBatches, fn_constructor_args=[str(run)], batch_format="pyarrow", concurrency=1
+    )
+    found = pa.concat_tables(batches.iter_batches(batch_format="pyarrow"))
+    assert found.equals(JudgeBatches(run)(table))
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost(run: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.cluster_utils import Cluster
+
+    whole, out = tmp_path / "whole.parquet", tmp_path / "out.parquet"
+    assert status_of_arena(monkeypatch, "judge", run, source, whole) == 0
+    set_up(monkeypatch)
+    small = {"object_store_memory": 100_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
+    try:
+        other, _ = (cluster.add_node(num_cpus=1, object_store_memory=100_000_000) for _ in range(2))
+        ray.init(cluster.address, log_to_driver=False)
+        lost = Once(out, 3, lambda: cluster.remove_node(other, allow_graceful=False))
+        assert status_of_arena(monkeypatch, "judge", run, source, out, "--engine=ray") == 0
+        lost.join()
+        assert 3 <= lost.saved < (8 * len(rows_of(run)) + 2) // 2
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    check_same(out, whole)
