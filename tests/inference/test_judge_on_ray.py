@@ -8,18 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
 
 from arena import JudgeBatches
 from arena.inference import judge_inputs
-from arena.settings import MAX_TURNS
 from arena.storage.parts import Parts
-from arena.tasks.preference import COLUMNS
 from tests.helpers import status_of_arena, tiny_recipe
 from tests.inference.test_judge_files import rows_of
 from tests.inference.test_judge_model import saved
@@ -92,6 +88,7 @@ def check_same(found: Path, wanted: Path) -> None:
     assert next(beside) == next(beside) != b""
 
 
+@pytest.mark.slow
 def test_interrupted_and_with_a_killed_actor_it_writes_the_same_file(
     run: Path, source: Path, one_actor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,33 +112,6 @@ def test_interrupted_and_with_a_killed_actor_it_writes_the_same_file(
     assert 8 <= killed.saved < windows - 5, "the actor was killed amid the work"
     assert sorted(written) == list(range(windows)), "each window is saved once, and none again"
     check_same(out, whole)
-
-
-def test_batches_of_a_pipeline(run: Path) -> None:
-    """Rows stay as they are and where they are; one that cannot be judged says why."""
-    rows: list[dict[str, Any]] = [{**row, "more": at} for at, row in enumerate(rows_of(run))]
-    rows[2]["response_a"] = ["x"] * (MAX_TURNS + 1)
-    table, judge = pa.Table.from_pylist(rows), JudgeBatches(run)
-    found = judge(table)
-    assert found.drop_columns([*COLUMNS, "rejected"]).equals(table)
-    good = [row for row in range(len(rows)) if row != 2]
-    expected = judge.judge.predict_proba([rows[row] for row in good])
-    numbers = np.column_stack([found[name].take(good).to_numpy() for name in COLUMNS])
-    np.testing.assert_allclose(numbers, expected, atol=1e-6)
-    assert [found[name][2].as_py() for name in COLUMNS] == [None] * 3
-    assert found["rejected"][2].as_py().startswith("response_a") and found["rejected"].null_count == len(good)
-    frame = judge(table.to_pandas())
-    np.testing.assert_array_equal(frame[list(COLUMNS)].to_numpy()[good], numbers)
-    assert frame["rejected"].notna().tolist() == [row == 2 for row in range(len(rows))]
-    labelled = judge(found.rename_columns([*table.column_names, *COLUMNS, "before"]))
-    assert labelled.column_names[-4:] == [*(f"p_{name}" for name in COLUMNS), "rejected"]
-    assert judge(table.slice(0, 0)).num_rows == 0
-    with pytest.raises(ValueError, match="response_b: is missing"):
-        judge(table.drop_columns(["response_b"]))
-    with pytest.raises(ValueError, match="rejected is a column of the rows"):
-        judge(found)
-    with pytest.raises(ValueError, match="batch_format='pyarrow'"):
-        judge({"prompt": np.array(["x"])})
 
 
 @pytest.mark.slow
