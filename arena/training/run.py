@@ -112,7 +112,7 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
         console.print(f"{folder} is finished: there is nothing to train (--fresh trains it again)")
         return metrics
 
-    def load() -> nn.Module:
+    def load() -> Any:
         return adapt(load_base(recipe.model, data.task.classes, announce=True), recipe.model)
 
     model = on_every_rank(accelerator, load, patient=True)
