@@ -6,7 +6,7 @@ The rows are packed in any order that fills the micro-batches. The trainer, its 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -108,28 +108,28 @@ class Evaluation:
         rows = fingerprint(self._distinct.tobytes())
         facts = {"tokens": self.store.fingerprint, "rows": rows, "dtype": dtype, "budget": self.plan.budget}
         facts |= {"orders": list(self.shown), "of_orders": self.store.orders}
-        ranks = 1 if accelerator is None else accelerator.num_processes
-        shares = [share(self.plan, rank, ranks) for rank in range(ranks)]
 
-        def compute_own() -> np.ndarray:
-            plan = shares[0 if accelerator is None else accelerator.process_index]
+        def compute(plan: PackPlan) -> np.ndarray:
             with nullcontext() if logits_cache is None else logits_cache.open(plan, facts) as parts:
                 logits = Logits(plan, len(self.task.columns), parts)
                 seconds = logits_cache.seconds if logits_cache else SECONDS
                 self._compute(classifier, dtype, title, logits, stop, seconds, pace)
             return logits.complete() if pace is None else logits.values
 
-        values = [compute_own()] if accelerator is None else together(accelerator, compute_own)
-        planned = np.concatenate([plan.examples for plan in shares])
-        ordered = np.concatenate(values)[_places(planned, self._examples, len(self.store))]
+        shares, values = _by_ranks(self.plan, compute, accelerator)
+        places = _places(np.concatenate([plan.examples for plan in shares]), self._examples, len(self.store))
+        self._fill(result, np.concatenate(values)[places])
+        return result
+
+    def _fill(self, result: np.ndarray, ordered: np.ndarray) -> None:
+        """Writes what `by_order` returns for rows with input, given the logits of their examples in order."""
         by_row = ordered.astype(np.float64).reshape(len(self._distinct), len(self.shown), -1)
         if self.joins:
             result[:, self.has_input] = softmax(self.task.join(by_row))[self._which.reshape(-1)]
-            return result
+            return
         predicted = softmax(by_row) if self.task.classes else by_row
         for at, order in enumerate(self.orders):
             result[at, self.has_input] = self.task.reorder(predicted[:, at], order)[self._which.reshape(-1)]
-        return result
 
     def _compute(
         self, classifier: nn.Module, dtype: str, title: str, logits: Logits, stop: Stop | None, seconds: float,
@@ -167,6 +167,16 @@ class Evaluation:
         """An example's row, for messages."""
         row = example // self.store.orders
         return f"row {row}" if self.ids is None else f"row {row}, id {self.ids[row]!r}"
+
+
+def _by_ranks(
+    plan: PackPlan, compute: Callable[[PackPlan], np.ndarray], accelerator: Accelerator | None
+) -> tuple[list[PackPlan], list[np.ndarray]]:
+    """The shares of all ranks, and what they compute of them."""
+    if accelerator is None:
+        return [plan], [compute(plan)]
+    shares = [share(plan, rank, accelerator.num_processes) for rank in range(accelerator.num_processes)]
+    return shares, together(accelerator, lambda: compute(shares[accelerator.process_index]))
 
 
 def share(plan: PackPlan, rank: int, ranks: int) -> PackPlan:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,28 +83,9 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
 
 def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
     """`run_fold` in a folder that is locked for this process."""
-    main, task = accelerator.is_main_process, task_of(requested)
-    cards = together(accelerator, lambda: card_of(accelerator.device))
+    main = accelerator.is_main_process
     console.print(f"{requested.name}, fold {fold}: rows of {requested.data.path}, base {requested.model.base}")
-    # a missing folder is reported first, and a data set of the hub fetched
-    local_first(accelerator, lambda: data_file(requested.data.path, "train", requested.data.cache))
-    tokenizer = load_tokenizer(requested.model.base, requested.model.revision)
-    config = base_config(requested.model)
-    check_length(config, requested.prompt.max_length, requested.model.base)
-    first_trained_layer(requested.model, config.num_hidden_layers)  # reports a layer that the base lacks
-    recipe = with_dtype(requested, min(cards, key=lambda card: card.bfloat16))
-    for card in cards:
-        recipe = fit(recipe, config, card)
-    check_exact(config, recipe.model, recipe.prompt.max_length)
-    if not task.classes:
-        check_head(config, recipe.model.base)
-
-    def prepare() -> tuple[FoldData, Prefixes | None]:
-        data = prepare_fold(recipe, task, fold, tokenizer)
-        return data, prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
-
-    data, prefixes = local_first(accelerator, prepare)
-    check_ids(config, data.store, tokenizer, recipe.model.base)
+    recipe, data, prefixes, tokenizer = _prepare(requested, fold, accelerator)
     run = run_identity(recipe, data.fingerprint, base_digest(recipe.model.base, recipe.model.revision))
     metrics = None if fresh else together(accelerator, lambda: finished_metrics(folder, run))[0]
     if metrics is not None:
@@ -121,8 +101,12 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
         _mirror(recipe, folder, run, main, fresh) as mirror,
         tracking(accelerator),
     ):
-        make = partial(Trainer, prefixes=prefixes, identity=run, stop=stop, mirror=mirror)
-        trainer = on_every_rank(accelerator, lambda: make(recipe, data, model, folder, accelerator))
+        trainer = on_every_rank(
+            accelerator,
+            lambda: Trainer(
+                recipe, data, model, folder, accelerator, prefixes=prefixes, identity=run, stop=stop, mirror=mirror
+            ),
+        )
         # where this call resumed from does not matter to a judge, or to another fold trained with the same recipe
         saved = recipe.model_copy(update={"train": recipe.train.model_copy(update={"resume": "auto"})})
 
@@ -154,6 +138,31 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
             upload_model(accelerator, recipe, fold, folder / "model")
     return metrics
+
+
+def _prepare(requested: Recipe, fold: int, accelerator: Accelerator) -> tuple[Recipe, FoldData, Prefixes | None, Any]:
+    """The recipe as it runs on the cards of all ranks, the fold's data and what they share, and the tokenizer."""
+    task, cards = task_of(requested), together(accelerator, lambda: card_of(accelerator.device))
+    # a missing folder is reported first, and a data set of the hub fetched
+    local_first(accelerator, lambda: data_file(requested.data.path, "train", requested.data.cache))
+    tokenizer = load_tokenizer(requested.model.base, requested.model.revision)
+    config = base_config(requested.model)
+    check_length(config, requested.prompt.max_length, requested.model.base)
+    first_trained_layer(requested.model, config.num_hidden_layers)  # reports a layer that the base lacks
+    recipe = with_dtype(requested, min(cards, key=lambda card: card.bfloat16))
+    for card in cards:
+        recipe = fit(recipe, config, card)
+    check_exact(config, recipe.model, recipe.prompt.max_length)
+    if not task.classes:
+        check_head(config, recipe.model.base)
+
+    def prepare() -> tuple[FoldData, Prefixes | None]:
+        data = prepare_fold(recipe, task, fold, tokenizer)
+        return data, prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+
+    data, prefixes = local_first(accelerator, prepare)
+    check_ids(config, data.store, tokenizer, recipe.model.base)
+    return recipe, data, prefixes, tokenizer
 
 
 def _write_predictions(folder: Path, data: FoldData, trained: Trained) -> None:
