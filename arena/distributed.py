@@ -1,4 +1,4 @@
-"""The processes of a run: device, rank, sums over ranks, threads, memory and seeds, for one process or several."""
+"""The processes of a run: device, threads, memory and seeds, for one process or several."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
-from torch import Tensor
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from arena.command_line import command
 from arena.progress import console, format_error
@@ -29,12 +28,13 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # the names of glibc's se
 REUSED = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}  # no block is mapped on its own, and nothing is returned
 # glibc's default, at the values to which its thresholds grow by themselves; setting one ends their growth
 USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26}
+ANSWER_WITHIN = timedelta(minutes=30)  # a process that waits longer for another one gives up
 
 _within: list[bool] = []  # whether a caller reuses memory already
 
 
 def start(seed: int, track: str = "none", folder: str | None = None) -> Accelerator:
-    """Sets threads and seeds, and finds the device and the other ranks, which `accelerate launch` starts.
+    """Sets threads and seeds, and finds the device and the other ranks, which `torchrun` or `accelerate launch` starts.
 
     Args:
         track: `none`, or the experiment tracker to report to.
@@ -49,7 +49,7 @@ def start(seed: int, track: str = "none", folder: str | None = None) -> Accelera
     fix_threads()
     let_segments_grow()
     set_seed(seed)
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one rank tokenises while the others wait
+    patience = InitProcessGroupKwargs(timeout=ANSWER_WITHIN)
     return Accelerator(log_with=None if track == "none" else track, project_dir=folder, kwargs_handlers=[patience])
 
 
@@ -164,39 +164,6 @@ def deterministic(on: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         filling.fill_uninitialized_memory = before[1]
-
-
-def sum_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
-    """Sums the gradients of all ranks, which may have had different numbers of micro-batches, or none."""
-    if accelerator.num_processes == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        parameter.grad = accelerator.reduce(parameter.grad, reduction="sum")
-
-
-def total(accelerator: Accelerator, value: float) -> float:
-    """The sum of a number over all ranks."""
-    if accelerator.num_processes == 1:
-        return value
-    # float32 is the widest dtype that every device can reduce
-    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="sum"))
-
-
-def first_rank(accelerator: Accelerator, value: float) -> float:
-    """The first rank's value on all ranks, so that all of them make the same decisions."""
-    values = [value]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(values)
-    return values[0]
-
-
-def on_first_rank(accelerator: Accelerator, work: Callable[[], None]) -> None:
-    """Does some work on the first rank, while the others wait."""
-    if accelerator.is_main_process:
-        work()
-    accelerator.wait_for_everyone()
 
 
 def compute_in(device: torch.device, dtype: str) -> AbstractContextManager[None]:

@@ -24,8 +24,8 @@ from arena.distributed import (
     let_segments_grow,
     peak_memory,
     start,
-    total,
 )
+from arena.ranks import together
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="the tracker is installed")
@@ -105,7 +105,7 @@ def test_the_commands_can_be_imported_without_what_windows_lacks(tmp_path: Path)
 
 def test_one_process_is_the_first_and_the_sum() -> None:
     assert is_main()
-    assert total(Accelerator(), 1.5) == 1.5
+    assert together(Accelerator(), lambda: 1.5) == [1.5]
     assert peak_memory(torch.device("cpu")) > 2**20
     assert "threads" in device_name(torch.device("cpu"))
 

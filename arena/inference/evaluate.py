@@ -6,12 +6,14 @@ The rows are packed in any order that fills the micro-batches. The trainer, its 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from arena.data.task import Task
@@ -22,9 +24,10 @@ from arena.inference.logits import SECONDS, Logits, LogitsCache
 from arena.metrics import softmax
 from arena.model.classifier import by_example
 from arena.packing.loader import PackedLoader
-from arena.packing.plan import plan_evaluation
+from arena.packing.plan import PackPlan, plan_evaluation
 from arena.packing.tree import Prefixes
 from arena.progress import ahead, progress
+from arena.ranks import together
 from arena.stopping import Stop
 from arena.storage.files import fingerprint
 
@@ -71,6 +74,7 @@ class Evaluation:
         logits_cache: LogitsCache | None = None,
         stop: Stop | None = None,
         pace: Pace | None = None,
+        accelerator: Accelerator | None = None,
     ) -> np.ndarray:
         """A model's predictions: probabilities of classes, or without classes what `by_example` gives.
 
@@ -82,6 +86,8 @@ class Evaluation:
                 probabilities are bit for bit the same as without it.
             stop: is checked after each micro-batch.
             pace: says which micro-batches there is time for, and counts and shows those that are done.
+            accelerator: of ranks that call this alike and share the micro-batches; each then has its own parts in the
+                cache, and all get the same result, or raise together. None: this process computes them all.
 
         Returns:
             float64 (len(orders), len(rows), C), each order's as of the row in order 0; C as in `Task.columns`. All
@@ -102,20 +108,28 @@ class Evaluation:
         rows = fingerprint(self._distinct.tobytes())
         facts = {"tokens": self.store.fingerprint, "rows": rows, "dtype": dtype, "budget": self.plan.budget}
         facts |= {"orders": list(self.shown), "of_orders": self.store.orders}
-        with nullcontext() if logits_cache is None else logits_cache.open(self.plan, facts) as parts:
-            logits = Logits(self.plan, len(self.task.columns), parts)
-            seconds = logits_cache.seconds if logits_cache else SECONDS
-            self._compute(classifier, dtype, title, logits, stop, seconds, pace)
-        values = logits.complete() if pace is None else logits.values
-        ordered = values[_places(self.plan.examples, self._examples, len(self.store))]
+
+        def compute(plan: PackPlan) -> np.ndarray:
+            with nullcontext() if logits_cache is None else logits_cache.open(plan, facts) as parts:
+                logits = Logits(plan, len(self.task.columns), parts)
+                seconds = logits_cache.seconds if logits_cache else SECONDS
+                self._compute(classifier, dtype, title, logits, stop, seconds, pace)
+            return logits.complete() if pace is None else logits.values
+
+        shares, values = _by_ranks(self.plan, compute, accelerator)
+        places = _places(np.concatenate([plan.examples for plan in shares]), self._examples, len(self.store))
+        self._fill(result, np.concatenate(values)[places])
+        return result
+
+    def _fill(self, result: np.ndarray, ordered: np.ndarray) -> None:
+        """Writes what `by_order` returns for rows with input, given the logits of their examples in order."""
         by_row = ordered.astype(np.float64).reshape(len(self._distinct), len(self.shown), -1)
         if self.joins:
             result[:, self.has_input] = softmax(self.task.join(by_row))[self._which.reshape(-1)]
-            return result
+            return
         predicted = softmax(by_row) if self.task.classes else by_row
         for at, order in enumerate(self.orders):
             result[at, self.has_input] = self.task.reorder(predicted[:, at], order)[self._which.reshape(-1)]
-        return result
 
     def _compute(
         self, classifier: nn.Module, dtype: str, title: str, logits: Logits, stop: Stop | None, seconds: float,
@@ -123,12 +137,13 @@ class Evaluation:
     ) -> None:  # fmt: skip
         """Computes the micro-batches without logits. Whatever ends it early, those that were complete are cached."""
         device = next(classifier.parameters()).device
-        loader = PackedLoader(self.store, None, self.plan, pin=device.type == "cuda")
+        plan = logits.plan
+        loader = PackedLoader(self.store, None, plan, pin=device.type == "cuda")
         todo = np.flatnonzero(~logits.known).tolist()
-        known = len(self._examples) - sum(len(self.plan.micro_batch(index)) for index in todo)
+        known = len(plan.examples) - sum(len(plan.micro_batch(index)) for index in todo)
         collector = _Collector(self, logits, seconds)
-        shown = progress(title, len(self._examples), "examples", known) if pace is None else nullcontext(_not_shown)
-        costs = self.plan.costs(self.store.lengths)
+        shown = progress(title, len(plan.examples), "examples", known) if pace is None else nullcontext(_not_shown)
+        costs = plan.costs(self.store.lengths)
         was_training = classifier.training
         classifier.eval()
         try:
@@ -141,7 +156,7 @@ class Evaluation:
                         collector.add(index, by_example(classifier(placed), placed))
                     advance(micro_batch.batch_size)
                     if pace is not None:
-                        pace.add(int(self.plan.logical_tokens[index]), costs[index])
+                        pace.add(int(plan.logical_tokens[index]), costs[index])
                     if stop is not None and stop():
                         raise stop.stopped()
         finally:
@@ -152,6 +167,34 @@ class Evaluation:
         """An example's row, for messages."""
         row = example // self.store.orders
         return f"row {row}" if self.ids is None else f"row {row}, id {self.ids[row]!r}"
+
+
+def _by_ranks(
+    plan: PackPlan, compute: Callable[[PackPlan], np.ndarray], accelerator: Accelerator | None
+) -> tuple[list[PackPlan], list[np.ndarray]]:
+    """The shares of all ranks, and what they compute of them."""
+    if accelerator is None:
+        return [plan], [compute(plan)]
+    shares = [share(plan, rank, accelerator.num_processes) for rank in range(accelerator.num_processes)]
+    return shares, together(accelerator, lambda: compute(shares[accelerator.process_index]))
+
+
+def share(plan: PackPlan, rank: int, ranks: int) -> PackPlan:
+    """Every `ranks`-th micro-batch of an evaluation's plan from number `rank` on, which may be none, as a plan.
+
+    The micro-batches are the same for any number of ranks, and so are their results. Those that cost most come first,
+    so the shares are even.
+    """
+    if ranks == 1:
+        return plan
+    chosen = np.arange(rank, plan.n_micro_batches, ranks)
+    starts, ends = np.concatenate([[0], plan.micro_ends])[chosen], plan.micro_ends[chosen]
+    places = np.concatenate([chosen[:0], *map(np.arange, starts, ends)])
+    return replace(
+        plan, examples=plan.examples[places], micro_ends=np.cumsum(ends - starts), step_ends=np.array([len(chosen)]),
+        tokens=plan.tokens[chosen], logical_tokens=plan.logical_tokens[chosen], least_micro_batches=len(chosen),
+        shared=None if plan.shared is None else plan.shared[places],
+    )  # fmt: skip
 
 
 def _not_shown(count: int) -> None:
@@ -168,7 +211,7 @@ class _Collector:
 
     def add(self, micro_batch: int, logits: Tensor) -> None:
         """Adds the float (n, C) logits of a micro-batch."""
-        examples = self.evaluation.plan.micro_batch(micro_batch)
+        examples = self.logits.plan.micro_batch(micro_batch)
         shape = len(examples), self.logits.width
         assert logits.shape == shape, "every example has one number for each column"
         self._waiting.append((micro_batch, logits))
@@ -189,7 +232,7 @@ class _Collector:
             self.logits.add([waiting[at][0] for at in good], np.concatenate([by_batch[at] for at in good]))
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
-            examples = np.concatenate([self.evaluation.plan.micro_batch(index) for index, _ in waiting])[~finite]
+            examples = np.concatenate([self.logits.plan.micro_batch(index) for index, _ in waiting])[~finite]
             raise FloatingPointError(
                 f"{len(examples)} of {len(values)} examples got logits that are not finite, first "
                 f"{self.evaluation.name(int(examples[0]))}: check that row; if there is nothing unusual about it, "

@@ -58,12 +58,13 @@ class Logits:
         parts: where logits of an earlier, identical call are read from, and new ones are written to.
 
     Attributes:
+        plan: whose micro-batches are counted.
         values: float32 (n, C), in the order of the plan's examples; NaN where they are not computed yet.
         known: bool (m,), which micro-batches have logits.
     """
 
     def __init__(self, plan: PackPlan, width: int, parts: Parts | None) -> None:
-        self.parts, self.width = parts, width
+        self.plan, self.parts, self.width = plan, parts, width
         self._ends = np.concatenate([[0], plan.micro_ends]).astype(np.int64)
         self.values = np.full((len(plan.examples), width), np.nan, dtype=np.float32)
         self.known = np.zeros(plan.n_micro_batches, dtype=bool)

@@ -104,11 +104,15 @@ class PackPlan:
         """The example indices of these micro-batches; all ranks together have each example once."""
         return [self.micro_batch(at) for at in self.of_step(index, rank)]
 
-    def step_size(self, index: int) -> int:
-        """The number of examples in a step, over all ranks."""
+    def step_examples(self, index: int) -> np.ndarray:
+        """The example indices of a step, over all ranks."""
         start = int(self.step_ends[index - 1]) if index else 0
         before = self.micro_ends[start - 1] if start else 0
-        return int(self.micro_ends[self.step_ends[index] - 1] - before)
+        return self.examples[before : self.micro_ends[self.step_ends[index] - 1]]
+
+    def step_size(self, index: int) -> int:
+        """The number of examples in a step, over all ranks."""
+        return len(self.step_examples(index))
 
 
 def plan_training(

@@ -15,6 +15,7 @@ from arena.packing.loader import PackedLoader
 from arena.packing.plan import PackPlan, epoch_order, plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, prefixes_for
 from arena.settings import Recipe
+from arena.storage.files import fingerprint
 from arena.tasks import task_of
 
 SWAP_STREAM = 1  # separates the random numbers of swaps from those of shuffles
@@ -106,12 +107,17 @@ def plan_fold(recipe: Recipe, data: FoldData, ranks: int = 1, prefixes: Prefixes
     )  # fmt: skip
 
 
+def steps_fingerprint(plan: PackPlan) -> str:
+    """The fingerprint of which examples are in which step, however many micro-batches and ranks divide it."""
+    steps = [np.sort(plan.step_examples(index)) for index in range(plan.n_steps)]
+    return fingerprint([len(step) for step in steps], np.concatenate(steps).tobytes())
+
+
 def step_targets(plan: PackPlan, data: FoldData, step: int) -> int:
     """The number of targets in a step, over all ranks: its examples, or the tokens that are predicted of them."""
     if data.store.places is None:
         return plan.step_size(step)
-    members = [each for rank in range(plan.ranks) for each in plan.step(step, rank)]
-    return int(data.store.places.lengths[np.concatenate(members)].sum())
+    return int(data.store.places.lengths[plan.step_examples(step)].sum())
 
 
 def open_fold(recipe: Recipe, fold: int = 0, *, held_out: bool = False) -> PackedLoader:

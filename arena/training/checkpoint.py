@@ -10,6 +10,7 @@ a checkpoint that differs from its manifest is never loaded.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,19 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     with_optimizer: bool = True,
+    random_of_ranks: Sequence[Random] = (),
 ) -> None:
     """Writes a checkpoint to `folder`.
 
     Args:
         state: what else the run needs to resume, as plain JSON values.
         with_optimizer: whether it holds the optimizer's state, without which a resumed run starts the optimizer anew.
+        random_of_ranks: the random states of all ranks; by default those of this process alone.
     """
     tensors: dict[str, Tensor] = {}
     plain = _split(optimizer.state_dict(), "", tensors) if with_optimizer else None
-    drawn, plain_random = random_states()
+    (drawn, plain_random), *others = random_of_ranks or [random_states()]
+    drawn = drawn | {f"{rank}/{name}": each for rank, (part, _) in enumerate(others, 1) for name, each in part.items()}
     with atomic_write(folder) as draft:
         draft.mkdir()
         save_file(_contiguous(trainable(model)), draft / "weights.safetensors")
@@ -66,15 +70,17 @@ def save_checkpoint(
             save_file(_contiguous(tensors), draft / "optimizer.safetensors")
         save_file(drawn, draft / "random.safetensors")
         facts = {"optimizer": plain, "schedule": _plain(schedule.state_dict()), "random": plain_random}
+        facts["random_of_others"] = [each for _, each in others]
         write_manifest(draft, {**state, **facts})
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, *, rank: int = 0, ranks: int = 1
 ) -> dict[str, Any]:  # fmt: skip
     """Restores weights, optimizer, schedule and random states, and returns the saved `state`.
 
-    A checkpoint without the optimizer's state leaves the optimizer as it is, at the schedule's learning rates.
+    A checkpoint without the optimizer's state leaves the optimizer as it is, at the schedule's learning rates. If as
+    many ranks saved it as load it, each gets its own random states, or else that of the first.
 
     Raises:
         ValueError: the checkpoint is incomplete or damaged; nothing is changed.
@@ -92,7 +98,15 @@ def load_checkpoint(
     else:
         saved = _join(state["optimizer"], load_file(folder / "optimizer.safetensors"))
         optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in saved["state"].items()}})
-    set_random_states((load_file(folder / "random.safetensors"), state["random"]))
+    drawn, plain_random, others = (
+        load_file(folder / "random.safetensors"),
+        state["random"],
+        state.get("random_of_others", []),
+    )
+    if rank and len(others) + 1 == ranks:
+        drawn = {name.removeprefix(f"{rank}/"): each for name, each in drawn.items() if name.startswith(f"{rank}/")}
+        plain_random = others[rank - 1]
+    set_random_states((drawn, plain_random))
     return state
 
 

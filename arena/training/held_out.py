@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from accelerate import Accelerator
 from torch import nn
 
 from arena.data.prepare import FoldData
-from arena.distributed import device_name, on_first_rank
+from arena.distributed import device_name
 from arena.inference.evaluate import Evaluation
 from arena.inference.logits import LogitsCache
 from arena.packing.tree import Prefixes
+from arena.ranks import on_first_rank, together
 from arena.settings import Recipe
 from arena.stopping import Stop
 from arena.storage.files import atomic_write
@@ -43,15 +43,16 @@ class HeldOut:
     Rows without input are not scored during training, and get the prior at the end.
 
     Args:
-        identity: what identifies the run, for the cache of logits; None: logits are not cached.
+        accelerator: of the ranks that share the rows.
+        identity: what identifies the run, for the cache of logits.
         cache: the folder of that cache.
     """
 
     def __init__(
-        self, recipe: Recipe, data: FoldData, prefixes: Prefixes | None, device: torch.device, cache: Path,
-        identity: dict[str, str] | None,
+        self, recipe: Recipe, data: FoldData, prefixes: Prefixes | None, accelerator: Accelerator, cache: Path,
+        identity: dict[str, str],
     ) -> None:  # fmt: skip
-        self.recipe, self.data, self.device, self.cache, self.identity = recipe, data, device, cache, identity
+        self.recipe, self.data, self.accelerator, self.cache, self.identity = recipe, data, accelerator, cache, identity
         self.prefixes = prefixes
         self.has_input = data.has_input[data.eval_rows]
         self.scored = data.eval_rows[self.has_input]
@@ -77,20 +78,16 @@ class HeldOut:
         """
         return self._predict(self._as_given, classifier, "evaluating", weights, stop)
 
-    def predict_of_base(
-        self, place: Path, classifier: nn.Module, accelerator: Accelerator, stop: Stop | None
-    ) -> np.ndarray:
+    def predict_of_base(self, place: Path, classifier: nn.Module, stop: Stop | None) -> np.ndarray:
         """What the base predicts for all held-out rows, float64 (n, C).
 
         Args:
             place: a folder in which that is saved, so that it is computed once.
             classifier: before anything was trained or loaded into it.
         """
-        is_known = damage(place) is None
-        accelerator.wait_for_everyone()  # all ranks have looked before the first one writes
-        if not is_known:
+        if not together(self.accelerator, lambda: damage(place) is None)[0]:
             predicted = self.predict_as_given(classifier, "base", stop)
-            on_first_rank(accelerator, lambda: write_evaluation(place, self.scores(predicted), predicted))
+            on_first_rank(self.accelerator, lambda: write_evaluation(place, self.scores(predicted), predicted))
         return self.of_all_rows(read_evaluation(place))
 
     def predict_averaged(
@@ -115,12 +112,11 @@ class HeldOut:
     def _predict(
         self, evaluation: Evaluation, classifier: nn.Module, title: str, weights: str, stop: Stop | None
     ) -> np.ndarray:
-        logits_cache = None
-        if self.identity is not None:
-            logits_cache = LogitsCache(self.cache, {**self.identity, "weights": weights}, device_name(self.device))
+        machine = device_name(self.accelerator.device)
         return evaluation.probabilities(
-            classifier, dtype=self.recipe.model.dtype, title=title, logits_cache=logits_cache, stop=stop
-        )
+            classifier, dtype=self.recipe.model.dtype, title=title, stop=stop, accelerator=self.accelerator,
+            logits_cache=LogitsCache(self.cache, {**self.identity, "weights": weights}, machine),
+        )  # fmt: skip
 
 
 def write_oof(path: Path, data: FoldData, probabilities: np.ndarray) -> None:

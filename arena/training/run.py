@@ -27,8 +27,9 @@ from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.model.tuning import adapt
 from arena.packing.plan import PackPlan
-from arena.packing.tree import prefixes_for
+from arena.packing.tree import Prefixes, prefixes_for
 from arena.progress import console, optional
+from arena.ranks import local_first, on_every_rank, on_first_rank, together
 from arena.settings import Recipe
 from arena.stopping import stopping
 from arena.storage.files import fingerprint, remove_scratch, write_json
@@ -41,7 +42,7 @@ from arena.training.held_out import scores, write_oof
 from arena.training.log import start_tracking, tracking, upload_model
 from arena.training.optimizer import trainable
 from arena.training.references import REFERENCES, references
-from arena.training.run_directory import create_run_directory, finished_metrics, run_identity
+from arena.training.run_directory import create_run_directory, finished_metrics, require_shared, run_identity
 from arena.training.scores import score_tables
 from arena.training.trainer import Trained, Trainer
 
@@ -82,47 +83,44 @@ def run_fold(recipe: Recipe, fold: int, runs: Path, *, fresh: bool = False) -> d
 
 def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, fresh: bool) -> dict[str, Any]:
     """`run_fold` in a folder that is locked for this process."""
-    main, card, task = accelerator.is_main_process, card_of(accelerator.device), task_of(requested)
+    main = accelerator.is_main_process
     console.print(f"{requested.name}, fold {fold}: rows of {requested.data.path}, base {requested.model.base}")
-    with accelerator.main_process_first():  # which fetches a data set of the hub
-        data_file(requested.data.path, "train", requested.data.cache)  # a missing folder is reported first
-    tokenizer = load_tokenizer(requested.model.base, requested.model.revision)
-    config = base_config(requested.model)
-    check_length(config, requested.prompt.max_length, requested.model.base)
-    first_trained_layer(requested.model, config.num_hidden_layers)  # reports a layer that the base lacks
-    recipe = fit(with_dtype(requested, card), config, card)
-    with accelerator.main_process_first():  # the other ranks find the rows prepared
-        check_exact(config, recipe.model, recipe.prompt.max_length)
-        if not task.classes:
-            check_head(config, recipe.model.base)
-        data = prepare_fold(recipe, task, fold, tokenizer)
-        prefixes = prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
-    check_ids(config, data.store, tokenizer, recipe.model.base)
+    recipe, data, prefixes, tokenizer = _prepare(requested, fold, accelerator)
     run = run_identity(recipe, data.fingerprint, base_digest(recipe.model.base, recipe.model.revision))
-    if not fresh and (metrics := finished_metrics(folder, run)) is not None:
+    metrics = None if fresh else together(accelerator, lambda: finished_metrics(folder, run))[0]
+    if metrics is not None:
         console.print(f"{folder} is finished: there is nothing to train (--fresh trains it again)")
         return metrics
-    model = adapt(load_base(recipe.model, data.task.classes, announce=True), recipe.model)
+
+    def load() -> Any:
+        return adapt(load_base(recipe.model, data.task.classes, announce=True), recipe.model)
+
+    model = on_every_rank(accelerator, load, patient=True)
     with (
         stopping(recipe.train.max_seconds) as stop,
         _mirror(recipe, folder, run, main, fresh) as mirror,
         tracking(accelerator),
     ):
-        trainer = Trainer(
-            recipe, data, model, folder, accelerator, prefixes=prefixes, identity=run, stop=stop, mirror=mirror
+        trainer = on_every_rank(
+            accelerator,
+            lambda: Trainer(
+                recipe, data, model, folder, accelerator, prefixes=prefixes, identity=run, stop=stop, mirror=mirror
+            ),
         )
         # where this call resumed from does not matter to a judge, or to another fold trained with the same recipe
         saved = recipe.model_copy(update={"train": recipe.train.model_copy(update={"resume": "auto"})})
-        # only now, because a run that cannot be trained must not replace the earlier one
-        if recipe.train.track != "tensorboard":
-            start_tracking(accelerator, recipe, fold)
-        if main:
+
+        def begin() -> None:
+            if recipe.train.track != "tensorboard":
+                start_tracking(accelerator, recipe, fold)
             create_run_directory(folder, run, saved, fresh=fresh)
-        if recipe.train.track == "tensorboard":  # it writes files into the folder
-            start_tracking(accelerator, recipe, fold)
-        if mirror is not None and not fresh and (fetched := mirror.pull(folder)):
-            console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
-        accelerator.wait_for_everyone()
+            if recipe.train.track == "tensorboard":  # it writes files into the folder
+                start_tracking(accelerator, recipe, fold)
+            if mirror is not None and not fresh and (fetched := mirror.pull(folder)):
+                console.print(f"fetched from {recipe.train.mirror}: {', '.join(path.name for path in fetched)}")
+
+        on_first_rank(accelerator, begin, patient=True)  # only now: a run that cannot be trained replaces no other
+        on_every_rank(accelerator, lambda: require_shared(folder, run))
         _announce(recipe, requested, data, trainer)
         try:
             trained = trainer.run()
@@ -140,6 +138,31 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
             metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
             upload_model(accelerator, recipe, fold, folder / "model")
     return metrics
+
+
+def _prepare(requested: Recipe, fold: int, accelerator: Accelerator) -> tuple[Recipe, FoldData, Prefixes | None, Any]:
+    """The recipe as it runs on the cards of all ranks, the fold's data and what they share, and the tokenizer."""
+    task, cards = task_of(requested), together(accelerator, lambda: card_of(accelerator.device))
+    # a missing folder is reported first, and a data set of the hub fetched
+    local_first(accelerator, lambda: data_file(requested.data.path, "train", requested.data.cache))
+    tokenizer = load_tokenizer(requested.model.base, requested.model.revision)
+    config = base_config(requested.model)
+    check_length(config, requested.prompt.max_length, requested.model.base)
+    first_trained_layer(requested.model, config.num_hidden_layers)  # reports a layer that the base lacks
+    recipe = with_dtype(requested, min(cards, key=lambda card: card.bfloat16))
+    for card in cards:
+        recipe = fit(recipe, config, card)
+    check_exact(config, recipe.model, recipe.prompt.max_length)
+    if not task.classes:
+        check_head(config, recipe.model.base)
+
+    def prepare() -> tuple[FoldData, Prefixes | None]:
+        data = prepare_fold(recipe, task, fold, tokenizer)
+        return data, prefixes_for(data.store, recipe.packing, Path(recipe.data.cache))
+
+    data, prefixes = local_first(accelerator, prepare)
+    check_ids(config, data.store, tokenizer, recipe.model.base)
+    return recipe, data, prefixes, tokenizer
 
 
 def _write_predictions(folder: Path, data: FoldData, trained: Trained) -> None:

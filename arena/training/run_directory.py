@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def differences(folder: Path, saved: dict[str, str], current: dict[str, str], re
     """How the run in a folder differs from this one, in words.
 
     Args:
-        saved, current: fingerprints of recipe, data, and base or plan, from `run_identity` or a checkpoint.
+        saved, current: fingerprints of recipe, data, and base or steps, from `run_identity` or a checkpoint.
         recipe: this run's recipe.
     """
     changed = {name for name in current if saved.get(name) != current[name]}
@@ -77,8 +79,8 @@ def differences(folder: Path, saved: dict[str, str], current: dict[str, str], re
         reasons.append(f"its rows are not those that data.path={recipe.data.path} now has")
     if "base" in changed:
         reasons.append(f"its base model is not the one that model.base={recipe.model.base} now holds")
-    if changed == {"plan"}:
-        reasons.append("it was packed for another number of processes, or by another version of arena")
+    if changed == {"steps"}:
+        reasons.append("its steps have other examples: another version of arena planned them")
     return reasons
 
 
@@ -176,6 +178,18 @@ def _never_began(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     empty = not (folder / "log.jsonl").is_file() or (folder / "log.jsonl").stat().st_size == 0
     return names <= {"recipe.yaml", "run.json", "log.jsonl"} and empty
+
+
+def require_shared(folder: Path, run: dict[str, str], seconds: int = 60) -> None:
+    """Raises `ValueError` unless a run's folder is seen here, as it may take a while on a disk of another machine."""
+    for _ in range(seconds):
+        if _identity_of(folder) == run:
+            return
+        time.sleep(1)
+    raise ValueError(
+        f"{folder} is not seen on {platform.node()}: the folder of runs must be on a disk that all machines of a run "
+        "share; name it with --runs"
+    )
 
 
 def _identity_of(folder: Path) -> dict[str, str] | None:

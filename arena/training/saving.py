@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from arena.distributed import on_first_rank
+from arena.ranks import on_every_rank, on_first_rank, together
 from arena.settings import Recipe
 from arena.storage.manifest import damage, read_manifest
 from arena.storage.mirror import Mirror
-from arena.training.checkpoint import Done, load_checkpoint, save_checkpoint
+from arena.training.checkpoint import Done, load_checkpoint, random_states, save_checkpoint
 from arena.training.checkpoint_manager import CheckpointManager, Ranking
 from arena.training.optimizer import LossScaling
 from arena.training.run_directory import RUN_FILES, require_same_run
@@ -26,7 +26,7 @@ class Saving:
     Args:
         folder: the run's folder.
         ranking: of evaluated checkpoints.
-        resume_fingerprint: what identifies the run and its plan; checkpoints with another one are refused.
+        resume_fingerprint: what identifies the run and its steps; checkpoints with another one are refused.
         mirror: where checkpoints are copied to, on the first rank.
     """
 
@@ -48,20 +48,28 @@ class Saving:
             ValueError: there are checkpoints, but none is complete, or the requested one is not.
         """
         self._require_folder()
-        assert self.checkpoints.costs is not None  # read on all ranks before the first one writes
-        self.accelerator.wait_for_everyone()
         mode = self.recipe.train.resume
-        return None if mode == "never" else self.checkpoints.choose(mode)
+
+        def choose() -> tuple[dict[int, float], Path | None]:
+            return self.checkpoints.costs, None if mode == "never" else self.checkpoints.choose(mode)
+
+        self.checkpoints.costs, chosen = together(self.accelerator, choose)[0]
+        return chosen
 
     def load(self, checkpoint: Path) -> Done:
         """Restores the run as a checkpoint holds it; later checkpoints are archived if it was not the latest.
 
         Raises:
-            ValueError: it belongs to another recipe, other data or another plan, or is damaged.
+            ValueError: it belongs to another recipe, other data or other steps, or is damaged.
         """
-        saved = read_manifest(checkpoint)["resume_fingerprint"]
-        require_same_run(checkpoint, saved, self.resume_fingerprint, self.recipe)
-        state = load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule)
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+
+        def load() -> dict[str, Any]:
+            saved = read_manifest(checkpoint)["resume_fingerprint"]
+            require_same_run(checkpoint, saved, self.resume_fingerprint, self.recipe)
+            return load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule, rank=rank, ranks=ranks)
+
+        state = on_every_rank(self.accelerator, load)
         self.scaling.restore(state["scaling"])
         done = Done(**state["done"])
         if self.recipe.train.resume != "auto":
@@ -76,13 +84,14 @@ class Saving:
         self._require_folder()
         state = {"done": asdict(done), "scaling": self.scaling.state()}
         state["resume_fingerprint"] = self.resume_fingerprint
+        random_of_ranks = together(self.accelerator, random_states)
 
         def write() -> None:  # only the first rank checks, as others might see the checkpoint appear
             if damage(target) is None:
                 return
             save_checkpoint(
                 target, self.model, self.optimizer, self.schedule, state,
-                with_optimizer=self.recipe.train.save_optimizer,
+                with_optimizer=self.recipe.train.save_optimizer, random_of_ranks=random_of_ranks,
             )  # fmt: skip
             if self.mirror is not None:
                 there = [self.folder / name for name in RUN_FILES if (self.folder / name).is_file()]

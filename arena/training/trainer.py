@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from arena.data.prepare import FoldData
-from arena.distributed import first_rank, on_first_rank, reusing_memory, sum_gradients, total
+from arena.distributed import reusing_memory
 from arena.model.backbone import attention_choice
 from arena.model.language_model import packed_model
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.packing.tree import Prefixes
 from arena.progress import ahead, console, progress
+from arena.ranks import on_first_rank, sum_gradients, together
 from arena.settings import Recipe
 from arena.stopping import Stop, Stopped
 from arena.storage.manifest import damage, read_manifest
 from arena.storage.mirror import Mirror
-from arena.training.batches import due_after, epoch_size, plan_fold, step_targets
+from arena.training.batches import due_after, epoch_size, plan_fold, step_targets, steps_fingerprint
 from arena.training.checkpoint import Done, Random, load_weights, random_states, set_random_states
 from arena.training.checkpoint_manager import ranking_by
 from arena.training.held_out import HeldOut, Predictions
@@ -62,6 +64,7 @@ class Trainer:
         folder: the run's folder, for the log and the checkpoints.
         prefixes: what the examples share (`prefixes_for`).
         identity: of the run (`run_identity`).
+        accelerator: of the ranks that share each step and each evaluation.
         stop: is checked between micro-batches.
         mirror: where checkpoints are copied to, on the first rank.
 
@@ -74,7 +77,7 @@ class Trainer:
         prefixes: Prefixes | None, identity: dict[str, str], stop: Stop | None = None, mirror: Mirror | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
-        self.device, alone = accelerator.device, accelerator.num_processes == 1
+        self.device = accelerator.device
         self.model, self.classifier = model, packed_model(model).to(accelerator.device)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
         self.plan = plan_fold(recipe, data, accelerator.num_processes, prefixes)
@@ -87,7 +90,7 @@ class Trainer:
         self.scaling = LossScaling(recipe.model.dtype, accelerator.device)
         self.done = Done()
         self.recompute_plan = choose_policies(self.classifier, self._loader(), recipe)
-        resume_fingerprint = identity | {"plan": self.plan.fingerprint}
+        resume_fingerprint = identity | {"steps": steps_fingerprint(self.plan)}
         self.stop, self.mirror = stop or Stop(), mirror
         self.saving = Saving(
             recipe, folder, accelerator, model, self.optimizer, self.schedule, self.scaling,
@@ -95,8 +98,7 @@ class Trainer:
             mirror=mirror,
         )  # fmt: skip
         self.checkpoints = self.saving.checkpoints
-        cached = resume_fingerprint if alone else None  # several processes would write the same parts
-        self.held_out = HeldOut(recipe, data, prefixes, self.device, folder / "logits", cached)
+        self.held_out = HeldOut(recipe, data, prefixes, accelerator, folder / "logits", resume_fingerprint)
         self.log = RunLog(folder / "log.jsonl", writes=accelerator.is_main_process)
 
     def run(self) -> Trained:
@@ -108,8 +110,7 @@ class Trainer:
         """
         base = None
         if not self.data.task.classes:
-            place, stop = self.checkpoints.base, self._own_stop
-            base = self.held_out.predict_of_base(place, self.classifier, self.accelerator, stop)
+            base = self.held_out.predict_of_base(self.checkpoints.base, self.classifier, self.stop)
         self.resume()
         self.classifier.train()
         with (
@@ -132,7 +133,7 @@ class Trainer:
         """Resumes from the checkpoint that `train.resume` selects, if there is one.
 
         Raises:
-            ValueError: it belongs to another recipe, other data or another plan, or no checkpoint is complete.
+            ValueError: it belongs to another recipe, other data or other steps, or no checkpoint is complete.
         """
         chosen = self.saving.choose()
         if chosen is not None:
@@ -158,9 +159,16 @@ class Trainer:
             self._evaluate()
         elif self.done.step in self.save_after:
             self.saving.save(self.done)
-        requested = float(self.stop())
-        if total(self.accelerator, requested) > 0 and self.done.step < self.plan.n_steps:
+        if self.done.step == self.plan.n_steps:
+            return
+        try:
+            together(self.accelerator, self._check_stop)
+        except Stopped:
             self.saving.save(self.done)
+            raise
+
+    def _check_stop(self) -> None:
+        if self.stop():
             raise self.stop.stopped()
 
     def _finish(self, base: np.ndarray | None) -> Trained:
@@ -178,7 +186,7 @@ class Trainer:
     def _predictions(self, step: int) -> Predictions:
         """The predictions of an evaluated step, whose weights are in the model."""
         as_given = self.checkpoints.load_evaluation(step)[1]
-        return self.held_out.predict_averaged(as_given, self.classifier, self._weights(step), self._own_stop)
+        return self.held_out.predict_averaged(as_given, self.classifier, self._weights(step), self.stop)
 
     def _loader(self) -> PackedLoader:
         rank = self.accelerator.process_index
@@ -199,18 +207,18 @@ class Trainer:
         device, dtype = self.device, self.recipe.model.dtype
         try:
             joined = self.data.task if self.data.task.joins(self.recipe.prompt) else None
-            loss = accumulate(self.classifier, batch, size, device, dtype, self.scaling, self._own_stop, joined)
+            own = partial(accumulate, self.classifier, batch, size, device, dtype, self.scaling, self.stop, joined)
+            loss = sum(together(self.accelerator, own))
         except Stopped:
             self._give_up_step(before)
             raise
         parameters = list(trainable(self.model).values())
         sum_gradients(self.accelerator, parameters)
         self.scaling.unscale(self.optimizer)
-        loss = total(self.accelerator, loss)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm))
         if not self.scaling.forgives(loss, norm):
             self._give_up_step(before)
-            rows = sorted({int(index) // self.data.store.orders for each in batch for index in each.index})
+            rows = np.unique(self.plan.step_examples(self.done.step) // self.data.store.orders).tolist()
             failed = self.folder, self.done.step + 1, loss, norm, [self.data.ids[row] for row in rows]
             on_first_rank(self.accelerator, lambda: write_failure(*failed))
             raise FloatingPointError(describe_failure(*failed))
@@ -231,9 +239,8 @@ class Trainer:
     def _evaluate(self) -> None:
         """Evaluates the held-out rows as given and saves the result beside the checkpoint."""
         step, best = self.done.step, self.checkpoints.best
-        probabilities = self.held_out.predict_as_given(self.classifier, self._weights(step), self._own_stop)
-        found = self.held_out.scores(probabilities)
-        scores = {name: first_rank(self.accelerator, score) for name, score in found.items()}
+        probabilities = self.held_out.predict_as_given(self.classifier, self._weights(step), self.stop)
+        scores = self.held_out.scores(probabilities)
         cost = self.checkpoints.ranking.cost(scores)
         is_best = best is None or cost < self.checkpoints.costs[best]
         line = dict(zip(LINE, (step, scores["log_loss"], len(self.held_out.scored), is_best), strict=True))
@@ -248,15 +255,8 @@ class Trainer:
             self.mirror.push(self.checkpoints.evaluation(step))
         on_first_rank(self.accelerator, self.checkpoints.prune)
 
-    @property
-    def _own_stop(self) -> Stop | None:
-        """The stop, if this process may act on it alone; several ranks end after the same step."""
-        return self.stop if self.accelerator.num_processes == 1 else None
-
     def _weights(self, step: int) -> str:
-        """The digest of a checkpoint's weights, for the cache of logits, which several processes do not use."""
-        if self.accelerator.num_processes > 1:
-            return ""
+        """The digest of a checkpoint's weights, for the cache of logits."""
         return str(read_manifest(self.checkpoints.step(step))["files"]["weights.safetensors"]["sha256"])
 
     def _log(self, facts: dict[str, Any]) -> None:

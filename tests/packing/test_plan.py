@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arena.inference.evaluate import share
 from arena.packing.plan import (
     PackPlan,
     epoch_order,
@@ -16,6 +17,7 @@ from arena.packing.plan import (
     plan_evaluation,
     plan_training,
 )
+from benchmarks.workload import competition_lengths
 
 BUDGET = 100
 some_lengths = st.lists(st.integers(1, BUDGET), min_size=1, max_size=60).map(np.array)
@@ -111,6 +113,21 @@ def test_ranks_share_cost_evenly() -> None:
             for rank in range(4)
         ]
         assert max(totals) / min(totals) < 1.02
+
+
+def test_no_rank_of_eight_is_much_busier_than_the_mean() -> None:
+    """In tokens and in cost, with lengths like the competition's; a control with ranks by length is far from it."""
+    lengths = competition_lengths(11_496, seed=0)  # a fold's
+    order = epoch_order(len(lengths), 0, 0)
+    training = plan_training(lengths, order, step_size=320, budget=16_384, ranks=8)
+    whole = plan_evaluation(lengths, order, budget=16_384)
+    for plan in (training, whole):
+        shares = [share(plan, rank, 8) for rank in range(8)]
+        assert sorted(np.concatenate([each.examples for each in shares]).tolist()) == list(range(len(lengths)))
+        for loads in ([each.tokens.sum() for each in shares], [each.costs(lengths).sum() for each in shares]):
+            assert max(loads) <= 1.01 * np.mean(loads)
+    by_length = [part.sum() for part in np.array_split(np.sort(lengths), 8)]
+    assert max(by_length) > 1.5 * np.mean(by_length)
 
 
 def test_steps_need_few_micro_batches_and_fill_them_evenly() -> None:

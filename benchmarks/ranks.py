@@ -1,0 +1,122 @@
+"""Three ways to sum the gradients of ranks, timed: `torchrun --nproc_per_node 2 -m benchmarks.ranks`.
+
+They are a call for each weight, flat buckets as training uses, and DDP, which sums while the last micro-batch is still
+in its backward. Each rank has as many micro-batches as the others here, without which DDP would wait for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+from arena.config import load_recipe
+from arena.distributed import device_name, start
+from arena.model.backbone import load_base
+from arena.model.classifier import loss_sum
+from arena.model.language_model import packed_model
+from arena.model.tuning import adapt
+from arena.packing.batch import PackedBatch
+from arena.ranks import sum_gradients, together
+from arena.tasks.preference import CLASSES
+from arena.training.batches import open_fold
+from arena.training.optimizer import trainable
+
+ROUNDS, MICRO_BATCHES = 5, 2
+
+Way = Callable[[], None]
+
+
+def main() -> None:
+    """Prints the time of a step each way, and how many calls and how many numbers it exchanges."""
+    recipe = load_recipe("demo", ["prompt.max_length=256", "packing.budget=512"])  # little work to hide the sums in
+    accelerator = start(recipe.seed)
+    model = adapt(load_base(recipe.model, CLASSES), recipe.model)
+    classifier = packed_model(model).to(accelerator.device).train()
+    loader = open_fold(recipe)
+    every = [each for step, _ in zip(loader, range(3 * accelerator.num_processes), strict=False) for each in step]
+    first = MICRO_BATCHES * accelerator.process_index
+    own = [each.to(accelerator.device) for each in every[first : first + MICRO_BATCHES]]
+    parameters = list(trainable(model).values())
+    with torch.no_grad():
+        for each in parameters:  # a new adapter's second matrix is zero, and then has no gradient but zero
+            each.add_(torch.randn_like(each) * 0.01)
+    shared = DistributedDataParallel(classifier, bucket_cap_mb=64)
+    ways: dict[str, Way] = {
+        "a call for each weight": lambda: _one_by_one(accelerator, classifier, own, parameters),
+        "flat buckets": lambda: _flat(accelerator, classifier, own, parameters),
+        "DDP": lambda: _ddp(shared, own),
+        "no sum at all": lambda: _backward(classifier, own),
+    }
+    gradients, lines = {}, []
+    for name, way in ways.items():
+        calls = _calls(way, parameters)
+        gradients[name] = torch.cat([each.grad.reshape(-1) for each in parameters if each.grad is not None])
+        lines.append((name, calls))
+    times = {name: min(_time(accelerator, way, parameters) for _ in range(ROUNDS)) for name, way in ways.items()}
+    count = sum(each.numel() for each in parameters)
+    scale = {"DDP": accelerator.num_processes}  # its mean is over the ranks
+    if accelerator.is_main_process:
+        print(f"{accelerator.num_processes} processes, {device_name(accelerator.device)}")
+        print(f"{len(parameters)} trained weights, {count:,} numbers")
+        for name, calls in lines:
+            off = float((gradients[name] * scale.get(name, 1) - gradients["flat buckets"]).norm())
+            off /= float(gradients["flat buckets"].norm())
+            print(f"{name:24}{times[name]:8.3f} s a step,{calls:4} calls, gradient off by {off:.1e}")
+    accelerator.state.destroy_process_group()
+
+
+def _backward(model: nn.Module, own: list[PackedBatch]) -> None:
+    for batch in own:
+        assert batch.targets is not None
+        loss_sum(model(batch), batch.targets).backward()
+
+
+def _one_by_one(
+    accelerator: Accelerator, model: nn.Module, own: list[PackedBatch], weights: list[nn.Parameter]
+) -> None:
+    _backward(model, own)
+    for weight in weights:
+        torch.distributed.all_reduce(weight.grad)
+
+
+def _flat(accelerator: Accelerator, model: nn.Module, own: list[PackedBatch], weights: list[nn.Parameter]) -> None:
+    _backward(model, own)
+    sum_gradients(accelerator, weights)
+
+
+def _ddp(model: DistributedDataParallel, own: list[PackedBatch]) -> None:
+    with model.no_sync():
+        _backward(model, own[:-1])
+    _backward(model, own[-1:])
+
+
+def _calls(way: Way, parameters: list[nn.Parameter]) -> int:
+    """The sums over ranks in a step, after one that DDP arranges its buckets by; leaves that step's gradients."""
+    found = profile(activities=[ProfilerActivity.CPU])
+    way()
+    for each in parameters:
+        each.grad = None
+    with found:
+        way()
+    return sum(event.count for event in found.key_averages() if event.key.endswith(":all_reduce"))
+
+
+def _time(accelerator: Accelerator, way: Way, parameters: list[nn.Parameter]) -> float:
+    for each in parameters:
+        each.grad = None
+    together(accelerator, lambda: None)
+    begin = time.perf_counter()
+    way()
+    if accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+    return max(together(accelerator, lambda: time.perf_counter() - begin))
+
+
+if __name__ == "__main__":
+    main()
