@@ -13,6 +13,7 @@ from benchmarks.collect import Collect
 from benchmarks.deadline import Deadline
 from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
+from benchmarks.prepare import Prepare
 from benchmarks.real_base import RealBase
 from benchmarks.serve import Serve
 from benchmarks.small import Small
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "submission": Submission,
     "deadline": Deadline,
     "serve": Serve,
+    "prepare": Prepare,
     "collect": Collect,
     "demo-base": DemoBase,
 }
