@@ -10,6 +10,7 @@ from typing import Any
 from arena import cli
 from arena.stopping import MORE_TO_DO
 from benchmarks.collect import Collect
+from benchmarks.costs import Costs
 from benchmarks.deadline import Deadline
 from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "deadline": Deadline,
     "serve": Serve,
     "prepare": Prepare,
+    "costs": Costs,
     "collect": Collect,
     "demo-base": DemoBase,
 }
