@@ -271,4 +271,5 @@ def _minima(shared: np.ndarray, levels: int) -> np.ndarray:
 def _range_minimum(table: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """The minima over [first, last), from a sparse table; anything where nothing is in between."""
     level = np.frexp(np.maximum(last - first, 1))[1] - 1
-    return np.minimum(table[level, np.minimum(first, table.shape[1] - 1)], table[level, last - 2**level])
+    begin, end = table[level, np.minimum(first, table.shape[1] - 1)], table[level, last - 2**level]
+    return np.asarray(np.minimum(begin, end))

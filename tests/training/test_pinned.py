@@ -52,7 +52,7 @@ def write_rows(path: Path) -> None:
             turns = 1 + int(number % 7 == 0)
             label = rng.dirichlet([0.3, 0.3, 0.3]).round(3)
             label[2] = 1 - label[:2].sum()
-            cells = {"id": f"row {number * 7 % ROWS}", "prompt": [prompt, "and then?"][:turns]}
+            cells: dict[str, object] = {"id": f"row {number * 7 % ROWS}", "prompt": [prompt, "and then?"][:turns]}
             for name in ("response_a", "response_b"):
                 cells[name] = [text(30) if rng.random() > 0.05 else None for _ in range(turns)]
             names = ("winner_model_a", "winner_model_b", "winner_tie")
