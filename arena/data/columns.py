@@ -6,7 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from operator import eq
-from typing import overload
+from typing import SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -34,12 +34,12 @@ class Texts(Sequence[str]):
             yield from chunk.to_pylist()
 
     @overload
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: SupportsIndex) -> str: ...
 
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
 
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: SupportsIndex | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         return str(self.column[int(index)].as_py())

@@ -19,7 +19,7 @@ def test_a_column_reads_as_a_list() -> None:
     words = ["a", "", "你好", "d", "e"]
     texts = Texts(pa.chunked_array([words[:2], words[2:]], pa.string()))
     assert texts == words and list(texts) == words and texts != words[1:] and texts != [*words[:4], "x"]
-    assert (texts[2], texts[-1], texts[int(np.int64(1))], texts[1:4]) == ("你好", "e", "", words[1:4])
+    assert (texts[2], texts[-1], texts[np.int64(1)], texts[1:4]) == ("你好", "e", "", words[1:4])
     assert pd.DataFrame({"id": texts})["id"].tolist() == words
     with pytest.raises(IndexError):
         texts[5]
