@@ -10,9 +10,11 @@ from typing import Any
 from arena import cli
 from arena.stopping import MORE_TO_DO
 from benchmarks.collect import Collect
+from benchmarks.costs import Costs
 from benchmarks.deadline import Deadline
 from benchmarks.demo_base.train import DemoBase
 from benchmarks.gpu import Gpu
+from benchmarks.prepare import Prepare
 from benchmarks.real_base import RealBase
 from benchmarks.serve import Serve
 from benchmarks.small import Small
@@ -29,6 +31,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "submission": Submission,
     "deadline": Deadline,
     "serve": Serve,
+    "prepare": Prepare,
+    "costs": Costs,
     "collect": Collect,
     "demo-base": DemoBase,
 }

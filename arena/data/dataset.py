@@ -6,7 +6,7 @@ import errno
 import json
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -20,11 +20,12 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from numpy.typing import NDArray
 
-from arena.data.cells import FieldError, Labels, excerpt, read_id
-from arena.data.limits import Limits, characters
-from arena.data.rows import READERS, ROWS_AT_ONCE, Cells, Row, read_rows, required
+from arena.data.cells import FieldError, Labels
+from arena.data.columns import Texts
+from arena.data.conversion import BadRowsError, Conversion
+from arena.data.limits import Limits
+from arena.data.rows import READERS, ROWS_AT_ONCE
 from arena.data.task import Task
-from arena.progress import progress
 from arena.storage.files import atomic_write, file_digest, fingerprint
 
 # what the readers of damaged Arrow, parquet and npz files raise
@@ -33,8 +34,7 @@ DAMAGED = (
 )  # fmt: skip
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of an Arrow stream; a stream cut between two batches lacks only this
 FORMAT = 2  # part of the cached file's name: increase it when the same files would be read differently
-CHARACTERS_AT_ONCE = 2**24  # a chunk has fewer rows once they have this many characters
-PROBLEMS_SHOWN = 20
+GROUPS_REMEMBERED = 2**14  # texts, which may be long
 
 
 @contextmanager
@@ -60,25 +60,6 @@ def _is_whole(path: Path) -> bool:
         return file.read() == END
 
 
-class BadRowsError(ValueError):
-    """Rows or files that cannot be used: how many, and messages about the first 20 in `shown`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-        self.shown: list[str] = []
-
-    def add(self, path: Path, where: str, problem: FieldError) -> None:
-        self.count += 1
-        if len(self.shown) < PROBLEMS_SHOWN:  # messages about millions of bad rows must not fill the memory
-            self.shown.append(f"{path}, {where}, {problem.field}: {problem.what}")
-
-    def __str__(self) -> str:
-        title = f"{self.count:,} problem{'s' if self.count > 1 else ''} in the data; nothing was written:"
-        hidden = self.count - len(self.shown)
-        return "\n  ".join([title, *self.shown, *([f"and {hidden:,} more"] if hidden else [])])
-
-
 @dataclass(frozen=True)
 class Rows:
     """Checked rows of a task, memory-mapped.
@@ -97,8 +78,8 @@ class Rows:
         return len(self.table)
 
     @cached_property
-    def ids(self) -> list[str]:
-        return list(self.columns("id").with_format("arrow")[:]["id"].to_pylist())
+    def ids(self) -> Texts:
+        return Texts(self.columns("id").with_format("arrow")[:]["id"])
 
     @cached_property
     def labels(self) -> NDArray[np.float64]:
@@ -112,17 +93,21 @@ class Rows:
         return np.asarray(labels.flatten(), dtype=np.float64).reshape(-1, len(self.task.classes))
 
     def groups(self) -> list[str]:
-        """`Task.group` of each row; that of a repeated text is computed once."""
+        """`Task.group` of each row."""
+        return list(self.group_keys())
+
+    def group_keys(self) -> Iterator[str]:
+        """The same, one by one; that of a text that occurred lately is not computed again."""
         column = self.task.group_by
-        keys: dict[Any, str] = {}
-        groups = []
-        for batch in self.table.select_columns(column).iter(ROWS_AT_ONCE):
+        known: dict[Any, str] = {}
+        for batch in self.columns(column).iter(ROWS_AT_ONCE):
+            if len(known) > GROUPS_REMEMBERED:
+                known.clear()
             for texts in batch[column]:
                 same = tuple(texts) if isinstance(texts, list) else texts
-                if same not in keys:
-                    keys[same] = self.task.group(texts)
-                groups.append(keys[same])
-        return groups
+                if same not in known:
+                    known[same] = self.task.group(texts)
+                yield known[same]
 
     @cached_property
     def has_input(self) -> NDArray[np.bool_]:
@@ -171,7 +156,13 @@ def read_dataset(
     features = Features({"id": Value("string"), **task.features, **label})
     if not stored.exists():
         with atomic_write(stored) as draft:
-            _Conversion(task, labels, limits, features.arrow_schema).write(paths, draft)
+            reading = Conversion(task, labels, limits, features.arrow_schema)
+            reading.write(paths, draft)
+            if repeats := reading.repeated_ids():  # once more, to tell which rows have them
+                reading = Conversion(task, labels, limits, features.arrow_schema, repeats)
+                reading.write(paths, draft)
+            if reading.bad.count:
+                raise reading.bad
     with reading_cached(stored):
         table = Dataset.from_file(str(stored))
         if table.features != features:
@@ -218,83 +209,3 @@ def _contents(paths: Sequence[Path]) -> list[list[str]]:
     if bad.count:
         raise bad
     return contents
-
-
-class _Conversion:
-    """The conversion of files into one Arrow file of checked rows; every bad row is reported in one error."""
-
-    def __init__(self, task: Task, labels: Labels, limits: Limits, schema: pa.Schema) -> None:
-        self.task, self.labels, self.limits, self.schema = task, labels, limits, schema
-        self.first_file: dict[str, Path] = {}  # id -> the file in which it first occurs
-        self.numbered: bool | None = None  # whether this file's rows have their number, over all files, as id
-        self.layout: Callable[[Cells], Cells] | None = None  # of this file
-        self.number = 0
-        self.bad = BadRowsError()
-
-    def write(self, paths: Sequence[Path], draft: Path) -> None:
-        with (
-            pa.ipc.new_stream(str(draft), self.schema) as stream,
-            progress(f"reading {self.task.rows}", None) as advance,
-        ):
-            for path in paths:
-                self.numbered = None
-                for chunk in _chunks(read_rows(path, self._columns, self.limits)):
-                    good = self._good_rows(path, chunk)
-                    if not self.bad.count:  # otherwise nothing is cached
-                        stream.write_batch(pa.RecordBatch.from_pylist(good, schema=self.schema))
-                    advance(len(chunk))
-        if self.bad.count:
-            raise self.bad
-
-    def _columns(self, names: list[str]) -> list[str]:
-        ids = ("id",) if "id" in names or not self.task.numbers_rows(names) else ()
-        wanted = required((*ids, *self.task.file_columns(names)), names)
-        return [*wanted, *self.task.label_columns(names, self.labels)]
-
-    def _good_rows(self, path: Path, chunk: list[Row]) -> list[Cells]:
-        """The good rows of `chunk`, checked; the others are added to `bad`."""
-        good = []
-        for where, cells in chunk:
-            self.number += 1
-            try:
-                row = self._checked(cells)
-                if (earlier := self.first_file.get(row["id"])) is not None:
-                    raise FieldError(
-                        "id", f"{excerpt(row['id'])} also occurs earlier, in {earlier}; every row needs its own"
-                    )
-                self.first_file[row["id"]] = path
-                good.append(row)
-            except FieldError as problem:
-                self.bad.add(path, where, problem)
-        return good
-
-    def _checked(self, cells: Cells | FieldError) -> Cells:
-        if isinstance(cells, FieldError):
-            raise cells
-        if self.numbered is None:  # the file's first row
-            self.numbered = "id" not in cells and self.task.numbers_rows(cells)
-            self.layout = self.task.layout_of(cells)
-        row = cells if self.layout is None else self.layout(cells)
-        texts = self.task.read_texts(row, self.limits)
-        return {"id": self._id(cells), **texts, "label": self.task.read_label(row, self.labels)}
-
-    def _id(self, cells: Cells) -> str:
-        if not self.numbered:
-            return read_id(cells.get("id"))
-        if "id" in cells:
-            raise FieldError("id", "is there, but the first row has none; give every row of the file an id, or none")
-        return str(self.number)
-
-
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """The rows in lists of at most `ROWS_AT_ONCE`; lists of long rows are shorter."""
-    chunk: list[Row] = []
-    held = 0
-    for row in rows:
-        chunk.append(row)
-        held += 0 if isinstance(row[1], FieldError) else characters(row[1])
-        if len(chunk) == ROWS_AT_ONCE or held >= CHARACTERS_AT_ONCE:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from arena.data.cells import FieldError, excerpt, read_id, read_probabilities
-from arena.data.dataset import BadRowsError
+from arena.data.conversion import BadRowsError
 from arena.data.limits import Limits
 from arena.data.rows import READERS, Cells, read_rows, required
 from arena.data.task import Task

@@ -6,13 +6,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import concatenate_datasets
 from numpy.typing import NDArray
 
+from arena.data.columns import Texts, end_to_end, numbered
 from arena.data.dataset import Rows
 from arena.data.extra import read_extra, taught_by, without_leaks
 from arena.data.files import data_file, read_files
@@ -58,7 +61,7 @@ class FoldData:
     """
 
     rows: Rows
-    ids: list[str]
+    ids: Sequence[str]
     labels: np.ndarray
     store: TokenStore
     train_rows: np.ndarray
@@ -87,8 +90,10 @@ class FoldData:
             return None
         orders = range(self.store.orders)
         taught = self.labels if self.taught is None else self.taught
-        by_order = np.stack([self.task.reorder(taught, order) for order in orders], axis=1)
-        return by_order.reshape(len(self.store), -1).astype(np.float32)
+        by_order = np.empty((len(taught), len(orders), taught.shape[1]), dtype=np.float32)
+        for order in orders:
+            by_order[:, order] = self.task.reorder(taught, order)
+        return by_order.reshape(len(self.store), -1)
 
     @cached_property
     def kinds(self) -> np.ndarray:
@@ -115,20 +120,20 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
     extra = read_extra(settings, task)
     kept = without_leaks(extra, rows, held_out, notes)
     parts, selected = [rows, *(each.rows for each in extra)], [train, *kept]
-    ids = [*rows.ids, *(f"{name} ({each.origin})" for each in extra for name in each.rows.ids)]
+    others = [pa.array([f"{name} ({each.origin})" for name in each.rows.ids], pa.string()) for each in extra]
     has_input, chosen = np.concatenate([part.has_input for part in parts]), np.concatenate(selected)
     if len(omitted := np.flatnonzero(chosen & ~has_input)):
         notes.append(f"{len(omitted):,} training rows have no {task.missing} and are omitted")
     train_rows = np.flatnonzero(chosen & has_input)
     _check_rows(fold, train_rows, held_out, has_input, task, notes)
     orders = task.orders if recipe.reads_all_orders or recipe.train.swap != "never" else 1
-    labels = np.concatenate([rows.labels, *(each.labels for each in extra)])
-    taught = np.concatenate([taught, *(each.taught for each in extra)])
-    aims = [] if np.array_equal(taught, labels) else [fingerprint(taught.tobytes())]
+    labels = np.concatenate([rows.labels, *(each.labels for each in extra)]) if extra else rows.labels
+    taught = np.concatenate([taught, *(each.taught for each in extra)]) if extra else taught
+    aims = [] if taught is labels or np.array_equal(taught, labels) else [fingerprint(taught.tobytes())]
     split = [*split_identity(parts, settings), *aims]
     return FoldData(
         rows=rows,
-        ids=ids,
+        ids=Texts(pa.chunked_array([*rows.ids.column.chunks, *others], pa.string())),
         labels=labels,
         taught=taught if aims else None,
         store=join([tokenise(part, tokenizer, recipe.prompt, cache, orders=orders) for part in parts]),
@@ -141,7 +146,7 @@ def prepare_fold(recipe: Recipe, task: Task, fold: int, tokenizer: Any) -> FoldD
         notes=notes,
         omitted=omitted,
         extra=tuple(parts[1:]),
-        groups=_numbers([key for part in parts for key in part.groups()]) if recipe.packing.group else None,
+        groups=numbered(end_to_end(chain(*(part.group_keys() for part in parts)))) if recipe.packing.group else None,
     )
 
 
@@ -206,11 +211,6 @@ def _validation_file(settings: DataSettings) -> Path:
             f"{error}; data.validation is {named}: name a file of held-out rows, such as "
             "data.validation=dev for dev.tsv"
         ) from None
-
-
-def _numbers(keys: Sequence[str]) -> np.ndarray:
-    """int64: a number for each key, the same for equal ones, whatever the order of the rows."""
-    return np.asarray(np.unique(np.array(keys, dtype=object), return_inverse=True)[1])
 
 
 def _check_rows(

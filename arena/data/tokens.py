@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from arena.storage.files import atomic_write, fingerprint
 FORMAT = 3  # increase it when the layout of the file or of the prompt changes
 ROWS_AT_ONCE = 512  # rows tokenised at once, and in one Arrow record batch
 
-REMEMBERED_TOKENS = 2**25  # 128 MiB of token ids
+REMEMBERED_TOKENS = 2**25  # 128 MiB of token ids, and
+TOKENS_OF_A_TEXT = 96  # as many count for each text besides its own: what Python needs to remember it
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "turns_dropped": pa.int32(), "tokens_cut": pa.int32()})
 _TARGETS = {"places": pa.list_(pa.int32()), "targets_cut": pa.int32()}  # further columns for token targets
@@ -70,6 +72,22 @@ class Lists:
             offsets = self._offsets[chunk]
             views.append(self._flat[chunk][offsets[place] : offsets[place + 1]])
         return views
+
+    def window(self, indices: np.ndarray, start: int, width: int) -> np.ndarray:
+        """int32 (len(indices), width): the numbers from `start` on of some lists, given in ascending order.
+
+        Where a list has ended, -1 stands.
+        """
+        found = np.full((len(indices), width), -1, dtype=np.int32)
+        chunks = np.searchsorted(self._starts, indices, side="right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(chunks)] if len(chunks) else []
+        for first, last in pairwise(edges):
+            chunk = chunks[first]
+            places = indices[first:last] - self._starts[chunk]
+            at = (self._offsets[chunk][places].astype(np.int64) + start)[:, None] + np.arange(width)
+            inside = at < self._offsets[chunk][places + 1][:, None]
+            found[first:last][inside] = self._flat[chunk][at[inside]]
+        return found
 
     def largest(self) -> int:
         """The largest number of all lists; -1 if there is none."""
@@ -120,13 +138,16 @@ class TokenStore:
 
 
 class TextMemo(LRUCache[bytes, np.ndarray]):
-    """A least-recently-used cache of int32 (n,) token ids by a digest of their text, with at most `limit` tokens."""
+    """A least-recently-used cache of int32 (n,) token ids by a digest of their text, with at most `limit` tokens.
+
+    Each text counts as `TOKENS_OF_A_TEXT` more, else millions of short ones would take gigabytes.
+    """
 
     def __init__(self, limit: int = REMEMBERED_TOKENS) -> None:
-        super().__init__(limit, getsizeof=len)
+        super().__init__(limit, getsizeof=lambda ids: len(ids) + TOKENS_OF_A_TEXT)
 
     def __setitem__(self, key: bytes, ids: np.ndarray) -> None:
-        if len(ids) <= self.maxsize:
+        if self.getsizeof(ids) <= self.maxsize:
             super().__setitem__(key, ids.copy())  # a view would keep the ids of a whole batch alive
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from arena.data.cells import FieldError
-from arena.data.dataset import BadRowsError
+from arena.data.conversion import BadRowsError
 from arena.data.limits import TOO_LONG, Limits, characters
 from arena.data.records import good_records
 from arena.data.rows import READERS, Cells, Row, read_rows, required

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from arena.data.cells import FieldError, read_answers, read_id, read_text
-from arena.data.dataset import BadRowsError
+from arena.data.conversion import BadRowsError
 from arena.data.extra import read_extra
 from arena.data.limits import Limits
 from arena.data.prepare import held_out_file, split_identity, split_rows

@@ -78,7 +78,7 @@ def _union(recipe: Recipe, folder: Path, folds: list[dict[str, Any]]) -> CrossVa
     last = [path if (path := place / "oof-last.csv").is_file() else place / "oof.csv" for place in places]
     groups, scored, whole = rows.groups(), [], [_joined(files) for files in (best, last)]
     for table in whole:
-        predicted = table.set_index("id").loc[rows.ids, list(task.columns)].to_numpy(dtype=np.float64)
+        predicted = table.set_index("id").loc[list(rows.ids), list(task.columns)].to_numpy(dtype=np.float64)
         terms = {
             name: (metric.terms(rows.labels, predicted), metric.weights(predicted))
             for name, metric in task.metrics.items()

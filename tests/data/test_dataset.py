@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arena.data import dataset as module
-from arena.data.dataset import BadRowsError, Rows, read_dataset, repeated
+from arena.data.conversion import BadRowsError
+from arena.data.dataset import Rows, read_dataset, repeated
 from tests.helpers import PREFERENCE, rows_of
 
 REPOSITORY = Path(__file__).parents[2]
@@ -511,7 +512,7 @@ def test_the_same_content_is_converted_once(tmp_path: Path, monkeypatch: pytest.
     def refuse(*arguments: object) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(module, "_Conversion", refuse)
+    monkeypatch.setattr(module, "Conversion", refuse)
     moved = path.rename(tmp_path / "moved.csv")
     assert read_dataset([moved], cache, PREFERENCE, labels="required").table.to_list() == first.table.to_list()
     with pytest.raises(AssertionError, match="converted again"):

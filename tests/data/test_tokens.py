@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def test_fingerprint_tells_the_content(tokenizer: Any, tmp_path: Path) -> None:
     assert len({each.fingerprint for each in stores}) == len(stores)
 
 
-def test_the_memo_holds_the_latest_texts_within_its_limit() -> None:
+def test_the_memo_holds_the_latest_texts_within_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "TOKENS_OF_A_TEXT", 0)
     memo, ids = TextMemo(limit=10), np.arange(4, dtype=np.int32)
     memo[b"a"], memo[b"b"] = ids, ids + 1
     assert memo.get(b"a") is not None and memo.get(b"none") is None
@@ -126,6 +128,20 @@ def test_the_memo_holds_the_latest_texts_within_its_limit() -> None:
     assert memo[b"a"].tolist() == [0, 1, 2, 3]  # its own copy
     memo[b"long"] = np.zeros(11, dtype=np.int32)
     assert set(memo) == {b"a", b"c"} and memo.currsize == 5  # longer than the limit, so not held
+
+
+def test_many_short_texts_in_the_memo_take_no_more_memory_than_few_long_ones() -> None:
+    """What Python needs for a text is counted with its tokens."""
+    peaks = []
+    for size in (1, 10_000):
+        memo = TextMemo(limit=2**20)
+        tracemalloc.start()
+        for number in range(30_000 if size == 1 else 150):
+            memo[number.to_bytes(16)] = np.zeros(size, dtype=np.int32)
+        peaks.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert memo.currsize > 0.98 * memo.maxsize
+    assert max(peaks) <= 1.25 * 4 * 2**20
 
 
 @pytest.mark.parametrize("limit", [tokens.REMEMBERED_TOKENS, 40])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arena.data.tokens import tokenise
+from arena.data.tokens import Lists, TokenStore, tokenise
+from arena.packing import tree as tree_module
 from arena.packing.batch import PackedBatch, VarlenCollator, collate
 from arena.packing.plan import PackPlan, _tree_within, plan_evaluation, plan_training
 from arena.packing.tree import Prefixes, Tree, find_prefixes, grow_tree, prefixes_for
@@ -69,6 +72,53 @@ def test_every_example_is_read_back_along_its_segments(examples: list[np.ndarray
 def test_with_no_least_length_each_prefix_is_there_once(examples: list[np.ndarray]) -> None:
     _, tree = sorted_tree(examples, least=1)
     assert tree.tokens == len({example[:n].tobytes() for example in examples for n in range(1, len(example) + 1)})
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 300))
+def test_the_minimum_over_any_range_of_neighbours(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, 10_000, count).astype(np.int32)
+    ranks = np.sort(rng.permutation(count)[: int(rng.integers(1, count + 1))])
+    found = Prefixes.of(np.arange(count), shared).between(ranks)
+    pairs = zip(ranks[:-1].tolist(), ranks[1:].tolist(), strict=True)
+    assert found.tolist() == [0, *(shared[first + 1 : last + 1].min() for first, last in pairs)]
+
+
+def store_of(examples: list[np.ndarray], at_once: int) -> TokenStore:
+    """A store in chunks of this many examples."""
+    kind = pa.list_(pa.int32())
+    parts = [pa.array(examples[at : at + at_once], kind) for at in range(0, len(examples), at_once)]
+    none = np.zeros(len(examples), dtype=np.int32)
+    return TokenStore(1, Lists.of(pa.chunked_array(parts, kind)), none, none, "x")
+
+
+@settings(deadline=None)
+@given(examples=families, few=st.integers(1, 8), at_once=st.integers(1, 5))
+def test_large_groups_are_divided_to_the_same_order(examples: list[np.ndarray], few: int, at_once: int) -> None:
+    """Also with tokens whose bytes sort in another order than their numbers, and zeros."""
+    examples = [each * 37 % 1000 for each in examples]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_module, "FEW", few)
+        counts: list[int] = []
+        found, plain = find_prefixes(store_of(examples, at_once), counts.append), find_prefixes(examples)
+    assert found.rank.tolist() == plain.rank.tolist() and found.shared.tolist() == plain.shared.tolist()
+    assert sum(counts) == len(examples)
+
+
+def test_sorting_many_examples_takes_memory_by_their_number_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undivided, the control, it holds blocks of the tokens of all of them at a time."""
+    rng, peaks = np.random.default_rng(0), []
+    beginning = np.arange(200, dtype=np.int32)
+    examples = [np.concatenate([beginning, rng.integers(0, 9, 200).astype(np.int32)]) for _ in range(8_000)]
+    store = store_of(examples, 500)
+    for few in (2**9, 2**30):
+        monkeypatch.setattr(tree_module, "FEW", few)
+        tracemalloc.start()
+        find_prefixes(store)
+        peaks.append(tracemalloc.get_traced_memory()[1] / len(examples))
+        tracemalloc.stop()
+    assert peaks[0] < 600 and peaks[1] > 900
 
 
 def test_a_short_common_beginning_does_not_pay() -> None:

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from arena.config import load_recipe
-from arena.data.dataset import BadRowsError, read_dataset
+from arena.data.conversion import BadRowsError
+from arena.data.dataset import read_dataset
 from arena.tasks import task_of
 from tests.helpers import SHARED, needs_shared
 

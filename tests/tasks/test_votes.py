@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arena.data.dataset import BadRowsError, Rows, read_dataset
+from arena.data.conversion import BadRowsError
+from arena.data.dataset import Rows, read_dataset
 from arena.tasks.votes import Votes, models_of, points_of, style_differences
 from tests.helpers import SHARED, needs_shared
 
