@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def adapt(model: PreTrainedModel, settings: ModelSettings, budget: int = Packing
     if settings.tune == "lora":
         config = lora_config(settings.lora, backbone(model), with_head=classifies(model))
         try:
-            model = get_peft_model(model, config)
+            model = _with_peft(model, config)
         except ValueError as error:
             raise ValueError(f"model.lora.targets {settings.lora.targets} do not fit this base: {error}") from None
         install_dora(model, fresh=True)
@@ -126,11 +127,17 @@ def with_adapter(
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         else:
-            model = get_peft_model(model, config, name)
+            model = _with_peft(model, config, name)
         found = model.load_adapter(str(folder), name)
         if wrong := [*found.missing_keys, *found.unexpected_keys]:  # peft only warns, or says nothing
             raise RuntimeError(f"its weights and model.lora differ in {len(wrong)} places, such as {wrong[0]}")
     return model
+
+
+def _with_peft(model: PreTrainedModel, config: LoraConfig, name: str = "default") -> PreTrainedModel:
+    with warnings.catch_warnings():  # peft reads an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        return get_peft_model(model, config, name)
 
 
 def with_head(model: PreTrainedModel, file: Path) -> PreTrainedModel:
