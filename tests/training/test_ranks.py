@@ -31,6 +31,7 @@ COMMANDS = """
 import hashlib, json, os, sys
 from accelerate.state import AcceleratorState
 from arena import cli
+from arena.inference.evaluate import Evaluation, share
 from arena.training.held_out import HeldOut
 rank, seen = os.environ["RANK"], []
 def told(name):
@@ -42,6 +43,15 @@ def told(name):
         return found
     return told
 HeldOut.predict_of_base, HeldOut.predict_as_given = told("predict_of_base"), told("predict_as_given")
+shared, same = Evaluation.by_order, []
+def both(self, classifier, **options):  # as all ranks together, and as this one alone
+    found = shared(self, classifier, **options)
+    alone = shared(self, classifier, **options | {"accelerator": None, "logits_cache": None})
+    own = len(share(self.plan, int(rank), 2).examples)
+    digests = [hashlib.sha256(each.tobytes()).hexdigest() for each in (found, alone)]
+    same.append([digests[0] == digests[1], digests[0], own, len(self.plan.examples)])
+    return found
+Evaluation.by_order = both
 _, runs, *recipes = sys.argv
 leave = AcceleratorState.destroy_process_group
 for recipe in recipes:  # all but the last leave the group of processes to the next
@@ -49,7 +59,7 @@ for recipe in recipes:  # all but the last leave the group of processes to the n
     sys.argv = ["arena", "train", "--fold", "0", "--recipe", recipe, "--runs", runs]
     cli.main()
 with open(f"{os.path.dirname(__file__)}/base{rank}.json", "w") as file:
-    json.dump(seen, file)
+    json.dump({"base": seen, "evaluations": same}, file)
 """
 
 
@@ -100,7 +110,7 @@ def test_two_ranks_equal_one(runs: Runs) -> None:
     assert relative(flat[1], flat[0]) < 1e-4
     for key in ("loss", "grad_norm"):  # Adam would hide a gradient of the wrong scale, these do not
         alone, shared = of_steps(folders, key)
-        assert shared == pytest.approx(alone, rel=1e-4)
+        assert shared == pytest.approx(alone, rel=1e-5)
     assert len(alone) == 10
     metrics = json.loads((folders[1] / "metrics.json").read_text())
     assert metrics["micro_batches"] % 2 == 0
@@ -128,8 +138,17 @@ def test_two_ranks_tune_on_instructions_as_one(runs: Runs) -> None:
     assert shares[-1] == [8, 0]  # its only row leaves one of them without any
 
 
+def test_evaluations_are_shared_out(runs: Runs) -> None:
+    """Each rank computes its micro-batches only, and has all predictions: those of one process alone, to the bit."""
+    first, second = (json.loads((runs.folder / f"base{rank}.json").read_text())["evaluations"] for rank in (0, 1))
+    assert len(first) > 4 and all(same for same, *_ in first + second)
+    assert [digest for _, digest, *_ in first] == [digest for _, digest, *_ in second]
+    assert all(one[2] + two[2] == one[3] for one, two in zip(first, second, strict=True))
+    assert sum(0 < own < every for *_, own, every in first) > 2
+
+
 def test_the_base_is_evaluated_once_and_agreed_on(runs: Runs) -> None:
     """By each rank, as it evaluates all weights; both then go by what the first one saved. Judges have no such base."""
-    first, second = (json.loads((runs.folder / f"base{rank}.json").read_text()) for rank in (0, 1))
+    first, second = (json.loads((runs.folder / f"base{rank}.json").read_text())["base"] for rank in (0, 1))
     assert [name for name, _ in first] == ["predict_as_given", "predict_of_base"]
     assert first == second

@@ -87,12 +87,12 @@ def test_other_rows_another_base_and_a_lost_recipe_are_told_apart(tmp_path: Path
 def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     recipe = load_recipe("demo", ["train.lr=0.5"])
     checkpoint = unfinished(tmp_path / "fold0", load_recipe("demo")) / "checkpoints/step-00000002"
-    ours = {"recipe": "a", "data": "b", "plan": "c"}
+    ours = {"recipe": "a", "data": "b", "steps": "c"}
     require_same_run(checkpoint, dict(ours), ours, recipe)
     with pytest.raises(ValueError, match=r"train.lr is 0.003 there, 0.5 here\..*--fresh"):
-        require_same_run(checkpoint, {**ours, "recipe": "x", "plan": "x"}, ours, recipe)
-    with pytest.raises(ValueError, match="another number of processes"):
-        require_same_run(checkpoint, {**ours, "plan": "x"}, ours, recipe)
+        require_same_run(checkpoint, {**ours, "recipe": "x", "steps": "x"}, ours, recipe)
+    with pytest.raises(ValueError, match="its steps have other examples"):
+        require_same_run(checkpoint, {**ours, "steps": "x"}, ours, recipe)
     named = load_recipe("demo", ["train.lr=0.5", f"train.resume={checkpoint}"])
     with pytest.raises(ValueError, match=r"train.lr is.*leave train.resume out"):
         require_same_run(checkpoint, {**ours, "recipe": "x"}, ours, named)
