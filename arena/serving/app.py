@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from arena import __version__
+from arena.command_line import command
 from arena.serving import answers, schema
 from arena.serving.body import GONE, read_body
 from arena.serving.limits import RefusedError
@@ -29,11 +31,11 @@ STATUSES = {400: "not JSON", 404: "no such judge", 408: "too slow", 413: "too la
             503: "the server is stopping", 504: "not answered in time"}  # fmt: skip
 
 
-def make_app(service: Service, reports: Mapping[str, Path]) -> FastAPI:
+def make_app(service: Service, reports: Mapping[str, Sequence[Path]]) -> FastAPI:
     """The application.
 
     Args:
-        reports: HTML files by the names of judges.
+        reports: by the names of judges, the HTML files of which the first that is there is served.
     """
     app = FastAPI(title="arena", version=__version__, docs_url=None, redoc_url=None)
     _handle_errors(app)
@@ -112,7 +114,10 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _add_facts(app: FastAPI, service: Service, reports: Mapping[str, Path]) -> None:
+def _add_facts(app: FastAPI, service: Service, reports: Mapping[str, Sequence[Path]]) -> None:
+    def report_of(name: str) -> Path | None:
+        return next((path for path in reports.get(name, ()) if path.is_file()), None)
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process lives."""
@@ -132,16 +137,17 @@ def _add_facts(app: FastAPI, service: Service, reports: Mapping[str, Path]) -> N
     @app.get("/v1/judges")
     async def judges() -> list[dict[str, Any]]:
         """The judges, with their classes and the columns of their rows."""
-        return [{**facts, "report": facts["name"] in reports} for facts in service.facts()]
+        return [{**facts, "report": report_of(facts["name"]) is not None} for facts in service.facts()]
 
     @app.get("/report", response_class=FileResponse)
     async def report(judge: str | None = None) -> Response:
         """The HTML report of a judge's run, by default the first one's."""
-        name = judge or next(iter(service.judges))
-        if name not in reports:
-            raise RefusedError(404, "there is no report: `arena report` writes one")
-        policy = {"content-security-policy": REPORT_POLICY}
-        return FileResponse(reports[name], media_type="text/html", headers=policy)
+        name = service.named({"judge": judge or None})
+        if (path := report_of(name)) is None:
+            files = reports.get(name)
+            write = command("arena", "report", os.path.relpath(files[0].parent) if files else name)
+            raise RefusedError(404, f"{name} has no report yet: `{write}` writes it")
+        return FileResponse(path, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})
 
 
 def _body(schema: Mapping[str, Any], examples: Mapping[str, Any]) -> dict[str, Any]:

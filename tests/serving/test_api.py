@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from itertools import combinations
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_addresses_and_headers(client: Client, path: str, options: dict[str, Any
 def test_a_token_guards_what_can_be_asked(judges: dict[str, Judge], tmp_path: Path) -> None:
     token, report = "correct-horse-battery", tmp_path / "report.html"
     report.write_text("<h1>A report</h1>")
-    with served(judges, token=token, reports={"first": report}) as client:
+    with served(judges, token=token, reports={"first": [tmp_path / "none.html", report]}) as client:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": token}, {"authorization": "Bearer é"}):
             for path in ("/v1/judges", "/metrics", "/report"):
                 status, answer, found = client.ask(path, headers=headers)
@@ -225,6 +226,23 @@ def test_a_token_guards_what_can_be_asked(judges: dict[str, Judge], tmp_path: Pa
         assert status == 200 and b"A report" in content and "sandbox" in headers["content-security-policy"]
         for path in ("/", "/health", "/ready"):
             assert client.ask(path)[0] == 200
+
+
+def test_a_report_is_served_once_it_is_written(judges: dict[str, Judge], tmp_path: Path) -> None:
+    report = tmp_path / "my run/report.html"
+    with served(judges, reports={"second": [report]}) as client:
+        status, answer, _ = client.ask("/report?judge=second")
+        assert status == 404 and "second has no report yet: `" in answer["error"]["message"]
+        command = shlex.split(answer["error"]["message"].split("`")[1])
+        assert command[-2] == "report" and Path(command[-1]).resolve() == report.parent.resolve()
+        assert [each["report"] for each in client.ask("/v1/judges")[1]] == [False, False]
+        report.parent.mkdir()
+        report.write_text("<h1>A report</h1>")
+        status, content, _ = client.ask("/report?judge=second")
+        assert status == 200 and b"A report" in content
+        assert [each["report"] for each in client.ask("/v1/judges")[1]] == [False, True]
+        status, answer, _ = client.ask("/report?judge=third")
+        assert status == 404 and "is not one of first, second" in answer["error"]["message"]
 
 
 def test_texts_are_not_logged(
