@@ -243,8 +243,8 @@ class _Conversion:
                     if not self.bad.count:  # otherwise nothing is cached
                         stream.write_batch(pa.RecordBatch.from_pylist(good, schema=self.schema))
                     advance(len(chunk))
-        if self.bad.count:
-            raise self.bad
+            if self.bad.count:  # before rows are said to be read
+                raise self.bad
 
     def _columns(self, names: list[str]) -> list[str]:
         ids = ("id",) if "id" in names or not self.task.numbers_rows(names) else ()

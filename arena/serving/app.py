@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -58,7 +59,13 @@ def _handle_errors(app: FastAPI) -> None:
 
     def refuse_by_status(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return refusal(RefusedError(error.status_code, error.detail, headers=error.headers or {}))
+        known, headers = [route.path for route in app.routes if isinstance(route, APIRoute)], error.headers or {}
+        what = error.detail
+        if error.status_code == 404:
+            what = f"there is no such address: there are {', '.join(sorted({*known, '/openapi.json'}))}"
+        elif error.status_code == 405:
+            what = f"this address does not take the method {request.method[:16]}: use {headers['Allow']}"
+        return refusal(RefusedError(error.status_code, what, headers=headers))
 
     def fail(request: Request, error: Exception) -> Response:
         return refusal(RefusedError(500, "the server failed; its log says where"))
