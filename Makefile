@@ -56,7 +56,7 @@ infer: .venv/ready $(BASE)  ## judge the test file with the trained folds, write
 report: .venv/report  ## write one HTML file about a run, beside another one with ARGS=OTHER
 	$(BIN)/arena report $(call quoted,$(RECIPE)) $(if $(DATA),--data $(call quoted,$(DATA))) $(ARGS)
 
-serve: .venv/serve $(BASE)  ## serve a run at http://127.0.0.1:8000/, with a page to try it out
+serve: .venv/serve $(BASE)  ## serve a run at http://127.0.0.1:8000/, with a page to try it out, ARGS="--port 8001"
 	$(BIN)/arena serve $(call quoted,$(RECIPE)) $(ARGS)
 
 kaggle-bundle: .venv/ready $(BASE)  ## write a folder to upload to Kaggle, ARGS="--owner NAME"

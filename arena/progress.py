@@ -267,7 +267,8 @@ def _lines(title: str, total: int | None, unit: str, done: int) -> Iterator[Adva
 
     of = "" if total is None else f" of {total:,}"
     yield advance
-    console.print(f"{title}: {done:,} {unit} in {time.monotonic() - start:.1f} s")
+    one = unit.removesuffix("s") if done == 1 else unit
+    console.print(f"{title}: {done:,} {one} in {time.monotonic() - start:.1f} s")
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from arena.data.limits import Limits, characters
 from arena.data.rows import Cells, required
 from arena.data.task import Task
 
-Records: TypeAlias = Mapping[str, Any] | pd.DataFrame | Dataset | Iterable[Mapping[str, Any]]
+Records: TypeAlias = Mapping[str, Any] | pd.Series | pd.DataFrame | Dataset | Iterable[Mapping[str, Any]]
 Problem = tuple[int, FieldError]  # of a record, by its number from 0
 
 
@@ -84,11 +84,15 @@ def rows_in_memory(checked: Sequence[Cells], task: Task) -> Rows:
 def cells_of(records: Records) -> list[Cells]:
     """The cells of each record: of one dict, or of each row of a data frame, a data set or an iterable of dicts.
 
+    A row of a data frame, which is a `Series`, stands for a dict.
+
     Arrays and tuples in cells become lists, and what pandas takes for missing becomes null.
 
     Raises:
         ValueError: they are something else, or a column has no name of its own.
     """
+    if isinstance(records, pd.Series):  # a row of a data frame
+        records = [records]
     if isinstance(records, pd.DataFrame):
         names = list(records.columns)
         if odd := [name for name in names if not isinstance(name, str) or names.count(name) > 1]:
@@ -107,9 +111,10 @@ def cells_of(records: Records) -> list[Cells]:
         raise ValueError(f"rows is {excerpt(records)}: give dicts, a data frame or a data set")
     cells = []
     for number, record in enumerate(records):
-        if not isinstance(record, Mapping) or not all(isinstance(name, str) for name in record):
+        own = dict(record) if isinstance(record, pd.Series) else record
+        if not isinstance(own, Mapping) or not all(isinstance(name, str) for name in own):
             raise ValueError(f"row {number} is {excerpt(record)}: give a dict of its columns")
-        cells.append(_cells(record.items()))
+        cells.append(_cells(own.items()))
     return cells
 
 

@@ -93,6 +93,8 @@ class OfRows:
         if self.held_out.orders is None:
             return section("Position bias", lead + " What was predicted in each order was not kept.", facts=facts)
         scored = np.isfinite(self.held_out.orders[0]).all(axis=1)
+        lead += f" The table is of the {int(scored.sum()):,} rows with a {self.task.missing}"
+        lead += "." if scored.all() else f"; the log-loss above is of {len(scored):,}, with those that have none."
         names = ("as given", "exchanged", "mean of both")
         given = [*self.held_out.orders[:, scored], self.held_out.predicted[scored]]
         rows = [

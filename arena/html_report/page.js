@@ -96,6 +96,7 @@ function figure(chart) {
 function section(part, at) {
   const id = "section-" + at;
   find("nav").append(el("a", {href: "#" + id, textContent: part.title}));
+  const opens = page.rows && (part.charts || []).some((chart) => chart.data.table.some((datum) => datum.filter));
   return el("section", {id, "aria-label": part.title}, el("h2", {}, bdi(part.title)),
     part.big ? el("p", {className: "big"}, part.big.value, el("small", {}, part.big.note && "95% interval " + part.big.note)) : null,
     part.lead ? el("p", {className: "lead"}, bdi(part.lead)) : null,
@@ -103,6 +104,7 @@ function section(part, at) {
     part.facts ? el("dl", {}, ...part.facts.map(([name, value, note]) =>
       el("div", {}, el("dt", {}, bdi(name)), el("dd", {}, bdi(value), el("small", {}, bdi(note)))))) : null,
     part.table ? table(part.table.columns, part.table.rows, part.title) : null,
+    opens ? el("p", {className: "lead opens", textContent: "Click a bar, or press Enter on it, to see its rows."}) : null,
     part.charts ? el("div", {className: "charts"}, ...part.charts.map(figure)) : null);
 }
 

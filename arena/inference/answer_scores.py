@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from arena.command_line import command
 from arena.metrics import Terms, estimate
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -125,9 +126,8 @@ def rouge_l() -> Callable[[str, str], float]:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--score rouge needs the package rouge-score ({error}): run `pip install rouge-score`"
-        ) from None
+        install = command("pip", "install", "rouge-score")
+        raise ValueError(f"--score rouge needs the package rouge-score ({error}): run `{install}`") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return lambda reference, answer: float(scorer.score(reference, answer)["rougeL"].fmeasure)
 

@@ -190,10 +190,11 @@ class Submission:
 
     def announce(self, made_by: str) -> None:
         """Says what was written."""
+        without = int((~self.rows.has_input).sum())
+        have = f"{without:,} row has" if without == 1 else f"{without:,} rows have"
         console.print(
-            f"written: {self.out}, {len(self.rows):,} rows from {made_by}; "
-            f"{int((~self.rows.has_input).sum()):,} rows have no {self.rows.task.missing} and got mean labels of the "
-            "training rows"
+            f"written: {self.out}, {len(self.rows):,} rows from {made_by}; {have} no {self.rows.task.missing}, so that "
+            "the training rows alone say what is predicted for them"
         )
         if self.known is None:
             console.print(f"there is no {self.sample}, so columns and ids were checked against the test file only")

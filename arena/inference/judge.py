@@ -1,7 +1,7 @@
 """Judges in memory, for Python: from rows to probabilities, rankings and explanations.
 
 judge = arena.Judge.from_pretrained("runs/demo")
-judge.predict_proba([{"prompt": "What is 2 + 2?", "response_a": "4", "response_b": "5"}])  # A, B, tie
+judge.predict_proba([{"prompt": "Name a fruit.", "response_a": "An apple.", "response_b": "A chair."}])  # A, B, tie
 """
 
 from __future__ import annotations

@@ -136,9 +136,9 @@ def _looked_through(name: str, below: str, path: Path, task: Task, limits: Limit
                 advance(number - ends[-1])
                 ends.append(number)
                 held = 0
+        if not is_usable:
+            raise bad
         advance(number - ends[-1])
-    if not is_usable:
-        raise bad
     assert first is not None, "a row can be used"
     ends = ends[1:] if number == ends[-1] else [*ends[1:], number]
     return Input(name, below, path, digest, tuple(names), first, tuple(ends))

@@ -77,7 +77,7 @@ class Explanation:
         probabilities: by class, as of `Judge.predict_proba`.
         orders: the row in each order that the judge reads; of several models, as the first of them is shown it.
         flips: whether the most probable class depends on the order.
-        is_read: whether there is anything to read; otherwise the probabilities are mean labels of training rows.
+        is_read: whether there is anything to read; otherwise the probabilities come from labels of training rows.
         kind: the kind of special rows that it is of; None: of none.
         tokens: what was computed for one model, for all rows that were explained together; what prompts share counts
             once.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from arena import __version__
+from arena.command_line import command
 from arena.serving import answers, schema
 from arena.serving.body import GONE, read_body
 from arena.serving.limits import RefusedError
@@ -29,11 +32,11 @@ STATUSES = {400: "not JSON", 404: "no such judge", 408: "too slow", 413: "too la
             503: "the server is stopping", 504: "not answered in time"}  # fmt: skip
 
 
-def make_app(service: Service, reports: Mapping[str, Path]) -> FastAPI:
+def make_app(service: Service, reports: Mapping[str, Sequence[Path]]) -> FastAPI:
     """The application.
 
     Args:
-        reports: HTML files by the names of judges.
+        reports: by the names of judges, the HTML files of which the first that is there is served.
     """
     app = FastAPI(title="arena", version=__version__, docs_url=None, redoc_url=None)
     _handle_errors(app)
@@ -56,7 +59,13 @@ def _handle_errors(app: FastAPI) -> None:
 
     def refuse_by_status(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return refusal(RefusedError(error.status_code, error.detail, headers=error.headers or {}))
+        known, headers = [route.path for route in app.routes if isinstance(route, APIRoute)], error.headers or {}
+        what = error.detail
+        if error.status_code == 404:
+            what = f"there is no such address: there are {', '.join(sorted({*known, '/openapi.json'}))}"
+        elif error.status_code == 405:
+            what = f"this address does not take the method {request.method[:16]}: use {headers['Allow']}"
+        return refusal(RefusedError(error.status_code, what, headers=headers))
 
     def fail(request: Request, error: Exception) -> Response:
         return refusal(RefusedError(500, "the server failed; its log says where"))
@@ -112,7 +121,10 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _add_facts(app: FastAPI, service: Service, reports: Mapping[str, Path]) -> None:
+def _add_facts(app: FastAPI, service: Service, reports: Mapping[str, Sequence[Path]]) -> None:
+    def report_of(name: str) -> Path | None:
+        return next((path for path in reports.get(name, ()) if path.is_file()), None)
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process lives."""
@@ -132,16 +144,17 @@ def _add_facts(app: FastAPI, service: Service, reports: Mapping[str, Path]) -> N
     @app.get("/v1/judges")
     async def judges() -> list[dict[str, Any]]:
         """The judges, with their classes and the columns of their rows."""
-        return [{**facts, "report": facts["name"] in reports} for facts in service.facts()]
+        return [{**facts, "report": report_of(facts["name"]) is not None} for facts in service.facts()]
 
     @app.get("/report", response_class=FileResponse)
     async def report(judge: str | None = None) -> Response:
         """The HTML report of a judge's run, by default the first one's."""
-        name = judge or next(iter(service.judges))
-        if name not in reports:
-            raise RefusedError(404, "there is no report: `arena report` writes one")
-        policy = {"content-security-policy": REPORT_POLICY}
-        return FileResponse(reports[name], media_type="text/html", headers=policy)
+        name = service.named({"judge": judge or None})
+        if (path := report_of(name)) is None:
+            files = reports.get(name)
+            write = command("arena", "report", os.path.relpath(files[0].parent) if files else name)
+            raise RefusedError(404, f"{name} has no report yet: `{write}` writes it")
+        return FileResponse(path, media_type="text/html", headers={"content-security-policy": REPORT_POLICY})
 
 
 def _body(schema: Mapping[str, Any], examples: Mapping[str, Any]) -> dict[str, Any]:

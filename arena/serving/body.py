@@ -70,7 +70,9 @@ def checked(model: type[BaseModel], body: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         if error.error_count() > MOST_PROBLEMS:  # to list them would take longer than to find them
             raise RefusedError(WRONG, f"the body has {error.error_count():,} problems, such as unknown keys") from None
-        raise refused([_problem(each) for each in error.errors(include_url=False, include_input=False)]) from None
+        raise refused(
+            [_problem(each, model) for each in error.errors(include_url=False, include_input=False)]
+        ) from None
 
 
 def checked_texts(task: Task, rows: Sequence[Cells], limits: Limits) -> list[Cells]:
@@ -96,12 +98,43 @@ def refused(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
     return RefusedError(WRONG, f"{where}: {first['what']}{more}", problems[:SHOWN_PROBLEMS])
 
 
-def _problem(error: Any) -> dict[str, Any]:
-    """A problem as pydantic tells it."""
+def _problem(error: Any, model: type[BaseModel]) -> dict[str, Any]:
+    """A problem of a request of a model, with the remedy, from what pydantic found."""
     where = list(error["loc"])
     row = where[1] if where[0] == "rows" and len(where) > 1 else None
     name = "".join(
         f"[{each}]" if isinstance(each, int) else f".{each[:80]}" for each in where[0 if row is None else 2 :]
     )
-    what = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    return {"row": row, "field": name.removeprefix(".") or "the row", "what": what}
+    rows: Any = None if row is None else model.model_fields["rows"].annotation
+    fields = _fields(model if rows is None else rows.__args__[0])
+    return {"row": row, "field": name.removeprefix(".") or "the row", "what": _what(error, fields)}
+
+
+def _fields(model: type[BaseModel]) -> str:
+    """The names that an object of a model has in JSON."""
+    return ", ".join(field.alias or name for name, field in model.model_fields.items())
+
+
+def _what(error: Any, fields: str) -> str:
+    """What is wrong, and what to send, if the object has fields of these names."""
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "value_error":
+            return str(context["error"])
+        case "missing":
+            return f"is missing: the fields are {fields}"
+        case "extra_forbidden":
+            return f"is not a field here: the fields are {fields}"
+        case "model_type":
+            return f"is not an object: send one with the fields {fields}"
+        case "list_type":
+            return "is not a list: send one"
+        case "too_short":
+            return f"has {context['actual_length']} entries: send at least {context['min_length']}"
+        case "too_long":
+            return f"has more than {context['max_length']} entries: send fewer at once"
+        case "bool_type":
+            return "is neither true nor false: send one of them"
+        case "string_unicode" | "invalid_key":
+            return "has half a character (a lone surrogate); write whole characters"
+    return str(error["msg"])

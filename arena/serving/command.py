@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from arena.command_line import command
 from arena.config import judge_settings
 from arena.options import words_arg
 from arena.progress import console, warn
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SETTINGS = ("judge.", "packing.", "model.base", "model.dtype", "model.attention")
-PACKAGES = "fastapi uvicorn prometheus-client"
+PACKAGES = ("fastapi", "uvicorn", "prometheus-client")
 NAME, SETTING = re.compile(r"[\w-]+"), re.compile(r"[a-z_]+(\.[a-z_]+)+")
 
 
@@ -56,7 +57,8 @@ class Serve:
             from arena.serving.limits import Limits
             from arena.serving.server import Server, bind
         except ModuleNotFoundError as error:
-            raise ValueError(f"`arena serve` needs further packages ({error}): run `pip install {PACKAGES}`") from None
+            install = command("pip", "install", *PACKAGES)
+            raise ValueError(f"`arena serve` needs further packages ({error}): run `{install}`") from None
         from arena.distributed import fix_threads
 
         token = os.environ.get("ARENA_TOKEN") or None if self.token is None else self.token
@@ -68,7 +70,7 @@ class Serve:
         socket = bind(self.host, self.port)
         fix_threads()
         judges = load(*named(self.words), self.runs)
-        reports = {name: path for name, judge in judges.items() if (path := report_of(judge)) is not None}
+        reports = {name: report_files(judge) for name, judge in judges.items()}
         Server(judges, limits=limits, token=token, reports=reports).run([socket])
 
 
@@ -96,7 +98,7 @@ def named(words: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
             raise ValueError(f"two judges are called {name}: name one, as in other={word}")
         judges[name] = run if is_name else word
     if not judges:
-        raise ValueError("name a judge, as in `arena serve demo`")
+        raise ValueError(f"name a judge, as in `{command('arena', 'serve', 'demo')}`")
     return judges, settings
 
 
@@ -112,7 +114,6 @@ def load(named: dict[str, str], settings: list[str], runs: Path) -> dict[str, Ju
     return judges
 
 
-def report_of(judge: Judge) -> Path | None:
-    """The report of a judge's run, if there is one."""
-    folders = judge.models[0].folder.resolve().parents[:2]
-    return next((path for folder in folders if (path := folder / "report.html").is_file()), None)
+def report_files(judge: Judge) -> list[Path]:
+    """Where the report of a judge's fold or of its run would be; it may be written while the judge is served."""
+    return [folder / "report.html" for folder in judge.models[0].folder.resolve().parents[:2]]

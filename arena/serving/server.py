@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from arena.command_line import command
 from arena.inference.judge import Judge
 from arena.progress import console
 from arena.serving.app import make_app
@@ -45,7 +46,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self, judges: Mapping[str, Judge], *, limits: Limits | None = None, token: str | None = None,
-        reports: Mapping[str, Path] = {},
+        reports: Mapping[str, Sequence[Path]] = {},
     ) -> None:  # fmt: skip
         self.service = Service(judges, limits)
         app = make_app(self.service, reports)
@@ -96,5 +97,8 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind((host, port))
     except (OSError, OverflowError) as error:
         bound.close()
-        raise ValueError(f"{host}:{port} cannot be listened to ({error}): name another --port or --host") from None
+        raise ValueError(
+            f"{host}:{port} cannot be listened to ({error}): name another --port or --host, as in "
+            f"`{command('arena', 'serve', 'demo', '--port', '8001')}`"
+        ) from None
     return bound

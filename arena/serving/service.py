@@ -59,6 +59,7 @@ class Service:
                 "name": name, "task": judge.task.name, "classes": list(judge.task.classes),
                 "columns": list(judge.task.texts), "reads_turns": reads_turns(judge.task),
                 "ranks": judge.task.tie is not None, "examples": dict(judge.task.examples),
+                "invented": all(model.recipe.data.synthetic_rows is not None for model in judge.models),
                 "limits": {"rows": self.limits.rows, "answers": self.limits.answers},
             }
             for name, judge in self.judges.items()
@@ -88,7 +89,7 @@ class Service:
 
     def judge_job(self, body: dict[str, Any]) -> Job:
         """A request for verdicts: rows, or one row. Raises `RefusedError`."""
-        name = self._named(body)
+        name = self.named(body)
         if "rows" not in body:
             options = {key: body.pop(key) for key in OPTIONS if key in body}
             body = {"rows": [body], **options}
@@ -98,7 +99,7 @@ class Service:
 
     def rank_job(self, body: dict[str, Any]) -> Job:
         """A request for the verdicts on all pairs of some answers. Raises `RefusedError`."""
-        name = self._named(body)
+        name = self.named(body)
         asked = checked(self._rank_request, body)
         task = self.judges[name].task
         try:
@@ -115,7 +116,8 @@ class Service:
             raise RefusedError(503, "the server is stopping: ask another one", headers=CLOSE)
         self._packers[job.name].submit(job)
 
-    def _named(self, body: Mapping[str, Any]) -> str:
+    def named(self, body: Mapping[str, Any]) -> str:
+        """The name of the judge that a request is for, by default the first one. Raises `RefusedError`."""
         name = body.get("judge")
         if name is None or (isinstance(name, str) and name in self.judges):
             return name or next(iter(self.judges))

@@ -6,9 +6,9 @@ from arena.data.rows import Cells
 
 EXAMPLES: dict[str, Cells] = {
     "A sum": {
-        "prompt": "What is 17 × 24?",
-        "response_a": "17 × 24 = 408.",
-        "response_b": "Let me work it out: 17 × 20 = 340 and 17 × 4 = 68, and together that is 418.",
+        "prompt": "What is 2 + 2?",
+        "response_a": "The answer is clear: it is 4.",
+        "response_b": "The answer is vague: perhaps it is five.",
     },
     "Tone": {
         "prompt": "My manager rejected my idea in front of the whole team. What should I do?",

@@ -70,6 +70,9 @@ def _is_list(text: str) -> bool:
 
 def _from_plain(cells: Cells) -> Cells:
     """A text in place of a list of turns, as in WSDM's files."""
+    for name in TURNS:
+        if not isinstance(cell := cells.get(name), str | list | None):
+            raise FieldError(name, f"is {excerpt(cell)}, not a text; write a text, or a list with one for each turn")
     return {**cells, **{name: [cells[name] or None] for name in TURNS if isinstance(cells.get(name), str | None)}}
 
 

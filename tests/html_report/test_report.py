@@ -105,6 +105,11 @@ def charts(content: Content, title: str) -> list[Content]:
     return list(found["charts"])
 
 
+def opens(chart: Content) -> bool:
+    """Whether bars of a chart open rows."""
+    return any("filter" in datum for datum in chart["data"]["table"])
+
+
 def bars(content: Content) -> Iterator[tuple[Content, int]]:
     """Each bar that opens rows, and how many there are for it."""
     held = content["rows"]
@@ -137,6 +142,8 @@ def test_each_bar_opens_as_many_rows_as_it_counts(place: Path, fold: Content) ->
     flips = metrics["scores"]["flip_rate"]
     (flipped,) = charts(fold, "Position bias")
     assert sum(bar["rows"] for bar in flipped["data"]["table"]) == round(flips["value"] * flips["rows"]) > 0
+    (lead,) = [part["lead"] for part in fold["sections"] if part["title"] == "Position bias"]
+    assert f"The table is of the {flips['rows']} rows with a response to judge" in lead
     oof = pd.read_csv(place / "runs/tiny/fold0/oof.csv", dtype={"id": str}).set_index("id")
     worst = oof.loc[held["ids"][0]]
     assert held["losses"] == sorted(held["losses"], reverse=True) and len(held["ids"]) == len(oof)
@@ -305,6 +312,7 @@ def test_in_a_browser_a_bar_opens_its_rows_and_nothing_leaves_the_page(
         shown.route(re.compile("^(?!file:)"), lambda route: (asked.append(route.request.url), route.abort()))
         shown.goto(path.as_uri())
         shown.wait_for_selector("body[data-drawn]", timeout=60_000)
+        assert shown.locator(".opens").count() == sum(any(opens(chart) for chart in part["charts"]) for part in fewer)
         bar = shown.locator("[aria-label^='length: longest third']")
         bar.click()
         (longest,) = [each["rows"] for each, _ in bars(run) if each["says"] == "length: longest third"]

@@ -202,17 +202,26 @@ def test_threads_take_turns(judge: Judge, table: pd.DataFrame) -> None:
         np.testing.assert_allclose(each, judge.predict_proba(part), atol=1e-12)
 
 
+def test_a_row_of_a_data_frame_is_a_row(judge: Judge) -> None:
+    turns = {"prompt": ["Hi", "And?"], "response_a": ["Yes", None], "response_b": ["No", "Why?"]}
+    for row in (ROW, turns):
+        series = pd.DataFrame([row]).iloc[0]
+        assert judge.predict_proba(series).tolist() == judge.predict_proba([row]).tolist()
+        assert judge.explain(series) == judge.explain([series]) == judge.explain(row)
+
+
 @pytest.mark.parametrize(
     ("rows", "what"),
     [
         ({"prompt": "Hi", "response_a": "Yes"}, "row 0, response_b: is missing; the columns found are"),
-        ([ROW, {**ROW, "response_a": 7}], r"row 1, response_a: is 7, not a list"),
+        ([ROW, {**ROW, "response_a": 7}], r"row 1, response_a: is 7, not a text"),
         ([{**ROW, "response_b": 1}, {**ROW, "prompt": 2}], r"row 0 \(and 1 other\), response_b: is 1"),
         ([ROW, "text"], 'row 1 is "text": give a dict of its columns'),
         ({name: [text] for name, text in ROW.items()}, "a dict of lists is given: put it into a list if they are the"),
         (pd.DataFrame([[1, 2]]), "the data frame has the column 0: give each column a text as its name"),
         ("text", 'rows is "text": give dicts, a data frame or a data set'),
         (None, "rows is null: give dicts"),
+        (pd.Series(["Hi"]), "row 0 is a Series: give a dict of its columns"),
     ],
 )
 def test_bad_rows_are_named(judge: Judge, rows: object, what: str) -> None:

@@ -6,7 +6,7 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class Client:
 @contextmanager
 def served(
     judges: Mapping[str, Judge], limits: Limits | None = None, *, token: str | None = None,
-    reports: Mapping[str, Path] | None = None,
+    reports: Mapping[str, Sequence[Path]] | None = None,
 ) -> Iterator[Client]:  # fmt: skip
     bound, server = bind("127.0.0.1", 0), Server(judges, limits=limits, token=token, reports=reports or {})
     port = bound.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from itertools import combinations
 from pathlib import Path
@@ -116,13 +117,18 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("a number", b"7", 422, "not an object"),
     ("NaN", b"NaN", 422, "not an object"),
     ("null", b"null", 422, "not an object"),
-    ("nothing", {}, 422, "row 0, prompt: Field required"),
-    ("no answer", {"prompt": "Hi", "response_a": "Yes"}, 422, "row 0, response_b: Field required"),
-    ("no rows", {"rows": []}, 422, "rows: List should have at least 1"),
-    ("rows is null", {"rows": None}, 422, "rows: Input should be a valid list"),
-    ("rows is a row", {"rows": ROW}, 422, "rows: Input should be a valid list"),
-    ("a row is a text", {"rows": [ROW, "x"]}, 422, "row 1, the row: Input should be"),
-    ("a row is null", {"rows": [None]}, 422, "row 0, the row: Input should be"),
+    ("nothing", {}, 422, "row 0, prompt: is missing: the fields are prompt, response_a, response_b (and 2 more)"),
+    ("no answer", {"prompt": "Hi", "response_a": "Yes"}, 422, "row 0, response_b: is missing: the fields are prompt"),
+    ("no rows", {"rows": []}, 422, "rows: has 0 entries: send at least 1"),
+    ("rows is null", {"rows": None}, 422, "rows: is not a list"),
+    ("rows is a row", {"rows": ROW}, 422, "rows: is not a list"),
+    (
+        "a row is a text",
+        {"rows": [ROW, "x"]},
+        422,
+        "row 1, the row: is not an object: send one with the fields prompt, resp",
+    ),
+    ("a row is null", {"rows": [None]}, 422, "row 0, the row: is not an object"),
     ("a number for a text", {"rows": [ROW, {**ROW, "response_a": 7}]}, 422, "row 1, response_a: is 7; write a text"),
     ("null for a text", {**ROW, "prompt": None}, 422, "row 0, prompt: is null"),
     ("NaN for a text", json.dumps({**ROW, "prompt": float("nan")}).encode(), 422, "row 0, prompt: is NaN"),
@@ -136,22 +142,32 @@ BAD: list[tuple[str, Any, int, str]] = [
         "half a key",
         rb'{"\ud800": 1, "prompt": "", "response_a": "", "response_b": ""}',
         422,
-        "unable to parse raw data as a unicode",
+        "has half a character",
     ),
-    ("another key", {**ROW, "response_c": "x"}, 422, "row 0, response_c: Extra inputs"),
-    ("another option", {"rows": [ROW], "temperature": 1}, 422, "temperature: Extra inputs"),
-    ("a text for true", {"rows": [ROW], "prompts": "yes"}, 422, "prompts: Input should be a valid boolean"),
+    (
+        "another key",
+        {**ROW, "response_c": "x"},
+        422,
+        "row 0, response_c: is not a field here: the fields are prompt, response_a, response_b",
+    ),
+    (
+        "another option",
+        {"rows": [ROW], "temperature": 1},
+        422,
+        "temperature: is not a field here: the fields are rows, judge, prompts",
+    ),
+    ("a text for true", {"rows": [ROW], "prompts": "yes"}, 422, "prompts: is neither true nor false"),
     ("another judge", {**ROW, "judge": "third"}, 404, "judge: is not one of first, second"),
     ("half a judge", rb'{"judge": "\udc00"}', 404, "judge: is not one of first, second"),
     ("a number as a judge", {**ROW, "judge": 7}, 404, "judge: is not one of first, second"),
-    ("too many rows", {"rows": [ROW] * 257}, 422, "rows: List should have at most 256"),
+    ("too many rows", {"rows": [ROW] * 257}, 422, "rows: has more than 256 entries: send fewer"),
     (
         "a million turns",
         b'{"prompt": [' + b'"",' * 10**6 + b'""], "response_a": "", "response_b": ""}',
         422,
         "turns; leave",
     ),
-    ("a million rows", b'{"rows": [' + b"{}," * 10**6 + b"{}]}", 422, "rows: List should have at most 256"),
+    ("a million rows", b'{"rows": [' + b"{}," * 10**6 + b"{}]}", 422, "rows: has more than 256 entries: send fewer"),
     ("many keys", json.dumps({f"k{at}": 0 for at in range(100_000)}).encode(), 422, "problems, such as unknown keys"),
     ("too many turns", {**ROW, "prompt": ["a"] * 201}, 422, "row 0, prompt: has 201 turns"),
     ("too long", {**ROW, "prompt": "x" * 200_000}, 422, "200,037 characters; 200,000 are allowed"),
@@ -210,10 +226,21 @@ def test_addresses_and_headers(client: Client, path: str, options: dict[str, Any
     assert client.ask(path, **options)[0] == status
 
 
+def test_what_an_address_takes_is_said(client: Client) -> None:
+    for method, path, status, what in (
+        ("GET", "/v1/nothing", 404, "there is no such address: there are /"),
+        ("GET", "/v1/nothing", 404, "/v1/judge, /v1/judges, /v1/rank"),
+        ("GET", "/v1/judge", 405, "does not take the method GET: use POST"),
+        ("POST", "/health", 405, "does not take the method POST: use GET"),
+    ):
+        found, answer, _ = client.ask(path, method=method)
+        assert found == status and what in answer["error"]["message"] and answer["error"]["problems"] == []
+
+
 def test_a_token_guards_what_can_be_asked(judges: dict[str, Judge], tmp_path: Path) -> None:
     token, report = "correct-horse-battery", tmp_path / "report.html"
     report.write_text("<h1>A report</h1>")
-    with served(judges, token=token, reports={"first": report}) as client:
+    with served(judges, token=token, reports={"first": [tmp_path / "none.html", report]}) as client:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": token}, {"authorization": "Bearer é"}):
             for path in ("/v1/judges", "/metrics", "/report"):
                 status, answer, found = client.ask(path, headers=headers)
@@ -225,6 +252,23 @@ def test_a_token_guards_what_can_be_asked(judges: dict[str, Judge], tmp_path: Pa
         assert status == 200 and b"A report" in content and "sandbox" in headers["content-security-policy"]
         for path in ("/", "/health", "/ready"):
             assert client.ask(path)[0] == 200
+
+
+def test_a_report_is_served_once_it_is_written(judges: dict[str, Judge], tmp_path: Path) -> None:
+    report = tmp_path / "my run/report.html"
+    with served(judges, reports={"second": [report]}) as client:
+        status, answer, _ = client.ask("/report?judge=second")
+        assert status == 404 and "second has no report yet: `" in answer["error"]["message"]
+        command = shlex.split(answer["error"]["message"].split("`")[1])
+        assert command[-2] == "report" and Path(command[-1]).resolve() == report.parent.resolve()
+        assert [each["report"] for each in client.ask("/v1/judges")[1]] == [False, False]
+        report.parent.mkdir()
+        report.write_text("<h1>A report</h1>")
+        status, content, _ = client.ask("/report?judge=second")
+        assert status == 200 and b"A report" in content
+        assert [each["report"] for each in client.ask("/v1/judges")[1]] == [False, True]
+        status, answer, _ = client.ask("/report?judge=third")
+        assert status == 404 and "is not one of first, second" in answer["error"]["message"]
 
 
 def test_texts_are_not_logged(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from arena import Judge
-from arena.serving.command import check_token, load, named, report_of
+from arena.serving.command import check_token, load, named, report_files
 from arena.serving.limits import Limits
 from arena.serving.server import bind
 from tests.helpers import status_of_arena
@@ -37,20 +37,15 @@ def test_judges_share_their_base(run: Path) -> None:
         load({"a": str(run)}, ["train.epochs=2"], Path("runs"))
 
 
-def test_the_report_of_a_run_is_found(judges: dict[str, Judge], run: Path) -> None:
-    assert report_of(judges["first"]) is None
-    for folder in (run, run / "fold0"):
-        (folder / "report.html").write_text("")
-        assert report_of(judges["first"]) == folder / "report.html"
-    for folder in (run, run / "fold0"):
-        (folder / "report.html").unlink()
+def test_a_report_is_looked_for_in_the_fold_and_in_its_run(judges: dict[str, Judge], run: Path) -> None:
+    assert report_files(judges["first"]) == [run.resolve() / "fold0/report.html", run.resolve() / "report.html"]
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     bound = bind("127.0.0.1", 0)
     bound.listen()
     for host, port in (("127.0.0.1", bound.getsockname()[1]), ("127.0.0.1", 70_000), ("no host", 0)):
-        with pytest.raises(ValueError, match="cannot be listened to"):
+        with pytest.raises(ValueError, match=r"cannot be listened to .*arena serve demo --port 8001`"):
             bind(host, port)
     bound.close()
     check_token("a" * 16, "0.0.0.0")

@@ -31,7 +31,7 @@ def test_in_a_browser(judges: dict[str, Judge], tmp_path: Path) -> None:
         pytest.skip("there is no chromium on this machine")
     report, said, foreign = tmp_path / "report.html", list[str](), list[str]()
     report.write_text("<h1>A report</h1>")
-    with served(judges, reports={"second": report}) as client, sync_api.sync_playwright() as started:
+    with served(judges, reports={"second": [report]}) as client, sync_api.sync_playwright() as started:
         home = f"http://127.0.0.1:{client.port}/"
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(reduced_motion="reduce")
@@ -57,6 +57,9 @@ def check_the_page(page: Any, judge: Judge) -> None:
     """Judges a row, swaps it, adds a turn and an answer, and ranks."""
     row = {"prompt": [HOSTILE], "response_a": ["It is 4."], "response_b": ["Five."]}
     page.get_by_label("Prompt").fill(HOSTILE)
+    page.keyboard.press("Control+Enter")
+    assert page.inner_text("#alert") == "There is nothing to judge: enter an answer."
+    assert page.locator("#result").is_hidden() and page.locator("#invented").is_hidden()
     page.get_by_label("Answer A").fill("It is 4.")
     page.get_by_label("Answer B").fill("Five.")
     page.keyboard.press("Control+Enter")

@@ -79,7 +79,7 @@ function fieldset(row, turn) {
 }
 
 function draw() {
-  const {ranks, reads_turns, limits, examples, columns, report} = judge();
+  const {ranks, reads_turns, limits, examples, columns, report, invented} = judge();
   find("#turns").replaceChildren(...state.turns.map(fieldset));
   find("#judge").value = judge().name;
   find("#swap").hidden = !ranks || answers() !== 2;
@@ -87,6 +87,7 @@ function draw() {
   find("#add-turn").hidden = !reads_turns;
   find("#title").textContent = ranks ? "Which answer is better?" : "Which class is it?";
   find("#lead").hidden = !ranks;
+  find("#invented").hidden = !invented;
   find("#report").hidden = !report || Boolean(token());
   find("#report").href = `report?judge=${encodeURIComponent(judge().name)}`;
   find("#examples").hidden = !Object.keys(examples).length;
@@ -129,8 +130,15 @@ async function submit() {
   const mine = ++asked, button = find("#form .primary"), {columns, reads_turns, ranks} = judge();
   const texts = state.turns[0].map((_, at) => (reads_turns ? state.turns.map((turn) => turn[at]) : state.turns[0][at]));
   const many = ranks && texts.length > columns.length;
-  button.ariaBusy = "true";
   find("#alert").textContent = "";
+  if (!state.turns.flatMap((turn) => (ranks ? turn.slice(1) : turn)).some((text) => text.trim())) {
+    find("#result").hidden = true;
+    button.ariaBusy = "false";
+    find("#alert").textContent = ranks ? "There is nothing to judge: enter an answer." : "There is nothing to judge: enter a text.";
+    find(ranks ? "#field-0-1" : "#field-0-0").focus();
+    return;
+  }
+  button.ariaBusy = "true";
   try {
     const body = many ? {judge: state.judge, prompt: texts[0], answers: texts.slice(1)}
       : {judge: state.judge, rows: [Object.fromEntries(columns.map((column, at) => [column, texts[at]]))]};
@@ -169,7 +177,7 @@ function verdict(row) {
   const parts = [`${what}, with ${percent(share)}`, el("div", {className: "block"}, classes(row.probabilities))];
   if (!row.is_read) parts.push(el("p", {className: "note warn"}, "There is nothing to read: the probabilities come from the labels of the training rows."));
   else if (row.kind) parts.push(el("p", {className: "note"}, `This is a special row: ${row.kind}.`));
-  if (row.orders.length > 1) {
+  if (row.is_read && row.orders.length > 1) {
     parts.push(el("p", {className: row.flips ? "note warn" : "note"}, row.flips ? "The verdict flips with the order of the answers." : "Both orders of the answers give the same verdict."));
     const titles = ["A shown first", "B shown first"];
     parts.push(el("div", {className: "pair"}, ...row.orders.map((order, at) => el("div", {}, el("h3", {}, titles[at] ?? `Order ${at + 1}`), classes(order.probabilities)))));
