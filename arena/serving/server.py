@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from arena.inference.judge import Judge
 from arena.progress import console
@@ -25,15 +25,39 @@ BACKLOG = 1024
 
 
 class Protocol(H11Protocol):
-    """Closes connections that begin no request in time."""
+    """Closes connections whose next request does not come in time.
+
+    What counts is a whole header: neither a part of one nor the rest of a body that is answered already holds a
+    connection.
+
+    Attributes:
+        seconds: from the beginning of a connection, or an answer, to the header of the next request.
+    """
+
+    seconds = Limits.body_seconds
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(Limits.body_seconds, self._give_up)
+        self._await_request()
 
-    def _give_up(self) -> None:
-        if self.cycle is None and self.transport is not None:
-            self.transport.close()
+    def on_response_complete(self) -> None:
+        self._await_request()  # first, as the next request may be there already
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _await_request(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self.seconds, self._give_up, self.cycle)
+
+    def _give_up(self, last: RequestResponseCycle | None) -> None:
+        if self.cycle is last:
+            self.transport.abort()  # `close` would wait for a client that does not read its answer
 
 
 class Server(uvicorn.Server):

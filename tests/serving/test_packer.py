@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -20,6 +23,7 @@ import pytest
 from arena import Judge
 from arena.inference.verdicts import Explanation
 from arena.serving.limits import Limits
+from arena.serving.server import Protocol
 from tests.serving.client import ROW, Client, served, until
 
 BODY = json.dumps(ROW).encode()
@@ -147,6 +151,43 @@ def test_slow_and_broken_senders(judges: dict[str, Judge]) -> None:
         chunked = client.opened(b"", 0, path="/v1/judge")
         assert chunked.recv(12) == b"HTTP/1.1 400"
         until(lambda: client.server is not None and client.server.service.is_idle)
+
+
+def test_no_connection_is_held(judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that send a part of a header, or trickle a body that is answered already, are closed; others are not."""
+    monkeypatch.setattr(Protocol, "seconds", 1.0)
+    whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with served(judges) as client:
+        silent, half, second = (socket.create_connection(("127.0.0.1", client.port), timeout=30) for _ in range(3))
+        early = client.opened(b"", 10**6, path="/v1/nothing")
+        second.sendall(whole)
+        until_sent(second, b"alive")
+        until_sent(early, b"HTTP/1.1 404")
+        asking = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+        asking.connect()
+        asking.auto_open = 0  # only this connection
+        for at in range(20):
+            for each in (half, second, early):
+                with suppress(OSError):  # it is closed
+                    each.sendall(b" " if each is early else whole[at : at + 1])
+            if at % 5 == 0:  # more often than the limit, and for longer
+                asking.request("GET", "/health")
+                assert asking.getresponse().read() == b'{"status":"alive"}'
+            time.sleep(0.1)
+        for each in (silent, half, second, early):
+            each.settimeout(0.2)
+            with suppress(ConnectionResetError):
+                while each.recv(1000):  # it times out if the connection is open
+                    pass
+
+
+def until_sent(connection: socket.socket, text: bytes) -> None:
+    """Receives up to a text."""
+    received = b""
+    while text not in received:
+        more = connection.recv(1000)
+        assert more, f"closed after {received!r}"
+        received += more
 
 
 def test_a_stopping_server_answers_what_it_took(judges: dict[str, Judge], watched: Watched) -> None:
