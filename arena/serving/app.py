@@ -113,11 +113,13 @@ async def _disconnected(request: Request) -> None:
 
 
 def _add_facts(app: FastAPI, service: Service, reports: Mapping[str, Path]) -> None:
+    @app.head("/health", include_in_schema=False)  # some load balancers ask with HEAD
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process lives."""
         return {"status": "alive"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"description": "the server is stopping"}})
     async def ready() -> JSONResponse:
         """Whether requests are taken: the judges are loaded, and the server is not stopping."""

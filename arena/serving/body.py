@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ SHOWN_PROBLEMS, MOST_PROBLEMS = 20, 2000
 WRONG = 422
 GONE = 499  # no status of HTTP: nobody reads it, but it is counted
 CLOSE = {"connection": "close"}
+HALF_KEY = {"string_unicode": "has a key with half a character (a lone surrogate); write whole characters"}
 
 
 async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
@@ -31,7 +33,7 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
         )
     try:
         text = (await _read(request, limits)).decode("utf-8")
-        body = await asyncio.to_thread(read_json, text, "the body")  # other requests go on meanwhile
+        body = await asyncio.to_thread(_decoded, text)  # other requests go on while objects are read
     except UnicodeDecodeError:
         raise RefusedError(400, "the body is not UTF-8") from None
     except FieldError as error:
@@ -39,6 +41,17 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RefusedError(WRONG, "the body is not an object: send one, as /openapi.json describes it")
     return body
+
+
+def _decoded(text: str) -> Any:
+    """The value of a body. Of many small lists the garbage collector would look at all, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return read_json(text, "the body")
+    finally:
+        if was_on:  # of several threads, the one that turned it off
+            gc.enable()
 
 
 async def _read(request: Request, limits: Limits) -> bytes:
@@ -80,6 +93,11 @@ def checked_texts(task: Task, rows: Sequence[Cells], limits: Limits) -> list[Cel
         try:
             if (size := characters(cells)) > limits.characters:
                 raise FieldError(", ".join(task.texts), f"has {size:,} characters; {limits.characters:,} are allowed")
+            for name, cell in cells.items():
+                if isinstance(cell, list) and len(cell) > limits.turns:
+                    raise FieldError(
+                        name, f"has {len(cell):,} turns; {limits.turns:,} are allowed: leave out earlier ones"
+                    )
             texts.append(task.read_texts(cells, sizes))
         except FieldError as error:
             problems.append({"row": number, "field": error.field, "what": error.what})
@@ -99,9 +117,10 @@ def refused(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
 def _problem(error: Any) -> dict[str, Any]:
     """A problem as pydantic tells it."""
     where = list(error["loc"])
-    row = where[1] if where[0] == "rows" and len(where) > 1 else None
+    row = where[1] if len(where) > 1 and where[0] == "rows" else None
     name = "".join(
         f"[{each}]" if isinstance(each, int) else f".{each[:80]}" for each in where[0 if row is None else 2 :]
     )
-    what = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    return {"row": row, "field": name.removeprefix(".") or "the row", "what": what}
+    what = str(error["ctx"]["error"]) if error["type"] == "value_error" else HALF_KEY.get(error["type"], error["msg"])
+    whole = "the body" if row is None else "the row"
+    return {"row": row, "field": name.removeprefix(".") or whole, "what": what}

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from arena.data.rows import Cells
-from arena.inference.judge import Judge
+from arena.inference.judge import ONE_ORDER, Judge
 from arena.serving.body import CLOSE, WRONG, checked, checked_texts, refused
 from arena.serving.limits import Limits, RefusedError
 from arena.serving.metrics import Metrics
@@ -58,7 +58,7 @@ class Service:
             {
                 "name": name, "task": judge.task.name, "classes": list(judge.task.classes),
                 "columns": list(judge.task.texts), "reads_turns": reads_turns(judge.task),
-                "ranks": judge.task.tie is not None, "examples": dict(judge.task.examples),
+                "ranks": judge.task.tie is not None and _reads_all_orders(judge), "examples": dict(judge.task.examples),
                 "limits": {"rows": self.limits.rows, "answers": self.limits.answers},
             }
             for name, judge in self.judges.items()
@@ -101,6 +101,8 @@ class Service:
         name = self._named(body)
         asked = checked(self._rank_request, body)
         task = self.judges[name].task
+        if task.tie is not None and not _reads_all_orders(self.judges[name]):
+            raise RefusedError(WRONG, f"answers cannot be compared fairly: {ONE_ORDER}")
         try:
             return self._job(name, task.pairs(asked.prompt, asked.answers), False)
         except ValueError as error:
@@ -120,7 +122,7 @@ class Service:
         if name is None or (isinstance(name, str) and name in self.judges):
             return name or next(iter(self.judges))
         problem = {"row": None, "field": "judge", "what": f"is not one of {', '.join(self.judges)}"}
-        raise RefusedError(404, f"judge: {problem['what']}", [problem])
+        raise RefusedError(404 if isinstance(name, str) else WRONG, f"judge: {problem['what']}", [problem])
 
     def _job(self, name: str, rows: list[Cells], prompts: bool) -> Job:
         judge = self.judges[name]
@@ -132,6 +134,11 @@ def _of_answers(problem: Mapping[str, Any], texts: Sequence[str], pairs: Sequenc
     names = dict(zip(texts, ("prompt", *(f"answers[{at}]" for at in pairs[problem["row"]])), strict=True))
     fields = [names.get(field, field) for field in problem["field"].split(", ")]
     return {**problem, "row": None, "field": ", ".join(fields)}
+
+
+def _reads_all_orders(judge: Judge) -> bool:
+    """Whether a judge reads each row in all orders: in one order, a ranking depends on how the answers are listed."""
+    return all(model.recipe.reads_all_orders for model in judge.models)
 
 
 def _share(one: Judge, other: Judge) -> bool:
