@@ -15,12 +15,11 @@ from arena.data.limits import Limits as RowLimits
 from arena.data.limits import characters
 from arena.data.rows import Cells
 from arena.data.task import Task
-from arena.serving.limits import Limits, RefusedError
+from arena.serving.limits import CLOSE, Limits, RefusedError
 
 SHOWN_PROBLEMS, MOST_PROBLEMS = 20, 2000
 WRONG = 422
 GONE = 499  # no status of HTTP: nobody reads it, but it is counted
-CLOSE = {"connection": "close"}
 HALF_KEY = {"string_unicode": "has a key with half a character (a lone surrogate); write whole characters"}
 
 

@@ -18,9 +18,10 @@ from arena.serving.app import make_app
 from arena.serving.gate import Gate
 from arena.serving.limits import Limits
 from arena.serving.service import Service
+from arena.stopping import Stopped
 
 CONNECTIONS = 1024
-LAST_SECONDS = 10  # for answers that are still being sent at the end
+LAST_SECONDS = 5  # for answers that are still being sent at the end; requests that are still arriving get 503 then
 BACKLOG = 1024
 
 
@@ -72,6 +73,7 @@ class Server(uvicorn.Server):
         reports: Mapping[str, Path] = {},
     ) -> None:  # fmt: skip
         self.service = Service(judges, limits)
+        self._ended_by: signal.Signals | None = None
         app = make_app(self.service, reports)
         paths = {"/", *(path for route in app.routes if (path := getattr(route, "path", None)))}
         gate = Gate(app, self.service.metrics, paths, token)
@@ -87,6 +89,7 @@ class Server(uvicorn.Server):
         """Begins to stop, or ends at once."""
         if self.service.draining:
             self.should_exit = self.force_exit = True
+            self._ended_by = signal.Signals(sig)
             return
         self.service.draining = True
         console.print(f"{signal.Signals(sig).name}: answering what was accepted; another one ends at once")
@@ -105,10 +108,12 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until a signal. Raises `Stopped` if a second one ended it, perhaps with requests unanswered."""
         super().run(sockets)
-        if not self.force_exit:
-            self.service.close()
-            console.print("stopped: every accepted request was answered")
+        if self._ended_by is not None:
+            raise Stopped(f"ended by {self._ended_by.name}", 128 + self._ended_by)
+        self.service.close()
+        console.print("stopped: every accepted request was answered")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -8,8 +8,8 @@ from typing import Any
 
 from arena.data.rows import Cells
 from arena.inference.judge import ONE_ORDER, Judge
-from arena.serving.body import CLOSE, WRONG, checked, checked_texts, refused
-from arena.serving.limits import Limits, RefusedError
+from arena.serving.body import WRONG, checked, checked_texts, refused
+from arena.serving.limits import CLOSE, STOPPING, Limits, RefusedError
 from arena.serving.metrics import Metrics
 from arena.serving.packer import Job, Packer
 from arena.serving.schema import judge_request, rank_request, reads_turns
@@ -114,7 +114,7 @@ class Service:
     def submit(self, job: Job) -> None:
         """Queues a job, whose `answer` then comes. Raises `RefusedError`."""
         if self.draining:
-            raise RefusedError(503, "the server is stopping: ask another one", headers=CLOSE)
+            raise RefusedError(503, STOPPING, headers=CLOSE)
         self._packers[job.name].submit(job)
 
     def _named(self, body: Mapping[str, Any]) -> str:

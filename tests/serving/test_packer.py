@@ -22,8 +22,10 @@ import pytest
 
 from arena import Judge
 from arena.inference.verdicts import Explanation
+from arena.serving import server
 from arena.serving.limits import Limits
 from arena.serving.server import Protocol
+from arena.stopping import Stopped
 from tests.serving.client import ROW, Client, served, until
 
 BODY = json.dumps(ROW).encode()
@@ -202,6 +204,37 @@ def test_a_stopping_server_answers_what_it_took(judges: dict[str, Judge], watche
         assert client.ask("/health")[0] == 200
         watched.go.set()
         assert [answer.result()[0] for answer in taken] == [200] * 3
+
+
+def test_a_request_that_still_arrives_at_the_end_is_refused(
+    judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "LAST_SECONDS", 0.3)
+    with served(judges) as client:
+        slow = client.opened(BODY[:10], len(BODY))
+        assert client.server is not None and client.ask("/health")[0] == 200
+        until(lambda: len(client.server.server_state.tasks) == 1)  # type: ignore[union-attr]
+        client.server.handle_exit(signal.SIGTERM, None)
+        answer = slow.recv(10_000) + slow.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 503") and b"the server is stopping" in answer
+    out = capsys.readouterr()
+    assert "POST /v1/judge 503" in out.out and "Traceback" not in out.out + out.err
+
+
+def test_a_second_signal_ends_the_server_at_once(judges: dict[str, Judge], watched: Watched) -> None:
+    bound, serving = server.bind("127.0.0.1", 0), server.Server(judges)
+    client = Client(bound.getsockname()[1])
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(serving.run, [bound])
+        until(lambda: serving.started)
+        asked = pool.submit(client.judge, ROW)
+        until(lambda: watched.batches)
+        serving.handle_exit(signal.SIGTERM, None)
+        assert not running.done()
+        serving.handle_exit(signal.SIGINT, None)
+        with pytest.raises(Stopped) as ended:
+            running.result(20)
+        assert ended.value.status == 128 + signal.SIGINT and asked.result()[0] == 503
 
 
 PROCESS = "import torch; torch.set_num_threads(1); from arena import cli; cli.main()"
