@@ -140,7 +140,9 @@ def _left_out(total: int, listed: int, with_texts: int, missing: str | None) -> 
     """What the page does not hold, in words."""
     said = [f"Only the {listed:,} most confidently wrong of {total:,} rows are listed."] if listed < total else []
     if missing:
-        return " ".join([*said, missing])
+        said.append(missing)
+    if missing and not with_texts:
+        return " ".join(said)
     if with_texts < listed:
         said.append(
             f"Only the {with_texts:,} most confidently wrong rows have their texts here, and are found by them."

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from arena.data.dataset import Rows
 from arena.data.files import read_files
@@ -14,7 +15,7 @@ from arena.data.prepare import held_out_file
 from arena.data.rows import ROWS_AT_ONCE
 from arena.data.task import Masks, Task
 from arena.html_report.page import as_json
-from arena.html_report.source import Source
+from arena.html_report.source import Fold, Source, damaged
 from arena.metrics import log_loss
 from arena.model.backbone import load_tokenizer
 from arena.progress import progress, warn
@@ -35,8 +36,8 @@ class HeldOut:
         labels, predicted, prior: float64 (n, C).
         orders: float64 (orders, n, C), predictions in each order, in the classes of the row as given; NaN for rows
             without input. None where that is not known, or there is one order.
-        rows: with their texts; None if the data are gone, which `missing` then explains.
-        tokens: int (n,), of each row before truncation; None without `rows`.
+        rows: with their texts; None if the data are gone; `missing` explains what is.
+        tokens: int (n,), of each row before truncation; None without `rows`, or without a tokenizer.
         slices: by property and value, which rows have it.
     """
 
@@ -74,16 +75,16 @@ def read_held_out(source: Source, data: str | None) -> HeldOut:
     task, recipe = source.task, moved(source.recipe, data)
     tables = [fold.predictions for fold in source.folds]
     lengths = [len(table) for table in tables]
-    ids = [name for table in tables for name in table["id"]]
     labels, predicted = (
-        np.concatenate([table[[f"{kind}{name}" for name in task.columns]].to_numpy(np.float64) for table in tables])
+        np.concatenate([_numbers(fold, [f"{kind}{name}" for name in task.columns]) for fold in source.folds])
         for kind in ("label_", "")
     )
+    ids = [name for table in tables for name in table["id"]]
     rows, missing = _rows(recipe, task, ids, labels)
     tokens, slices = None, dict[str, Masks]()
     if rows is not None:
-        tokens, cut = _lengths(rows, source, recipe)
-        slices = {**token_slices(tokens, cut), **task.slices(rows.table)}
+        tokens, by_length, missing = _lengths(rows, source, recipe)
+        slices = {**by_length, **task.slices(rows.table)}
     return HeldOut(
         task=task, ids=ids, labels=labels, predicted=predicted, rows=rows, missing=missing, tokens=tokens,
         folds=np.repeat([fold.metrics["fold"] for fold in source.folds], lengths),
@@ -91,6 +92,20 @@ def read_held_out(source: Source, data: str | None) -> HeldOut:
         orders=_orders(source, predicted, None if rows is None else rows.has_input),
         slices=slices,
     )  # fmt: skip
+
+
+def _numbers(fold: Fold, columns: Sequence[str]) -> np.ndarray:
+    """Columns of a fold's predictions, float64 (n, C). Raises `ValueError` if the file does not have them all."""
+    file, table = fold.folder / "oof.csv", fold.predictions
+    if missing := [name for name in ("id", *columns) if name not in table]:
+        raise damaged(file, f"it has no column {missing[0]}")
+    if len(table) != fold.metrics["n_eval"]:
+        raise damaged(file, f"it has {len(table):,} rows, but metrics.json is of {fold.metrics['n_eval']:,}")
+    numbers = table[list(columns)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    if not (finite := np.isfinite(numbers)).all():
+        row, column = np.argwhere(~finite)[0].tolist()
+        raise damaged(file, f"row {row + 1} has no number in the column {columns[column]}")
+    return numbers
 
 
 def _rows(recipe: Recipe, task: Task, ids: Sequence[str], labels: np.ndarray) -> tuple[Rows | None, str | None]:
@@ -110,9 +125,15 @@ def _rows(recipe: Recipe, task: Task, ids: Sequence[str], labels: np.ndarray) ->
     return own, None
 
 
-def _lengths(rows: Rows, source: Source, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """int (n,), twice: the tokens of each row before truncation, and how many of them are cut."""
-    encoder = rows.task.encoder(load_tokenizer(str(source.folds[0].folder / "model")), recipe.prompt)
+def _lengths(rows: Rows, source: Source, recipe: Recipe) -> tuple[np.ndarray | None, dict[str, Masks], str | None]:
+    """The tokens of each row before truncation, int (n,), and the slices by them; or why there are none."""
+    try:
+        tokenizer = load_tokenizer(str(source.folds[0].folder / "model"))
+    except ValueError as error:
+        missing = f"The slices by length are missing here: {' '.join(str(error).split())}"
+        warn(missing)
+        return None, {}, missing
+    encoder = rows.task.encoder(tokenizer, recipe.prompt)
     counts = []
     with progress("counting tokens", len(rows)) as advance:
         for batch in rows.table.select_columns(list(rows.task.texts)).iter(ROWS_AT_ONCE):
@@ -120,7 +141,7 @@ def _lengths(rows: Rows, source: Source, recipe: Recipe) -> tuple[np.ndarray, np
             counts += [(len(each.input_ids) + each.tokens_cut, each.tokens_cut) for each in examples]
             advance(len(examples))
     tokens, cut = np.array(counts).T
-    return tokens, cut
+    return tokens, token_slices(tokens, cut), None
 
 
 def _orders(source: Source, mean: np.ndarray, has_input: np.ndarray | None) -> np.ndarray | None:

@@ -24,6 +24,10 @@ from arena.training.checkpoint_manager import CheckpointManager
 REFERENCES = (
     "prior_log_loss", "base_log_loss", "baseline_log_loss", "blend_log_loss", "recalibrated_log_loss", "bayes_log_loss"
 )  # fmt: skip
+NEEDED = (
+    "fold", "n_eval", "n_train", "log_loss", "fill_rate", "tokens_per_second", "peak_memory_bytes",
+    "trainable_parameters", "device", "attention_backend"
+)  # fmt: skip
 SUMS = ("n_eval", "micro_batches", "tokens", "unique_tokens", "train_seconds", "steps")
 
 
@@ -107,12 +111,45 @@ def _read_fold(model: Path) -> Fold:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}, from which the report is made: name a fold with all its files")
     return Fold(
-        folder,
-        metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
-        log=[json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()],
-        prior=read_judge(model).prior,
-        predictions=pd.read_csv(folder / "oof.csv", dtype={"id": str}, keep_default_na=False),
-    )
+        folder, metrics=_metrics(folder / "metrics.json"), log=_log(folder / "log.jsonl"),
+        prior=read_judge(model).prior, predictions=_predictions(folder / "oof.csv"),
+    )  # fmt: skip
+
+
+def damaged(file: Path, what: str) -> ValueError:
+    """The error of a file of a fold that cannot be used: `what` is wrong with it."""
+    return ValueError(f"{file} is damaged: {what}; copy it anew from where the fold was trained, or train that again")
+
+
+def _metrics(file: Path) -> dict[str, Any]:
+    metrics = _object(file, "it", file.read_bytes())
+    if missing := [name for name in (*NEEDED, *SUMS) if name not in metrics]:
+        raise damaged(file, f"it has no {missing[0]}")
+    return metrics
+
+
+def _log(file: Path) -> list[dict[str, Any]]:
+    return [_object(file, f"line {number}", line) for number, line in enumerate(file.read_bytes().splitlines(), 1)]
+
+
+def _object(file: Path, where: str, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise damaged(file, f"{where} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise damaged(file, f"{where} is not a JSON object")
+    return value
+
+
+def _predictions(file: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(file, dtype={"id": str}, keep_default_na=False)
+    except ValueError as error:  # of pandas too
+        raise damaged(file, f"it is not a CSV file with a header ({' '.join(str(error).split())})") from None
+    if table.empty:
+        raise damaged(file, "it has no rows")
+    return table
 
 
 def _of_all(folds: Sequence[dict[str, Any]], cv: dict[str, Any]) -> dict[str, Any]:

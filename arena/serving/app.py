@@ -125,11 +125,13 @@ def _add_facts(app: FastAPI, service: Service, reports: Mapping[str, Sequence[Pa
     def report_of(name: str) -> Path | None:
         return next((path for path in reports.get(name, ()) if path.is_file()), None)
 
+    @app.head("/health", include_in_schema=False)  # some load balancers ask with HEAD
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the process lives."""
         return {"status": "alive"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"description": "the server is stopping"}})
     async def ready() -> JSONResponse:
         """Whether requests are taken: the judges are loaded, and the server is not stopping."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,11 @@ from arena.data.limits import Limits as RowLimits
 from arena.data.limits import characters
 from arena.data.rows import Cells
 from arena.data.task import Task
-from arena.serving.limits import Limits, RefusedError
+from arena.serving.limits import CLOSE, Limits, RefusedError
 
 SHOWN_PROBLEMS, MOST_PROBLEMS = 20, 2000
 WRONG = 422
 GONE = 499  # no status of HTTP: nobody reads it, but it is counted
-CLOSE = {"connection": "close"}
 
 
 async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
@@ -31,7 +31,7 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
         )
     try:
         text = (await _read(request, limits)).decode("utf-8")
-        body = await asyncio.to_thread(read_json, text, "the body")  # other requests go on meanwhile
+        body = await asyncio.to_thread(_decoded, text)  # other requests go on while objects are read
     except UnicodeDecodeError:
         raise RefusedError(400, "the body is not UTF-8") from None
     except FieldError as error:
@@ -39,6 +39,17 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RefusedError(WRONG, "the body is not an object: send one, as /openapi.json describes it")
     return body
+
+
+def _decoded(text: str) -> Any:
+    """The value of a body. Of many small lists the garbage collector would look at all, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return read_json(text, "the body")
+    finally:
+        if was_on:  # of several threads, the one that turned it off
+            gc.enable()
 
 
 async def _read(request: Request, limits: Limits) -> bytes:
@@ -82,6 +93,11 @@ def checked_texts(task: Task, rows: Sequence[Cells], limits: Limits) -> list[Cel
         try:
             if (size := characters(cells)) > limits.characters:
                 raise FieldError(", ".join(task.texts), f"has {size:,} characters; {limits.characters:,} are allowed")
+            for name, cell in cells.items():
+                if isinstance(cell, list) and len(cell) > limits.turns:
+                    raise FieldError(
+                        name, f"has {len(cell):,} turns; {limits.turns:,} are allowed: leave out earlier ones"
+                    )
             texts.append(task.read_texts(cells, sizes))
         except FieldError as error:
             problems.append({"row": number, "field": error.field, "what": error.what})
@@ -101,13 +117,14 @@ def refused(problems: Sequence[Mapping[str, Any]]) -> RefusedError:
 def _problem(error: Any, model: type[BaseModel]) -> dict[str, Any]:
     """A problem of a request of a model, with the remedy, from what pydantic found."""
     where = list(error["loc"])
-    row = where[1] if where[0] == "rows" and len(where) > 1 else None
+    row = where[1] if len(where) > 1 and where[0] == "rows" else None
     name = "".join(
         f"[{each}]" if isinstance(each, int) else f".{each[:80]}" for each in where[0 if row is None else 2 :]
     )
     rows: Any = None if row is None else model.model_fields["rows"].annotation
     fields = _fields(model if rows is None else rows.__args__[0])
-    return {"row": row, "field": name.removeprefix(".") or "the row", "what": _what(error, fields)}
+    whole = "the body" if row is None else "the row"
+    return {"row": row, "field": name.removeprefix(".") or whole, "what": _what(error, fields)}
 
 
 def _fields(model: type[BaseModel]) -> str:
@@ -136,5 +153,5 @@ def _what(error: Any, fields: str) -> str:
         case "bool_type":
             return "is neither true nor false: send one of them"
         case "string_unicode" | "invalid_key":
-            return "has half a character (a lone surrogate); write whole characters"
+            return "has a key with half a character (a lone surrogate); write whole characters"
     return str(error["msg"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 import traceback
@@ -11,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from arena.progress import console, warn
 from arena.serving.app import refusal
-from arena.serving.limits import RefusedError
+from arena.serving.limits import CLOSE, STOPPING, RefusedError
 from arena.serving.metrics import Metrics
 
 POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
@@ -37,11 +38,12 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status = time.monotonic(), 500
+        started, status, is_begun = time.monotonic(), 500, False
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_begun
             if message["type"] == "http.response.start":
+                is_begun = True
                 status, own = message["status"], {name for name, _ in message["headers"]}
                 more = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in own]
                 message = {**message, "headers": [*message["headers"], *more]}
@@ -50,6 +52,9 @@ class Gate:
         try:
             refused = self._refused(scope)
             await (self._app if refused is None else refusal(refused))(scope, receive, sending)
+        except asyncio.CancelledError:  # the server ends, and this request is still arriving or not answered yet
+            if not is_begun:
+                await refusal(RefusedError(503, STOPPING, headers=CLOSE))(scope, receive, sending)
         except Exception as error:  # answered already; its message may quote a request's text
             where = "".join(traceback.format_tb(error.__traceback__))
             warn(f"a request failed ({type(error).__name__}):\n{where}")

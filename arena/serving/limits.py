@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+CLOSE = {"connection": "close"}
+STOPPING = "the server is stopping: ask another one"
+
 
 @dataclass(frozen=True)
 class Limits:

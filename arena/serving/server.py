@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from arena.command_line import command
 from arena.inference.judge import Judge
@@ -19,22 +19,47 @@ from arena.serving.app import make_app
 from arena.serving.gate import Gate
 from arena.serving.limits import Limits
 from arena.serving.service import Service
+from arena.stopping import Stopped
 
 CONNECTIONS = 1024
-LAST_SECONDS = 10  # for answers that are still being sent at the end
+LAST_SECONDS = 5  # for answers that are still being sent at the end; requests that are still arriving get 503 then
 BACKLOG = 1024
 
 
 class Protocol(H11Protocol):
-    """Closes connections that begin no request in time."""
+    """Closes connections whose next request does not come in time.
+
+    What counts is a whole header: neither a part of one nor the rest of a body that is answered already holds a
+    connection.
+
+    Attributes:
+        seconds: from the beginning of a connection, or an answer, to the header of the next request.
+    """
+
+    seconds = Limits.body_seconds
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.loop.call_later(Limits.body_seconds, self._give_up)
+        self._await_request()
 
-    def _give_up(self) -> None:
-        if self.cycle is None and self.transport is not None:
-            self.transport.close()
+    def on_response_complete(self) -> None:
+        self._await_request()  # first, as the next request may be there already
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _await_request(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self.seconds, self._give_up, self.cycle)
+
+    def _give_up(self, last: RequestResponseCycle | None) -> None:
+        if self.cycle is last:
+            self.transport.abort()  # `close` would wait for a client that does not read its answer
 
 
 class Server(uvicorn.Server):
@@ -49,6 +74,7 @@ class Server(uvicorn.Server):
         reports: Mapping[str, Sequence[Path]] = {},
     ) -> None:  # fmt: skip
         self.service = Service(judges, limits)
+        self._ended_by: signal.Signals | None = None
         app = make_app(self.service, reports)
         paths = {"/", *(path for route in app.routes if (path := getattr(route, "path", None)))}
         gate = Gate(app, self.service.metrics, paths, token)
@@ -64,6 +90,7 @@ class Server(uvicorn.Server):
         """Begins to stop, or ends at once."""
         if self.service.draining:
             self.should_exit = self.force_exit = True
+            self._ended_by = signal.Signals(sig)
             return
         self.service.draining = True
         console.print(f"{signal.Signals(sig).name}: answering what was accepted; another one ends at once")
@@ -82,10 +109,12 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serves until a signal. Raises `Stopped` if a second one ended it, perhaps with requests unanswered."""
         super().run(sockets)
-        if not self.force_exit:
-            self.service.close()
-            console.print("stopped: every accepted request was answered")
+        if self._ended_by is not None:
+            raise Stopped(f"ended by {self._ended_by.name}", 128 + self._ended_by)
+        self.service.close()
+        console.print("stopped: every accepted request was answered")
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -7,9 +7,9 @@ from itertools import combinations
 from typing import Any
 
 from arena.data.rows import Cells
-from arena.inference.judge import Judge
-from arena.serving.body import CLOSE, WRONG, checked, checked_texts, refused
-from arena.serving.limits import Limits, RefusedError
+from arena.inference.judge import ONE_ORDER, Judge
+from arena.serving.body import WRONG, checked, checked_texts, refused
+from arena.serving.limits import CLOSE, STOPPING, Limits, RefusedError
 from arena.serving.metrics import Metrics
 from arena.serving.packer import Job, Packer
 from arena.serving.schema import judge_request, rank_request, reads_turns
@@ -58,7 +58,7 @@ class Service:
             {
                 "name": name, "task": judge.task.name, "classes": list(judge.task.classes),
                 "columns": list(judge.task.texts), "reads_turns": reads_turns(judge.task),
-                "ranks": judge.task.tie is not None, "examples": dict(judge.task.examples),
+                "ranks": judge.task.tie is not None and _reads_all_orders(judge), "examples": dict(judge.task.examples),
                 "invented": all(model.recipe.data.synthetic_rows is not None for model in judge.models),
                 "limits": {"rows": self.limits.rows, "answers": self.limits.answers},
             }
@@ -102,6 +102,8 @@ class Service:
         name = self.named(body)
         asked = checked(self._rank_request, body)
         task = self.judges[name].task
+        if task.tie is not None and not _reads_all_orders(self.judges[name]):
+            raise RefusedError(WRONG, f"answers cannot be compared fairly: {ONE_ORDER}")
         try:
             return self._job(name, task.pairs(asked.prompt, asked.answers), False)
         except ValueError as error:
@@ -113,7 +115,7 @@ class Service:
     def submit(self, job: Job) -> None:
         """Queues a job, whose `answer` then comes. Raises `RefusedError`."""
         if self.draining:
-            raise RefusedError(503, "the server is stopping: ask another one", headers=CLOSE)
+            raise RefusedError(503, STOPPING, headers=CLOSE)
         self._packers[job.name].submit(job)
 
     def named(self, body: Mapping[str, Any]) -> str:
@@ -122,7 +124,7 @@ class Service:
         if name is None or (isinstance(name, str) and name in self.judges):
             return name or next(iter(self.judges))
         problem = {"row": None, "field": "judge", "what": f"is not one of {', '.join(self.judges)}"}
-        raise RefusedError(404, f"judge: {problem['what']}", [problem])
+        raise RefusedError(404 if isinstance(name, str) else WRONG, f"judge: {problem['what']}", [problem])
 
     def _job(self, name: str, rows: list[Cells], prompts: bool) -> Job:
         judge = self.judges[name]
@@ -134,6 +136,11 @@ def _of_answers(problem: Mapping[str, Any], texts: Sequence[str], pairs: Sequenc
     names = dict(zip(texts, ("prompt", *(f"answers[{at}]" for at in pairs[problem["row"]])), strict=True))
     fields = [names.get(field, field) for field in problem["field"].split(", ")]
     return {**problem, "row": None, "field": ", ".join(fields)}
+
+
+def _reads_all_orders(judge: Judge) -> bool:
+    """Whether a judge reads each row in all orders: in one order, a ranking depends on how the answers are listed."""
+    return all(model.recipe.reads_all_orders for model in judge.models)
 
 
 def _share(one: Judge, other: Judge) -> bool:

@@ -236,6 +236,47 @@ def test_without_its_data_a_report_says_so_and_has_the_rest(what: str, place: Pa
     assert all(bar["rows"] == found for bar, found in bars(content)) and charts(content, "Reliability")
 
 
+def test_without_its_tokenizer_a_report_says_so_and_has_the_rest(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny/fold0"
+    copytree(place / "runs/tiny/fold0", folder, ignore=ignore_patterns("*token*"))
+    content = written(place, tmp_path, str(folder))
+    assert "The slices by length are missing here: " in content["rows"]["note"]
+    assert all(text for text in content["rows"]["texts"]) and "length" not in content["rows"]["columns"]
+    by_title = {chart["title"]: chart["data"]["table"] for chart in charts(content, "Slices")}
+    assert all("filter" not in bar for bar in by_title["length"]) and all("filter" in bar for bar in by_title["turns"])
+    assert all(bar["rows"] == found for bar, found in bars(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [
+        ("log.jsonl", lambda text: text[:-9], r"line 31 is not JSON"),
+        ("log.jsonl", lambda text: "7\n" + text, r"line 1 is not a JSON object"),
+        ("metrics.json", lambda text: text[:-9], r"it is not JSON"),
+        ("metrics.json", lambda _: "{}", r"it has no fold"),
+        ("metrics.json", lambda _: "[]", r"it is not a JSON object"),
+        ("oof.csv", lambda _: "", r"it is not a CSV file with a header"),
+        ("oof.csv", lambda text: text.split("\n")[0] + "\n", r"it has no rows"),
+        ("oof.csv", lambda _: "id,x\n1,2\n", r"it has no column label_winner_model_a"),
+        ("oof.csv", lambda text: text[: text.rindex("\n", 0, -1) + 1], r"it has 28 rows, but metrics\.json is of 29"),
+        (
+            "oof.csv",
+            lambda text: re.sub(r"\n(\w+),[\d.]+,", r"\n\1,,", text, count=1),
+            r"row 1 has no number in .*model_a",
+        ),
+        ("oof.csv", lambda text: re.sub(r"\n(\w+),[\d.]+,", r"\n\1,nan,", text, count=1), r"row 1 has no number in "),
+    ],
+)
+def test_damaged_files_are_named(
+    name: str, change: Callable[[str], str], what: str, place: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny/fold0"
+    copytree(place / "runs/tiny/fold0", folder)
+    (folder / name).write_text(change((folder / name).read_text()))
+    with pytest.raises(ValueError, match=rf"fold0/{re.escape(name)} is damaged: {what}.*; copy it anew from "):
+        written(place, tmp_path, str(folder))
+
+
 def sentiment(folder: Path) -> Recipe:
     table = pd.DataFrame(
         {"id": [f"r{at}" for at in range(40)], "sentence": "good", "label": [at % 2 for at in range(40)]}

@@ -38,7 +38,7 @@ class Client:
         reply = connection.getresponse()
         content, kind = reply.read(), reply.headers.get("content-type", "")
         connection.close()
-        return reply.status, json.loads(content) if kind == "application/json" else content, reply.headers
+        return reply.status, json.loads(content) if content and kind == "application/json" else content, reply.headers
 
     def judge(self, body: Any) -> tuple[int, Any]:
         return self.ask("/v1/judge", body)[:2]

@@ -15,6 +15,7 @@ import torch
 
 from arena import Judge
 from arena.config import load_recipe
+from arena.inference.judge import ONE_ORDER
 from arena.inference.saved import SavedJudge, save_judge
 from arena.inference.verdicts import Explanation
 from arena.model.backbone import load_base, load_tokenizer
@@ -73,6 +74,14 @@ def test_answers_are_ranked_as_in_python(client: Client, judges: dict[str, Judge
     assert found["batch"]["rows"] == len(list(combinations(answers, 2))) and found["batch"]["tokens"] == known.tokens
 
 
+def test_a_judge_that_reads_one_order_ranks_nothing(run: Path) -> None:
+    judge = Judge.from_pretrained(run / "fold0", settings=["judge.swap=false"])
+    with served({"one": judge}) as client:
+        status, answer, _ = client.ask("/v1/rank", {"prompt": "a", "answers": ["b", "c"]})
+        assert status == 422 and ONE_ORDER in answer["error"]["message"]
+        assert client.ask("/v1/judges")[1][0]["ranks"] is False and client.judge(ROW)[0] == 200
+
+
 def test_hostile_texts_are_texts(client: Client, judges: dict[str, Judge]) -> None:
     rows = [{"prompt": text, "response_a": text, "response_b": [text]} for text in HOSTILE]
     status, answer = client.judge({"rows": rows, "prompts": True})
@@ -87,6 +96,7 @@ def test_what_can_be_known(client: Client) -> None:
     assert client.ask("/ready")[:2] == (200, {"status": "ready", "judges": ["first", "second"]})
     facts = client.ask("/v1/judges")[1]
     assert [each["name"] for each in facts] == ["first", "second"] and facts[0]["classes"] == ["A", "B", "tie"]
+    assert all(each["ranks"] for each in facts)
     described = client.ask("/openapi.json")[1]
     asked = described["paths"]["/v1/judge"]["post"]["requestBody"]["content"]["application/json"]
     assert {*asked["schema"]["anyOf"][0]["required"]} == {"prompt", "response_a", "response_b"}
@@ -142,8 +152,10 @@ BAD: list[tuple[str, Any, int, str]] = [
         "half a key",
         rb'{"\ud800": 1, "prompt": "", "response_a": "", "response_b": ""}',
         422,
-        "has half a character",
+        "row 0, the row: has a key with half a character",
     ),
+    ("half a key of the body", rb'{"\ud800": 1, "rows": [{}]}', 422, "the body: has a key with half a character"),
+    ("half a key of a row", rb'{"rows": [{"\ud800": 1}]}', 422, "row 0, the row: has a key with half a character"),
     (
         "another key",
         {**ROW, "response_c": "x"},
@@ -159,7 +171,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("a text for true", {"rows": [ROW], "prompts": "yes"}, 422, "prompts: is neither true nor false"),
     ("another judge", {**ROW, "judge": "third"}, 404, "judge: is not one of first, second"),
     ("half a judge", rb'{"judge": "\udc00"}', 404, "judge: is not one of first, second"),
-    ("a number as a judge", {**ROW, "judge": 7}, 404, "judge: is not one of first, second"),
+    ("a number as a judge", {**ROW, "judge": 7}, 422, "judge: is not one of first, second"),
     ("too many rows", {"rows": [ROW] * 257}, 422, "rows: has more than 256 entries: send fewer"),
     (
         "a million turns",
@@ -169,7 +181,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     ),
     ("a million rows", b'{"rows": [' + b"{}," * 10**6 + b"{}]}", 422, "rows: has more than 256 entries: send fewer"),
     ("many keys", json.dumps({f"k{at}": 0 for at in range(100_000)}).encode(), 422, "problems, such as unknown keys"),
-    ("too many turns", {**ROW, "prompt": ["a"] * 201}, 422, "row 0, prompt: has 201 turns"),
+    ("too many turns", {**ROW, "prompt": ["a"] * 201}, 422, "row 0, prompt: has 201 turns; 200 are allowed"),
     ("too long", {**ROW, "prompt": "x" * 200_000}, 422, "200,037 characters; 200,000 are allowed"),
     ("too large", b" " * (8 * 2**20 + 1), 413, "8,388,609 bytes, and 8,388,608 are allowed"),
 ]
@@ -211,6 +223,8 @@ def test_all_problems_are_named(client: Client) -> None:
         ("/v1/judge", {"body": GOOD, "headers": {"content-type": "text/plain"}}, 415),
         ("/v1/judge", {"body": GOOD, "headers": {**JSON, "content-encoding": "gzip"}}, 200),
         ("/v1/judge", {"body": GOOD, "headers": {"content-type": "Application/JSON; charset=utf-8"}}, 200),
+        ("/health", {"method": "HEAD"}, 200),
+        ("/ready", {"method": "HEAD"}, 200),
         ("/v1/judge", {}, 405),
         ("/v1/judge", {"method": "PUT", "body": GOOD}, 405),
         ("/v1/nothing", {"body": GOOD}, 404),

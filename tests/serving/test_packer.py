@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -19,7 +22,10 @@ import pytest
 
 from arena import Judge
 from arena.inference.verdicts import Explanation
+from arena.serving import server
 from arena.serving.limits import Limits
+from arena.serving.server import Protocol
+from arena.stopping import Stopped
 from tests.serving.client import ROW, Client, served, until
 
 BODY = json.dumps(ROW).encode()
@@ -149,6 +155,43 @@ def test_slow_and_broken_senders(judges: dict[str, Judge]) -> None:
         until(lambda: client.server is not None and client.server.service.is_idle)
 
 
+def test_no_connection_is_held(judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that send a part of a header, or trickle a body that is answered already, are closed; others are not."""
+    monkeypatch.setattr(Protocol, "seconds", 1.0)
+    whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with served(judges) as client:
+        silent, half, second = (socket.create_connection(("127.0.0.1", client.port), timeout=30) for _ in range(3))
+        early = client.opened(b"", 10**6, path="/v1/nothing")
+        second.sendall(whole)
+        until_sent(second, b"alive")
+        until_sent(early, b"HTTP/1.1 404")
+        asking = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30)
+        asking.connect()
+        asking.auto_open = 0  # only this connection
+        for at in range(20):
+            for each in (half, second, early):
+                with suppress(OSError):  # it is closed
+                    each.sendall(b" " if each is early else whole[at : at + 1])
+            if at % 5 == 0:  # more often than the limit, and for longer
+                asking.request("GET", "/health")
+                assert asking.getresponse().read() == b'{"status":"alive"}'
+            time.sleep(0.1)
+        for each in (silent, half, second, early):
+            each.settimeout(0.2)
+            with suppress(ConnectionResetError):
+                while each.recv(1000):  # it times out if the connection is open
+                    pass
+
+
+def until_sent(connection: socket.socket, text: bytes) -> None:
+    """Receives up to a text."""
+    received = b""
+    while text not in received:
+        more = connection.recv(1000)
+        assert more, f"closed after {received!r}"
+        received += more
+
+
 def test_a_stopping_server_answers_what_it_took(judges: dict[str, Judge], watched: Watched) -> None:
     with served(judges) as client, ThreadPoolExecutor(4) as pool:
         assert client.server is not None
@@ -161,6 +204,37 @@ def test_a_stopping_server_answers_what_it_took(judges: dict[str, Judge], watche
         assert client.ask("/health")[0] == 200
         watched.go.set()
         assert [answer.result()[0] for answer in taken] == [200] * 3
+
+
+def test_a_request_that_still_arrives_at_the_end_is_refused(
+    judges: dict[str, Judge], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server, "LAST_SECONDS", 0.3)
+    with served(judges) as client:
+        slow = client.opened(BODY[:10], len(BODY))
+        assert client.server is not None and client.ask("/health")[0] == 200
+        until(lambda: len(client.server.server_state.tasks) == 1)  # type: ignore[union-attr]
+        client.server.handle_exit(signal.SIGTERM, None)
+        answer = slow.recv(10_000) + slow.recv(10_000)
+    assert answer.startswith(b"HTTP/1.1 503") and b"the server is stopping" in answer
+    out = capsys.readouterr()
+    assert "POST /v1/judge 503" in out.out and "Traceback" not in out.out + out.err
+
+
+def test_a_second_signal_ends_the_server_at_once(judges: dict[str, Judge], watched: Watched) -> None:
+    bound, serving = server.bind("127.0.0.1", 0), server.Server(judges)
+    client = Client(bound.getsockname()[1])
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(serving.run, [bound])
+        until(lambda: serving.started)
+        asked = pool.submit(client.judge, ROW)
+        until(lambda: watched.batches)
+        serving.handle_exit(signal.SIGTERM, None)
+        assert not running.done()
+        serving.handle_exit(signal.SIGINT, None)
+        with pytest.raises(Stopped) as ended:
+            running.result(20)
+        assert ended.value.status == 128 + signal.SIGINT and asked.result()[0] == 503
 
 
 PROCESS = "import torch; torch.set_num_threads(1); from arena import cli; cli.main()"
