@@ -9,14 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from arena import __version__
@@ -27,7 +26,7 @@ from arena.inference.infer_blend import judges_of
 from arena.inference.judge import Judge
 from arena.inference.judge_inputs import Input, open_inputs
 from arena.inference.judge_work import Share, Work, judge_windows
-from arena.inference.judged_rows import WRITERS, Added, Table, json_line
+from arena.inference.judged_rows import WRITERS, Added, Table, json_line, parquet_schema
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.progress import console, warn
 from arena.storage.files import file_digest, fingerprint, write_json
@@ -73,7 +72,7 @@ def judge_files(
         }
         parts = _parts_folder(out)
         work = Work(inputs, task, limits, n_orders if orders else 0, parts / fingerprint(made_from), made_from)
-        columns = work.columns()
+        tables = _tables(targets, work)
         _say_others(parts, work)
         _begin(work, out, targets, share[1] if joins else 0)
         load = partial(_load, names, settings, runs)
@@ -89,7 +88,7 @@ def judge_files(
                     console.print(f"share {share[0]} of {share[1]} is in {parts}: --join {share[1]} writes {out}")
                     return
             with console.showing("warning"):  # what is to be said of parts was said when they were first read
-                rejected, tokens, logical = _write(work, every, targets, out, columns).tolist()
+                rejected, tokens, logical = _write(work, every, tables, out).tolist()
         _remove(work.folder)
     rows, seconds = sum(map(len, inputs)), time.monotonic() - started
     beside = f" ({_rejected_file(out)})" if rejected else ""
@@ -243,9 +242,17 @@ def _check_complete(work: Work, shares: Sequence[Share], done: Sequence[set[int]
         )
 
 
-def _write(
-    work: Work, every: Sequence[Parts], targets: dict[str, list[Input]], out: str, columns: dict[str, pa.DataType]
-) -> np.ndarray:
+def _tables(targets: dict[str, list[Input]], work: Work) -> dict[str, Table]:
+    """What is written to each file, without its results; types that it cannot have are found before these are there."""
+    columns, limits = work.columns(), work.limits
+    schemas = {
+        target: parquet_schema(own, columns, limits) if target.lower().endswith(".parquet") else None
+        for target, own in targets.items()
+    }
+    return {target: Table(own, columns, limits, schemas[target]) for target, own in targets.items()}
+
+
+def _write(work: Work, every: Sequence[Parts], tables: dict[str, Table], out: str) -> np.ndarray:
     """Writes the rows with their results, and those that were rejected: how many these are, and the tokens."""
     windows, facts = chain.from_iterable(map(work.read, every)), np.zeros(3, dtype=np.int64)
     numbers = count()
@@ -263,10 +270,10 @@ def _write(
                     facts[:] += (len(window.rejected), *window.tokens)
                     yield from work.cells(window)
 
-            for target, inputs in targets.items():
+            for target, table in tables.items():
                 with write_anywhere(target) as draft:
-                    WRITERS[Path(target).suffix.lower()](draft, Table(inputs, columns, map(added, inputs), work.limits))
-                    for each in inputs:
+                    WRITERS[Path(target).suffix.lower()](draft, replace(table, added=map(added, table.inputs)))
+                    for each in table.inputs:
                         each.check_same()
         name = _rejected_file(out)
         if facts[0]:
