@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,14 +88,30 @@ def csv_writer(handle: TextIO) -> Callable[[Iterable[Any]], object]:
 
 
 def json_line(cells: Any) -> str:
-    """A row of JSONL, with escapes if it holds half of a surrogate pair; what JSON lacks becomes text."""
-    line = json.dumps(cells, ensure_ascii=False, default=_not_json)
+    """A row of JSONL, with escapes if it holds half of a surrogate pair.
+
+    What JSON lacks becomes text, and numbers that are not finite null.
+    """
+    try:
+        line = json.dumps(cells, ensure_ascii=False, default=_not_json, allow_nan=False)
+    except ValueError:
+        return json_line(_finite(cells))
     return (line if is_utf8(line) else json.dumps(cells, default=_not_json)) + "\n"
+
+
+def _finite(cell: Any) -> Any:
+    if isinstance(cell, dict):
+        return {name: _finite(each) for name, each in cell.items()}
+    if isinstance(cell, list | tuple):
+        return [_finite(each) for each in cell]
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
 def as_text(cell: Any) -> str:
     """A cell as text: nothing for null, and JSON for what is not text."""
-    if isinstance(cell, bool | int | float | list | dict):
+    if isinstance(cell, float):
+        return json.dumps(cell)
+    if isinstance(cell, bool | int | list | dict):
         return whole_characters(json_line(cell).rstrip("\n"))
     return "" if cell is None else whole_characters(cell) if isinstance(cell, str) else _not_json(cell)
 

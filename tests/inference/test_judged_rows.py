@@ -15,6 +15,7 @@ import pytest
 from arena.data.limits import Limits
 from arena.inference import judge_inputs
 from arena.inference.judge_inputs import open_inputs
+from arena.inference.judge_work import Work, read_windows, result_columns
 from arena.inference.judged_rows import WRITERS, Added, Table, parquet_schema
 from arena.tasks import task_of
 from tests.helpers import tiny_recipe
@@ -130,3 +131,36 @@ def test_deep_cells(tmp_path: Path, depth: int) -> None:
         deep = {"a": [deep]} if depth < 100 else {"a": deep}
     (cell,) = column(written(tmp_path, ".parquet", [{"deep": deep}]), "deep")
     assert (cell if depth == 20 else json.loads(cell)) == deep
+
+
+def test_numbers_that_json_lacks(tmp_path: Path) -> None:
+    given = table_of(id=["1"], x=[float("nan")], at=[{"y": [float("inf"), 1.5]}])
+    (row,) = written(tmp_path, ".jsonl", given).read_text().splitlines()
+    found = json.loads(row, parse_constant=pytest.fail)
+    assert found["x"] is None and found["at"] == {"y": [None, 1.5]}
+    assert ',NaN,"{""y"": [null, 1.5]}",' in written(tmp_path, ".csv", given).read_text()
+
+
+def test_results_beside_labels_of_any_form() -> None:
+    task = task_of(RECIPE)
+    for labels, first in (
+        (["winner"], "p_winner_model_a"),
+        ([*task.columns], "p_winner_model_a"),
+        ([], "winner_model_a"),
+    ):
+        assert next(iter(result_columns([*TEXTS, *labels], task))) == first
+
+
+def test_rows_that_change_while_they_are_judged_are_not_taken(tmp_path: Path) -> None:
+    """Although the file is restored in the end."""
+    path = tmp_path / "in.jsonl"
+    path.write_text((json.dumps(TEXTS) + "\n") * 3)
+    limits, task, right = Limits.of(RECIPE.data), task_of(RECIPE), path.read_bytes()
+    with open_inputs(str(path), task, limits) as inputs:
+        work = Work(inputs, task, limits, 0, tmp_path / "parts", {})
+        assert len(list(read_windows(work, [0]))) == 1
+        path.write_bytes(right.replace(b"p", b"q"))
+        with pytest.raises(ValueError, match="was changed meanwhile"):
+            list(read_windows(work, [0]))
+        path.write_bytes(right)
+        assert len(list(read_windows(work, [0]))) == 1
