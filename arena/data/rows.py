@@ -89,7 +89,7 @@ def _parquet_rows(path: Path, choose: Choose, limits: Limits) -> Iterator[Row]:
     with pq.ParquetFile(path) as file:
         names = _columns(file.schema_arrow.names, choose)
         for batch in _record_batches(file, names, limits):
-            columns = [_python_values(batch.column(name)) for name in names]
+            columns = [python_values(batch.column(name)) for name in names]
             for values in zip(*columns, strict=True):
                 number += 1
                 cells = _within(dict(zip(names, values, strict=True)), limits)
@@ -195,7 +195,8 @@ def _within(cells: Cells, limits: Limits) -> Cells | FieldError:
     return _checked(cells)
 
 
-def _python_values(column: pa.Array) -> list[Any]:
+def python_values(column: pa.Array) -> list[Any]:
+    """The cells of a column; texts that are not UTF-8 have a lone surrogate."""
     try:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError:  # one by one, to find out which

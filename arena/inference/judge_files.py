@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from arena import __version__
@@ -26,15 +26,15 @@ from arena.inference.infer_blend import judges_of
 from arena.inference.judge import Judge
 from arena.inference.judge_inputs import Input, open_inputs
 from arena.inference.judge_work import Share, Work, judge_windows
-from arena.inference.judged_rows import WRITERS, Added, Table, json_line
+from arena.inference.judged_rows import WRITERS, Added, Table, json_line, parquet_schema
 from arena.inference.saved import SavedJudge, check_alike, read_judge
 from arena.progress import console, warn
 from arena.storage.files import file_digest, fingerprint, write_json
 from arena.storage.parts import Parts
-from arena.storage.remote import file_system, remove_anywhere, url_of, write_anywhere
+from arena.storage.remote import file_system, remove_anywhere, store_errors, url_of, write_anywhere
 
-Engine = Callable[[Work, Parts, Sequence[int], int, Callable[[], Judge]], None]  # as `judge_windows`
 KINDS = {".tsv": ".csv", ".json": ".jsonl"}  # in which files of these kinds are written into a folder
+Engine = Callable[[Work, Parts, Sequence[int], int, Callable[[], Judge]], None]  # as `judge_windows`
 
 
 def judge_files(
@@ -72,8 +72,9 @@ def judge_files(
         }
         parts = _parts_folder(out)
         work = Work(inputs, task, limits, n_orders if orders else 0, parts / fingerprint(made_from), made_from)
-        columns = work.columns()
+        tables = _tables(targets, work)
         _say_others(parts, work)
+        _begin(work, out, targets, share[1] if joins else 0)
         load = partial(_load, names, settings, runs)
         with ExitStack() as stack:
             shares = [(at + 1, share[1]) for at in range(share[1])] if joins else [share]
@@ -87,15 +88,22 @@ def judge_files(
                     console.print(f"share {share[0]} of {share[1]} is in {parts}: --join {share[1]} writes {out}")
                     return
             with console.showing("warning"):  # what is to be said of parts was said when they were first read
-                rejected, tokens, logical = _write(work, every, targets, out, columns).tolist()
-        shutil.rmtree(parts, ignore_errors=True)  # if that fails, they only take disk space
+                rejected, tokens, logical = _write(work, every, tables, out).tolist()
+        _remove(work.folder)
     rows, seconds = sum(map(len, inputs)), time.monotonic() - started
-    beside = f" ({out.rstrip('/')}.rejected.jsonl)" if rejected else ""
+    beside = f" ({_rejected_file(out)})" if rejected else ""
     console.print(
         f"written: {out}, {rows - rejected:,} rows; {rejected:,} were rejected{beside}; {tokens:,} tokens were "
         f"computed of {logical:,}, the others are shared; {judged:,} rows "
         f"were judged now, in {seconds:.1f} s, {judged / seconds:,.1f} a second"
     )
+
+
+def _remove(results: Path) -> None:
+    """Removes the folder of results, and the one around it unless other work has results there."""
+    with suppress(OSError):  # if it fails, they only take disk space
+        shutil.rmtree(results)
+        results.parent.rmdir()
 
 
 def _identity(names: Sequence[str], settings: Sequence[str], runs: Path) -> tuple[list[SavedJudge], list[Any]]:
@@ -121,7 +129,13 @@ def _identity(names: Sequence[str], settings: Sequence[str], runs: Path) -> tupl
 
 
 def _targets(source: str, out: str, inputs: Sequence[Input]) -> dict[str, list[Input]]:
-    """Where to write, and the files whose rows are written there."""
+    """Where to write, and the files whose rows are written there.
+
+    Raises:
+        ValueError: it cannot be written there, or what is to be read would be replaced.
+    """
+    if "/" not in file_system(out, out)[1].rstrip("/"):
+        raise ValueError(f"{out} is the root of all folders there: name a file or a folder in it")
     below = {}
     for each in inputs:
         name = Path(each.below)
@@ -136,21 +150,56 @@ def _targets(source: str, out: str, inputs: Sequence[Input]) -> dict[str, list[I
         raise ValueError(
             f"{source}: several files would be written to one: give them names that differ in more than the ending"
         )
-    read = {url_of(each.name) for each in inputs}
-    for target in below.values():
-        if url_of(target) in read or url_of(target).startswith(url_of(source).rstrip("/") + "/"):
+    read, folder = {_real(each.name) for each in inputs}, _real(source).rstrip("/") + "/"
+    for target in (*below.values(), _rejected_file(out)):
+        if _real(target) in read or _real(target).startswith(folder):
             raise ValueError(f"{target} is among the files to read: name another place to write to")
+        _check_place(target)
     found: dict[str, list[Input]] = {}
     for each in inputs:
         found.setdefault(below[each.name], []).append(each)
     return found
 
 
+def _rejected_file(out: str) -> str:
+    """Where rejected rows are written."""
+    return f"{out.rstrip('/')}.rejected.jsonl"
+
+
 def _parts_folder(out: str) -> Path:
     """Where results are saved until all are written: beside them, or for a URL in the working directory."""
     fs, path = file_system(out, out)
     place = Path(path.rstrip("/"))
-    return place.with_name(f"{place.name}.parts") if isinstance(fs, LocalFileSystem) else Path(f"{place.name}.parts")
+    if isinstance(fs, LocalFileSystem):
+        return place.with_name(f"{place.name}.parts")
+    return Path(f"{place.name}.{fingerprint(url_of(out.rstrip('/')))[:8]}.parts")  # URLs may end in the same name
+
+
+def _is_there(place: str) -> bool:
+    """Whether there is a file at a path or URL."""
+    fs, path = file_system(place, place)
+    with store_errors(place):
+        return bool(fs.isfile(path))
+
+
+def _real(place: str) -> str:
+    """The one URL of a path or URL, whichever links lead there."""
+    fs, path = file_system(place, place)
+    return str(fs.unstrip_protocol(os.path.realpath(path))) if isinstance(fs, LocalFileSystem) else url_of(place)
+
+
+def _check_place(target: str) -> None:
+    """Raises `ValueError` if no file can be written to a path here."""
+    fs, path = file_system(target, target)
+    if not isinstance(fs, LocalFileSystem):
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"{target} is a folder: name a file, or a folder with a slash at its end")
+    parent = next(each for each in Path(path).parents if each.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{target} cannot be written, because {parent} is not a folder: name another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{target} cannot be written, because {parent} permits no new files: name another place")
 
 
 def _load(names: Sequence[str], settings: Sequence[str], runs: Path) -> Judge:
@@ -167,13 +216,21 @@ def _judge(work: Work, parts: Parts, share: Share, done: set[int], engine: Engin
 
 
 def _say_others(parts: Path, work: Work) -> None:
-    """Says what of other work is saved there, and not used; then says what this work is made from."""
+    """Says what of other work is saved there, and not used."""
     for manifest in sorted(parts.glob("*/manifest.json")):
         if manifest.parent != work.folder:
             with suppress(OSError, ValueError):
                 other = json.loads(manifest.read_text(encoding="utf-8"))
                 odd = [name for name, own in work.made_from.items() if other.get(name) != own]
                 warn(f"{manifest.parent} has results that differ in {' and '.join(odd)}: they are not used")
+
+
+def _begin(work: Work, out: str, targets: Iterable[str], joined: int) -> None:
+    """Says what the work is made from, beside its results; shares that are to be joined must have begun."""
+    if joined and not work.folder.is_dir():
+        if all(map(_is_there, targets)):
+            raise ValueError(f"{out} is there, and {work.folder.parent} has no shares to join: they were joined before")
+        raise ValueError(f"of {joined} shares none is finished, the first --shard 1/{joined}: run them")
     write_json(work.folder / "manifest.json", work.made_from)
 
 
@@ -185,9 +242,17 @@ def _check_complete(work: Work, shares: Sequence[Share], done: Sequence[set[int]
         )
 
 
-def _write(
-    work: Work, every: Sequence[Parts], targets: dict[str, list[Input]], out: str, columns: dict[str, pa.DataType]
-) -> np.ndarray:
+def _tables(targets: dict[str, list[Input]], work: Work) -> dict[str, Table]:
+    """What is written to each file, without its results; types that it cannot have are found before these are there."""
+    columns, limits = work.columns(), work.limits
+    schemas = {
+        target: parquet_schema(own, columns, limits) if target.lower().endswith(".parquet") else None
+        for target, own in targets.items()
+    }
+    return {target: Table(own, columns, limits, schemas[target]) for target, own in targets.items()}
+
+
+def _write(work: Work, every: Sequence[Parts], tables: dict[str, Table], out: str) -> np.ndarray:
     """Writes the rows with their results, and those that were rejected: how many these are, and the tokens."""
     windows, facts = chain.from_iterable(map(work.read, every)), np.zeros(3, dtype=np.int64)
     numbers = count()
@@ -205,12 +270,12 @@ def _write(
                     facts[:] += (len(window.rejected), *window.tokens)
                     yield from work.cells(window)
 
-            for target, inputs in targets.items():
+            for target, table in tables.items():
                 with write_anywhere(target) as draft:
-                    WRITERS[Path(target).suffix.lower()](draft, Table(inputs, columns, map(added, inputs), work.limits))
-                    for each in inputs:
+                    WRITERS[Path(target).suffix.lower()](draft, replace(table, added=map(added, table.inputs)))
+                    for each in table.inputs:
                         each.check_same()
-        name = f"{out.rstrip('/')}.rejected.jsonl"
+        name = _rejected_file(out)
         if facts[0]:
             with write_anywhere(name) as draft:
                 shutil.copyfile(beside, draft)

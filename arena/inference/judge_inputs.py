@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from arena.data.cells import FieldError
+from arena.data.cells import FieldError, is_blank, is_utf8, whole_characters
 from arena.data.conversion import BadRowsError
 from arena.data.limits import TOO_LONG, Limits, characters
 from arena.data.records import good_records
-from arena.data.rows import READERS, Cells, Row, read_rows, required
+from arena.data.rows import READERS, Cells, Row, python_values, read_rows, required
 from arena.data.task import Task
 from arena.progress import progress
 from arena.storage.files import remembered_digest
@@ -153,3 +155,43 @@ def _ends_reading(path: Path, where: str, problem: FieldError) -> bool:
 def every_name(inputs: Sequence[Input]) -> list[str]:
     """The columns of all files, in the order in which they occur."""
     return list(dict.fromkeys(name for each in inputs for name in each.names))
+
+
+def is_parquet(own: Input) -> bool:
+    return own.path.suffix.lower() == ".parquet"
+
+
+def pieces(own: Input, before: int, limits: Limits, names: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number of rows in each piece of a file, and the cells in its columns of these names: Arrow arrays or lists.
+
+    Those of a parquet file only become Python objects where they must, so that any type stays as it is.
+    """
+    for n, columns in (_of_parquet if is_parquet(own) else of_rows)(own, limits, names):
+        if "id" in names:
+            ids = columns.get("id", [None] * n)
+            ids = ids if isinstance(ids, list) else python_values(ids)
+            if any(map(is_blank, ids)):
+                columns["id"] = [str(at) if is_blank(each) else each for at, each in enumerate(ids, before + 1)]
+        before += n
+        yield n, columns
+
+
+def _of_parquet(own: Input, _: Limits, names: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with pq.ParquetFile(own.path) as file:
+        found = [name for name in file.schema_arrow.names if name in names]
+        for batch in file.iter_batches(WINDOW_ROWS, columns=found):
+            yield len(batch), {name: batch.column(name) for name in found}
+
+
+def of_rows(own: Input, limits: Limits, names: Collection[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The pieces of a file that is not parquet, which are its windows; ids are as they are."""
+    found = [name for name in map(whole_characters, own.names) if name in names]
+    for window in own.windows(limits, len(own.ends)):
+        rows = [_without_halves(cells) if isinstance(cells, dict) else {} for _, cells in window]
+        yield len(rows), {name: [cells.get(name) for cells in rows] for name in found}
+
+
+def _without_halves(cells: Cells) -> Cells:
+    """Cells without halves of surrogate pairs, which JSON can hold and Arrow cannot."""
+    line = json.dumps(cells, ensure_ascii=False)
+    return cells if is_utf8(line) else dict(json.loads(whole_characters(line)))

@@ -144,7 +144,7 @@ class Work:
             yield None if np.isnan(numbers).any() else [*numbers.tolist(), *flips[row : row + 1]]
 
     def columns(self) -> dict[str, pa.DataType]:
-        """The columns of results. If a file has labels by the names of the task's, those of the results are others.
+        """The columns of results. If a file has labels, in whichever columns, those of the results are others.
 
         Raises:
             ValueError: the files have columns of these names.
@@ -155,7 +155,8 @@ class Work:
 def result_columns(columns: Sequence[str], task: Task, orders: int = 0) -> dict[str, pa.DataType]:
     """The columns of results beside those of rows; errors are as in `Work.columns`."""
     names, plain = set(columns), task.columns
-    own = [BESIDE + name for name in plain] if names & set(plain) else list(plain)
+    has_labels = names & set(plain) or task.label_columns(list(columns), "optional")
+    own = [BESIDE + name for name in plain] if has_labels else list(plain)
     of_orders = [f"{name}_order{order}" for order in range(orders) for name in own]
     found = dict.fromkeys([*own, *of_orders], pa.float64()) | ({"flips": pa.bool_()} if orders else {})
     if taken := sorted(names & {*found, *(BESIDE + name for name in plain)}):
@@ -207,6 +208,7 @@ def read_windows(work: Work, todo: Sequence[int]) -> Iterator[Checked]:
         own = [number for number in range(len(each.ends)) if at + number in wanted]
         for number, window in enumerate(each.windows(work.limits, own[-1]) if own else ()):
             if number in own:
+                each.check_same()  # what is saved is of the rows that were looked through
                 yield _checked(work, at + number, each, window)
         at += len(each.ends)
 

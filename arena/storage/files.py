@@ -18,6 +18,7 @@ from typing import Any
 
 SCRATCH = ".scratch"
 NO_SYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems that cannot flush
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` turns two slashes into one; a single letter is a drive
 
 
@@ -86,10 +87,12 @@ def _swap(draft: Path, target: Path, aside: Path) -> None:
 
 @contextmanager
 def _os_errors(target: Path) -> Iterator[None]:
-    """Raises an `OSError` in place of the errors that libraries in other languages raise, such as on a full disk."""
+    """Raises an `OSError` in place of errors of libraries in other languages; that of a full disk names the file."""
     try:
         yield
-    except OSError:
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(target)
         raise
     except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))

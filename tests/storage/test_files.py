@@ -92,6 +92,11 @@ def test_errors_of_other_languages_are_errors_of_the_system(tmp_path: Path) -> N
         raise RustError("something else")
 
 
+def test_the_error_of_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: '.*out.csv'"), atomic_write(tmp_path / "out.csv"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_folder_is_put_back_if_its_successor_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
