@@ -101,7 +101,7 @@ def _numbers(fold: Fold, columns: Sequence[str]) -> np.ndarray:
         raise damaged(file, f"it has no column {missing[0]}")
     if len(table) != fold.metrics["n_eval"]:
         raise damaged(file, f"it has {len(table):,} rows, but metrics.json is of {fold.metrics['n_eval']:,}")
-    numbers = table[list(columns)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
+    numbers: np.ndarray = table[list(columns)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
     if not (finite := np.isfinite(numbers)).all():
         row, column = np.argwhere(~finite)[0].tolist()
         raise damaged(file, f"row {row + 1} has no number in the column {columns[column]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import time
@@ -15,12 +16,14 @@ import torch
 
 from arena import Judge
 from arena.config import load_recipe
+from arena.data.cells import FieldError
 from arena.inference.judge import ONE_ORDER
 from arena.inference.saved import SavedJudge, save_judge
 from arena.inference.verdicts import Explanation
 from arena.model.backbone import load_base, load_tokenizer
 from arena.model.base_files import base_digest
 from arena.model.tuning import adapt
+from arena.serving import body as bodies
 from tests.serving.client import JSON, ROW, Client, served
 
 LONG = {**ROW, "response_b": "word " * 400}
@@ -197,6 +200,20 @@ def test_bad_requests_are_refused_in_one_form(client: Client, body: Any, status:
     for problem in answer["error"]["problems"]:
         assert set(problem) == {"row", "field", "what"}
     assert client.ask("/health")[0] == 200
+
+
+def test_no_garbage_is_collected_while_a_body_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    states, real = list[bool](), bodies.read_json
+
+    def watch(text: str, field: str) -> Any:
+        states.append(gc.isenabled())
+        return real(text, field)
+
+    monkeypatch.setattr(bodies, "read_json", watch)
+    assert bodies._decoded("[1]") == [1] and gc.isenabled()
+    with pytest.raises(FieldError):
+        bodies._decoded("[")
+    assert gc.isenabled() and states == [False, False]
 
 
 def test_all_problems_are_named(client: Client) -> None:
