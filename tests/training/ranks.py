@@ -91,6 +91,7 @@ class Ranks:
 
     def _ask(self, asked: dict[str, Any]) -> Any:
         assert self.server.stdin is not None and self.server.stdout is not None
+        assert self.server.poll() is None, f"the server of ranks has ended: {self.server.returncode}"
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
