@@ -26,7 +26,7 @@ def test_every_public_name_is_there() -> None:
         found = getattr(arena, name)
         assert found.__name__ == name and found.__module__ == arena._PLACES[name] and found.__doc__
     with pytest.raises(
-        AttributeError, match="module 'arena' has no attribute 'judge': it has Generator, Judge, Packed"
+        AttributeError, match="module 'arena' has no attribute 'judge': it has Generator, Judge, JudgeBatches, Packed"
     ):
         arena.judge  # noqa: B018
 

@@ -212,7 +212,7 @@ def test_a_quiet_run_shows_warnings_and_errors_only(
         recipe = tiny_recipe(tmp_path, gemma2, "train.max_steps=1", f"train.log_level={level}")
         run_fold(recipe, 0, tmp_path / level)
         shown[level] = capsys.readouterr().out
-    assert "training: 1 steps" in shown["info"] and "rows to train on" in shown["info"]
+    assert "training: 1 step " in shown["info"] and "rows to train on" in shown["info"]
     (line,) = shown["warning"].splitlines()
     assert line.startswith("warning: fitting the plain baseline failed") and line in shown["info"]
     assert shown["error"] == ""
