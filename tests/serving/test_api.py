@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import http.client
 import json
 import shlex
 import time
@@ -83,6 +84,18 @@ def test_a_judge_that_reads_one_order_ranks_nothing(run: Path) -> None:
         status, answer, _ = client.ask("/v1/rank", {"prompt": "a", "answers": ["b", "c"]})
         assert status == 422 and ONE_ORDER in answer["error"]["message"]
         assert client.ask("/v1/judges")[1][0]["ranks"] is False and client.judge(ROW)[0] == 200
+
+
+def test_an_answer_is_sent_at_once_on_a_connection_that_stays(client: Client) -> None:
+    """Otherwise all answers but the first wait 40 ms for the client's acknowledgement of their headers."""
+    connection, seconds = http.client.HTTPConnection("127.0.0.1", client.port, timeout=30), list[float]()
+    for _ in range(20):
+        started = time.perf_counter()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        seconds.append(time.perf_counter() - started)
+    connection.close()
+    assert min(seconds[1:]) < 0.02
 
 
 def test_hostile_texts_are_texts(client: Client, judges: dict[str, Judge]) -> None:
