@@ -24,8 +24,6 @@ from arena.metrics import log_loss
 FOLDS = 5
 RIDGE = 1e-9  # on the biases, so that one of a class without rows is finite
 KIND_RIDGE = 0.5  # on those of special rows, which may be few: as if each were drawn from a standard normal
-
-
 LEAST = 10  # groups of special rows: a standard error from fewer is often off by a third, and from one it is 0
 
 
@@ -189,9 +187,9 @@ def standard_error(values: np.ndarray, groups: np.ndarray) -> float:
     return float(np.sqrt(excess @ excess) / len(values))
 
 
-def fit_parts(parts: Parts, labels: np.ndarray, members: np.ndarray, known: Kinds | None = None) -> Blend:
+def fit_parts(parts: Parts, labels: np.ndarray, members: np.ndarray, kinds: Kinds | None = None) -> Blend:
     """The blend of these parts that has the least log-loss on these rows; the arguments are as in `fit_blend`."""
-    kinds = known or Kinds.none(len(labels))
+    known = kinds or Kinds.none(len(labels))
     chosen, classes, rows = list(parts.members), labels.shape[1], len(labels)
     logs, k = logarithms(members[chosen]), len(chosen)
     own = k + 1 + classes  # where the biases of kinds begin
@@ -199,12 +197,12 @@ def fit_parts(parts: Parts, labels: np.ndarray, members: np.ndarray, known: Kind
     def read(free: np.ndarray) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
         scale = float(np.exp(free[k])) if parts.temperature else 1.0
         bias = free[k + 1 : own] - free[k + 1 : own].mean() if parts.bias else np.zeros(classes)
-        return softmax(free[:k]), scale, bias, kinds.biases(parts.kinds, free[own:].reshape(-1, classes))
+        return softmax(free[:k]), scale, bias, known.biases(parts.kinds, free[own:].reshape(-1, classes))
 
     def loss(free: np.ndarray) -> tuple[float, np.ndarray]:
         weights, scale, bias, of_kinds = read(free)
         pooled = pooled_logs(parts.pool, weights, logs)
-        blended = log_softmax(scale * pooled + bias + of_kinds[kinds.of_rows], axis=1)
+        blended = log_softmax(scale * pooled + bias + of_kinds[known.of_rows], axis=1)
         wrong = (np.exp(blended) - labels) / rows
         by_weight = scale * np.tensordot(logs if parts.pool == "log" else np.exp(logs - pooled), wrong, axes=2)
         gradient = np.zeros_like(free)
@@ -213,8 +211,8 @@ def fit_parts(parts: Parts, labels: np.ndarray, members: np.ndarray, known: Kind
         if parts.bias:
             gradient[k + 1 : own] = wrong.sum(axis=0) - wrong.sum() / classes + 2 * RIDGE * bias
         by_kind = np.zeros_like(of_kinds)
-        np.add.at(by_kind, kinds.of_rows, wrong)
-        ties = [np.einsum("ki,kij->j", by_kind[:-1], kinds.tied[name]) for name in parts.kinds]
+        np.add.at(by_kind, known.of_rows, wrong)
+        ties = [np.einsum("ki,kij->j", by_kind[:-1], known.tied[name]) for name in parts.kinds]
         gradient[own:] = np.concatenate([*ties, np.zeros(0)]) + 2 * KIND_RIDGE / rows * free[own:]
         penalty = RIDGE * bias @ bias + KIND_RIDGE / rows * free[own:] @ free[own:]
         return float(-(labels * blended).sum() / rows + penalty), gradient
@@ -224,7 +222,7 @@ def fit_parts(parts: Parts, labels: np.ndarray, members: np.ndarray, known: Kind
     weights, scale, bias, of_kinds = read(found.x)
     every = np.zeros(len(members))
     every[chosen] = weights * scale if parts.pool == "log" else weights
-    named = {name: tuple(own.tolist()) for name, own in zip(kinds.names, of_kinds, strict=False) if own.any()}
+    named = {name: tuple(each.tolist()) for name, each in zip(known.names, of_kinds[:-1], strict=True) if each.any()}
     return Blend(parts.pool, tuple(every.tolist()), 1.0 if parts.pool == "log" else scale, tuple(bias.tolist()), named)
 
 
