@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -29,6 +31,8 @@ REUSED = {MMAP_MAX: 0, TRIM_THRESHOLD: -1}  # no block is mapped on its own, and
 # glibc's default, at the values to which its thresholds grow by themselves; setting one ends their growth
 USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 2**25, TRIM_THRESHOLD: 2**26}
 ANSWER_WITHIN = timedelta(minutes=30)  # a process that waits longer for another one gives up
+
+T = TypeVar("T")
 
 _within: list[bool] = []  # whether a caller reuses memory already
 
@@ -91,6 +95,28 @@ def fix_threads() -> None:
     if setting.strip() and not is_count:
         console.print(f"OMP_NUM_THREADS={setting} is not a number of threads: using {free}, one per core")
     torch.set_num_threads(int(threads) if is_count else free)
+
+
+def in_a_thread(work: Callable[[], T]) -> T:
+    """The result of some work that is done in a thread, which then ends.
+
+    OpenMP keeps threads for each thread that has computed. As soon as they are more than the cores, they sleep between
+    any two operations (`GOMP_SPINCOUNT` in GCC's manual of libgomp), which takes longer than a small operation. Where
+    one thread is to compute for long, others should therefore compute in threads that end.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = Thread(target=run, daemon=True)  # so that Ctrl-C ends the process at once
+    thread.start()
+    found = result.result()
+    thread.join()
+    return found
 
 
 def let_segments_grow() -> None:

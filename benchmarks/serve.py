@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 from tyro.conf import Positional, arg
 
-from arena.distributed import device_name, fix_threads
+from arena.distributed import device_name, fix_threads, in_a_thread
 from arena.inference.judge import Judge
 from arena.progress import console
 from arena.storage.files import local_path, write_json, write_text
@@ -55,9 +55,9 @@ class Serve:
 
         local_path(self.out, "--out")
         fix_threads()
-        judge = Judge.from_pretrained(self.run_name, runs=self.runs)
+        judge = in_a_thread(lambda: Judge.from_pretrained(self.run_name, runs=self.runs))  # as `arena serve` does
         rows = [{name: row[name] for name in judge.task.texts} for row in judge.read(self.data).table]
-        expected = judge.predict_proba(rows)
+        expected = in_a_thread(lambda: judge.predict_proba(rows))
         bodies = [json.dumps(row) for row in rows]
         bound, server = bind("127.0.0.1", 0), Server({"judge": judge})
 
@@ -71,7 +71,7 @@ class Serve:
         while not server.started:
             time.sleep(0.01)
         try:
-            found = [called(judge, rows, self.seconds / SHORT)]
+            found = [in_a_thread(lambda: called(judge, rows, self.seconds / SHORT))]
             for clients, seconds in ((1, self.seconds / SHORT), (self.clients, self.seconds)):
                 found.append(asked(port, bodies, expected, clients, seconds))
         finally:

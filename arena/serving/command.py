@@ -59,7 +59,7 @@ class Serve:
         except ModuleNotFoundError as error:
             install = command("pip", "install", *PACKAGES)
             raise ValueError(f"`arena serve` needs further packages ({error}): run `{install}`") from None
-        from arena.distributed import fix_threads
+        from arena.distributed import fix_threads, in_a_thread
 
         token = os.environ.get("ARENA_TOKEN") or None if self.token is None else self.token
         check_token(token, self.host)
@@ -67,9 +67,9 @@ class Serve:
             rows=self.rows, answers=self.answers, seconds=self.timeout, waiting_rows=self.waiting,
             batch_rows=self.batch_rows, batch_tokens=self.batch_tokens,
         )  # fmt: skip
-        socket = bind(self.host, self.port)
+        socket, names = bind(self.host, self.port), named(self.words)
         fix_threads()
-        judges = load(*named(self.words), self.runs)
+        judges = in_a_thread(lambda: load(*names, self.runs))  # the packer's thread alone computes from here on
         reports = {name: report_files(judge) for name, judge in judges.items()}
         Server(judges, limits=limits, token=token, reports=reports).run([socket])
 
