@@ -1,14 +1,14 @@
 """What comes after one fold, on demo data, whose best possible log-loss is known: `python -m benchmarks submission`.
 
-Judges of all folds, their average, a blend of them with the baseline, and students that learn from their predictions
-judge the demo's test rows. What is reported is the cross-entropy of the true probabilities with what was predicted,
-less their entropy: 0 would be perfect, and no label's luck is in it. Every run is resumed where it was stopped, and a
-finished one is read.
+Judges of all folds, their average, and a blend of them with the baseline judge the demo's test rows; so do students
+that learn from judges of a few labelled rows. What is reported is the cross-entropy of the true probabilities with what
+was predicted, less their entropy: 0 would be perfect, and no label's luck is in it. Every run is resumed where it was
+stopped, and a finished one is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,13 +35,16 @@ from benchmarks.machine import made_by, provenance
 from benchmarks.tables import table
 
 MORE_SEED = 1000  # of the unlabelled rows, away from the seeds of training
-SETTINGS = ("train.epochs=3", "train.evaluate_every=0")  # after one epoch a judge of the demo is far from its best
-TAUGHT = 0.5  # of a student's label on rows that have one of their own; alone, the predictions only repeat their errors
-ONE_ORDER = ("judge.swap=false",)  # the labels of many rows are judged in one order, for half of the time
-SINGLE, AVERAGE, BLENDED, SOFT, MORE = (
-    "one fold", "five folds averaged", "blended with the baseline", "student on soft labels",
-    "student on more rows too",
+# after one epoch a judge of the demo is far from its best, and with smaller steps it comes closer
+SETTINGS = (
+    "train.epochs=3", "train.batch_size=16", "train.lr=1.5e-3", "train.head_lr=2.5e-3", "train.evaluate_every=0"
 )  # fmt: skip
+# Of all the demo's labelled rows a judge learns what it can: it is no better on those that it was trained on. Of a few
+# it learns their labels' noise too, which is what a teacher's predictions are free of.
+FEW_ROWS, FEW_SETTINGS = 300, ("train.epochs=20",)
+ONE_ORDER = ("judge.swap=false",)  # the labels of many rows are judged in one order, for half of the time
+SINGLE, AVERAGE, BLENDED = "one fold", "five folds averaged", "blended with the baseline"
+SOFT, MORE = "student on soft labels", "student on more rows too"
 REFERENCES = {AVERAGE: SINGLE, BLENDED: AVERAGE, SOFT: SINGLE, MORE: SOFT}
 MEANS = {"what": "{what}", "above the entropy, mean": "{mean:+.4f}", "seeds": "{seeds}"}
 FOUND = {
@@ -70,13 +73,12 @@ class Submission:
         local_path(self.out, "--out")
         found = []
         for seed in range(self.seeds):
-            recipe = load_recipe("demo", [f"name=seed{seed}", f"seed={seed}", f"data.fold_seed={seed}"])
-            recipe = change(
-                recipe, [*self.settings, f"data.path={self.runs / 'demo'}", f"data.cache={self.runs / 'cache'}"]
-            )
-            ensure_demo(change(recipe, ["seed=0"]))  # all seeds train on the same rows
+            all_rows = self._recipe("seed", seed, "demo")
+            few = change(self._recipe("few", seed, "few"), [f"data.synthetic_rows=[{FEW_ROWS},1000]", *FEW_SETTINGS])
+            for recipe in (all_rows, few):
+                ensure_demo(change(recipe, ["seed=0"]))  # all seeds train on the same rows
             unlabelled = self.unlabelled if seed < self.more_seeds else 0
-            found.append(measure(recipe, self.runs, unlabelled))
+            found.append(measure(all_rows, self.runs) | {"few": distil(few, self.runs, unlabelled)})
         paths = [self.out / f"bench-submission.{ending}" for ending in ("json", "md")]
         result = {**provenance(), "unlabelled": self.unlabelled, "seeds": found}
         write_json(paths[0], result)
@@ -84,46 +86,52 @@ class Submission:
         console.print(f"written: {', '.join(map(str, paths))}")
         return paths
 
+    def _recipe(self, name: str, seed: int, rows: str) -> Recipe:
+        recipe = load_recipe("demo", [f"name={name}{seed}", f"seed={seed}", f"data.fold_seed={seed}", *self.settings])
+        return change(recipe, [f"data.path={self.runs / rows}", f"data.cache={self.runs / 'cache'}"])
 
-def measure(recipe: Recipe, runs: Path, unlabelled: int) -> dict[str, Any]:
-    """What is predicted with one seed, beside the truth.
 
-    Args:
-        unlabelled: the number of further rows for a student; 0: no such student.
-    """
+def measure(recipe: Recipe, runs: Path) -> dict[str, Any]:
+    """What all folds, their average and a blend predict with one seed, beside the truth."""
     folder = runs / recipe.name
     folds = cross_validate(recipe, runs).folds
     files = [predicted(recipe, runs, fold) for fold in range(recipe.data.folds)]
     fitted = blend_members([str(folder), BASELINE], None, folder / "blend.json", runs)
     blended = folder / "blended.csv"
     infer_blend(fitted.saved, recipe.data.path, blended, [])
-    by_name = {SINGLE: [files[0]], AVERAGE: files, BLENDED: [blended]}
-    for what, student in students(recipe, runs, unlabelled, folds[0]["steps"]):
-        run_fold(student, 0, runs)
-        by_name[what] = [predicted(student, runs, 0)]
     return {
         "seed": recipe.seed,
         "device": folds[0]["device"],
-        "found": excesses(Path(recipe.data.path) / "truth.csv", by_name),
+        "found": excesses(recipe, {SINGLE: [files[0]], AVERAGE: files, BLENDED: [blended]}),
         "parts": parts_of(fitted),
         "blend": {key: asdict(score) for key, score in fitted.scores.items()},
     }
 
 
-def students(recipe: Recipe, runs: Path, unlabelled: int, steps: int) -> Iterator[tuple[str, Recipe]]:
-    """The recipes of students whose first fold is trained on the rows of the first judge's, in as many steps."""
-    folder = runs / recipe.name
-    taught = [f"data.teacher={{path: {folder / 'oof.csv'}, weight: {TAUGHT}}}"]
-    yield SOFT, change(recipe, [f"name={recipe.name}-soft", *taught])
-    if not unlabelled:
-        return
-    rows, labels = runs / f"unlabelled-{unlabelled}", folder / f"unlabelled-{unlabelled}.csv"
-    if not rows.exists():
-        write_demo(rows, 0, unlabelled, MORE_SEED)
-    if not labels.is_file():
-        infer(find_models(str(folder), runs), str(rows / "test.csv"), labels, ONE_ORDER)
-    more = [*taught, f"data.extra=[{{path: {rows / 'test.csv'}, labels: {labels}}}]"]
-    yield MORE, change(recipe, [f"name={recipe.name}-more", f"train.max_steps={steps}", *more])
+def distil(recipe: Recipe, runs: Path, unlabelled: int) -> dict[str, dict[str, Any]]:
+    """What students predict, whose first fold learns what judges say that have not seen a row, beside the truth.
+
+    Args:
+        unlabelled: the number of further rows for a second student, which all folds have judged; it takes as many steps
+            as the first one. 0: there is none.
+    """
+    folder, steps = runs / recipe.name, cross_validate(recipe, runs).folds[0]["steps"]
+    files = [predicted(recipe, runs, fold) for fold in range(recipe.data.folds)]
+    taught = [f"data.teacher.path={folder / 'oof.csv'}"]
+    students = {SOFT: change(recipe, [f"name={recipe.name}-soft", *taught])}
+    if unlabelled:
+        rows, labels = runs / f"unlabelled-{unlabelled}", folder / f"unlabelled-{unlabelled}.csv"
+        if not rows.exists():
+            write_demo(rows, 0, unlabelled, MORE_SEED)
+        if not labels.is_file():
+            infer(find_models(str(folder), runs), str(rows / "test.csv"), labels, ONE_ORDER)
+        more = f"data.extra=[{{path: {rows / 'test.csv'}, labels: {labels}}}]"
+        students[MORE] = change(recipe, [f"name={recipe.name}-more", f"train.max_steps={steps}", *taught, more])
+    by_name = {SINGLE: [files[0]], AVERAGE: files}
+    for what, student in students.items():
+        run_fold(student, 0, runs)
+        by_name[what] = [predicted(student, runs, 0)]
+    return excesses(recipe, by_name)
 
 
 def predicted(recipe: Recipe, runs: Path, fold: int) -> Path:
@@ -134,12 +142,12 @@ def predicted(recipe: Recipe, runs: Path, fold: int) -> Path:
     return out
 
 
-def excesses(truth: Path, by_name: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, Any]]:
+def excesses(recipe: Recipe, by_name: Mapping[str, Sequence[Path]]) -> dict[str, dict[str, Any]]:
     """By name, how far the mean of files of predictions is above the entropy, and how much less than its reference.
 
     Intervals are 95% intervals by row.
     """
-    true, terms = read_predictions(truth, COLUMNS), dict[str, Terms]()
+    true, terms = read_predictions(Path(recipe.data.path) / "truth.csv", COLUMNS), dict[str, Terms]()
     for name, files in by_name.items():
         ids, mean = mean_of(files)
         labels = rows_of(true, ids)
@@ -167,27 +175,39 @@ def parts_of(fitted: Fitted) -> list[dict[str, Any]]:
 
 def as_page(result: dict[str, Any]) -> str:
     """The Markdown page."""
-    nothing = dict.fromkeys(("over", "gain", "gain_low", "gain_high"))
-    seeds, rows, parts = result["seeds"], list[dict[str, Any]](), list[dict[str, Any]]()
-    for each in seeds:
-        rows += [{"seed": each["seed"], "what": what, **nothing, **found} for what, found in each["found"].items()]
-        parts += [{"seed": each["seed"], **part, "taken": "yes" if part["taken"] else "no"} for part in each["parts"]]
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["what"], []).append(row["value"])
-    means = [{"what": what, "mean": np.mean(several), "seeds": len(several)} for what, several in values.items()]
+    seeds = result["seeds"]
+    parts = [
+        {"seed": each["seed"], **part, "taken": "yes" if part["taken"] else "no"}
+        for each in seeds
+        for part in each["parts"]
+    ]
     sections = [
         f"# From one fold to the best submission, {result['date'][:10]}", made_by(seeds[0]["device"], result),
         "The demo's test rows, scored by the probabilities that its labels are drawn from: cross-entropy above their "
         "entropy, in nats; 0 would be perfect. `gain` is what a step takes off what it is compared with. Intervals "
         "are 95% intervals by row. Each seed has other folds, another order of the rows and another head.",
-        table(MEANS, means),
-        "A student is trained on the rows of the first fold, with the mean of a row's label and of what a judge that "
-        f"had not seen it predicts; then on {result['unlabelled']:,} further rows too, whose labels the five folds "
-        "predicted, in as many steps. Both are compared with the first fold, whose labels are hard.",
-        table(FOUND, rows),
+        *tables([(each["seed"], each["found"]) for each in seeds]),
         "The parts that were tried for the blends, with their gains in log-loss on labelled rows that did not fit "
         "them:",
         table(PARTS, parts),
+        "## Distillation",
+        f"Only {FEW_ROWS} rows have labels, and a judge passes them {FEW_SETTINGS[0].partition('=')[2]} times. A "
+        "student is trained on the rows of the first fold, with what a judge that had not seen a row predicts in place "
+        f"of its label; a second one on {result['unlabelled']:,} further rows too, whose labels the five folds "
+        "predicted, in as many steps. Both are compared with the first fold, whose labels are hard.",
+        *tables([(each["seed"], each["few"]) for each in seeds]),
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"
+
+
+def tables(by_seed: Sequence[tuple[int, dict[str, dict[str, Any]]]]) -> list[str]:
+    """The means over seeds, and what each seed gave."""
+    nothing = dict.fromkeys(("over", "gain", "gain_low", "gain_high"))
+    rows: list[dict[str, Any]] = [
+        {"seed": seed, "what": what, **nothing, **found} for seed, by_name in by_seed for what, found in by_name.items()
+    ]
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["what"], []).append(row["value"])
+    means = [{"what": what, "mean": np.mean(several), "seeds": len(several)} for what, several in values.items()]
+    return [table(MEANS, means), table(FOUND, rows)]
