@@ -3,7 +3,7 @@
 `gradients` are summed in three ways: a call for each weight, flat buckets as training uses, and DDP, which sums while
 the last micro-batch is still in its backward. Each rank has as many micro-batches as the others here, without which DDP
 would wait for ever. `evaluation` is that of the demo's held-out rows, by one process alone and by all. Settings of the
-demo's recipe may follow.
+demo's recipe may follow. On CPUs, set the environment variable `ACCELERATE_USE_CPU` to `true`.
 """
 
 from __future__ import annotations
@@ -52,11 +52,19 @@ def main() -> None:
     measured[what](settings)
 
 
+def _started(recipe: Recipe) -> Accelerator:
+    """The ranks, of which there must be several: without the variable, processes on CPUs do not know of each other."""
+    accelerator = start(recipe.seed)
+    if accelerator.num_processes == 1:
+        raise ValueError("start several processes with torchrun, on CPUs with ACCELERATE_USE_CPU set to true")
+    return accelerator
+
+
 def gradients(settings: list[str]) -> None:
     """Prints the time of a step each way, and how many calls and how many numbers it exchanges."""
     little = ["prompt.max_length=256", "packing.budget=512"]  # little work to hide the sums in
     recipe = load_recipe("demo", [*little, *settings])
-    accelerator = start(recipe.seed)
+    accelerator = _started(recipe)
     model = adapt(load_base(recipe.model, CLASSES), recipe.model)
     classifier = packed_model(model).to(accelerator.device).train()
     loader = open_fold(recipe)
@@ -95,7 +103,7 @@ def gradients(settings: list[str]) -> None:
 def evaluation(settings: list[str]) -> None:
     """Prints the time of evaluating the held-out rows by the first process alone and by all, taken in turns."""
     recipe = load_recipe("demo", settings)
-    accelerator = start(recipe.seed)
+    accelerator = _started(recipe)
     console.quiet = True
     held_out = local_first(accelerator, lambda: _held_out(recipe))
     classifier = packed_model(adapt(load_base(recipe.model, CLASSES), recipe.model)).to(accelerator.device)

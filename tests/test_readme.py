@@ -113,6 +113,7 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif "-m" in words and words[words.index("-m") + 1] == "arena.cli":  # by python, or by torchrun
         check_arena([ARENA + shlex.join(words[words.index("-m") + 2 :])], monkeypatch)
     elif words[0] == "sbatch":
+        assert words[1] in SUBMITTED and (ROOT / words[1]).is_file()
         check_arena([ARENA + shlex.join([SUBMITTED[words[1]], *words[2:]])], monkeypatch)
     elif words[:3] == ["sky", "jobs", "launch"]:
         assert (ROOT / words[3]).is_file()

@@ -44,3 +44,5 @@ def test_an_evaluation_is_timed_by_one_rank_and_by_all(gemma2: Path, tmp_path: P
         assert "alone and shared: [True, True]" in ranks.shown(1), "it waits while the first one works alone"
         assert ranks.ends(ranks.start(1, "evaluations", code=CODE)) == [1]
         assert "say what to time, gradients or evaluation, not 'evaluations'" in ranks.shown(0)
+        assert ranks.ends(ranks.start(1, "evaluation", *settings, code=CODE)) == [1]
+        assert "start several processes" in ranks.shown(0)
