@@ -46,6 +46,7 @@ MEASURE = ".venv/bin/python -m benchmarks "
 ARENA, PYTHON, START = ".venv/bin/arena ", ".venv/bin/python ", "python3 benchmarks/start.py"
 IN_TEXT = (ARENA, PYTHON, START, "make ", "pytest ", ".venv/bin/pip ", ".venv/bin/hf ")  # how commands begin
 OTHERS = {".venv/bin/hf auth login", ".venv/bin/jupyter lab"}  # of other programs, known to be right
+SUBMITTED = {"templates/train.slurm": "train", "templates/judge-array.slurm": "judge"}  # and what they run
 SETTING = re.compile(r"(data|prompt|model|packing|train|judge)\.(?!csv|parquet|json)[a-z_.]+(=\S*)?")
 PATH = re.compile(
     r"[\w./-]+/[\w.-]+\.(py|ya?ml|md|csv|json|txt)|[a-z]+\.py|(arena|benchmarks|tests|notebooks|\.ci)/[\w/-]*"
@@ -111,6 +112,11 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         check_arena([line], monkeypatch)
     elif "-m" in words and words[words.index("-m") + 1] == "arena.cli":  # by python, or by torchrun
         check_arena([ARENA + shlex.join(words[words.index("-m") + 2 :])], monkeypatch)
+    elif words[0] == "sbatch":
+        assert words[1] in SUBMITTED and (ROOT / words[1]).is_file()
+        check_arena([ARENA + shlex.join([SUBMITTED[words[1]], *words[2:]])], monkeypatch)
+    elif words[:3] == ["sky", "jobs", "launch"]:
+        assert (ROOT / words[3]).is_file()
     elif line.startswith("pytest ") or line.startswith(PYTHON + "-m pytest"):
         paths = [ROOT / each for each in words if each.startswith("tests/")]
         assert all(path.is_file() for path in paths), line
@@ -170,7 +176,8 @@ def test_every_command_is_understood(page: str, line: str, monkeypatch: pytest.M
         "make trian FOLD=0", "make train fold=0", 'make train ARGS="--new"', 'make train ARGS="train.batch_siez=8"',
         ".venv/bin/arena exprot", ".venv/bin/arena memory model.tune=none", ".venv/bin/torchrun -m arena.cli trian",
         "pytest tests/test_nothing.py", ".venv/bin/pip install nothing", ".venv/bin/python -m arena.nothing",
-        ".venv/bin/python -m benchmarks collect --out x", "rm -rf runs",
+        ".venv/bin/python -m benchmarks collect --out x", "rm -rf runs", "sbatch templates/none.slurm",
+        "sbatch templates/train.slurm --folds 0", "sky jobs launch templates/none.yaml",
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_noticed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:

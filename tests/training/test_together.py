@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -209,6 +210,28 @@ def test_killed_ranks_resume(ground: Ground, all_ranks: bool) -> None:
 def test_ranks_killed_at_many_moments_resume(ground: Ground, all_ranks: bool) -> None:
     for seed in range(2, 32):
         killed(ground, seed, all_ranks=all_ranks)
+
+
+def test_killed_ranks_whose_disk_is_gone_resume_from_the_mirror(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a spot machine: of all that the run wrote only the mirror is left, and the same command goes on."""
+    (tmp_path / "mirror").mkdir()
+    words = ground.words("lost", "model.lora.dropout=0.1", f"train.mirror={tmp_path / 'mirror'}")
+    pids = ground.ranks.start(2, *words, code=f"os.environ['PAUSES'] = {str(tmp_path)!r}\n{WAITING}")
+    started = time.monotonic()
+    while len(list(tmp_path.glob("paused-*"))) < 2 or not list(tmp_path.rglob("step-00000002/manifest.json")):
+        assert time.monotonic() < started + MODERATELY, ground.ranks.shown(0)
+        time.sleep(0.02)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert ground.ranks.ends(pids) == [-signal.SIGKILL] * 2
+    assert [line["step"] for line in steps(ground.run("lost"))] == [1, 2]
+    shutil.rmtree(ground.folder / "lost")
+    assert ground.ranks.ends(ground.ranks.start(2, *words)) == [0, 0], ground.ranks.shown(0)
+    assert "step-00000002" in ground.ranks.shown(0).partition("fetched from")[2]
+    assert torch.equal(weights(ground.run("lost")), weights(ground.run("dropout")))
+    assert steps(ground.run("lost")) == steps(ground.run("dropout"))
 
 
 def resumed(ground: Ground, count: int, of: str, step: int) -> None:
