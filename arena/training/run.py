@@ -25,6 +25,7 @@ from arena.model.exactness import check_exact
 from arena.model.language_model import check_head
 from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import fit
+from arena.model.sharding import check_sharding, is_sharded
 from arena.model.tuning import adapt
 from arena.packing.plan import PackPlan
 from arena.packing.tree import Prefixes, prefixes_for
@@ -36,6 +37,7 @@ from arena.storage.files import fingerprint, remove_scratch, write_json
 from arena.storage.lock import locked
 from arena.storage.mirror import Mirror
 from arena.tasks import task_of
+from arena.training.checkpoint import load_weights
 from arena.training.checkpoint_manager import ranking_by
 from arena.training.fit_kinds import fit_kinds, kind_table, taken
 from arena.training.held_out import scores, write_oof
@@ -130,7 +132,11 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
         if main:
             found = fit_kinds(data, trained.best.probabilities)
             judge = SavedJudge(folder / "model", saved, data.prior, data.trained_on, run["base"], taken(found))
-            save_judge(model, tokenizer, judge)
+            trained_model = model
+            if is_sharded(trainer.classifier):
+                trained_model = load()
+                load_weights(trainer.checkpoints.step(trained.best_step), trained_model)
+            save_judge(trained_model, tokenizer, judge)
             _write_predictions(folder, data, trained)
             metrics |= _effort(data, trainer.plan, trained, model, trainer.device) | {"kinds": kind_table(found)}
             metrics |= {**scores(data, trained.best.probabilities, trained.base), **dict.fromkeys(REFERENCES)}
@@ -150,6 +156,7 @@ def _prepare(requested: Recipe, fold: int, accelerator: Accelerator) -> tuple[Re
     check_length(config, requested.prompt.max_length, requested.model.base)
     first_trained_layer(requested.model, config.num_hidden_layers)  # reports a layer that the base lacks
     recipe = with_dtype(requested, min(cards, key=lambda card: card.bfloat16))
+    check_sharding(recipe)
     for card in cards:
         recipe = fit(recipe, config, card)
     check_exact(config, recipe.model, recipe.prompt.max_length)
