@@ -158,7 +158,7 @@ def _prepare(requested: Recipe, fold: int, accelerator: Accelerator) -> tuple[Re
     recipe = with_dtype(requested, min(cards, key=lambda card: card.bfloat16))
     check_sharding(recipe)
     for card in cards:
-        recipe = fit(recipe, config, card)
+        recipe = fit(recipe, config, card, accelerator.num_processes if recipe.train.shard else 1)
     check_exact(config, recipe.model, recipe.prompt.max_length)
     if not task.classes:
         check_head(config, recipe.model.base)
