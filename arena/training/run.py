@@ -132,13 +132,12 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
         if main:
             found = fit_kinds(data, trained.best.probabilities)
             judge = SavedJudge(folder / "model", saved, data.prior, data.trained_on, run["base"], taken(found))
-            trained_model = model
             if is_sharded(trainer.classifier):
-                trained_model = load()
-                load_weights(trainer.checkpoints.step(trained.best_step), trained_model)
-            save_judge(trained_model, tokenizer, judge)
+                model = load()
+                load_weights(trainer.checkpoints.step(trained.best_step), model)
+            save_judge(model, tokenizer, judge)
             _write_predictions(folder, data, trained)
-            metrics |= _effort(data, trainer.plan, trained, model, trainer.device) | {"kinds": kind_table(found)}
+            metrics |= _effort(data, trainer.plan, trained, trainer.model, trainer.device) | {"kinds": kind_table(found)}
             metrics |= {**scores(data, trained.best.probabilities, trained.base), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
