@@ -8,9 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from arena.config import run_place
 from arena.data.files import data_file
@@ -27,7 +25,6 @@ from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import fit
 from arena.model.sharding import check_sharding, is_sharded
 from arena.model.tuning import adapt
-from arena.packing.plan import PackPlan
 from arena.packing.tree import Prefixes, prefixes_for
 from arena.progress import console, optional
 from arena.ranks import local_first, on_every_rank, on_first_rank, together
@@ -137,7 +134,7 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
                 load_weights(trainer.checkpoints.step(trained.best_step), model)
             save_judge(model, tokenizer, judge)
             _write_predictions(folder, data, trained)
-            metrics |= _effort(data, trainer.plan, trained, trainer.model, trainer.device) | {"kinds": kind_table(found)}
+            metrics |= _effort(data, trained, trainer) | {"kinds": kind_table(found)}
             metrics |= {**scores(data, trained.best.probabilities, trained.base), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
@@ -242,9 +239,9 @@ def _announce(recipe: Recipe, requested: Recipe, data: FoldData, trainer: Traine
         )
 
 
-def _effort(data: FoldData, plan: PackPlan, trained: Trained, model: nn.Module, device: torch.device) -> dict[str, Any]:
+def _effort(data: FoldData, trained: Trained, trainer: Trainer) -> dict[str, Any]:
     """The size, time and memory of the run."""
-    done = trained.done
+    done, plan, model, device = trained.done, trainer.plan, trainer.model, trainer.device
     return {
         "n_eval": len(data.eval_rows),
         "n_train": len(data.train_rows),
