@@ -10,17 +10,26 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from arena.stopping import Stopped
 
 PATIENCE = timedelta(hours=6)  # while one process tokenises, downloads or loads
 BUCKET = 2**24  # numbers that are summed in one call
+TURNS = "arena_turns"  # the attribute of a sharded model that holds the group in which ranks agree on turns
 
 T = TypeVar("T")
 Failure = tuple[type[Exception], str, int]  # an error, its message, and the exit status of a stop
 
 USERS_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+class Released(Exception):  # noqa: N818 - it ends a rank's work but is not an error
+    """Ends a rank's work because another rank has failed or was stopped, which that one reports."""
+
+
+class BrokenOffError(Exception):
+    """Work failed where the other ranks wait for this one; its cause ends this process, and so the others."""
 
 
 def together(accelerator: Accelerator, work: Callable[[], T], *, patient: bool = False) -> list[T]:
@@ -44,6 +53,13 @@ def together(accelerator: Accelerator, work: Callable[[], T], *, patient: bool =
         group = distributed.new_group(backend="gloo", timeout=PATIENCE) if patient else None
     try:
         value = work()
+    except Released:
+        pass
+    except BrokenOffError as broken:
+        cause = broken.__cause__
+        assert cause is not None, "it is raised from an error"
+        is_lost = isinstance(cause, distributed.DistError) or "gloo" in str(cause)  # of NCCL, or of gloo
+        raise (_lost(cause) if is_lost else cause) from cause.__cause__
     except Exception as caught:
         error, failure = caught, (type(caught), str(caught), getattr(caught, "status", 0))
     outcomes: list[Any] = [None] * accelerator.num_processes
@@ -98,6 +114,53 @@ def sum_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> Non
             gradient.copy_(summed.view_as(gradient))
 
 
+def in_turns(classifier: nn.Module, work: Callable[[], T], idle: Callable[[], object]) -> T:
+    """Does some work, for which each rank may run a sharded model another number of times, or not at all.
+
+    Before it runs the model, a rank waits for all ranks to announce that they run it too, or that they are done. A rank
+    that is done takes part through `idle` until all are. If one fails or is stopped between two runs of the model, the
+    others end before their next one. For a model that is not sharded, this only does the work.
+
+    Args:
+        idle: runs the model once, as `work` does, without any effect.
+
+    Raises:
+        Released: another rank has failed or was stopped.
+        BrokenOffError: the work failed where the other ranks wait for this one and cannot be told.
+    """
+    group = getattr(classifier, TURNS, None)
+    if group is None:
+        return work()
+
+    def announce(*, busy: bool, failed: bool = False) -> bool:
+        """Whether any rank is busy."""
+        said = torch.tensor([busy, failed], dtype=torch.int32)
+        distributed.all_reduce(said, distributed.ReduceOp.MAX, group)
+        if said[1] and not failed:
+            raise Released
+        return bool(said[0])
+
+    def before(*_: object) -> None:
+        announce(busy=True)
+
+    hook = classifier.register_forward_pre_hook(before, prepend=True)
+    try:
+        value = work()
+        hook.remove()
+        while announce(busy=False):
+            idle()
+        return value
+    except Released:
+        raise
+    except (Stopped, *USERS_ERRORS):
+        announce(busy=False, failed=True)
+        raise
+    except Exception as error:
+        raise BrokenOffError from error
+    finally:
+        hook.remove()
+
+
 def _keep(results: list[T], work: Callable[[], T]) -> None:
     results.append(work())
 
@@ -139,7 +202,11 @@ def _naming_lost_processes() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's errors of connections and of time are all of this class
-        raise ConnectionError(
-            "another process of this run has ended, or did not answer in time: see its messages. The same command "
-            f"resumes the run ({str(error).splitlines()[0]})"
-        ) from error
+        raise _lost(error) from error
+
+
+def _lost(error: BaseException) -> ConnectionError:
+    return ConnectionError(
+        "another process of this run has ended, or did not answer in time: see its messages. The same command "
+        f"resumes the run ({str(error).splitlines()[0]})"
+    )

@@ -196,6 +196,9 @@ class TrainSettings(Settings):
     save_optimizer: bool = Field(
         True, description="checkpoints hold the optimizer's state; false: smaller, but a resumed run starts it anew"
     )
+    shard: bool = Field(
+        False, description="share weights, gradients and optimizer state out over the processes (FSDP2), unquantised"
+    )
     best_metric: str = Field("log_loss", description="metric of the held-out rows that chooses the best checkpoint")
     keep_last: int = Field(2, ge=1, description="number of latest checkpoints to keep")
     keep_best: int = Field(1, ge=1, description="number of best checkpoints to keep besides, by best_metric")

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("arena", "benchmarks")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-MOST_MODULES = 176  # of arena, without `__init__`
+MOST_MODULES = 177  # of arena, without `__init__`
 MOST_LINES, LONGEST_FUNCTION, NINE_OF_TEN = 300, 60, 25  # lines of a module, of a function, of nine functions in ten
 # each room imports only from itself and from those before it
 ROOMS = [

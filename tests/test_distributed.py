@@ -160,3 +160,31 @@ def test_exhausted_memory_is_recognised_by_its_error(error: Exception) -> None:
 @pytest.mark.parametrize("error", CANNOT_RUN)
 def test_a_kernel_that_cannot_run_is_not_exhausted_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+def test_threads_of_finished_work_are_gone() -> None:
+    """OpenMP's threads of the caller would make those of the next thread sleep between any two operations."""
+    script = """
+import os, torch
+from arena.distributed import in_a_thread
+torch.set_num_threads(2)
+def count():
+    return len(os.listdir("/proc/self/task"))
+def work():
+    torch.rand(500, 500) @ torch.rand(500, 500)
+    return count()
+before = count()
+within = in_a_thread(work)
+after = count()
+work()
+print(within - before, after - before, count() - before)
+"""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("this system does not list threads")
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["2", "0", "1"]  # the thread and its helper; none is left; the caller's own helper stays
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        distributed.in_a_thread(lambda: 1 // 0)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from arena.packing.loader import PackedLoader
 from arena.packing.plan import PackPlan, plan_evaluation
 from arena.packing.tree import Prefixes
 from arena.progress import ahead, progress
-from arena.ranks import together
+from arena.ranks import in_turns, together
 from arena.stopping import Stop
 from arena.storage.files import fingerprint
 
@@ -63,7 +64,7 @@ class Evaluation:
         """A model's predictions, float64 (len(rows), C): the mean over the orders of `by_order`, as its options."""
         return np.asarray(np.mean(self.by_order(classifier, **options), axis=0))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # what FSDP gathers in torch's inference mode cannot be used in training afterwards
     def by_order(
         self,
         classifier: nn.Module,
@@ -113,7 +114,8 @@ class Evaluation:
             with nullcontext() if logits_cache is None else logits_cache.open(plan, facts) as parts:
                 logits = Logits(plan, len(self.task.columns), parts)
                 seconds = logits_cache.seconds if logits_cache else SECONDS
-                self._compute(classifier, dtype, title, logits, stop, seconds, pace)
+                own = partial(self._compute, classifier, dtype, title, logits, stop, seconds, pace)
+                in_turns(classifier, own, partial(self._idle, classifier, dtype))
             return logits.complete() if pace is None else logits.values
 
         shares, values = _by_ranks(self.plan, compute, accelerator)
@@ -162,6 +164,15 @@ class Evaluation:
         finally:
             classifier.train(was_training)
             collector.flush()
+
+    def _idle(self, classifier: nn.Module, dtype: str) -> None:
+        """Runs the micro-batch that costs least, while other ranks run theirs."""
+        device, was_training = next(classifier.parameters()).device, classifier.training
+        loader = PackedLoader(self.store, None, self.plan)
+        classifier.eval()
+        with compute_in(device, dtype):
+            classifier(loader.micro_batch(self.plan.n_micro_batches - 1).to(device))
+        classifier.train(was_training)
 
     def name(self, example: int) -> str:
         """An example's row, for messages."""

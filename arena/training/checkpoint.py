@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from arena.model.sharding import part_of
 from arena.progress import console
 from arena.storage.files import atomic_write
 from arena.storage.manifest import damage, read_manifest, write_manifest
@@ -44,29 +45,29 @@ class Done:
 
 def save_checkpoint(
     folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Any] | None,
     schedule: Any,
     state: dict[str, Any],
     *,
-    with_optimizer: bool = True,
     random_of_ranks: Sequence[Random] = (),
 ) -> None:
     """Writes a checkpoint to `folder`.
 
     Args:
+        weights: those that are trained.
+        optimizer: its state; None: a resumed run starts the optimizer anew.
         state: what else the run needs to resume, as plain JSON values.
-        with_optimizer: whether it holds the optimizer's state, without which a resumed run starts the optimizer anew.
         random_of_ranks: the random states of all ranks; by default those of this process alone.
     """
     tensors: dict[str, Tensor] = {}
-    plain = _split(optimizer.state_dict(), "", tensors) if with_optimizer else None
+    plain = None if optimizer is None else _split(optimizer, "", tensors)
     (drawn, plain_random), *others = random_of_ranks or [random_states()]
     drawn = drawn | {f"{rank}/{name}": each for rank, (part, _) in enumerate(others, 1) for name, each in part.items()}
     with atomic_write(folder) as draft:
         draft.mkdir()
-        save_file(_contiguous(trainable(model)), draft / "weights.safetensors")
-        if with_optimizer:
+        save_file(_contiguous(weights), draft / "weights.safetensors")
+        if optimizer is not None:
             save_file(_contiguous(tensors), draft / "optimizer.safetensors")
         save_file(drawn, draft / "random.safetensors")
         facts = {"optimizer": plain, "schedule": _plain(schedule.state_dict()), "random": plain_random}
@@ -97,7 +98,9 @@ def load_checkpoint(
             group["lr"] = rate
     else:
         saved = _join(state["optimizer"], load_file(folder / "optimizer.safetensors"))
-        optimizer.load_state_dict({**saved, "state": {int(index): values for index, values in saved["state"].items()}})
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        of_each = {int(index): values for index, values in saved["state"].items()}
+        optimizer.load_state_dict({**saved, "state": {at: _parts(of_each[at], parameters[at]) for at in of_each}})
     drawn, plain_random, others = (
         load_file(folder / "random.safetensors"),
         state["random"],
@@ -118,7 +121,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         raise ValueError(f"{folder} belongs to another model: {len(odd)} weights do not match, such as {odd[0]}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(part_of(saved[name], parameter))
 
 
 def write_evaluation(folder: Path, facts: dict[str, Any], probabilities: np.ndarray) -> None:
@@ -157,6 +160,11 @@ def set_random_states(states: Random) -> None:
     np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *plain["numpy"]))
     version, gauss = plain["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+
+
+def _parts(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What the optimizer keeps of one parameter, of which this rank may have a part."""
+    return {key: part_of(each, parameter) if isinstance(each, Tensor) else each for key, each in state.items()}
 
 
 def _contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:

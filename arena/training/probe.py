@@ -35,6 +35,7 @@ from arena.model.memory.estimate import (
     shape_of,
 )
 from arena.model.memory.fused import set_policies
+from arena.model.sharding import is_sharded
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.settings import Recipe
@@ -70,6 +71,8 @@ class RecomputePlan:
 def choose_policies(classifier: PackedModel, loader: PackedLoader, recipe: Recipe) -> RecomputePlan | None:
     """Sets every layer's policy if the recipe leaves the choice open (`model.checkpointing=auto`); else returns None.
 
+    A model that is sharded recomputes every layer then.
+
     Args:
         loader: the training loader; its largest micro-batch is run.
 
@@ -79,6 +82,9 @@ def choose_policies(classifier: PackedModel, loader: PackedLoader, recipe: Recip
     if recipe.model.checkpointing != "auto" or recipe.model.tune == "head":
         return None
     model, device = classifier.model, next(classifier.parameters()).device
+    if is_sharded(classifier):  # trials of ranks that differ would wait for each other
+        set_policies(model, ["full"] * shape_of(model.config).layers)
+        return None
     if device.type == "cpu":
         card, shape = card_of(device), shape_of(model.config)
         policies = estimate_policies(

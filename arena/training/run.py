@@ -8,9 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from arena.config import run_place
 from arena.data.files import data_file
@@ -25,8 +23,8 @@ from arena.model.exactness import check_exact
 from arena.model.language_model import check_head
 from arena.model.lora import first_trained_layer
 from arena.model.memory.estimate import fit
+from arena.model.sharding import check_sharding, is_sharded
 from arena.model.tuning import adapt
-from arena.packing.plan import PackPlan
 from arena.packing.tree import Prefixes, prefixes_for
 from arena.progress import console, optional
 from arena.ranks import local_first, on_every_rank, on_first_rank, together
@@ -36,6 +34,7 @@ from arena.storage.files import fingerprint, remove_scratch, write_json
 from arena.storage.lock import locked
 from arena.storage.mirror import Mirror
 from arena.tasks import task_of
+from arena.training.checkpoint import load_weights
 from arena.training.checkpoint_manager import ranking_by
 from arena.training.fit_kinds import fit_kinds, kind_table, taken
 from arena.training.held_out import scores, write_oof
@@ -130,9 +129,12 @@ def _run(requested: Recipe, fold: int, folder: Path, accelerator: Accelerator, f
         if main:
             found = fit_kinds(data, trained.best.probabilities)
             judge = SavedJudge(folder / "model", saved, data.prior, data.trained_on, run["base"], taken(found))
+            if is_sharded(trainer.classifier):
+                model = load()
+                load_weights(trainer.checkpoints.step(trained.best_step), model)
             save_judge(model, tokenizer, judge)
             _write_predictions(folder, data, trained)
-            metrics |= _effort(data, trainer.plan, trained, model, trainer.device) | {"kinds": kind_table(found)}
+            metrics |= _effort(data, trained, trainer) | {"kinds": kind_table(found)}
             metrics |= {**scores(data, trained.best.probabilities, trained.base), **dict.fromkeys(REFERENCES)}
             write_json(folder / "metrics.json", metrics)  # last: its presence marks the run as finished
             metrics |= _finish(recipe, data, folder, metrics, trained, mirror)
@@ -150,8 +152,9 @@ def _prepare(requested: Recipe, fold: int, accelerator: Accelerator) -> tuple[Re
     check_length(config, requested.prompt.max_length, requested.model.base)
     first_trained_layer(requested.model, config.num_hidden_layers)  # reports a layer that the base lacks
     recipe = with_dtype(requested, min(cards, key=lambda card: card.bfloat16))
+    check_sharding(recipe)
     for card in cards:
-        recipe = fit(recipe, config, card)
+        recipe = fit(recipe, config, card, accelerator.num_processes if recipe.train.shard else 1)
     check_exact(config, recipe.model, recipe.prompt.max_length)
     if not task.classes:
         check_head(config, recipe.model.base)
@@ -236,9 +239,9 @@ def _announce(recipe: Recipe, requested: Recipe, data: FoldData, trainer: Traine
         )
 
 
-def _effort(data: FoldData, plan: PackPlan, trained: Trained, model: nn.Module, device: torch.device) -> dict[str, Any]:
+def _effort(data: FoldData, trained: Trained, trainer: Trainer) -> dict[str, Any]:
     """The size, time and memory of the run."""
-    done = trained.done
+    done, plan, model, device = trained.done, trainer.plan, trainer.model, trainer.device
     return {
         "n_eval": len(data.eval_rows),
         "n_train": len(data.train_rows),

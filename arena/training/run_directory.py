@@ -25,6 +25,7 @@ OUTSIDE_IDENTITY = {
         "log_level",
         "checkpoint_every",
         "save_optimizer",
+        "shard",
         "keep_last",
         "keep_best",
         "resume",

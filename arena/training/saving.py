@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from arena.model.sharding import whole
 from arena.ranks import on_every_rank, on_first_rank, together
 from arena.settings import Recipe
 from arena.storage.manifest import damage, read_manifest
 from arena.storage.mirror import Mirror
 from arena.training.checkpoint import Done, load_checkpoint, random_states, save_checkpoint
 from arena.training.checkpoint_manager import CheckpointManager, Ranking
-from arena.training.optimizer import LossScaling
+from arena.training.optimizer import LossScaling, trainable
 from arena.training.run_directory import RUN_FILES, require_same_run
 
 
@@ -85,20 +86,24 @@ class Saving:
         state = {"done": asdict(done), "scaling": self.scaling.state()}
         state["resume_fingerprint"] = self.resume_fingerprint
         random_of_ranks = together(self.accelerator, random_states)
+        weights, optimizer = on_every_rank(self.accelerator, self._trained)
 
         def write() -> None:  # only the first rank checks, as others might see the checkpoint appear
             if damage(target) is None:
                 return
-            save_checkpoint(
-                target, self.model, self.optimizer, self.schedule, state,
-                with_optimizer=self.recipe.train.save_optimizer, random_of_ranks=random_of_ranks,
-            )  # fmt: skip
+            save_checkpoint(target, weights, optimizer, self.schedule, state, random_of_ranks=random_of_ranks)
             if self.mirror is not None:
                 there = [self.folder / name for name in RUN_FILES if (self.folder / name).is_file()]
                 self.mirror.push(target, files=there)
             self.checkpoints.prune()
 
         on_first_rank(self.accelerator, write)
+
+    def _trained(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The trained weights and the optimizer's state, on the first rank as whole tensors."""
+        keep = self.accelerator.is_main_process
+        state = self.optimizer.state_dict() if self.recipe.train.save_optimizer else None
+        return whole(trainable(self.model), keep), whole(state, keep)
 
     def _require_folder(self) -> None:
         if not self.folder.is_dir():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +15,14 @@ from arena.data.task import Task
 from arena.distributed import compute_in
 from arena.model.classifier import loss_sum
 from arena.packing.batch import PackedBatch
+from arena.packing.loader import PackedLoader
 from arena.packing.plan import PackPlan
 from arena.stopping import Stop
 from arena.storage.files import write_json
 from arena.training.checkpoint import Done
 from arena.training.optimizer import LossScaling
 
+IGNORED = -100  # the token that torch's cross entropy ignores
 IDS_SHOWN = 10  # in the message about a step that failed
 
 
@@ -54,6 +58,15 @@ def accumulate(
         (loss if scaling is None else scaling.scaled(loss)).backward()
         sums.append(loss.detach())
     return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def without_loss(loader: PackedLoader) -> PackedBatch:
+    """The shortest micro-batch of a plan, with targets of which each has the loss 0 and no gradient."""
+    tokens = loader.plan.tokens
+    batch = loader.micro_batch(int(np.where(tokens > 0, tokens, tokens.max()).argmin()))
+    assert batch.targets is not None
+    targets = torch.full_like(batch.targets, IGNORED if batch.targets_each is not None else 0)
+    return replace(batch, targets=targets)
 
 
 def _joined_loss(outputs: Tensor, batch: PackedBatch, index: Tensor, task: Task) -> Tensor:

@@ -17,11 +17,12 @@ from arena.data.prepare import FoldData
 from arena.distributed import reusing_memory
 from arena.model.backbone import attention_choice
 from arena.model.language_model import packed_model
+from arena.model.sharding import is_sharded, place, whole
 from arena.packing.batch import PackedBatch
 from arena.packing.loader import PackedLoader
 from arena.packing.tree import Prefixes
 from arena.progress import ahead, console, progress
-from arena.ranks import on_first_rank, sum_gradients, together
+from arena.ranks import in_turns, on_first_rank, sum_gradients, together
 from arena.settings import Recipe
 from arena.stopping import Stop, Stopped
 from arena.storage.manifest import damage, read_manifest
@@ -34,7 +35,7 @@ from arena.training.log import LINE, RunLog, track
 from arena.training.optimizer import LossScaling, make_optimizer, make_schedule, trainable
 from arena.training.probe import choose_policies
 from arena.training.saving import Saving
-from arena.training.step import accumulate, count_step, describe_failure, write_failure
+from arena.training.step import accumulate, count_step, describe_failure, without_loss, write_failure
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.recipe, self.data, self.folder, self.accelerator = recipe, data, folder, accelerator
         self.device = accelerator.device
-        self.model, self.classifier = model, packed_model(model).to(accelerator.device)
+        self.model, self.classifier = model, packed_model(model)
+        place(self.classifier, accelerator, recipe)
         self.attention = attention_choice(model, recipe.model.dtype, training=True)
         self.plan = plan_fold(recipe, data, accelerator.num_processes, prefixes)
         self.evaluate_after, self.save_after = (
@@ -89,6 +91,7 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, recipe.train, self.plan.n_steps)
         self.scaling = LossScaling(recipe.model.dtype, accelerator.device)
         self.done = Done()
+        self.idle = without_loss(self._loader())
         self.recompute_plan = choose_policies(self.classifier, self._loader(), recipe)
         resume_fingerprint = identity | {"steps": steps_fingerprint(self.plan)}
         self.stop, self.mirror = stop or Stop(), mirror
@@ -207,15 +210,17 @@ class Trainer:
         device, dtype = self.device, self.recipe.model.dtype
         try:
             joined = self.data.task if self.data.task.joins(self.recipe.prompt) else None
-            own = partial(accumulate, self.classifier, batch, size, device, dtype, self.scaling, self.stop, joined)
-            loss = sum(together(self.accelerator, own))
+            options = size, device, dtype, self.scaling, self.stop, joined
+            own, idle = (partial(accumulate, self.classifier, each, *options) for each in (batch, [self.idle]))
+            loss = sum(together(self.accelerator, lambda: in_turns(self.classifier, own, idle)))
         except Stopped:
             self._give_up_step(before)
             raise
         parameters = list(trainable(self.model).values())
-        sum_gradients(self.accelerator, parameters)
+        if not is_sharded(self.classifier):  # the backward has summed them
+            sum_gradients(self.accelerator, parameters)
         self.scaling.unscale(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, self.recipe.train.max_grad_norm)))
         if not self.scaling.forgives(loss, norm):
             self._give_up_step(before)
             rows = np.unique(self.plan.step_examples(self.done.step) // self.data.store.orders).tolist()

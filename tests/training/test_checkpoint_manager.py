@@ -15,6 +15,7 @@ from torch import nn
 from arena.storage.manifest import NAME, damage, read_manifest, write_manifest
 from arena.training.checkpoint import load_checkpoint, random_states, save_checkpoint, set_random_states
 from arena.training.checkpoint_manager import CheckpointManager
+from arena.training.optimizer import trainable
 
 
 class Small(nn.Module):
@@ -31,7 +32,7 @@ def save(manager: CheckpointManager, step: int, loss: float | None = None) -> Sm
     model.weight.sum().backward()
     optimizer.step()
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    save_checkpoint(manager.step(step), model, optimizer, schedule, {"done": {"step": step}})
+    save_checkpoint(manager.step(step), trainable(model), optimizer.state_dict(), schedule, {"done": {"step": step}})
     if loss is not None:
         manager.save_evaluation(step, {"log_loss": loss}, np.full((2, 3), 1 / 3))
     return model

@@ -14,7 +14,7 @@ peak is at the larger of the two.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -172,6 +172,23 @@ def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "a
     return Need(weights, trained, layer_inputs, working)
 
 
+def need_of_rank(shape: Shape, settings: ModelSettings, whole: Need, ranks: int, *, classes: bool = True) -> Need:
+    """The memory of one of several ranks that share a model out (`train.shard`), given that of one that does not.
+
+    Besides its part it holds whole what is at work: a layer and the next one, which is gathered meanwhile, if all
+    weights are trained the gradient of a layer too, and throughout the step the embeddings and any output layer.
+    """
+    if ranks == 1:
+        return whole
+    layer, width = shape.attention_weights + shape.mlp_weights, _width(settings)
+    embeddings = shape.vocabulary * shape.hidden * (1 if classes or shape.tied else 2)
+    if settings.tune == "full":  # layers in the compute dtype, which autocast need not copy, and float32 embeddings
+        gathered, parts = (2 * width + width + 4) * layer + (4 + 4) * embeddings, 0.0
+    else:
+        gathered, parts = 2 * width * layer + width * embeddings, whole.weights / ranks
+    return replace(whole, weights=parts + gathered, trained=whole.trained / ranks)
+
+
 def room(card: Card) -> float:
     """Bytes of a card's memory that a run may use; of a CPU's, which other processes share, what is available now."""
     if card.kind == "cpu":
@@ -179,10 +196,13 @@ def room(card: Card) -> float:
     return (card.memory - RESERVED) * USABLE_SHARE
 
 
-def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
+def fit(recipe: Recipe, config: Any, card: Card, ranks: int = 1) -> Recipe:
     """The recipe as it runs on a card, with the budget halved until a micro-batch fits.
 
     On a CPU the budget is left as it is. Plans and checkpoints depend on the budget, so it never changes within a run.
+
+    Args:
+        ranks: that share the model out.
 
     Raises:
         ValueError: even the least budget does not fit; the message says which settings to lower.
@@ -192,11 +212,16 @@ def fit(recipe: Recipe, config: Any, card: Card) -> Recipe:
         return recipe
     shape, budget, classes = shape_of(config), recipe.packing.budget, bool(task_of(recipe).classes)
     least = max(recipe.prompt.max_length, LEAST_BUDGET)
-    while (needed := need(shape, settings, budget, recipe.train.optimizer, classes=classes)).total > room(card):
+
+    def needed_with(budget: int) -> float:
+        of_one = need(shape, settings, budget, recipe.train.optimizer, classes=classes)
+        return need_of_rank(shape, settings, of_one, ranks, classes=classes).total
+
+    while (needed := needed_with(budget)) > room(card):
         if budget // 2 < least:
             smaller = "" if settings.quantization == "nf4" else ", or set model.tune=lora model.quantization=nf4"
             raise ValueError(
-                f"{recipe.name} takes about {needed.total / GIB:.1f} GiB with micro-batches of {budget:,} tokens, but "
+                f"{recipe.name} takes about {needed / GIB:.1f} GiB with micro-batches of {budget:,} tokens, but "
                 f"{card.name} has only {room(card) / GIB:.1f} GiB to use: lower prompt.max_length (now "
                 f"{recipe.prompt.max_length:,}) or choose a smaller base{smaller}"
             )

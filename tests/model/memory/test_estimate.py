@@ -235,6 +235,16 @@ def test_a_card_that_is_too_small_is_refused_with_what_would_help() -> None:
         fit(load_recipe("gemma-2-9b", ["model.tune=full", "model.quantization=none"]), NINE, card(80))
 
 
+def test_ranks_that_share_a_model_out_need_less_each() -> None:
+    """All weights of a 9B base fit eight cards of 80 GB, of which none holds them alone; adapters two of 24 GB."""
+    full = load_recipe("gemma-2-9b", ["model.tune=full", "model.quantization=none"])
+    adapters = load_recipe("gemma-2-9b", ["model.quantization=none"])
+    for recipe, gib, ranks in ((full, 79, 8), (adapters, 22.5, 2)):
+        with pytest.raises(ValueError, match="takes about"):
+            fit(recipe, NINE, card(gib))
+        assert fit(recipe, NINE, card(gib), ranks).packing.budget >= 1024
+
+
 def test_a_cpu_keeps_the_recipe() -> None:
     recipe = load_recipe("gemma-2-9b")
     assert fit(recipe, NINE, Card("cpu", "a CPU", (0, 0), GIB)) == recipe
