@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -24,9 +25,17 @@ def test_the_same_rows_are_drawn_again(gemma2: Path, tmp_path: Path) -> None:
 
 
 def test_memory_that_is_held_is_seen() -> None:
-    before = _anonymous(os.getpid())
-    ballast = bytearray(os.urandom(1)) * 2**27
-    assert _anonymous(os.getpid()) - before > 0.9 * len(ballast)
+    def of_process_with(held: int) -> int:
+        script = f"import sys; held = b'x' * {held}; print(flush=True); sys.stdin.read()"
+        process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with process as child:
+            assert child.stdin is not None and child.stdout is not None
+            child.stdout.readline()
+            found = _anonymous(child.pid)
+            child.stdin.close()
+        return found
+
+    assert of_process_with(2**27) - of_process_with(1) > 0.9 * 2**27
 
 
 @pytest.mark.slow
