@@ -14,17 +14,19 @@ import os, signal, subprocess, sys, time
 words = sys.argv[1:]
 options = [words.pop(0) for each in list(words) if words[0].startswith("--")]
 count, on_each = int(os.environ["SLURM_NTASKS"]), int(os.environ["SLURM_NTASKS_PER_NODE"])
-tasks = []
+tasks, killed = [], []
 for task in range(count):
     own = {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task % on_each), "SRUN_OPTIONS": " ".join(options)}
     tasks.append(subprocess.Popen(words, env={**os.environ, **own}))
 signal.signal(signal.SIGTERM, lambda *_: [each.send_signal(signal.SIGTERM) for each in tasks])
 while None in (ends := [each.poll() for each in tasks]):
     if "--kill-on-bad-exit=1" in options and any(ends):
-        for each in tasks:
+        killed += [each for each in tasks if each.poll() is None and each not in killed]
+        for each in killed:
             each.kill()
     time.sleep(0.02)
-sys.exit(max(end if end >= 0 else 128 - end for end in ends))
+own = [end for each, end in zip(tasks, ends) if each not in killed]
+sys.exit(max(end if end >= 0 else 128 - end for end in own))
 """
 SCONTROL = """
 import os, sys
