@@ -191,7 +191,7 @@ def as_page(result: dict[str, Any]) -> str:
         "them:",
         table(PARTS, parts),
         "## Distillation",
-        f"Only {FEW_ROWS} rows have labels, and a judge passes them {FEW_SETTINGS[0].partition('=')[2]} times. A "
+        f"Only {FEW_ROWS} rows have labels, and judges are trained for {FEW_SETTINGS[0].partition('=')[2]} epochs. A "
         "student is trained on the rows of the first fold, with what a judge that had not seen a row predicts in place "
         f"of its label; a second one on {result['unlabelled']:,} further rows too, whose labels the five folds "
         "predicted, in as many steps. Both are compared with the first fold, whose labels are hard.",

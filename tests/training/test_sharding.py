@@ -19,7 +19,7 @@ from arena.model.sharding import check_sharding
 from tests.helpers import tiny_recipe
 from tests.tasks.test_instruction_run import tiny, write_dolly
 from tests.training.ranks import TRAIN, Ranks, forking
-from tests.training.test_together import MODERATELY, WAITING, steps, weights
+from tests.training.test_together import FAILING, MODERATELY, WAITING, steps, weights
 from tests.training.test_trainer import relative
 
 KINDS = {
@@ -186,17 +186,7 @@ def test_what_does_not_go_with_it_is_refused(settings: list[str], words: str) ->
         check_sharding(change(recipe, ["train.shard=true"]))
 
 
-# The second rank fails between two micro-batches, in its second step, or within the forward of one.
-FAILING = """
-before, count = trainer.accumulate, []
-def fails(*args):
-    count.append(1)
-    if rank == 1 and len(count) == 2:
-        raise ValueError("the second step of this rank")
-    return before(*args)
-trainer.accumulate = fails
-cli.main()
-"""
+# The second rank fails within the forward of a micro-batch.
 BREAKING = """
 from arena.model.memory import fused
 before, count = fused._norm, []
