@@ -1,8 +1,13 @@
-"""LoRA with fewer passes over the activations than peft's, DoRA with less memory and in better precision, and where.
+"""LoRA with fewer passes over the activations than peft's, 8-bit layers that keep no activations, DoRA with less memory
+and in better precision, and where.
 
 For LoRA, peft copies the frozen layer's result, multiplies by both adapters, scales that product and adds it: four
 passes over memory besides the products, and three more in the backward. A matrix product can scale and add while it
 writes, so here the adapters' product is added in place, and so is its part of the input's gradient.
+
+bitsandbytes' 8-bit product keeps its input and, in numbers that depend on the data, the columns with outliers until the
+backward, out of reach of the recomputation that would do without them. The gradient of its input needs neither, only
+the weights.
 
 DoRA (Liu et al., 2024, arXiv:2402.09353) is y = m / |W + sBA| * (Wx + sBAx), with one m for each row of W. peft
 computes BA by sending the identity through the adapters, which for a layer with 14,336 inputs is a matrix of 0.8 GB,
@@ -58,14 +63,18 @@ def first_trained_layer(settings: ModelSettings, depth: int) -> int:
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Makes a model's LoRA layers use this implementation if they are plain LoRA over a 4-bit or unquantised layer.
+    """Makes a model's 8-bit layers, and its LoRA layers if they are plain LoRA, use this implementation.
 
-    peft still computes the others: DoRA and other variants, layers with dropout, 8-bit layers, merged or disabled
-    adapters, and several adapters at once. If this version of peft computes LoRA in another way, peft computes all of
-    them, and a note is printed.
+    peft still computes the others: DoRA and other variants, layers with dropout, merged or disabled adapters, and
+    several adapters at once. If this version of peft computes LoRA in another way, peft computes all of them, and a
+    note is printed.
     """
     if not any(isinstance(module, LoraLayer) for module in model.modules()):
         return
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            frozen: Any = module
+            frozen.forward = MethodType(_forward_8bit, frozen)
     if not peft_is_known():
         console.print(
             f"peft {peft.__version__} computes LoRA in another way than this package expects, so peft's own slower "
@@ -117,7 +126,8 @@ def _plain_adapter(layer: Any) -> str | None:
     if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
         return None
     name, base = names[0], layer.get_base_layer()
-    readable = (type(base) is nn.Linear and not base.weight.requires_grad) or isinstance(base, Linear4bit)
+    plain = type(base) is nn.Linear and not base.weight.requires_grad
+    readable = plain or isinstance(base, Linear4bit | Linear8bitLt)
     dropped = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
     biased = layer.lora_B[name].bias is not None or (base.bias is not None and base.bias.requires_grad)
     return name if readable and not dropped and not biased else None
@@ -129,8 +139,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: nn.Module, down: Tensor, up: Tensor, scaling: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        bias = None if base.bias is None else torch.as_tensor(base.bias).to(x.dtype)
-        out = torch.nn.functional.linear(rows, _weight(base).to(x.dtype), bias)
+        out = _product(base, rows)
         low = rows @ down.t()
         out.addmm_(low, up.t(), alpha=scaling)
         ctx.save_for_backward(x, down, up, low)
@@ -149,6 +158,33 @@ class _LoraLinear(torch.autograd.Function):
             grad_down = grad_low.t() @ rows if ctx.needs_input_grad[2] else None
             grad_up = grad_rows.t() @ low.mul(ctx.scaling) if ctx.needs_input_grad[3] else None
         return grad_x, None, grad_down, grad_up, None
+
+
+class _Linear8bit(torch.autograd.Function):
+    """x (..., in) to (..., out) by a frozen 8-bit layer, of which nothing is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Linear8bitLt) -> Tensor:
+        ctx.base = base
+        return _product(base, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return grad @ _weight(ctx.base).to(grad.dtype), None
+
+
+def _forward_8bit(layer: Any, x: Tensor) -> Any:
+    """Replaces the forward of an 8-bit layer."""
+    return _Linear8bit.apply(x, layer)
+
+
+def _product(base: Any, x: Tensor) -> Tensor:
+    """The frozen layer's result, (..., out), in the dtype of `x`, (..., in)."""
+    if isinstance(base, Linear8bitLt):
+        return torch.as_tensor(type(base).forward(base, x))
+    bias = None if base.bias is None else torch.as_tensor(base.bias).to(x.dtype)
+    return torch.nn.functional.linear(x, _weight(base).to(x.dtype), bias)
 
 
 def install_dora(model: nn.Module, *, fresh: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,24 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from arena.model import lora
+from arena.model.backbone import backbone
 from arena.model.lora import fuse_lora, peft_is_known
 from arena.training.optimizer import trainable
 from tests.helpers import classifier, exact, pack
 from tests.model.test_classifier import relative
 
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "4 bits": {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32},
+    "8 bits": {"load_in_8bit": True},
+}
 
-def peft_model(base: Path, quantised: bool = False, **changes: Any) -> Any:
+
+def peft_model(base: Path, quantization: str = "none", **changes: Any) -> Any:
     torch.manual_seed(0)
     options: dict[str, Any] = {}
-    if quantised:
-        options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)}
+    if asked := QUANTIZATIONS[quantization]:
+        options = {"quantization_config": BitsAndBytesConfig(**asked)}
     plain = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=3, attn_implementation="eager", **options
     )
@@ -54,14 +62,14 @@ def ours_ran(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_equal_to_pefts_own(
-    gemma2: Path, dtype: torch.dtype, bound: float, quantised: bool, ours_ran: list[int]
+    gemma2: Path, dtype: torch.dtype, bound: float, quantization: str, ours_ran: list[int]
 ) -> None:
-    right = logits_and_gradients(peft_model(gemma2, quantised), dtype)
+    right = logits_and_gradients(peft_model(gemma2, quantization), dtype)
     assert not ours_ran
-    fused = peft_model(gemma2, quantised)
+    fused = peft_model(gemma2, quantization)
     fuse_lora(fused)
     found = logits_and_gradients(fused, dtype)
     assert len(ours_ran) == 3 * 7
@@ -96,6 +104,24 @@ def test_without_dropout_in_evaluation(gemma2: Path, ours_ran: list[int]) -> Non
     fuse_lora(model)
     model.eval()(input_ids=pack([20]).input_ids, use_cache=False)
     assert len(ours_ran) == 3 * 7
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_8_bit_layer_keeps_nothing_for_the_backward(gemma2: Path, fused: bool) -> None:
+    """Its input is freed as soon as nothing else holds it; bitsandbytes' own product is the control."""
+    model = peft_model(gemma2, "8 bits", use_dora=True)  # whose products peft computes
+    if fused:
+        fuse_lora(model)
+    layer = backbone(model).layers[0].mlp.up_proj.base_layer
+    given = torch.randn(5, 64, requires_grad=True)
+    x = 2 * given
+    alive = weakref.ref(x)
+    out = layer(x)
+    del x
+    assert (alive() is None) == fused
+    out.sum().backward()
+    weight = layer.state.CB.float() * layer.state.SCB[:, None] / 127
+    torch.testing.assert_close(given.grad, 2 * weight.sum(0).expand(5, -1))
 
 
 def test_switched_off_and_merged_adapters(gemma2: Path) -> None:

@@ -161,6 +161,8 @@ def need(shape: Shape, settings: ModelSettings, tokens: int, optimizer: str = "a
     per_token = shape.saved_per_token("none") + 4 * shape.intermediate + 4 * shape.hidden
     dequantised = 2 * width * shape.hidden * shape.intermediate
     working = width * per_token * tokens + dequantised
+    if settings.quantization == "int8":  # an input in float16 and in 8 bits, and the product in 32
+        working += (2 + 1 + 4) * shape.intermediate * tokens
     if not classes:  # beside its losses the last layer's states, the normed ones, and those before targets
         losses = bytes_of_losses(
             tokens, shape.hidden, shape.vocabulary, width=width, softcap=shape.softcap, trained=full

@@ -46,6 +46,8 @@ def test_gemma_2_9b_by_hand() -> None:
     assert found.trained == 16 * 54_018_048
     assert found.layer_inputs == 42 * 3584 * 16384 * 2
     assert found.total < 20 * GIB
+    eight = need(shape, load_recipe("gemma-2-9b", ["model.quantization=int8"]).model, 16384)
+    assert eight.working - found.working == 7 * 14336 * 16384
 
 
 def test_the_adapters_of_the_public_notebook_by_hand() -> None:
