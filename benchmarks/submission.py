@@ -37,11 +37,11 @@ from benchmarks.tables import table
 MORE_SEED = 1000  # of the unlabelled rows, away from the seeds of training
 # after one epoch a judge of the demo is far from its best, and with smaller steps it comes closer
 SETTINGS = (
-    "train.epochs=3", "train.batch_size=16", "train.lr=1.5e-3", "train.head_lr=2.5e-3", "train.evaluate_every=0"
+    "train.epochs=3", "train.batch_size=16", "train.lr=1e-3", "train.head_lr=2e-3", "train.evaluate_every=0"
 )  # fmt: skip
 # Of all the demo's labelled rows a judge learns what it can: it is no better on those that it was trained on. Of a few
 # it learns their labels' noise too, which is what a teacher's predictions are free of.
-FEW_ROWS, FEW_SETTINGS = 300, ("train.epochs=20",)
+FEW_ROWS, FEW_SETTINGS = 300, ("train.epochs=20", "train.lr=1.5e-3", "train.head_lr=2.5e-3")
 ONE_ORDER = ("judge.swap=false",)  # the labels of many rows are judged in one order, for half of the time
 SINGLE, AVERAGE, BLENDED = "one fold", "five folds averaged", "blended with the baseline"
 SOFT, MORE = "student on soft labels", "student on more rows too"
