@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ from arena.inference.judge_work import Checked, Work, judge_window, machine_name
 from arena.stopping import ending_at_once
 from arena.storage.parts import Parts
 
-RETRIES = 5  # of a window whose actor died
+ATTEMPTS = 6  # at a window, of which all but the last ended with the death of the actor
 QUEUED = 2  # windows that an actor has been given, so that it need not wait for the next
 ONE_WINDOW = 1  # byte: blocks are cut after each row, which is a window
 
@@ -47,7 +48,8 @@ def judge_windows_on_ray(
 
     Raises:
         FloatingPointError: none of many rows of a window got finite logits.
-        OSError: Ray could not go on, as where no actor can load the judge, or if each actor dies of the same window.
+        ValueError: each actor dies of the same window.
+        OSError: Ray could not go on, as where no actor can load the judge.
     """
     with _cluster(), work.judging(todo, done) as advance, _first_cause():
         results = _results(work, todo, load, cpus)
@@ -63,9 +65,10 @@ def _results(work: Work, todo: Sequence[int], load: Callable[[], Judge], cpus: i
     device = {"num_gpus": 1, "num_cpus": 0} if ray.cluster_resources().get("GPU") else {"num_cpus": cpus}
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     windows = ray.data.read_datasource(_Windows(work, todo), override_num_blocks=1, num_cpus=0, label_selector=here)
+    attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=here).remote()
     return windows.map_batches(
-        _Actor, fn_constructor_args=[work.task, work.width, load, Path.cwd()], batch_size=None, batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=1, max_tasks_in_flight_per_actor=QUEUED), max_task_retries=RETRIES, **device,
+        _Actor, fn_constructor_args=[work.task, work.width, load, Path.cwd(), attempts], batch_size=None,
+        batch_format="pyarrow", compute=ActorPoolStrategy(min_size=1, max_tasks_in_flight_per_actor=QUEUED), **device,
     )  # fmt: skip
 
 
@@ -103,20 +106,42 @@ def _from_json(text: bytes, task: Task) -> Checked:
     return Checked(at, name, replace(rows_in_memory(rows, task), fingerprint=f"window{at}"), where, found)
 
 
+class _Attempts:
+    """Counts how often each window was begun.
+
+    Ray repeats what an actor that died was given without end. Its own limit would also count each try to reach a
+    machine that is gone, of which there are many until that is noticed.
+    """
+
+    def __init__(self) -> None:
+        self.counts = Counter[int]()
+
+    def begin(self, window: int) -> int:
+        self.counts[window] += 1
+        return self.counts[window]
+
+
 class _Actor:
     """Judges windows with a judge that it loads once.
 
     Args:
         folder: in which the command runs, from which paths to the judge start.
+        attempts: the actor that counts them.
     """
 
-    def __init__(self, task: Task, width: int, load: Callable[[], Judge], folder: Path) -> None:
+    def __init__(self, task: Task, width: int, load: Callable[[], Judge], folder: Path, attempts: Any) -> None:
         os.chdir(folder)
         fix_threads()
-        self.task, self.width, self.judge = task, width, load()
+        self.task, self.width, self.attempts, self.judge = task, width, attempts, load()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         windows = [_from_json(text.as_py(), self.task) for text in batch["window"]]
+        for each in windows:
+            if ray.get(self.attempts.begin.remote(each.at)) > ATTEMPTS:
+                raise ValueError(
+                    f"{each.name}, {each.where[0]} to {each.where[-1]}: {ATTEMPTS} processes that judged these rows "
+                    "died, as where memory runs out; see Ray's log for the reason. The same command resumes"
+                )
         results = [judge_window(self.judge, each, self.width, None).as_bytes() for each in windows]
         return pa.table(
             {"window": [each.at for each in windows], "results": results, "machine": [machine_name()] * len(windows)}

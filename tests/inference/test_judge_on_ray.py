@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from tests.inference.test_judge_files import rows_of
 from tests.inference.test_judge_model import saved
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+from arena.inference import judge_on_ray  # noqa: E402 - which imports Ray
 
 SMALL = {"include_dashboard": False, "object_store_memory": 200_000_000, "log_to_driver": False}
 
@@ -112,6 +114,29 @@ def test_interrupted_and_with_a_killed_actor_it_writes_the_same_file(
     assert 8 <= killed.saved < windows - 5, "the actor was killed amid the work"
     assert sorted(written) == list(range(windows)), "each window is saved once, and none again"
     check_same(out, whole)
+
+
+class Dying(judge_on_ray._Actor):
+    """Does not survive the third window."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        found = super().__call__(batch)  # which counts the attempt
+        if found["window"].to_pylist() == [2]:
+            os._exit(1)
+        return found
+
+
+@pytest.mark.slow
+def test_a_window_of_which_each_actor_dies(
+    run: Path, source: Path, one_actor: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(judge_on_ray, "_Actor", Dying)
+    out = tmp_path / "out.parquet"
+    assert status_of_arena(monkeypatch, "judge", run, source, out, "--engine=ray") == 2
+    message = " ".join(capsys.readouterr().out.split())
+    assert "in.jsonl, line 5 to line 6: 6 processes that judged these rows died" in message, message
+    assert not out.exists()
 
 
 @pytest.mark.slow
