@@ -65,7 +65,8 @@ def _results(work: Work, todo: Sequence[int], load: Callable[[], Judge], cpus: i
     device = {"num_gpus": 1, "num_cpus": 0} if ray.cluster_resources().get("GPU") else {"num_cpus": cpus}
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     windows = ray.data.read_datasource(_Windows(work, todo), override_num_blocks=1, num_cpus=0, label_selector=here)
-    attempts = ray.remote(_Attempts).options(num_cpus=0, label_selector=here).remote()
+    lasting = {"max_restarts": -1, "max_task_retries": -1, "num_cpus": 0, "label_selector": here}
+    attempts = ray.remote(_Attempts).options(**lasting).remote()  # begun again, it only allows more attempts
     return windows.map_batches(
         _Actor, fn_constructor_args=[work.task, work.width, load, Path.cwd(), attempts], batch_size=None,
         batch_format="pyarrow", compute=ActorPoolStrategy(min_size=1, max_tasks_in_flight_per_actor=QUEUED), **device,

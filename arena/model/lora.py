@@ -23,7 +23,7 @@ from typing import Any
 
 import peft
 import torch
-from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
@@ -127,7 +127,7 @@ def _plain_adapter(layer: Any) -> str | None:
         return None
     name, base = names[0], layer.get_base_layer()
     plain = type(base) is nn.Linear and not base.weight.requires_grad
-    readable = plain or isinstance(base, Linear4bit | Linear8bitLt)
+    readable = plain or isinstance(base, Linear4bit) or (isinstance(base, Linear8bitLt) and _is_frozen_8bit(base))
     dropped = layer.training and not isinstance(layer.lora_dropout[name], nn.Identity)
     biased = layer.lora_B[name].bias is not None or (base.bias is not None and base.bias.requires_grad)
     return name if readable and not dropped and not biased else None
@@ -144,7 +144,7 @@ class _LoraLinear(torch.autograd.Function):
         out.addmm_(low, up.t(), alpha=scaling)
         ctx.save_for_backward(x, down, up, low)
         ctx.base, ctx.scaling = base, scaling
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,7 +154,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_low = (grad_rows @ up).mul_(ctx.scaling)
             grad_x = None
             if ctx.needs_input_grad[0]:
-                grad_x = (grad_rows @ _weight(ctx.base).to(grad.dtype)).addmm_(grad_low, down).view_as(x)
+                grad_x = (grad_rows @ _weight(ctx.base, grad.dtype)).addmm_(grad_low, down).view_as(x)
             grad_down = grad_low.t() @ rows if ctx.needs_input_grad[2] else None
             grad_up = grad_rows.t() @ low.mul(ctx.scaling) if ctx.needs_input_grad[3] else None
         return grad_x, None, grad_down, grad_up, None
@@ -171,12 +171,19 @@ class _Linear8bit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         with torch.autocast(grad.device.type, enabled=False):
-            return grad @ _weight(ctx.base).to(grad.dtype), None
+            return grad @ _weight(ctx.base, grad.dtype), None
 
 
 def _forward_8bit(layer: Any, x: Tensor) -> Any:
     """Replaces the forward of an 8-bit layer."""
+    if not _is_frozen_8bit(layer):
+        return type(layer).forward(layer, x)
     return _Linear8bit.apply(x, layer)
+
+
+def _is_frozen_8bit(layer: Any) -> bool:
+    """Whether it holds 8-bit weights alone (bitsandbytes has a mode with others beside them), and no bias learns."""
+    return not layer.state.has_fp16_weights and not any(each.requires_grad for each in layer.parameters())
 
 
 def _product(base: Any, x: Tensor) -> Tensor:
@@ -184,7 +191,7 @@ def _product(base: Any, x: Tensor) -> Tensor:
     if isinstance(base, Linear8bitLt):
         return torch.as_tensor(type(base).forward(base, x))
     bias = None if base.bias is None else torch.as_tensor(base.bias).to(x.dtype)
-    return torch.nn.functional.linear(x, _weight(base).to(x.dtype), bias)
+    return torch.nn.functional.linear(x, _weight(base, x.dtype), bias)
 
 
 def install_dora(model: nn.Module, *, fresh: bool) -> None:
@@ -222,19 +229,19 @@ def _dora_forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, *
 @torch.no_grad()
 def _lengths(layer: Any, adapter: str) -> Tensor:
     """Float32 (out,): the norm of each row of W + sBA, without a gradient, as in section 4.3 of the paper."""
-    weight = _weight(layer.get_base_layer()).float()
+    weight = _weight(layer.get_base_layer(), torch.float32)
     down, up = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
     with torch.autocast(weight.device.type, enabled=False):
         lengths: Tensor = torch.linalg.vector_norm(torch.addmm(weight, up, down, alpha=layer.scaling[adapter]), dim=1)
     return lengths
 
 
-def _weight(base: Any) -> Tensor:
+def _weight(base: Any, dtype: torch.dtype) -> Tensor:
     """The frozen weight, (out, in), dequantised."""
     weight = base.weight
     if isinstance(base, Linear4bit):
-        return torch.as_tensor(dequantize_4bit(weight.data, weight.quant_state))
+        return torch.as_tensor(dequantize_4bit(weight.data, weight.quant_state)).to(dtype)
     if isinstance(base, Linear8bitLt):  # peft's own reading loses the scales on a CPU after the first forward
         scales = base.state.SCB if weight.SCB is None else weight.SCB
-        return torch.as_tensor(int8_vectorwise_dequant(weight.data, scales))
-    return torch.as_tensor(weight)
+        return torch.as_tensor(weight.data.to(dtype).mul_(scales[:, None] / 127))  # without a copy in float32
+    return torch.as_tensor(weight).to(dtype)

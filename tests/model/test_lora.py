@@ -124,6 +124,22 @@ def test_an_8_bit_layer_keeps_nothing_for_the_backward(gemma2: Path, fused: bool
     torch.testing.assert_close(given.grad, 2 * weight.sum(0).expand(5, -1))
 
 
+def test_a_trained_bias_of_an_8_bit_layer_gets_its_gradient(gemma2: Path) -> None:
+    model = peft_model(gemma2, "8 bits")
+    fuse_lora(model)
+    layer = backbone(model).layers[0].mlp.up_proj
+    bias = layer.base_layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+    layer(torch.ones(1, 5, 64)).sum().backward()
+    assert torch.equal(bias.grad, torch.full_like(bias, 5))
+
+
+def test_no_rows(gemma2: Path) -> None:
+    for quantization in QUANTIZATIONS:
+        model = peft_model(gemma2, quantization)
+        fuse_lora(model)
+        assert backbone(model).layers[0].mlp.up_proj(torch.ones(1, 0, 64)).shape == (1, 0, 128)
+
+
 def test_switched_off_and_merged_adapters(gemma2: Path) -> None:
     model, batch = classifier(exact(gemma2)), pack([20, 5])
     peft: Any = model.model
