@@ -43,7 +43,7 @@ SETTINGS = (
 # it learns their labels' noise too, which is what a teacher's predictions are free of.
 FEW_ROWS, FEW_SETTINGS = 300, ("train.epochs=20", "train.lr=1.5e-3", "train.head_lr=2.5e-3")
 ONE_ORDER = ("judge.swap=false",)  # the labels of many rows are judged in one order, for half of the time
-SINGLE, AVERAGE, BLENDED = "one fold", "five folds averaged", "blended with the baseline"
+SINGLE, AVERAGE, BLENDED = "one fold", "five folds averaged", "blended"
 SOFT, MORE = "student on soft labels", "student on more rows too"
 REFERENCES = {AVERAGE: SINGLE, BLENDED: AVERAGE, SOFT: SINGLE, MORE: SOFT}
 MEANS = {"what": "{what}", "above the entropy, mean": "{mean:+.4f}", "seeds": "{seeds}"}

@@ -108,7 +108,9 @@ def cells_of(records: Records) -> list[Cells]:
             )
         return [_cells(records.items())]
     if isinstance(records, str | bytes) or not isinstance(records, Iterable):
-        raise ValueError(f"rows is {excerpt(records)}: give dicts, a data frame or a data set")
+        raise ValueError(
+            f"rows is {excerpt(records)}: give dicts, a data frame or a data set; judge.read(PATH) reads a file"
+        )
     cells = []
     for number, record in enumerate(records):
         own = dict(record) if isinstance(record, pd.Series) else record

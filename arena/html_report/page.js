@@ -104,7 +104,7 @@ function section(part, at) {
     part.facts ? el("dl", {}, ...part.facts.map(([name, value, note]) =>
       el("div", {}, el("dt", {}, bdi(name)), el("dd", {}, bdi(value), el("small", {}, bdi(note)))))) : null,
     part.table ? table(part.table.columns, part.table.rows, part.title) : null,
-    opens ? el("p", {className: "lead opens", textContent: "Click a bar, or press Enter on it, to see its rows."}) : null,
+    opens ? el("p", {className: "lead opens", textContent: "Click a bar or a cell, or press Enter on it, to see its rows."}) : null,
     part.charts ? el("div", {className: "charts"}, ...part.charts.map(figure)) : null);
 }
 

@@ -43,7 +43,7 @@ class JudgeFiles:
         arg(help="Write OUT from the results of so many shares, once all are judged.", help_behavior_hint=""),
     ] = None
     engine: Annotated[Literal["local", "ray"], arg(help="Judge in this process, or on a Ray cluster.")] = "local"
-    cpus: Annotated[int, arg(help="Of each actor of a Ray cluster without GPUs.")] = 1
+    cpus: Annotated[int, arg(help="The cores of each actor, on a Ray cluster without GPUs.")] = 1
     runs: Annotated[Path, arg(help="The folder of all runs.")] = Path("runs")
 
     def run(self) -> None:

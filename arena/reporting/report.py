@@ -130,19 +130,26 @@ def score_table(metrics: dict[str, Any]) -> Table:
 
 def slice_table(slices: dict[str, dict[str, dict[str, Any]]]) -> Table:
     """Log-loss and accuracy on each slice, with their intervals, and the prior's; without classes, the base's."""
-    table = Table("", "", title="slices, with 95% intervals", title_justify="left")
+    table = Table("", title="slices, ± half of the 95% interval", title_justify="left")
     known = {key for values in slices.values() for scores in values.values() for key in scores}
     other, names = "base" if "base_log_loss" in known else "prior", {"log_loss": "log-loss", "accuracy": "accuracy"}
     shown = {key: name for key, name in names.items() if key in known}
-    for column in ("rows", *(each for name in shown.values() for each in (name, "interval", f"{other}'s"))):
+    for column in ("rows", *(each for name in shown.values() for each in (name, f"{other}'s"))):
         table.add_column(column, justify="right")
     for kind, values in slices.items():
+        table.add_row(kind)
         for at, (value, scores) in enumerate(values.items()):
             cells = [f"{scores['log_loss']['rows']:,}"]
             for key in shown:
-                cells += [*_cells(scores[key]), _cells(scores[f"{other}_{key}"])[0]]
-            table.add_row(kind if at == 0 else "", value, *cells, end_section=at == len(values) - 1)
+                cells += [_short_cell(scores[key]), _cells(scores[f"{other}_{key}"])[0]]
+            table.add_row(f"  {value}", *cells, end_section=at == len(values) - 1)
     return table
+
+
+def _short_cell(score: dict[str, Any]) -> str:
+    """A score and half of its interval as text: the table has to fit a terminal of 80 columns."""
+    half = "" if score["low"] is None else f" ± {(score['high'] - score['low']) / 2:.3f}"
+    return f"{score['value']:.3f}{half}"
 
 
 def kind_table(kinds: dict[str, dict[str, Any]]) -> Table:

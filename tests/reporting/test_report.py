@@ -58,7 +58,7 @@ def test_scores_and_slices_are_shown_and_the_last_step_beside_another_best(
     (flips,) = [line for line in shown if "flip rate" in line]
     assert "0.125" in flips and " to " not in flips
     (part,) = [line for line in shown if "3 or more" in line]
-    assert "turns" not in part and part.count("0.250 to 0.750") == 2 and "1.080" in part
+    assert "turns" not in part and "0.900 ± 0.250" in part and "0.600 ± 0.250" in part and "1.080" in part
     assert any("new_metric" in line for line in shown)
 
 
