@@ -21,7 +21,8 @@ AT_ONCE = 1000  # rows judged at once
 LENGTH_BIAS = 0.1  # by which the longer answer is expected to win more often than it does, that is worth a note
 SCORES = {
     "log_loss": "log-loss", "prior_log_loss": "log-loss of the prior", "accuracy": "accuracy", "brier": "Brier score",
-    "ece": "calibration error", "agreement": "agreement", "agreement_base_rate": "agreement, of the most frequent class",
+    "ece": "calibration error", "agreement": "agreement",
+    "agreement_base_rate": "agreement, of the most frequent class",
     "agreement_without_ties": "agreement without ties",
     "agreement_without_ties_base_rate": "agreement without ties, of the more frequent class", "flip_rate": "flip rate",
     "longer": "the longer answer wins", "longer_label": "the longer answer wins, by label",
