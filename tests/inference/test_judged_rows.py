@@ -12,15 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from arena.config import load_recipe
 from arena.data.limits import Limits
 from arena.inference import judge_inputs
 from arena.inference.judge_inputs import open_inputs
 from arena.inference.judge_work import Work, read_windows, result_columns
 from arena.inference.judged_rows import WRITERS, Added, Table, parquet_schema
 from arena.tasks import task_of
-from tests.helpers import tiny_recipe
 
-RECIPE = tiny_recipe(Path(), Path())
+RECIPE = load_recipe("demo")
 TEXTS = {"prompt": '["p"]', "response_a": '["a"]', "response_b": '["b"]'}
 COLUMNS = {"judged": pa.float64()}
 
