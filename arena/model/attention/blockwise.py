@@ -12,7 +12,6 @@ Two identities make the softcap cheap, since tanh costs a CPU as much as the pro
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -148,7 +147,7 @@ def _forward(
     minus_max, row_sum = (torch.empty(*rows.shape[:2], 1, device=q.device, dtype=space.wide) for _ in range(2))
     for block in form.blocks(segment, kv_heads, group, space.rows):
         weights = form.levels(rows[:, block.rows], keys[:, block.keys], space)
-        block.hide(weights, form.window, -math.inf)
+        block.hide(weights, form.window, space)
         top = weights.amax(-1, keepdim=True).mul_(-form.slope)
         torch.add(top, weights, alpha=form.slope, out=weights).exp2_()
         torch.bmm(space.narrowed(weights), values[:, block.keys], out=mixed[:, block.rows])
@@ -174,8 +173,9 @@ def _backward(
         block_rows, block_keys, block_grad = rows[:, block.rows], keys[:, block.keys], grad_rows[:, block.rows]
         levels = form.levels(block_rows, block_keys, space)
         weights = space.take("weights", levels.shape, space.wide)
-        torch.add(minus_lse[:, block.rows], levels, alpha=form.slope, out=weights).exp2_()
-        block.hide(weights, form.window, 0.0)
+        torch.add(minus_lse[:, block.rows], levels, alpha=form.slope, out=weights)
+        block.hide(weights, form.window, space)
+        weights.exp2_()
         if grad_v is not None:
             grad_v.add(block.keys, space.narrowed(weights).transpose(1, 2), block_grad)
         if grad_q is None and grad_k is None:
