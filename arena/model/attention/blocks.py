@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -15,18 +16,43 @@ from torch import Tensor
 ROWS, ROWS_BFLOAT16 = 192, 512
 BLOCK_SCORES = 1 << 21  # most scores in one block of all key heads: with many keys a block has fewer rows
 FEW_SCORES = 1 << 18  # a segment with no more scores is one block, because blocks would cost more than they save
+TOGETHER_SCORES = 1 << 20  # most scores of segments that are computed together, all heads: more are not in the caches
 MIN_ROWS = 64  # least rows, because smaller matrix products are slow
 
 LOG2_E = math.log2(math.e)
 
 
-class Segment(NamedTuple):
-    """The positions of a segment's queries and keys in the packed row, and their numbers."""
+class Segments(NamedTuple):
+    """Segments of one shape that follow each other and are computed together.
+
+    Attributes:
+        queries, keys: their positions in the packed row.
+        n_q, n_k: the queries and keys of one of them.
+    """
 
     queries: slice
     keys: slice
     n_q: int
     n_k: int
+
+
+def in_groups(lengths: Iterable[tuple[int, int]], heads: int) -> list[Segments]:
+    """All segments, grouped where neighbours have one shape and few scores, as both orders of an example do.
+
+    Args:
+        lengths: each segment's numbers of queries and keys, as they follow each other.
+        heads: of the queries.
+    """
+    found, at_q, at_k = list[Segments](), 0, 0
+    for (n_q, n_k), same in groupby(lengths):
+        left = sum(1 for _ in same)
+        most = max(1, TOGETHER_SCORES // (heads * n_q * n_k))
+        while left:
+            count = min(left, most)
+            ends = at_q + count * n_q, at_k + count * n_k
+            found.append(Segments(slice(at_q, ends[0]), slice(at_k, ends[1]), n_q, n_k))
+            (at_q, at_k), left = ends, left - count
+    return found
 
 
 @dataclass(frozen=True)
@@ -45,7 +71,7 @@ class Block:
         """Adds minus infinity where a query must not see a key, which is only near the diagonal and the window's edge.
 
         Args:
-            scores: (kv_heads, rows, keys) of this block.
+            scores: (count * kv_heads, rows, keys) of this block.
         """
         queries, n_k = scores.shape[1] // self.group, scores.shape[2]
         by_query = scores.unflatten(1, (queries, self.group))
@@ -74,9 +100,8 @@ class Form:
     def slope(self) -> float:
         return 1.0 if self.softcap is None else 2 * LOG2_E * self.softcap
 
-    def blocks(self, segment: Segment, kv_heads: int, group: int, most: int) -> Iterator[Block]:
+    def blocks(self, n_q: int, n_k: int, kv_heads: int, group: int, most: int) -> Iterator[Block]:
         """A segment's queries in blocks of at most `most` rows, or in one block if the segment is short."""
-        _, _, n_q, n_k = segment
         seen = n_k if self.window is None else min(n_k, self.window + most // group)
         rows = min(most, max(MIN_ROWS, BLOCK_SCORES // (kv_heads * seen)))
         rows = max(rows, FEW_SCORES // (kv_heads * n_k))
@@ -88,7 +113,7 @@ class Form:
             yield Block(slice(start * group, stop * group), slice(first, stop + n_k - n_q), group, before)
 
     def levels(self, rows: Tensor, keys: Tensor, space: Space) -> Tensor:
-        """(kv_heads, rows, keys) from (kv_heads, rows, head_dim) and (kv_heads, keys, head_dim)."""
+        """(n, rows, keys) from (n, rows, head_dim) and (n, keys, head_dim), n being count * kv_heads."""
         factor = self.scale * LOG2_E if self.softcap is None else 2 * self.scale / self.softcap
         scores = space.product("levels", rows, keys.transpose(1, 2), factor)
         return scores if self.softcap is None else scores.sigmoid_()

@@ -3,7 +3,8 @@
 The forward saves its output and one number for each query and head, the logarithm of the sum of its exponentiated
 scores; the backward recomputes the scores block by block (Dao 2023, FlashAttention-2, arXiv:2307.08691). A block is a
 few queries with all keys that they see, because matrix products on a CPU need long rows and its caches can hold them.
-A row is one query of one head; the heads that share a key head are folded into the rows of one product.
+A row is one query of one head; the heads that share a key head are folded into the rows of one product. Neighbouring
+segments of one shape are computed together as `count` segments, because each small operation costs a CPU a fixed time.
 
 Two identities make the softcap cheap, since tanh costs a CPU as much as the product before it: `c tanh(s / c)` equals
 `2c g - c` with the sigmoid g of `2s / c`, whose constant does not affect the softmax, and the derivative in s is
@@ -13,14 +14,13 @@ Two identities make the softcap cheap, since tanh costs a CPU as much as the pro
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from arena.model.attention.blocks import Form, Segment, Space
+from arena.model.attention.blocks import Form, Segments, Space, in_groups
 from arena.model.card import Card
 
 
@@ -45,11 +45,11 @@ def blockwise(
     Raises:
         ValueError: a segment has no query, or fewer keys than queries.
     """
-    segments = _segments(cu_seqlens_q, cu_seqlens_k)
+    groups = in_groups(_lengths(cu_seqlens_q, cu_seqlens_k), q.shape[1])
     form = Form(scale, None if softcap is None else abs(softcap), window)
     dtype = _product_dtype(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
-        out: Tensor = _Blockwise.apply(q.to(dtype), k.to(dtype), v.to(dtype), segments, form)
+        out: Tensor = _Blockwise.apply(q.to(dtype), k.to(dtype), v.to(dtype), groups, form)
     return out.to(q.dtype)
 
 
@@ -57,17 +57,17 @@ def supports(card: Card, dtype: torch.dtype, head_dim: int, softcap: float | Non
     """It runs on any device and in any dtype, with any head size and softcap."""
 
 
-def _segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[Segment]:
-    ends = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
-    segments = [Segment(slice(*at_q), slice(*at_k), at_q[1] - at_q[0], at_k[1] - at_k[0]) for at_q, at_k in ends]
-    for _, _, n_q, n_k in segments:
+def _lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[int, int]]:
+    """The numbers of queries and keys of each segment."""
+    lengths = list(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True))
+    for n_q, n_k in lengths:
         if n_q < 1:
             raise ValueError("a segment has no query: remove it")
         if n_k < n_q:
             raise ValueError(
                 f"a segment has {n_q} queries but {n_k} keys: each query needs the key at its own position"
             )
-    return segments
+    return lengths
 
 
 def _product_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
@@ -86,22 +86,24 @@ def _bfloat16_instructions() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
-def _rows(states: Tensor, kv_heads: int) -> Tensor:
-    """(n, heads, head_dim) to (kv_heads, n * group, head_dim): a block of queries is a range of rows."""
-    n, heads, head_dim = states.shape
-    by_group = states.reshape(n, kv_heads, heads // kv_heads, head_dim)
-    return by_group.transpose(0, 1).reshape(kv_heads, -1, head_dim)
+def _rows(states: Tensor, n: int, kv_heads: int) -> Tensor:
+    """(count * n, heads, head_dim) to (count * kv_heads, n * group, head_dim): a block of queries is some rows."""
+    by_group: Tensor = states.unflatten(1, (kv_heads, -1)).unflatten(0, (-1, n))
+    return by_group.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def _unfold(rows: Tensor, into: Tensor) -> None:
-    """Undoes `_rows`, into (n, heads, head_dim)."""
-    kv_heads, n = len(rows), len(into)
-    into.unflatten(1, (kv_heads, -1)).copy_(rows.unflatten(1, (n, -1)).transpose(0, 1))
+def _unfold(rows: Tensor, into: Tensor, n: int, kv_heads: int) -> None:
+    """Undoes `_rows`, into (count * n, heads, head_dim)."""
+    by_group = into.unflatten(1, (kv_heads, -1)).unflatten(0, (-1, n))
+    by_group.copy_(rows.unflatten(1, (n, -1)).unflatten(0, (-1, kv_heads)).transpose(1, 2))
 
 
-def _by_head(states: Tensor) -> Tensor:
-    """(n, heads, head_dim) to (heads, n, head_dim); copied for bfloat16, whose products are slow with strides."""
-    heads_first = states.transpose(0, 1)
+def _by_head(states: Tensor, n: int) -> Tensor:
+    """(count * n, heads, head_dim) to (count * heads, n, head_dim).
+
+    Copied for bfloat16, whose products are slow with strides.
+    """
+    heads_first: Tensor = states.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)
     return heads_first.contiguous() if states.dtype == torch.bfloat16 else heads_first
 
 
@@ -109,15 +111,15 @@ class _Blockwise(torch.autograd.Function):
     """q (T_q, heads, head_dim), k and v (T_k, kv_heads, head_dim), all of one dtype."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment], form: Form) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[Segments], form: Form) -> Tensor:
         space = Space(q)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(k.shape[1], len(q), q.shape[1] // k.shape[1], dtype=space.wide)
-        for segment in segments:
-            _forward(q, k, v, out, lse, segment, form, space)
+        lse = q.new_empty(len(q), q.shape[1], 1, dtype=space.wide)
+        for segments in groups:
+            _forward(q, k, v, out, lse, segments, form, space)
         # detached, because under saved-tensor hooks a function that saves its own result is never freed after an error
         ctx.save_for_backward(q, k, v, out.detach(), lse)
-        ctx.segments, ctx.form = segments, form
+        ctx.groups, ctx.form = groups, form
         return out
 
     @staticmethod
@@ -132,20 +134,21 @@ class _Blockwise(torch.autograd.Function):
             torch.empty_like(v, dtype=space.wide) if wanted[2] else None,
         )
         with torch.autocast(q.device.type, enabled=False):
-            for segment in ctx.segments:
-                _backward((q, k, v, out, grad_out, lse), grads, segment, ctx.form, space)
+            for segments in ctx.groups:
+                _backward((q, k, v, out, grad_out, lse), grads, segments, ctx.form, space)
         return *(None if grad is None else grad.to(q.dtype) for grad in grads), None, None
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segment: Segment, form: Form, space: Space
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Segments, form: Form, space: Space
 ) -> None:
-    """Writes one segment's part of `out` and `lse`: (kv_heads, T_q, group), in powers of two."""
-    kv_heads, _, group = lse.shape
-    rows, keys, values = _rows(q[segment.queries], kv_heads), _by_head(k[segment.keys]), _by_head(v[segment.keys])
+    """Writes some segments' part of `out` and `lse`: (T_q, heads, 1), in powers of two."""
+    own, seen, n_q, n_k = segments
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    rows, keys, values = _rows(q[own], n_q, kv_heads), _by_head(k[seen], n_k), _by_head(v[seen], n_k)
     mixed = torch.empty_like(rows)
     minus_max, row_sum = (torch.empty(*rows.shape[:2], 1, device=q.device, dtype=space.wide) for _ in range(2))
-    for block in form.blocks(segment, kv_heads, group, space.rows):
+    for block in form.blocks(n_q, n_k, kv_heads, group, space.rows):
         weights = form.levels(rows[:, block.rows], keys[:, block.keys], space)
         block.hide(weights, form.window, space)
         top = weights.amax(-1, keepdim=True).mul_(-form.slope)
@@ -153,23 +156,23 @@ def _forward(
         torch.bmm(space.narrowed(weights), values[:, block.keys], out=mixed[:, block.rows])
         minus_max[:, block.rows] = top
         torch.sum(weights, -1, keepdim=True, out=row_sum[:, block.rows])
-    _unfold(mixed.div_(row_sum), out[segment.queries])
-    lse[:, segment.queries] = row_sum.log2_().sub_(minus_max).view(kv_heads, segment.n_q, group)
+    _unfold(mixed.div_(row_sum), out[own], n_q, kv_heads)
+    _unfold(row_sum.log2_().sub_(minus_max), lse[own], n_q, kv_heads)
 
 
 def _backward(
-    saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], segment: Segment, form: Form, space: Space
+    saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], segments: Segments, form: Form, space: Space
 ) -> None:
-    """Writes one segment's part of the required gradients of q, k and v."""
-    q, k, v, out, grad_out, lse = saved
-    kv_heads, _, group = lse.shape
-    rows, grad_rows = (_rows(states[segment.queries], kv_heads) for states in (q, grad_out))
-    keys, values = (_by_head(states[segment.keys]) for states in (k, v))
-    minus_lse = lse[:, segment.queries].reshape(kv_heads, -1, 1).neg()
-    delta = (_rows(out[segment.queries], kv_heads).to(space.wide) * grad_rows).sum(-1, keepdim=True)
+    """Writes some segments' part of the required gradients of q, k and v."""
+    q, k, v = saved[:3]
+    own, seen, n_q, n_k = segments
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    rows, out, grad_rows, lse = (_rows(states[own], n_q, kv_heads) for states in (q, *saved[3:]))
+    keys, values = (_by_head(states[seen], n_k) for states in (k, v))
+    minus_lse, delta = lse.neg(), (out.to(space.wide) * grad_rows).sum(-1, keepdim=True)
     grad_q = None if grads[0] is None else torch.empty_like(rows)
-    grad_k, grad_v = (None if grad is None else _Sum(grad[segment.keys].transpose(0, 1), space) for grad in grads[1:])
-    for block in reversed(list(form.blocks(segment, kv_heads, group, space.rows))):  # the first sees the most keys
+    grad_k, grad_v = (None if grad is None else _Sum(keys, space) for grad in grads[1:])
+    for block in reversed(list(form.blocks(n_q, n_k, kv_heads, group, space.rows))):  # the first sees the most keys
         block_rows, block_keys, block_grad = rows[:, block.rows], keys[:, block.keys], grad_rows[:, block.rows]
         levels = form.levels(block_rows, block_keys, space)
         weights = space.take("weights", levels.shape, space.wide)
@@ -190,14 +193,18 @@ def _backward(
         if grad_k is not None:
             grad_k.add(block.keys, narrow.transpose(1, 2), block_rows, factor)
     if grad_q is not None and grads[0] is not None:
-        _unfold(grad_q, grads[0][segment.queries])
+        _unfold(grad_q, grads[0][own], n_q, kv_heads)
+    for total, into in zip((grad_k, grad_v), grads[1:], strict=True):
+        if total is not None and into is not None:
+            _unfold(total.into, into[seen], n_k, kv_heads)
 
 
 class _Sum:
-    """Sums the blocks' parts of a segment's gradient, (kv_heads, keys, head_dim), in uninitialised memory."""
+    """Sums the blocks' parts of a gradient of some keys, (count * kv_heads, keys, head_dim)."""
 
-    def __init__(self, into: Tensor, space: Space) -> None:
-        self.into, self.space, self.written = into, space, False
+    def __init__(self, keys: Tensor, space: Space) -> None:
+        self.into = torch.empty_like(keys, dtype=space.wide, memory_format=torch.contiguous_format)
+        self.space, self.written = space, False
 
     def add(self, keys: slice, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
         if not self.written and keys != slice(0, self.into.shape[1]):

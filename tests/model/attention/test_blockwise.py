@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from arena.model.attention import blocks
-from arena.model.attention.blocks import Form, Segment
+from arena.model.attention.blocks import Form
 from arena.model.attention.blockwise import blockwise
 from arena.model.attention.reference import reference
 
@@ -30,11 +30,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_segments_of_the_tests_have_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    segment = Segment(slice(0, 131), slice(0, 131), 131, 131)
     for form in (Form(1.0, None, None), Form(1.0, 2.0, WINDOW)):
-        assert len(list(form.blocks(segment, 2, 2, blocks.ROWS))) > 4
+        assert len(list(form.blocks(131, 131, 2, 2, blocks.ROWS))) > 4
     monkeypatch.undo()  # with the real sizes a short segment is one block
-    assert len(list(Form(1.0, None, None).blocks(segment, 2, 2, blocks.ROWS))) == 1
+    assert len(list(Form(1.0, None, None).blocks(131, 131, 2, 2, blocks.ROWS))) == 1
 
 
 def test_a_segment_without_a_query_is_an_error() -> None:
@@ -93,6 +92,38 @@ def test_block_sizes_do_not_matter(length: int, rows: int, monkeypatch: pytest.M
         for backend in (blockwise, reference)
     )
     assert max(map(distance, ours, exact)) < 1e-5
+
+
+SAME = [(7, 9), (7, 9), (7, 12), (40, 45), (40, 45), (1, 8), (1, 8), (1, 8), (1, 3)]  # queries and keys of segments
+
+
+def test_neighbours_of_one_shape_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grouped() == [(2, 7, 9), (1, 7, 12), (2, 40, 45), (3, 1, 8), (1, 1, 3)]
+    monkeypatch.setattr(blocks, "TOGETHER_SCORES", 4 * 2 * 8)
+    assert grouped() == [(1, 7, 9), (1, 7, 9), (1, 7, 12), (1, 40, 45), (1, 40, 45), (2, 1, 8), (1, 1, 8), (1, 1, 3)]
+
+
+def grouped() -> list[tuple[int, int, int]]:
+    """How many segments are in each group, and their queries and keys; they follow each other."""
+    groups = blocks.in_groups(SAME, heads=4)
+    for places in zip(*((group.queries, group.keys) for group in groups), strict=True):
+        assert [place.start for place in places] == [0, *(place.stop for place in places[:-1])]
+    return [((group.queries.stop - group.queries.start) // group.n_q, group.n_q, group.n_k) for group in groups]
+
+
+@pytest.mark.parametrize("together", [1, 1 << 20])
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_segments_of_one_shape(
+    together: int, window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "TOGETHER_SCORES", together)
+    n_q, n_k = ([lengths[at] for lengths in SAME] for at in (0, 1))
+    qkv = [tensor.to(dtype) for tensor in random_qkv(sum(n_q), sum(n_k))]
+    ours, exact = (with_gradients(b, qkv, n_q, n_k, softcap=5.0, window=window) for b in (blockwise, reference))
+    assert max(map(distance, ours, exact)) < 1e-5
+    other = with_gradients(reference, qkv, [*n_q[1:], n_q[0]], n_k[1:] + n_k[:1], softcap=5.0, window=window)
+    assert distance(other[0], exact[0]) > 1e-3  # a wrong boundary would be seen
 
 
 def test_many_single_queries() -> None:
@@ -170,8 +201,7 @@ def test_what_is_saved_grows_with_the_tokens() -> None:
 def test_the_scores_of_a_block_are_bounded(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "ROWS", rows)
     for n_k in (4_096, 16_384, 65_536):
-        segment = Segment(slice(0, n_k), slice(0, n_k), n_k, n_k)
-        cut = list(Form(1.0, None, None).blocks(segment, 2, 2, rows))
+        cut = list(Form(1.0, None, None).blocks(n_k, n_k, 2, 2, rows))
         assert [block.rows.start for block in cut[1:]] == [block.rows.stop for block in cut[:-1]]
         largest = max(2 * (b.rows.stop - b.rows.start) * (b.keys.stop - b.keys.start) for b in cut)
         assert largest <= max(blocks.BLOCK_SCORES, 2 * blocks.MIN_ROWS * n_k)
