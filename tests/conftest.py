@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded in tests
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, as in the package
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # side by side, each with its share of the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+import arena  # noqa: F401 - before torch, whose threads wait as it says
 from tests.helpers import make_base
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,22 @@ def test_every_public_name_is_there() -> None:
 def test_importing_arena_imports_nothing_heavy() -> None:
     code = "import sys, arena; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("PASSIVE", "2000")),
+        ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+    ],
+)
+def test_threads_wait_for_a_moment_unless_the_user_says_how(given: dict[str, str], expected: tuple[str, ...]) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    code = f"import os, sys, arena; assert 'torch' not in sys.modules; print([os.environ.get(n) for n in {names}])"
+    others = {name: value for name, value in os.environ.items() if name not in names}
+    said = subprocess.run([sys.executable, "-c", code], env=others | given, check=True, capture_output=True, text=True)
+    assert said.stdout.strip() == str(list(expected))
 
 
 @pytest.fixture
