@@ -19,6 +19,9 @@ from arena.serving.limits import Limits, RefusedError
 from arena.serving.metrics import Metrics
 
 BYTES_A_TOKEN = 4  # of text, about: only the size of a batch depends on it
+# A batch is to fill this part of a budget: what exceeds it costs a call of the model of its own, however little it is.
+FILLED = 0.95
+OF_LATE = 0.2  # the weight of the last batch in what is known of how far estimates are off
 Verdict = Explanation | Exception  # of a row; or why there is none
 
 
@@ -74,6 +77,7 @@ class Packer:
         self._changed = Condition()
         self._working = self._closed = False
         self._seconds_a_row = 0.0
+        self._estimates_off = 1.0  # the tokens that batches had of late, over their estimates
         self._thread = Thread(target=self._work, name="packer", daemon=True)
         self._thread.start()
 
@@ -141,9 +145,10 @@ class Packer:
     def _chosen(self) -> dict[Job, None]:
         first = self._waiting[0]
         budget = self.limits.batch_tokens or first.judge.models[0].recipe.packing.budget
+        most = budget * FILLED / self._estimates_off
         chosen, rows, tokens = {first: None}, len(first.texts), first.tokens
         for job in self._waiting:
-            fits = rows + len(job.texts) <= self.limits.batch_rows and tokens + job.tokens <= budget
+            fits = rows + len(job.texts) <= self.limits.batch_rows and tokens + job.tokens <= most
             if fits and job is not first and job.judge is first.judge:
                 chosen[job] = None
                 rows, tokens = rows + len(job.texts), tokens + job.tokens
@@ -156,6 +161,9 @@ class Packer:
         batch = replace(batch, requests=len(jobs))
         seconds = time.monotonic() - started
         self._seconds_a_row = seconds / len(texts)
+        if batch.tokens:
+            off = batch.tokens / max(1, sum(job.tokens for job in jobs))
+            self._estimates_off += OF_LATE * (off - self._estimates_off)
         self.metrics.batch_rows.observe(len(texts))
         self.metrics.batch_seconds.observe(seconds)
         self.metrics.rows.labels(first.name).inc(len(texts))

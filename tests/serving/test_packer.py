@@ -22,8 +22,9 @@ import pytest
 
 from arena import Judge
 from arena.inference.verdicts import Explanation
-from arena.serving import server
+from arena.serving import packer, server
 from arena.serving.limits import Limits
+from arena.serving.packer import Job
 from arena.serving.server import Protocol
 from arena.stopping import Stopped
 from tests.serving.client import ROW, Client, served, until
@@ -102,6 +103,22 @@ def test_a_batch_has_its_limits(
         watched.go.set()
         assert [answer.result()[0] for answer in answers] == [200] * 6
     assert [len(batch) for batch in watched.batches] == sizes
+
+
+def test_the_size_of_a_batch_is_learnt_from_the_last_ones(judges: dict[str, Judge], watched: Watched) -> None:
+    """Prompts have more tokens than short texts suggest, so fewer rows fit than their texts' sizes say."""
+    estimate = Job("first", judges["first"], [{name: [text] for name, text in ROW.items()}]).tokens
+    with served(judges, Limits(batch_tokens=20 * estimate)) as client, ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(client.judge, ROW)]
+        until(lambda: watched.batches)
+        answers += [pool.submit(client.judge, ROW) for _ in range(19)]
+        until(lambda: waiting_rows(client) == 19)
+        watched.go.set()
+        tokens = answers[0].result()[1]["batch"]["tokens"]
+        assert [answer.result()[0] for answer in answers] == [200] * 20
+    assert tokens > 2 * estimate
+    off = 1 + packer.OF_LATE * (tokens / estimate - 1)
+    assert [len(batch) for batch in watched.batches][:2] == [1, int(20 * packer.FILLED / off)]
 
 
 def test_a_full_queue_and_a_late_answer(judges: dict[str, Judge], watched: Watched) -> None:
