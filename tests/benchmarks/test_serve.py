@@ -20,5 +20,5 @@ def test_one_client_and_many(gemma2: Path, tmp_path: Path, capsys: pytest.Captur
     paths = Serve(str(tmp_path / "run"), data=test, clients=8, seconds=1.0, out=tmp_path).run()
     python, one, many = json.loads(paths[0].read_text())["found"]
     assert one["together"] == 1 < many["together"] <= 8 and one["rows"] > 1 and many["rows"] >= 8
-    assert python["rows"] > 1 and many["memory_early"] > 0
+    assert python["rows"] > 1 and many["memory_early"] > 0 and len(many["by_round"]) == 5
     assert "POST" not in capsys.readouterr().out and "| 8 clients |" in paths[1].read_text()
