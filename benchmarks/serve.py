@@ -176,11 +176,11 @@ def as_page(result: dict[str, Any]) -> str:
     times = [of_many / of_one for of_many, of_one in zip(many["by_round"], one["by_round"], strict=True)]
     sections = [
         f"# A server under load, {result['date'][:10]}", made_by(result["device"], result),
-        f"{ROUNDS} rounds, in each of which first one client asks, then {many['asked_by']} ask, without pause, each with "
-        "one conversation at a time, in both orders. They are in the server's own process; calls from Python come "
-        f"before them. Every answer is within {TOLERANCE:g} of the judge's for all conversations at once. `judged "
-        "together` is the mean over conversations of how many were in their batch; memory is of the process, at the "
-        "end and after the first round.",
+        f"{ROUNDS} rounds, in each of which one client asks, and then {many['asked_by']}, without pause, each with one "
+        "conversation at a time, in both orders. They are in the server's own process; calls from Python come before "
+        f"them. Every answer is within {TOLERANCE:g} of the judge's for all conversations at once. `judged together` "
+        "is the mean over conversations of how many were in their batch; memory is of the process, at the end and "
+        "after the first round.",
         table(COLUMNS, result["found"]),
         f"{many['asked_by']} get {many['rows_a_second'] / one['rows_a_second']:.1f} times as many verdicts in a second "
         f"as one ({min(times):.1f} to {max(times):.1f} in the rounds). An idle server's median latency, that of a "
