@@ -94,7 +94,7 @@ class Serve:
 
 @dataclass
 class Part:
-    """What was measured in one round.
+    """What was measured in one stretch.
 
     Attributes:
         seconds: how long it took.
@@ -184,6 +184,6 @@ def as_page(result: dict[str, Any]) -> str:
         table(COLUMNS, result["found"]),
         f"{many['asked_by']} get {many['rows_a_second'] / one['rows_a_second']:.1f} times as many verdicts in a second "
         f"as one ({min(times):.1f} to {max(times):.1f} in the rounds). An idle server's median latency, that of a "
-        f"client alone, is {one['p50'] - python['p50']:.1f} ms more than a call from Python.",
+        f"client alone, is {one['p50']:.0f} ms; calls from Python, which come before, take {python['p50']:.0f}.",
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"

@@ -21,7 +21,8 @@ from arena.serving.metrics import Metrics
 BYTES_A_TOKEN = 4  # of text, about: only the size of a batch depends on it
 # A batch is to fill this part of a budget: what exceeds it costs a call of the model of its own, however little it is.
 FILLED = 0.95
-OF_LATE = 0.2  # the weight of the last batch in what is known of how far estimates are off
+OF_LATE = 0.2  # the weight of a batch that fills its budget in what is known of how far estimates are off
+MOST_OFF = 2.0  # the most that counts, either way, so that odd requests do not change the batches of others much
 Verdict = Explanation | Exception  # of a row; or why there is none
 
 
@@ -144,8 +145,7 @@ class Packer:
 
     def _chosen(self) -> dict[Job, None]:
         first = self._waiting[0]
-        budget = self.limits.batch_tokens or first.judge.models[0].recipe.packing.budget
-        most = budget * FILLED / self._estimates_off
+        most = self._budget(first) * FILLED / self._estimates_off
         chosen, rows, tokens = {first: None}, len(first.texts), first.tokens
         for job in self._waiting:
             fits = rows + len(job.texts) <= self.limits.batch_rows and tokens + job.tokens <= most
@@ -161,9 +161,7 @@ class Packer:
         batch = replace(batch, requests=len(jobs))
         seconds = time.monotonic() - started
         self._seconds_a_row = seconds / len(texts)
-        if batch.tokens:
-            off = batch.tokens / max(1, sum(job.tokens for job in jobs))
-            self._estimates_off += OF_LATE * (off - self._estimates_off)
+        self._learn(batch.tokens, sum(job.tokens for job in jobs), self._budget(first))
         self.metrics.batch_rows.observe(len(texts))
         self.metrics.batch_seconds.observe(seconds)
         self.metrics.rows.labels(first.name).inc(len(texts))
@@ -172,6 +170,14 @@ class Packer:
         for job in jobs:
             job.answer.set_result((verdicts[: len(job.texts)], batch))
             verdicts = verdicts[len(job.texts) :]
+
+    def _budget(self, job: Job) -> int:
+        return self.limits.batch_tokens or job.judge.models[0].recipe.packing.budget
+
+    def _learn(self, tokens: int, estimate: int, budget: int) -> None:
+        """Corrects later estimates by a batch's tokens; one that leaves its budget nearly empty says little."""
+        off = min(max(tokens / max(1, estimate), 1 / MOST_OFF), MOST_OFF)
+        self._estimates_off += OF_LATE * min(1.0, tokens / budget) * (off - self._estimates_off)
 
 
 def judged_apart(judge: Judge, texts: Sequence[Cells], *, prompts: bool) -> tuple[list[Verdict], Batch]:

@@ -24,6 +24,7 @@ from arena import Judge
 from arena.inference.verdicts import Explanation
 from arena.serving import packer, server
 from arena.serving.limits import Limits
+from arena.serving.metrics import Metrics
 from arena.serving.packer import Job
 from arena.serving.server import Protocol
 from arena.stopping import Stopped
@@ -116,9 +117,21 @@ def test_the_size_of_a_batch_is_learnt_from_the_last_ones(judges: dict[str, Judg
         watched.go.set()
         tokens = answers[0].result()[1]["batch"]["tokens"]
         assert [answer.result()[0] for answer in answers] == [200] * 20
-    assert tokens > 2 * estimate
-    off = 1 + packer.OF_LATE * (tokens / estimate - 1)
+    assert tokens > packer.MOST_OFF * estimate
+    off = 1 + packer.OF_LATE * min(1, tokens / (20 * estimate)) * (packer.MOST_OFF - 1)
     assert [len(batch) for batch in watched.batches][:2] == [1, int(20 * packer.FILLED / off)]
+
+
+@pytest.mark.parametrize(("tokens", "estimate", "most"), [(60, 7, 1.05), (1023, 97_506, 1.3), (4000, 1, 2.0)])
+def test_odd_requests_hardly_change_the_batches_of_others(tokens: int, estimate: int, most: float) -> None:
+    learning = packer.Packer(Limits(), Metrics())
+    for _ in range(10):
+        learning._learn(tokens, estimate, 4096)
+    assert 1 / most <= learning._estimates_off <= most
+    for _ in range(40):
+        learning._learn(4000, 4000, 4096)
+    assert learning._estimates_off == pytest.approx(1, abs=0.01)
+    learning.close()
 
 
 def test_a_full_queue_and_a_late_answer(judges: dict[str, Judge], watched: Watched) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 ROWS, ROWS_BFLOAT16 = 192, 512
 BLOCK_SCORES = 1 << 21  # most scores in one block of all key heads: with many keys a block has fewer rows
 FEW_SCORES = 1 << 18  # a segment with no more scores is one block, because blocks would cost more than they save
-TOGETHER_SCORES = 1 << 20  # most scores of segments that are computed together, all heads: more are not in the caches
+# Most scores of segments that are computed together, all heads, and most numbers of their keys, which are copied: more
+# would not be in the caches, and computing them together gains nothing.
+TOGETHER_SCORES, TOGETHER_KEYS = 1 << 20, 1 << 18
 MIN_ROWS = 64  # least rows, because smaller matrix products are slow
 
 LOG2_E = math.log2(math.e)
@@ -36,17 +38,18 @@ class Segments(NamedTuple):
     n_k: int
 
 
-def in_groups(lengths: Iterable[tuple[int, int]], heads: int) -> list[Segments]:
+def in_groups(lengths: Iterable[tuple[int, int]], heads: int, key_size: int) -> list[Segments]:
     """All segments, grouped where neighbours have one shape and few scores, as both orders of an example do.
 
     Args:
         lengths: each segment's numbers of queries and keys, as they follow each other.
         heads: of the queries.
+        key_size: the numbers in one token's keys, kv_heads * head_dim.
     """
     found, at_q, at_k = list[Segments](), 0, 0
     for (n_q, n_k), same in groupby(lengths):
         left = sum(1 for _ in same)
-        most = max(1, TOGETHER_SCORES // (heads * n_q * n_k))
+        most = max(1, min(TOGETHER_SCORES // (heads * n_q * n_k), TOGETHER_KEYS // (key_size * n_k)))
         while left:
             count = min(left, most)
             ends = at_q + count * n_q, at_k + count * n_k
@@ -71,7 +74,7 @@ class Block:
         """Adds minus infinity where a query must not see a key, which is only near the diagonal and the window's edge.
 
         Args:
-            scores: (count * kv_heads, rows, keys) of this block.
+            scores: (count * kv_heads, rows, keys) of this block, finite.
         """
         queries, n_k = scores.shape[1] // self.group, scores.shape[2]
         by_query = scores.unflatten(1, (queries, self.group))

@@ -45,7 +45,7 @@ def blockwise(
     Raises:
         ValueError: a segment has no query, or fewer keys than queries.
     """
-    groups = in_groups(_lengths(cu_seqlens_q, cu_seqlens_k), q.shape[1])
+    groups = in_groups(_lengths(cu_seqlens_q, cu_seqlens_k), q.shape[1], k.shape[1] * k.shape[2])
     form = Form(scale, None if softcap is None else abs(softcap), window)
     dtype = _product_dtype(q, k, v)
     with torch.autocast(q.device.type, enabled=False):
@@ -101,7 +101,7 @@ def _unfold(rows: Tensor, into: Tensor, n: int, kv_heads: int) -> None:
 def _by_head(states: Tensor, n: int) -> Tensor:
     """(count * n, heads, head_dim) to (count * heads, n, head_dim).
 
-    Copied for bfloat16, whose products are slow with strides.
+    Copied where count > 1, and for bfloat16, whose products are slow with strides.
     """
     heads_first: Tensor = states.unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)
     return heads_first.contiguous() if states.dtype == torch.bfloat16 else heads_first

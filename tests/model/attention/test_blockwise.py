@@ -100,12 +100,16 @@ SAME = [(7, 9), (7, 9), (7, 12), (40, 45), (40, 45), (1, 8), (1, 8), (1, 8), (1,
 def test_neighbours_of_one_shape_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert grouped() == [(2, 7, 9), (1, 7, 12), (2, 40, 45), (3, 1, 8), (1, 1, 3)]
     monkeypatch.setattr(blocks, "TOGETHER_SCORES", 4 * 2 * 8)
-    assert grouped() == [(1, 7, 9), (1, 7, 9), (1, 7, 12), (1, 40, 45), (1, 40, 45), (2, 1, 8), (1, 1, 8), (1, 1, 3)]
+    apart = [(1, 7, 9), (1, 7, 9), (1, 7, 12), (1, 40, 45), (1, 40, 45), (2, 1, 8), (1, 1, 8), (1, 1, 3)]
+    assert grouped() == apart
+    monkeypatch.undo()
+    monkeypatch.setattr(blocks, "TOGETHER_KEYS", 2 * DIM * 2 * 8)  # many keys are copied for a single query too
+    assert grouped() == apart
 
 
 def grouped() -> list[tuple[int, int, int]]:
     """How many segments are in each group, and their queries and keys; they follow each other."""
-    groups = blocks.in_groups(SAME, heads=4)
+    groups = blocks.in_groups(SAME, heads=4, key_size=2 * DIM)
     for places in zip(*((group.queries, group.keys) for group in groups), strict=True):
         assert [place.start for place in places] == [0, *(place.stop for place in places[:-1])]
     return [((group.queries.stop - group.queries.start) // group.n_q, group.n_q, group.n_k) for group in groups]
